@@ -1,0 +1,3 @@
+"""dist_lm: distributed GPT pretraining that gives the same curve on any hardware."""
+
+__version__ = "0.1.0"

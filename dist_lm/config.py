@@ -1,0 +1,458 @@
+"""The settings of a run: frozen, validated, read from defaults < YAML < command line.
+
+The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics and the places; how a
+run is spread over machines is not in here. `plan()` derives what depends on the number of processes. This module imports
+neither torch nor numpy, so that a typing mistake is answered at once.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Result = TypeVar("Result")
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class UserError(ValueError):
+    """Something a user can fix. Entries print it as one line and exit with `code`: 2 config, 65 data, 66 checkpoint."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def _derive(self, **values: Any) -> None:
+        """Fill fields that follow others; only validators call this, before anyone sees the object."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+class ModelConfig(Section):
+    """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
+
+    layers: Positive = Field(4, description="Number of transformer blocks.")
+    heads: Positive = Field(4, description="Attention heads.")
+    kv_heads: Positive | None = Field(None, description="Key/value heads (GQA); unset: as many as heads.")
+    width: Positive = Field(128, description="Width of the residual stream.")
+    ffn_width: Positive | None = Field(
+        None, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3 x width, rounded up to 64)."
+    )
+    positions: Literal["learned", "rope", "sinusoidal", "none"] = Field("rope", description="Position encoding.")
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Kind of normalisation.")
+    norm_placement: Literal["pre", "post"] = Field("pre", description="Normalise before or after each branch.")
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu"] = Field(
+        "swiglu", description="Activation of the feed-forward."
+    )
+    bias: bool = Field(False, description="Biases in linear layers and layernorms.")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys in each head.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the embeddings and on each residual branch.")
+    tie_embeddings: bool = Field(True, description="Share the input embedding with the output head.")
+    init: Literal["gpt2", "scaled", "xavier", "orthogonal"] = Field("gpt2", description="Initial weights of matrices.")
+    norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.width % self.heads:
+            raise ValueError(_not_a_divisor("model.heads", self.heads, "model.width", self.width))
+        if self.heads % (self.kv_heads or 1):
+            raise ValueError(_not_a_divisor("model.kv_heads", self.kv_heads or 1, "model.heads", self.heads))
+        if self.positions == "rope" and (self.width // self.heads) % 2:
+            raise ValueError(
+                f"model.width={self.width} with model.heads={self.heads} gives an odd head size, which rope cannot"
+                f" rotate; nearest model.width: {2 * self.heads * max(1, round(self.width / self.heads / 2))}"
+            )
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise ValueError(
+                f"model.width={self.width} must be even for sinusoidal positions; nearest: {self.width + 1}"
+            )
+        ffn_width = -(-self.width * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.width
+        self._derive(kv_heads=self.kv_heads or self.heads, ffn_width=self.ffn_width or ffn_width)
+        return self
+
+
+class DataConfig(Section):
+    """Which text, as which tokens, in which order."""
+
+    input: str = Field("stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib.")
+    text_column: str = Field("text", description="Column of the text in .jsonl, .json, .csv and .parquet.")
+    separator: str | None = Field(None, description="Text that ends a document inside a .txt file.")
+    tokenizer: str = Field("bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name.")
+    val_fraction: float = Field(0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text.")
+    seq_len: Positive = Field(256, description="Input tokens of a sequence.")
+    stride: Positive | None = Field(None, description="Input tokens between sequence starts; unset: seq_len.")
+    document_mask: bool = Field(False, description="No attention and no target across documents.")
+    global_batch: Positive = Field(32, description="Sequences in one step, over all processes.")
+    micro_batch: Positive | None = Field(None, description="Sequences in one backward; unset: a rank's whole share.")
+    workers: NotNegative = Field(1, description="Threads that read batches ahead; 0 reads in the step itself.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.stride is not None and self.stride > self.seq_len:
+            raise ValueError(
+                f"data.stride={self.stride} must be at most data.seq_len={self.seq_len}, or tokens would be skipped;"
+                f" nearest: {self.seq_len}"
+            )
+        if self.separator == "":
+            raise ValueError("data.separator='' must not be empty; nearest: null (each file is one document)")
+        self._derive(stride=self.stride or self.seq_len)
+        return self
+
+
+class OptimConfig(Section):
+    """How the weights move."""
+
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field("adamw", description="Optimizer.")
+    lr: float = Field(3e-3, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a decaying schedule.")
+    warmup_steps: NotNegative = Field(50, description="Steps of linear warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = Field(
+        "cosine", description="Learning rate after the warm-up."
+    )
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Decay of the first and second moment (sgd: the first is its momentum)."
+    )
+    eps: float = Field(1e-8, gt=0, description="Epsilon of the update's denominator.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="Decoupled decay of matrices (not of norms, biases, embeddings)."
+    )
+    clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} must be at most optim.lr={self.lr}; nearest: {self.lr}")
+        return self
+
+
+class RunConfig(Section):
+    """Where, how long, and what is kept."""
+
+    dir: str = Field("runs/quickstart", min_length=1, description="Folder of the run.")
+    steps: Positive | None = Field(1500, description="Length of the run in updates.")
+    epochs: Positive | None = Field(None, description="Length of the run in passes over the data, instead of steps.")
+    seed: NotNegative = Field(1, description="Seed of the weights, the order of the data and dropout.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Arithmetic of the forward; weights and gradients stay fp32."
+    )
+    compile: bool = Field(False, description="Compile the model with torch.compile.")
+    activation_checkpointing: bool = Field(False, description="Recompute each block in the backward to save memory.")
+    eval_every: NotNegative = Field(250, description="Steps between evaluations; 0: never.")
+    eval_batches: Positive = Field(20, description="Global batches in an evaluation, always the same ones.")
+    save_every: NotNegative = Field(500, description="Steps between checkpoints; 0: only the last.")
+    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay (the best one always does).")
+    keep_every: NotNegative = Field(0, description="Also keep every checkpoint at a multiple of this step; 0: none.")
+    resume: str = Field("auto", description="auto: go on where the folder stands; never; or a step folder.")
+    init_from: str | None = Field(None, description="Start from the weights of a checkpoint or transformers model.")
+    stop_after: Positive | None = Field(None, description="Stop at this step as if told to; the schedule stays.")
+    log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
+    profile_steps: NotNegative = Field(0, description="Trace this many steps with torch.profiler; 0: none.")
+    trackers: tuple[str, ...] = Field(("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb.")
+    sample_prompt: str = Field("\n", min_length=1, description="Prompt of the samples at each evaluation.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"run.steps={self.steps} and run.epochs={self.epochs}: exactly one of them must be given")
+        return self
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if (self.data.micro_batch or 1) > self.data.global_batch:
+            raise ValueError(
+                f"data.micro_batch={self.data.micro_batch} must be at most data.global_batch={self.data.global_batch};"
+                f" nearest: {self.data.global_batch}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """{'model.layers': 4, ...}"""
+        return {f"{s}.{f}": v for s, fields in self.model_dump(mode="json").items() for f, v in fields.items()}
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig
+}  # fmt: skip
+FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()}
+
+# What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
+# is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
+FREE_ON_RESUME = frozenset(
+    ["data." + name for name in ["input", "text_column", "separator", "tokenizer", "val_fraction", "micro_batch", "workers"]]
+    + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "steps", "epochs")]
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config means on a number of processes."""
+
+    world_size: int
+    share: int  # sequences of the global batch on the busiest rank
+    micro_batch: int
+    accumulation: int  # backward passes in a step, the same on every rank
+    tokens_per_step: int
+    filler_percent: float  # rows without targets that even out the ranks, relative to the global batch
+
+
+def plan(config: Config, world_size: int) -> Plan:
+    """Derive a rank's work in a step; refuses only a world larger than the global batch."""
+    batch = config.data.global_batch
+    if world_size > batch:
+        raise UserError(
+            f"data.global_batch={batch} must be at least the number of processes, {world_size}; nearest: {world_size}"
+        )
+    share = -(-batch // world_size)
+    micro = min(config.data.micro_batch or share, share)
+    accumulation = -(-share // micro)
+    filler = 100 * (world_size * micro * accumulation / batch - 1)
+    return Plan(world_size, share, micro, accumulation, batch * config.data.seq_len, filler)
+
+
+# --- reading: defaults < YAML < command line
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"{key} is given twice (line {key_node.start_mark.line + 1}); rule: once")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file as {'section.field': value}."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        folder = Path(path).parent
+        names = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
+        raise UserError(
+            f"--config {path}: cannot be read ({_reason(error)}){did_you_mean(str(path), names)}"
+        ) from error
+    try:
+        content = yaml.load(text, _Loader) or {}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a mapping of the sections {', '.join(SECTIONS)}, not {content!r}")
+    settings = {}
+    for section, fields in content.items():
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section {section!r}{did_you_mean(str(section), SECTIONS)}")
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: {section} must be a mapping of its fields, not {fields!r}")
+        settings.update({f"{section}.{field}": value for field, value in fields.items()})
+    return settings
+
+
+def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Split a command line into an entry's own `flags` (name -> help; its values are collected) and settings."""
+    given: dict[str, list[str]] = {}
+    settings: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"{word!r} is not a flag; rule: --section.field VALUE{did_you_mean('--' + word, flags)}")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if equals else []
+        while words and not words[0].startswith("--") and not equals:
+            values.append(words.pop(0))
+        if name in flags:
+            given.setdefault(name, []).extend(values or ["true"])
+        elif name in FIELDS:
+            if not values:
+                raise UserError(f"--{name} needs a value: --{name} {_wanted(name)}")
+            if name in settings:
+                raise UserError(f"--{name} is given twice; rule: once")
+            settings[name] = _from_words(name, values)
+        else:
+            raise UserError(f"unknown flag --{name}{did_you_mean(name, [*FIELDS, *flags], '--')}")
+    return given, settings
+
+
+def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
+    """Merge (origin, settings) levels, later ones winning over earlier ones and over the defaults, and validate."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for where, settings in levels:
+        length = [name for name in ("run.steps", "run.epochs") if settings.get(name) is not None]
+        if len(length) == 2:
+            raise UserError(
+                f"{where}: run.steps={settings['run.steps']} and run.epochs={settings['run.epochs']} exclude each other;"
+                " rule: give one"
+            )
+        if length:  # the one given at the later level stands
+            merged.update({"run.steps": None, "run.epochs": None})
+        for name, value in settings.items():
+            if name not in FIELDS:
+                raise UserError(f"{where}: unknown field {name}{did_you_mean(name, FIELDS)}")
+            merged[name] = tuple(value) if isinstance(value, list) else value
+            origin[name] = where
+    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in merged.items():
+        section, field = name.split(".")
+        nested[section][field] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin)) from None
+
+
+def load(argv: Sequence[str], flags: Mapping[str, str], usage: str) -> tuple[Config, dict[str, list[str]]]:
+    """Read an entry's command line, which may name a YAML file by --config; answers --help and --print_config."""
+    flags = {"config": "YAML file with the settings that differ from the defaults.",
+             "print_config": "Print the resolved settings and stop.", **flags}  # fmt: skip
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    given, settings = split_arguments([word for word in argv if word not in ("-h", "--help")], flags)
+    levels = [(path, read_yaml(path)) for path in given.get("config", [])]
+    config = resolve(*levels, ("command line", settings))
+    if wants_help:
+        print(help_text(config, flags, usage), end="")
+        sys.exit(0)
+    if "print_config" in given:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config, given
+
+
+def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
+    """Every field with type, value under the given settings and meaning, laid out by tyro."""
+    import tyro  # only here: a run needs no help text
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=config, args=["--help"], prog=usage, description=_flags_text(flags),
+                 config=(tyro.conf.FlagConversionOff,))  # fmt: skip
+    return out.getvalue()
+
+
+def run_entry(main: Callable[[list[str]], Result]) -> Result:
+    """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code."""
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+
+
+# --- the wording of errors
+
+
+def nearest(value: str, options: Any) -> str:
+    """The option most like `value`, or an empty string."""
+    found = difflib.get_close_matches(value, [str(option) for option in options], n=1, cutoff=0.5)
+    return found[0] if found else ""
+
+
+def did_you_mean(value: str, options: Any, prefix: str = "") -> str:
+    """'; did you mean X?', looking also for the last part of a dotted name in other sections; or nothing."""
+    options = [str(option) for option in options]
+    same_field = [option for option in options if option.rpartition(".")[2] == value.rpartition(".")[2]]
+    guess = same_field[0] if same_field else nearest(value, options)
+    return f"; did you mean {prefix}{guess}?" if guess else ""
+
+
+def _not_a_divisor(name: str, value: int, of_name: str, of: int) -> str:
+    divisors = [d for d in range(1, of + 1) if of % d == 0]
+    below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+    return f"{name}={value} does not divide {of_name}={of}; nearest: {', '.join(map(str, below + above))}"
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first validation error as one line: where it was set, field, value, rule, nearest good value."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":  # one of our own rules, already worded; it may name fields set anywhere
+        text = str(first["ctx"]["error"])
+        where = next((origin[name] for name in re.findall(r"\w+\.\w+", text) if name in origin), "")
+        return f"{where}: {text}" if where else text
+    name = ".".join(str(part) for part in first["loc"][:2])
+    rule, context, value = first["msg"], first.get("ctx", {}), first["input"]
+    good: Any = ""
+    if first["type"] == "literal_error":
+        options = get_args(FIELDS[name].annotation)
+        rule, good = "must be one of " + ", ".join(options), nearest(str(value), options)
+    elif first["type"] in ("greater_than_equal", "less_than_equal"):
+        good = context.get("ge", context.get("le"))
+    elif first["type"] in ("greater_than", "less_than", "finite_number"):
+        good = FIELDS[name].default
+    elif first["type"].startswith("int_") and isinstance(value, float):
+        good = round(value)
+    elif first["type"].startswith("bool_"):
+        good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"
+    else:
+        good = FIELDS[name].default
+    rule = rule.removeprefix("Input ").removeprefix("should ").removeprefix("must ")
+    rule = rule if rule.startswith("be ") else f"be right: {rule}"
+    nearest_text = f"; nearest: {good}" if good not in ("", None) else ""
+    return f"{origin.get(name, 'defaults')}: {name}={value!r} must {rule}{nearest_text}"
+
+
+def _from_words(name: str, words: list[str]) -> Any:
+    """The value of a command line field: text as it stands where a field is text, otherwise as YAML reads it."""
+    annotation = FIELDS[name].annotation
+    if get_origin(annotation) is tuple:
+        return words if get_args(annotation)[0] is str else [yaml.load(word, _Loader) for word in words]
+    if len(words) > 1:
+        raise UserError(f"--{name} takes one value, not {' '.join(words)!r}; rule: quote a value with spaces")
+    if annotation is str or (str in get_args(annotation) and words[0] not in ("null", "None")):
+        return words[0]
+    try:
+        return None if words[0] == "None" else yaml.load(words[0], _Loader)
+    except yaml.YAMLError:
+        return words[0]
+
+
+def _wanted(name: str) -> str:
+    return repr(FIELDS[name].default)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not UTF-8"
+
+
+def _flags_text(flags: Mapping[str, str]) -> str:
+    return "\n".join(f"--{name}: {text}" for name, text in flags.items())

@@ -1,0 +1,262 @@
+"""Text out of a checkpoint, in one process: `python -m dist_lm.generate --ckpt RUN_OR_STEP_OR_HF_FOLDER --prompt TEXT`.
+
+Reads a run folder (its newest valid step), a step folder, or a folder in transformers' layout. All prompts and samples
+run as one batch, and each is printed in order, as it is made; what a prompt becomes depends on it, the settings and
+the seed, never on its neighbours. The command line is judged before torch is imported. Neither accelerate nor
+deepspeed is.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dist_lm.config import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from dist_lm.model import GPT
+    from dist_lm.sample import Continuation
+    from dist_lm.text import Tokenizer
+
+AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
+# What can drive a terminal or disguise text on it: control characters other than newline and tab, changes of direction.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def within(kind: type, low: float, high: float, default: float, rule: str) -> Callable[[str], Any]:
+    """An argparse type that takes numbers from low to high and names the nearest good one otherwise."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # also true of NaN
+            good = default if math.isnan(value) else kind(min(max(value, low), high))
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}; nearest: {good:g}")
+        return value
+
+    return read
+
+
+def command_line(argv: list[str]) -> argparse.Namespace:
+    """The validated command line; hyphens in flags count as underscores."""
+    tiny, huge = sys.float_info.min, 1e9
+    parser = Parser(
+        prog="python -m dist_lm.generate", allow_abbrev=False, description="Generate text from a checkpoint.",
+        epilog="Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--ckpt", required=True, help="run folder (its newest step), step folder, or transformers folder")
+    add("--prompt", action="append", help="text to go on from; repeatable; '' starts a new document")
+    add("--prompt_file", action="append", help="file whose whole text is a prompt (without its last newline); repeatable")
+    add("--max_new_tokens", type=within(int, 1, huge, 200, "a whole number of 1 or more"), default=200,
+        help="tokens to make at most (default 200)")  # fmt: skip
+    add("--temperature", type=within(float, 0, huge, 0.8, "a number of 0 or more"), default=0.8,
+        help="0 takes the likeliest token (greedy), 1 samples as learned, more is wilder (default 0.8)")  # fmt: skip
+    add("--top_k", type=within(int, 0, huge, 0, "a whole number of 0 or more"), default=0,
+        help="choose among the k likeliest tokens; 0: all (default)")  # fmt: skip
+    add("--top_p", type=within(float, tiny, 1, 1, "above 0 and at most 1"), default=1.0,
+        help="choose among the fewest tokens that have this probability together; 1: all (default)")  # fmt: skip
+    add("--min_p", type=within(float, 0, 1, 0, "from 0 to 1"), default=0.0,
+        help="leave out tokens less likely than this share of the likeliest; 0: none (default)")  # fmt: skip
+    add("--repetition_penalty", type=within(float, tiny, huge, 1, "a number above 0"), default=1.0,
+        help="make tokens seen before less likely; 1: no change (default)")  # fmt: skip
+    add("--num_samples", type=within(int, 1, huge, 1, "a whole number of 1 or more"), default=1,
+        help="continuations of each prompt (default 1)")  # fmt: skip
+    add("--stop", action="append", default=[], help="text that ends a continuation, itself left out; repeatable")
+    add("--context", choices=("slide", "refuse"), default="slide",
+        help="when the text outgrows the model's context: slide over its last part (default), or refuse")  # fmt: skip
+    add("--seed", type=within(int, 0, 2**63, 0, "a whole number of 0 or more"),
+        help="repeat the same samples; unset: other ones each time")  # fmt: skip
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default)")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="arithmetic of the model (default fp32)")
+    add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
+    add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
+    add("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
+    add("--raw", action="store_true", help="do not escape control characters on a terminal")
+    words = [word.partition("=") for word in argv]
+    args, rest = parser.parse_known_args(
+        [name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else name + equals + value
+         for name, equals, value in words]
+    )  # fmt: skip
+    if rest:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], flags)}")
+    if "" in args.stop:
+        raise UserError("--stop '' must not be empty; nearest: no --stop")
+    if args.logprobs and not args.json:
+        raise UserError("--logprobs is printed in JSON lines only; nearest: --json --logprobs")
+    for text in [*(args.prompt or []), *args.stop]:
+        decoded(os.fsencode(text), "the command line", code=2)
+    return args
+
+
+def decoded(content: bytes, where: str, code: int = 65) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8; rule: prompts are UTF-8 text",
+            code,
+        ) from None
+
+
+def without_last_newline(text: str) -> str:
+    """An editor and `echo` end a text with a newline that is not meant as part of it."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def prompts_from(args: argparse.Namespace) -> list[str] | None:
+    """All prompts in the order --prompt, --prompt_file, else stdin; None means to ask for them."""
+    prompts = list(args.prompt or [])
+    for path in args.prompt_file or []:
+        try:
+            with open(path, "rb") as file:
+                prompts.append(without_last_newline(decoded(file.read(), f"--prompt_file {path}")))
+        except OSError as error:
+            raise UserError(f"--prompt_file {path}: {error.strerror}") from error
+    if not prompts and not sys.stdin.isatty():
+        prompts.append(without_last_newline(decoded(sys.stdin.buffer.read(), "stdin")))
+    return prompts or None
+
+
+def escaped(text: str) -> str:
+    """Text that cannot drive a terminal: \\x1b stands for an escape character."""
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def show(steps: Iterator[list["Continuation"]], prompts: list[str], args: argparse.Namespace, first: bool) -> None:
+    """Print the continuations in order, each as far as it is made; JSON lines when one is finished."""
+    raw = args.raw or not sys.stdout.isatty()
+
+    def write(text: str) -> None:
+        sys.stdout.write(text if raw else escaped(text))
+        sys.stdout.flush()
+
+    at, shown = 0, -1  # the sequence being printed, and how much of it is; -1: not even its prompt
+    for rows in steps:
+        while at < len(rows) and (not args.json or rows[at].finish_reason):
+            row = rows[at]
+            if args.json:
+                write(json_line(row, prompts[at], args, ascii_only=not raw) + "\n")
+            else:
+                if shown < 0:
+                    write(("" if first and at == 0 else "---\n") + prompts[at])
+                    shown = 0
+                write(row.text[shown:])
+                shown = len(row.text)
+                if not row.finish_reason:
+                    break
+                write("\n")
+            at, shown = at + 1, -1
+
+
+def json_line(row: "Continuation", prompt: str, args: argparse.Namespace, ascii_only: bool) -> str:
+    fields: dict[str, Any] = {
+        "prompt": prompt, "text": row.text, "new_tokens": len(row.tokens), "finish_reason": row.finish_reason,
+        "tokens_per_second": round(len(row.tokens) / row.seconds, 2), "seed": args.seed,
+    }  # fmt: skip
+    if args.logprobs:
+        fields |= {"tokens": row.tokens, "logprobs": row.logprobs}
+    return json.dumps(fields, ensure_ascii=ascii_only)
+
+
+def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
+    """A prompt's tokens; warns of characters that the vocabulary lacks. An empty one begins a new document."""
+    ids = tokenizer.encode(prompt)
+    unknown = ids.count(tokenizer.unk) if tokenizer.unk is not None else 0
+    if unknown:
+        lacking = sorted({c for c in prompt if tokenizer.unk in tokenizer.encode(c)})
+        print(f"warning: {unknown} characters of the prompt are not in the vocabulary and count as unknown: "
+              f"{escaped(repr(''.join(lacking[:20])))}", file=sys.stderr)  # fmt: skip
+    return ids or [tokenizer.eot]
+
+
+def generate(model: "GPT", tokenizer: "Tokenizer", prompts: list[str], args: argparse.Namespace) -> None:
+    from dist_lm.sample import Sampling, sample  # torch
+
+    settings = Sampling(
+        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+        tuple(args.stop), args.context == "slide", args.logprobs, args.compile,
+    )  # fmt: skip
+    jobs = [(prompt, ids) for prompt in prompts for ids in [encode(tokenizer, prompt)] for _ in range(args.num_samples)]
+    # A stream belongs to (seed, prompt, how often it came before): what stands beside it does not matter.
+    times: Counter[str] = Counter()
+    seeds = []
+    for prompt, _ in jobs:
+        seeds.append(f"{args.seed} {times[prompt]} {prompt}")
+        times[prompt] += 1
+    for n in range(0, len(jobs), AT_ONCE):
+        part = jobs[n : n + AT_ONCE]
+        steps = sample(model, tokenizer, [ids for _, ids in part], settings, seeds[n : n + AT_ONCE])
+        show(steps, [prompt for prompt, _ in part], args, first=n == 0)
+
+
+def ask(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
+    """Prompts from a terminal until end of input."""
+    with contextlib.suppress(ImportError):  # not every system's Python has it
+        import readline  # noqa: F401 -- gives input() line editing
+
+    print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        generate(model, tokenizer, [prompt], args)
+
+
+def main(argv: list[str]) -> None:
+    args = command_line(argv)
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    prompts = prompts_from(args)
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    import torch  # from here on it is slow
+
+    from dist_lm.checkpoint import read_model
+
+    cuda = torch.cuda.is_available()
+    if args.device == "cuda" and not cuda:
+        raise UserError("--device cuda: no CUDA device is visible to torch; nearest: --device cpu")
+    model, tokenizer, _ = read_model(args.ckpt)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    model.to("cuda" if cuda and args.device != "cpu" else "cpu", dtype)
+    if prompts is None:
+        ask(model, tokenizer, args)
+    else:
+        generate(model, tokenizer, prompts, args)
+
+
+def entry() -> int:
+    """main() at the process edge: errors are one line, an interrupt ends with 130, a closed pipe without a word."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,268 @@
+"""Our parameter names <-> transformers' layouts (GPT-2, Llama, openai-gpt), and the config.json beside them.
+
+A layout is data: a list of entries, each saying which rows of which parameter a tensor of the file holds. So writing,
+reading and (later) writing in slices follow one table. What a family has and our model lacks is written when a constant
+says exactly the same: absent biases and positions as zeros, sinusoidal positions as their table. transformers itself is
+never imported.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dist_lm.config import ModelConfig, UserError, nearest
+from dist_lm.model import GPT, sinusoid
+
+Json = dict[str, Any]
+
+GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}  # its "gelu" is the tanh form
+# Other names that transformers gives to the same functions.
+ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
+
+GPT2_BLOCK = {"ln_1": "norm1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.out",
+              "ln_2": "norm2", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"}  # fmt: skip
+LLAMA_BLOCK = {"input_layernorm": "norm1", "self_attn.q_proj": "attn.qkv", "self_attn.k_proj": "attn.qkv",
+               "self_attn.v_proj": "attn.qkv", "self_attn.o_proj": "attn.out", "post_attention_layernorm": "norm2",
+               "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a model file: rows [start, stop) of a parameter, transposed or not, or a constant."""
+
+    name: str
+    shape: tuple[int, ...]
+    param: str = ""  # ours; empty for a constant
+    rows: tuple[int, int] = (0, 0)  # before transposing
+    transpose: bool = False
+    constant: str = ""  # "zeros" or "sinusoid"
+
+
+def family(model: ModelConfig) -> str | None:
+    """The transformers family that computes exactly this network, or None."""
+    plain = model.norm == "layernorm" and model.positions != "rope" and model.kv_heads == model.heads
+    if plain and not model.qk_norm and model.norm_placement == "pre" and model.activation in GPT2_ACTIVATIONS:
+        return "gpt2"
+    if plain and not model.qk_norm and model.norm_placement == "post" and model.activation in OPENAI_ACTIVATIONS:
+        return "openai-gpt" if model.ffn_width == 4 * model.width else None
+    llama = (model.norm, model.norm_placement, model.positions) == ("rmsnorm", "pre", "rope")
+    return "llama" if llama and model.activation == "swiglu" and not model.qk_norm else None
+
+
+# --- tensors
+
+
+def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
+    """Every tensor of a saved model, in file order; our own names and layout where no family fits."""
+    ours = _shapes(model, vocab_size, seq_len)
+    kind = family(model)
+    if kind is None:
+        return [Entry(name, shape, name, (0, shape[0])) for name, shape in ours.items()]
+    # What the family has; what of it we lack is a constant.
+    full = ours if kind == "llama" else _shapes(
+        model.model_copy(update={"bias": True, "positions": "learned"}), vocab_size, seq_len
+    )  # fmt: skip
+    entries = []
+    for name, param in _names(model, kind):
+        if param not in full:
+            continue
+        start, stop = _part(model, name, full[param][0])
+        shape = (stop - start, *full[param][1:])
+        # GPT-2 and openai-gpt store the matrices of their blocks as (inputs, outputs).
+        transpose = kind != "llama" and ".c_" in name and len(shape) == 2
+        shape = shape[::-1] if transpose else shape
+        if param in ours:
+            entries.append(Entry(name, shape, param, (start, stop), transpose))
+        else:
+            sinusoidal = param == "positions.weight" and model.positions == "sinusoidal"
+            entries.append(Entry(name, shape, constant="sinusoid" if sinusoidal else "zeros"))
+    return entries
+
+
+def _shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of our parameters, the vocabulary unpadded."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(model, vocab_size, seq_len).named_parameters()}
+    return {n: (vocab_size, s[1]) if n in ("embed.weight", "head.weight") else s for n, s in shapes.items()}
+
+
+def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
+    """(name in the file, our parameter), of all that a family may have."""
+    first, blocks, block_names, last = {
+        "gpt2": ({"transformer.wte": "embed", "transformer.wpe": "positions"}, "transformer.h", GPT2_BLOCK,
+                 {"transformer.ln_f": "norm", "lm_head": "head"}),
+        "openai-gpt": ({"transformer.tokens_embed": "embed", "transformer.positions_embed": "positions"},
+                       "transformer.h", GPT2_BLOCK, {"lm_head": "head"}),
+        "llama": ({"model.embed_tokens": "embed"}, "model.layers", LLAMA_BLOCK,
+                  {"model.norm": "norm", "lm_head": "head"}),
+    }[kind]  # fmt: skip
+    pairs = list(first.items())
+    for i in range(model.layers):
+        pairs += [(f"{blocks}.{i}.{theirs}", f"blocks.{i}.{ours}") for theirs, ours in block_names.items()]
+    pairs += last.items()
+    return [(f"{theirs}.{kind}", f"{ours}.{kind}") for theirs, ours in pairs for kind in ("weight", "bias")]
+
+
+def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
+    """The rows of our parameter that a tensor of a file holds: Llama's queries, keys and values are apart."""
+    assert model.kv_heads is not None, "the config's validation fills kv_heads"
+    q, kv = model.width, model.kv_heads * (model.width // model.heads)
+    parts = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+    return parts.get(name.split(".")[-2], (0, rows))
+
+
+def export_tensor(entry: Entry, params: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a file as it is written: fp32, contiguous."""
+    if entry.constant:
+        return _constant(entry)
+    tensor = params[entry.param].detach()[slice(*entry.rows)]
+    return (tensor.T if entry.transpose else tensor).float().contiguous()
+
+
+def _constant(entry: Entry) -> Tensor:
+    return sinusoid(*entry.shape) if entry.constant == "sinusoid" else torch.zeros(entry.shape)
+
+
+def import_tensors(
+    model: ModelConfig, vocab_size: int, seq_len: int, get: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Our state dict, fp32, from a file of `layout`. `get` reads a tensor by name, or raises KeyError."""
+    with torch.device("meta"):
+        padded = {name: p.shape for name, p in GPT(model, vocab_size, seq_len).named_parameters()}
+    state = {name: torch.zeros(shape) for name, shape in padded.items()}
+    for entry in layout(model, vocab_size, seq_len):
+        tensor = _find(entry.name, get)
+        if tuple(tensor.shape) != entry.shape:
+            raise UserError(
+                f"{entry.name} has shape {list(tensor.shape)}; rule: the config says {list(entry.shape)}", 66
+            )
+        if entry.param:
+            state[entry.param][slice(*entry.rows)] = tensor.T if entry.transpose else tensor
+        elif not torch.allclose(tensor.float(), _constant(entry), rtol=0, atol=1e-6):
+            field, good = ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
+            raise UserError(
+                f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}", 66
+            )
+    return state
+
+
+def _find(name: str, get: Callable[[str], Tensor]) -> Tensor:
+    """Files of a bare model (openai-community/gpt2 is one) lack the first part of the names."""
+    for candidate in (name, name.partition(".")[2]):
+        try:
+            return get(candidate)
+        except KeyError:
+            continue
+    raise UserError(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies", 66)
+
+
+# --- config.json
+
+
+def config_json(model: ModelConfig, vocab_size: int, seq_len: int, eot_id: int | None) -> Json:
+    """The config.json that makes AutoModelForCausalLM build this network."""
+    common: Json = {"vocab_size": vocab_size, "bos_token_id": eot_id, "eos_token_id": eot_id, "dtype": "float32"}
+    kind = family(model)
+    if kind is None:
+        return {"model_type": "dist_lm", "architectures": ["GPT"], **common, "seq_len": seq_len,
+                "model": model.model_dump(mode="json")}  # fmt: skip
+    common |= {"model_type": kind, "tie_word_embeddings": model.tie_embeddings}
+    if kind == "llama":
+        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+        return {**common, "architectures": ["LlamaForCausalLM"], "hidden_size": model.width,
+                "intermediate_size": model.ffn_width, "num_hidden_layers": model.layers,
+                "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
+                "head_dim": model.width // model.heads, "hidden_act": "silu", "max_position_embeddings": seq_len,
+                "rms_norm_eps": model.norm_eps, "rope_parameters": rope, "rope_theta": model.rope_theta,
+                "attention_bias": model.bias, "mlp_bias": model.bias}  # fmt: skip
+    common |= {"n_positions": seq_len, "n_embd": model.width, "n_layer": model.layers, "n_head": model.heads,
+               "layer_norm_epsilon": model.norm_eps, "embd_pdrop": model.dropout, "resid_pdrop": model.dropout,
+               "attn_pdrop": 0.0}  # fmt: skip
+    if kind == "openai-gpt":
+        return {**common, "architectures": ["OpenAIGPTLMHeadModel"], "afn": OPENAI_ACTIVATIONS[model.activation]}
+    return {**common, "architectures": ["GPT2LMHeadModel"], "n_inner": model.ffn_width,
+            "activation_function": GPT2_ACTIVATIONS[model.activation]}  # fmt: skip
+
+
+def generation_config_json(eot_id: int | None) -> Json:
+    """The generation_config.json beside it: what ends a text, and fills rows of a batch that ended."""
+    return {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
+
+
+def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
+    """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
+    readers = {"gpt2": _from_gpt2, "openai-gpt": _from_gpt2, "llama": _from_llama, "dist_lm": lambda c: c["model"]}
+    kind = str(config.get("model_type"))
+    if kind not in readers:
+        raise UserError(
+            f"config.json: model_type={kind!r} must be one of {', '.join(readers)};"
+            f" nearest: {nearest(kind, readers) or 'llama'}", 66
+        )  # fmt: skip
+    _require(config, "quantization_config", None, None)
+    context = {"dist_lm": ("seq_len", 0), "llama": ("max_position_embeddings", 2048), "gpt2": ("n_positions", 1024),
+               "openai-gpt": ("n_positions", 512)}[kind]  # fmt: skip
+    vocab_size = {"llama": 32000, "gpt2": 50257, "openai-gpt": 40478, "dist_lm": 0}[kind]
+    try:
+        model = ModelConfig(**readers[kind](config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config.json: as a model section, {field} {first['input']!r}: {first['msg']}", 66) from None
+    return model, int(config.get("vocab_size", vocab_size)), int(config.get(*context))
+
+
+def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:
+    """A field's value, which must be one that our network can take."""
+    value = config.get(field, default)
+    if value not in allowed:
+        raise UserError(
+            f"config.json: {field}={value!r} is not supported; rule: one of {', '.join(map(repr, allowed))};"
+            f" nearest: {allowed[0]!r}", 66
+        )  # fmt: skip
+    return value
+
+
+def _from_gpt2(config: Json) -> Json:
+    """gpt2 and openai-gpt. Dropout stays 0: theirs also drops attention, and loading is not training."""
+    post = config["model_type"] == "openai-gpt"
+    names = OPENAI_ACTIVATIONS if post else GPT2_ACTIVATIONS
+    field, default = ("afn", "gelu") if post else ("activation_function", "gelu_new")
+    theirs = config.get(field, default)
+    theirs = ACTIVATION_ALIASES.get(theirs, theirs)
+    activation = _require({field: theirs}, field, None, *names.values())
+    _require(config, "scale_attn_weights", True, True)
+    _require(config, "scale_attn_by_inverse_layer_idx", False, False)
+    _require(config, "add_cross_attention", False, False)
+    width = config.get("n_embd", 768)
+    return {
+        "layers": config.get("n_layer", 12), "heads": config.get("n_head", 12), "width": width,
+        "ffn_width": None if post else config.get("n_inner"), "positions": "learned", "norm": "layernorm",
+        "norm_placement": "post" if post else "pre", "bias": True, "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "activation": next(ours for ours, name in names.items() if name == activation),
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+    }  # fmt: skip
+
+
+def _from_llama(config: Json) -> Json:
+    _require(config, "hidden_act", "silu", "silu", "swish")
+    bias = config.get("attention_bias", False)
+    _require(config, "mlp_bias", False, bias)
+    width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+    _require(config, "head_dim", None, width // heads, None)
+    # transformers 5 keeps all of rope in rope_parameters; before, rope_scaling held what was not default.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for field in ("rope_type", "type"):
+        _require(rope, field, "default", "default")
+    _require(rope, "partial_rotary_factor", 1.0, 1.0)
+    return {
+        "layers": config.get("num_hidden_layers", 32), "heads": heads, "width": width, "bias": bias,
+        "kv_heads": config.get("num_key_value_heads"), "ffn_width": config.get("intermediate_size", 11008),
+        "positions": "rope", "norm": "rmsnorm", "norm_placement": "pre", "activation": "swiglu",
+        "norm_eps": config.get("rms_norm_eps", 1e-6), "tie_embeddings": config.get("tie_word_embeddings", False),
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+    }  # fmt: skip

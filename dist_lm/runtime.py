@@ -1,0 +1,366 @@
+"""The only home of Accelerate and torch.distributed: how one training step is spread over processes.
+
+`start()` finds out who we are and proves it with one exchange; `Runtime` wraps the model, makes `backward` and `update`
+true under every strategy, and carries what ranks must agree on. Nothing is ever unpickled from a peer: agreements are
+tensors, and JSON in byte tensors. Methods marked "all ranks" are collectives.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from dist_lm.config import Config, UserError
+
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
+
+
+class Runtime:
+    """Who this process is, and the few operations whose meaning depends on how many there are."""
+
+    def __init__(self, accelerator: Accelerator, precision: str):
+        self.accelerator = accelerator
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.device: torch.device = accelerator.device
+        self.is_main = self.rank == 0
+        self.strategy = "single" if self.world_size == 1 else "ddp"
+        self.precision = precision
+        # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.stop_requested = False
+
+    # --- the model and one step
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compile: bool) -> nn.Module:
+        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All ranks."""
+        self.optimizer = optimizer
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if compile:
+            model.compile()  # in place, so that parameter names stay
+        self.model = self.accelerator.prepare_model(model)
+        return self.model
+
+    def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
+        """Two backward passes of a zero loss. All ranks.
+
+        DDP reorders its gradient buckets after the first backward, which changes the order of sums in a ring of more
+        than two ranks; having that behind us before step 1 makes a resumed run bit-identical to an undisturbed one.
+        """
+        for _ in range(2 if self.world_size > 1 else 0):
+            with self.micro_step(last=True):
+                self.backward(loss_of_nothing())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        """Surrounds forward and backward of one micro-batch: autocast, and gradient exchange only in the last one."""
+        quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with quiet, self.autocast():
+            yield
+
+    def autocast(self) -> Any:
+        """bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast arithmetic."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradient. DDP averages over ranks, so the loss is multiplied by their number first."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.accelerator.backward(self.scaler.scale(loss * self.world_size))
+
+    def update(self, clip: float) -> Tensor:
+        """Clip by the global gradient norm, move the weights, forget the gradients; the norm before clipping."""
+        self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf"), foreach=self.device.type == "cuda")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    # --- agreements
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add up over ranks, in place. All ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1, device=self.device))
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. All ranks."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device))
+        largest = int(max(int(size) for size in sizes))
+        assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
+        padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
+        padded[: len(message)] = message
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return [json.loads(bytes(g[: int(n)].cpu().numpy())) for g, n in zip(gathered, sizes, strict=True)]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """Rank 0 does the work, however long it takes; every rank gets its JSON result or its UserError. All ranks.
+
+        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective ever waits past the timeout.
+        """
+        if self.world_size == 1:
+            return json.loads(json.dumps(work()))
+        outcome: dict[str, Any] = {}
+
+        def run() -> None:
+            try:
+                outcome["result"] = work()
+            except UserError as error:
+                outcome["error"], outcome["code"] = str(error), error.code
+            except BaseException as error:
+                outcome["error"], outcome["code"] = f"{type(error).__name__}: {error}", 1
+                raise
+
+        worker = threading.Thread(target=run, daemon=True) if self.is_main else None
+        if worker:
+            worker.start()
+        while True:
+            if worker:
+                worker.join(1.0)
+            busy = torch.tensor([float(worker.is_alive()) if worker else 0.0], device=self.device)
+            if not self.sum(busy).item():
+                break
+        said = self.gather_json(outcome)[0]
+        if "error" in said:
+            raise UserError(said["error"], said["code"])
+        return said["result"]
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """Every rank does the work; if any refuses, all raise that rank's UserError. All ranks."""
+        result, refusal = None, None
+        try:
+            result = work()
+        except UserError as error:
+            refusal = (str(error), error.code)
+        for rank, said in enumerate(self.gather_json(refusal)):
+            if said:
+                raise UserError(said[0] if rank == 0 else f"rank {rank}: {said[0]}", said[1])
+        return result
+
+    # --- the world outside
+
+    def say(self, text: str) -> None:
+        """One line from rank 0, on stderr: standard output belongs to what an entry prints as its result."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def profiler(self, steps: int, trace: Path) -> Any:
+        """A torch profiler that writes a trace of `steps` steps, after two of warm-up; inert for 0. Rank 0 writes."""
+
+        def write(profile: Any) -> None:
+            if self.is_main:
+                profile.export_chrome_trace(str(trace))
+
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=max(steps, 1), repeat=1)
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write) if steps else _NoProfiler()
+        profiler.start()
+        return profiler
+
+    def start_trackers(self, config: Config) -> None:
+        """TensorBoard and others through Accelerate, which works on rank 0 alone. A failing one never stops a run."""
+        flat = {key: str(value) for key, value in config.flat().items()}  # TensorBoard refuses nested values
+        try:
+            self.accelerator.init_trackers(os.path.basename(os.path.normpath(config.run.dir)), config=flat)
+        except Exception as error:
+            self.say(f"warning: tracking is off, the run goes on: {type(error).__name__}: {error}")
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        self.accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Leave together: a rank that exits early aborts peers that still work. All ranks."""
+        self.barrier()
+        with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run
+            self.accelerator.end_training()  # also destroys the process group
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _NoProfiler:
+    def start(self) -> None: ...
+    def step(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+class RunLock:
+    """A run folder belongs to one run at a time: a file with host and pid, touched while the run lives.
+
+    A lock is stale when its process is gone (same host) or it was not touched for STALE_SECONDS as seen by our own
+    clock, so clocks of other hosts do not matter. A new start waits that long before it refuses.
+    """
+
+    STALE_SECONDS = 15.0
+
+    def __init__(self, folder: Path, runtime: Runtime):
+        self.path, self.runtime = folder / "run.lock", runtime
+        self._released = threading.Event()
+
+    def __enter__(self) -> "RunLock":
+        self.runtime.on_main(self._acquire)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.runtime.is_main:
+            self._released.set()
+            self.path.unlink(missing_ok=True)
+
+    def _acquire(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        seen, since, asked = None, time.monotonic(), time.monotonic()
+        while True:
+            with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
+                file.write(mine)
+                break
+            with contextlib.suppress(FileNotFoundError):  # released between the two looks
+                touched, held = self.path.stat().st_mtime_ns, self.path.read_text(encoding="utf-8")
+                if touched != seen:
+                    seen, since = touched, time.monotonic()
+                if _process_is_gone(held) or time.monotonic() - since > self.STALE_SECONDS:
+                    self.path.unlink(missing_ok=True)
+                elif time.monotonic() - asked > self.STALE_SECONDS + 5:
+                    raise UserError(
+                        f"run.dir={self.path.parent} is in use by another run ({held}); rule: one run a folder; choose"
+                        " another run.dir or end that run"
+                    )
+                elif asked == since or time.monotonic() - asked < 0.2:
+                    self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
+            time.sleep(0.5)
+        threading.Thread(target=self._touch, daemon=True, name="run-lock").start()
+
+    def _touch(self) -> None:
+        while not self._released.wait(self.STALE_SECONDS / 5):
+            with contextlib.suppress(OSError):  # a full or slow disk must not end the run
+                os.utime(self.path)
+
+
+def _process_is_gone(lock: str) -> bool:
+    """Whether the lock's process ended on this host; a zombie has."""
+    try:
+        holder = json.loads(lock)
+        host, pid = holder["host"], int(holder["pid"])
+    except (ValueError, KeyError, TypeError):
+        return False  # being written
+    if host != socket.gethostname():
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime:
+    """Join the other processes, check that they are the ones asked for and hold the same config. All ranks."""
+    refuse_silent_single()
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
+        raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
+    die_with_launcher()
+    cpu = not torch.cuda.is_available()
+    # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if cpu else 25
+    )
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
+        log_with=list(config.run.trackers) or None,
+        project_dir=os.path.join(config.run.dir, "tensorboard"),
+    )
+    runtime = Runtime(accelerator, config.run.precision)
+    _prove_world(runtime, config)
+    if cpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    elif torch.cuda.device_count() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        runtime.say(
+            f"warning: {torch.cuda.device_count()} GPUs here and {os.environ.get('LOCAL_WORLD_SIZE', '1')} process(es):"
+            " some stay idle; start one process per GPU, e.g. with torchrun --nproc_per_node"
+        )
+    _stop_on_signals(runtime)
+    return runtime
+
+
+def refuse_silent_single() -> None:
+    """Accelerate without a config file starts ONE process on CPU whatever --num_processes says."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        raise UserError(
+            "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
+            " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
+        )
+
+
+def die_with_launcher(poll_seconds: float = 1.0) -> None:
+    """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll_seconds)
+        os._exit(70)
+
+    threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
+
+
+def _prove_world(runtime: Runtime, config: Config) -> None:
+    """Silent degradation is the worst failure of this stack: count the ranks by an exchange and compare settings."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if runtime.world_size != asked:
+        raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
+    ranks = runtime.sum(torch.tensor([1.0, runtime.rank], device=runtime.device)).tolist()
+    assert ranks == [asked, asked * (asked - 1) / 2], f"the exchange between {asked} ranks is broken: {ranks}"
+    hashes = runtime.gather_json(hashlib.sha256(config.to_yaml().encode()).hexdigest())
+    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+    if different:
+        raise UserError(f"ranks {different} were started with other settings than rank 0; rule: the same everywhere")
+
+
+def _stop_on_signals(runtime: Runtime) -> None:
+    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C stops at once."""
+
+    def ask(number: int, frame: object) -> None:
+        if number == signal.SIGINT and runtime.stop_requested:
+            raise KeyboardInterrupt
+        runtime.stop_requested = True
+        if runtime.is_main:  # not print(): a handler may interrupt a print
+            os.write(2, f"{signal.Signals(number).name}: stopping at the next step, with a checkpoint\n".encode())
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)

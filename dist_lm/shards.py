@@ -1,0 +1,185 @@
+"""Token shards on disk: write, map, verify.
+
+A prepared folder holds one safetensors file a shard (the tokens of whole and cut documents, end-of-text after each, and
+where each document starts), the tokenizer, and `dataset.json`, the manifest, written last: a folder that has it is whole.
+Invariant: every file is written aside, fsynced and renamed; sizes are checked when opened, hashes by `verify`.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_lm.config import UserError
+
+MANIFEST = "dataset.json"
+FORMAT = 1
+_DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Span(NamedTuple):
+    """A part of one document inside a sequence: tokens[start:stop] of its T+1."""
+
+    source: str
+    row: int
+    start: int
+    stop: int
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write aside, fsync, rename, fsync the folder; the sha256 of what was written."""
+    digest = hashlib.sha256()
+    aside = path.with_name(f"tmp-{path.name}")
+    with open(aside, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
+
+
+def write_shard(path: Path, tokens: np.ndarray, starts: Sequence[int], sources: Sequence[int], rows: Sequence[int]) -> dict[str, Any]:
+    """Write one shard; its line in the manifest. Document n starts at token starts[n] (0 if begun in the shard before)."""
+    arrays = {
+        "document_start": np.array(starts, "<i8"),
+        "document_source": np.array(sources, "<i8"),
+        "document_row": np.array(rows, "<i8"),
+        "tokens": tokens,
+    }
+    header, end = {}, 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the arrays stay aligned
+    head = len(text).to_bytes(8, "little") + text
+    sha256 = write_file(path, [head, *(memoryview(array).cast("B") for array in arrays.values() if array.size)])
+    return {"file": path.name, "tokens": len(tokens), "bytes": len(head) + end, "sha256": sha256}
+
+
+def map_shard(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a shard, read from disk only where touched."""
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    base = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:base])
+    return {
+        name: np.frombuffer(data, _DTYPES[entry["dtype"]], entry["shape"][0], base + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def find_prepared(path: str | Path) -> bool:
+    """Whether a path is a prepared folder."""
+    return Path(path, MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder, MANIFEST)
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare the text again", 65) from error
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{file}: format {manifest.get('format')} is not the format {FORMAT} of this version", 65)
+    return manifest
+
+
+def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:
+    """Check every file of a prepared folder against its manifest; a line for each that is damaged."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    entries = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    damaged = []
+    for entry in [{"file": "tokenizer.json", "sha256": manifest["tokenizer"]["sha256"]}, *entries]:
+        try:
+            with open(folder / entry["file"], "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            damaged.append(f"{folder / entry['file']}: {error.strerror}")
+            continue
+        if sha256 != entry["sha256"]:
+            damaged.append(f"{folder / entry['file']}: sha256 {sha256} is not the manifest's {entry['sha256']}")
+    for line in damaged:
+        say(line)
+    return damaged
+
+
+class TokenShards:
+    """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.manifest = Path(folder), read_manifest(folder)
+        entries = self.manifest["splits"][split]["shards"]
+        self.files: list[str] = [entry["file"] for entry in entries]
+        self.sizes: list[int] = [entry["tokens"] for entry in entries]
+        for entry in entries:
+            path = self.folder / entry["file"]
+            size = path.stat().st_size if path.is_file() else "missing"
+            if size != entry["bytes"]:
+                raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
+        self._arrays = [map_shard(self.folder / file) for file in self.files]
+        self._tokens = [arrays["tokens"] for arrays in self._arrays]
+        self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
+        self._ends: dict[tuple[int, int], list[int]] = {}
+
+    def counts(self, seq_len: int, stride: int) -> list[int]:
+        """How many sequences each shard has."""
+        return [(size - 1 - seq_len) // stride + 1 if size > seq_len else 0 for size in self.sizes]
+
+    def tail_tokens(self, seq_len: int, stride: int) -> int:
+        """Tokens at the shards' ends that are no sequence's target."""
+        counts = zip(self.sizes, self.counts(seq_len, stride), strict=True)
+        return sum(size - 1 - ((n - 1) * stride + seq_len if n else 0) for size, n in counts)
+
+    def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
+        """The shard of a sequence, and where in it its first token is."""
+        key = (seq_len, stride)
+        if key not in self._ends:
+            self._ends[key] = list(accumulate(self.counts(seq_len, stride)))
+        ends = self._ends[key]
+        assert 0 <= sequence < (ends[-1] if ends else 0), f"sequence {sequence} is none of {ends[-1] if ends else 0}"
+        shard = bisect_right(ends, sequence)
+        return shard, (sequence - (ends[shard - 1] if shard else 0)) * stride
+
+    def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
+        """(N, seq_len + 1) tokens in the type they are stored in."""
+        out = np.empty((len(sequences), seq_len + 1), self.dtype)
+        for row, sequence in enumerate(np.asarray(sequences).tolist()):
+            shard, start = self.find(sequence, seq_len, stride)
+            out[row] = self._tokens[shard][start : start + seq_len + 1]
+        return out
+
+    def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
+        """The documents that a sequence's T+1 tokens come from."""
+        shard, first = self.find(sequence, seq_len, stride)
+        arrays, names = self._arrays[shard], self.manifest["sources"]
+        starts = arrays["document_start"]
+        n = int(np.searchsorted(starts, first, "right")) - 1
+        spans, end = [], first + seq_len + 1
+        while n < len(starts) and starts[n] < end:
+            stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
+            name = names[int(arrays["document_source"][n])]["name"]
+            begin = max(int(starts[n]), first) - first
+            spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
+            n += 1
+        return spans

@@ -1,0 +1,320 @@
+"""Tokenizers: char, byte, byte-level BPE trained on the corpus, or any tokenizer.json.
+
+Invariants: text that looks like a special token is encoded as plain text; the stored bytes of tokenizer.json are the
+tokenizer's identity (`sha256`); the pieces between two cuts encode to the very ids of the whole text.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+import signal
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from dist_lm.config import UserError, did_you_mean
+
+EOT = "<|endoftext|>"
+UNK = "<|unk|>"
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # of foreign tokenizers that do not say
+SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most
+CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
+LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document is refused (bounds memory)
+
+# A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
+# runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
+_BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
+# GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
+_PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+BYTE_OF = {chr(b): b for b in _PLAIN} | {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+
+
+class Tokenizer:
+    """Text to ids and back; frozen. `eot` ends a document, `unk` (char only, else None) stands for unknown text."""
+
+    def __init__(self, stored: str, eot_token: str, unk_token: str | None = None):
+        self._tokenizer = tokenizers.Tokenizer.from_str(stored)
+        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # ids must be a function of the text
+        self.stored, self.eot_token, self.unk_token = stored, eot_token, unk_token
+        self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.vocabulary.values()) + 1
+        self.eot = self.vocabulary[eot_token]
+        self.unk = self.vocabulary.get(unk_token) if unk_token else None
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        content = json.loads(stored)
+        self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
+        self._byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        plain = content["normalizer"] is None and not any(not t["special"] for t in content["added_tokens"])
+        # one id a character or byte, so any place is a cut
+        self._atomic = plain and content["model"]["type"] == "BPE" and not content["model"]["merges"]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """From a tokenizer.json, or a folder that holds one (and perhaps a tokenizer_config.json)."""
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        config_file = file.with_name("tokenizer_config.json")
+        try:
+            stored = file.read_text(encoding="utf-8")
+            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+            vocabulary = tokenizers.Tokenizer.from_str(stored).get_vocab()
+        except Exception as error:  # tokenizers raises bare Exception
+            raise UserError(f"{file}: not a readable tokenizer ({error})", 65) from error
+        named = {key: _content(config.get(f"{key}_token")) for key in ("eos", "unk")}
+        eot_token = next((name for name in (named["eos"], *EOT_NAMES) if name in vocabulary), None)
+        if eot_token is None:
+            raise UserError(f"{file}: no end-of-text token; name one of its tokens as eos_token in {config_file}", 65)
+        return cls(stored, eot_token, named["unk"] if named["unk"] in vocabulary else None)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.stored.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and the tokenizer_config.json that makes AutoTokenizer load it as it is."""
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"eos_token": self.eot_token} | ({"unk_token": self.unk_token} if self.unk_token else {})
+        Path(folder, "tokenizer.json").write_text(self.stored, encoding="utf-8")
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise UserError(f"character {error.start} of the text is a lone surrogate; rule: valid Unicode", 65) from error
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self) -> np.ndarray:
+        """Bytes of UTF-8 text that each id stands for, 0 for special tokens."""
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token, i in self.vocabulary.items():
+            if i not in self._special:
+                sizes[i] = len(self._bytes_of(token))
+        return sizes
+
+    def _bytes_of(self, token: str) -> bytes:
+        if self._byte_level and all(c in BYTE_OF for c in token):
+            return bytes(BYTE_OF[c] for c in token)
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
+            return bytes([int(token[3:5], 16)])
+        return token.removeprefix("##").replace("▁", " ").encode()
+
+    def cut(self, text: str, limit: int) -> int:
+        """The last place in text[1:limit + 1] where cutting leaves the ids as they are; 0 where there is none."""
+        if self._atomic:
+            return limit
+        if self._tokenizer.pre_tokenizer is None:
+            return 0
+        for breaks in _BREAKS:
+            for start in (max(0, limit - 2**14), 0):
+                places = [match.start() for match in breaks.finditer(text, start, limit)]
+                found = next((place for place in reversed(places[-256:]) if self._cuts_at(text, place)), 0)
+                if found:
+                    return found
+        return 0
+
+    def _cuts_at(self, text: str, place: int) -> bool:
+        left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
+        return all(parts(left) + parts(right) == parts(left + right) for parts in (self._words, self.encode))
+
+    def _words(self, text: str) -> list[str]:
+        text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    def pieces(self, chunks: Iterable[str], size: int = 2**20) -> Iterator[str]:
+        """One document's text in pieces of at most about `size` characters that encode as the whole does."""
+        waiting, limit = "", size
+        for chunk in chunks:
+            waiting += chunk
+            while len(waiting) >= limit + CONTEXT:
+                place = self.cut(waiting, limit)
+                if place:
+                    yield waiting[:place]
+                    waiting, limit = waiting[place:], size
+                elif limit >= LONGEST_WORD and self._tokenizer.pre_tokenizer is not None:
+                    raise UserError(f"{limit:,} characters without a place where the tokenizer cuts; rule: fewer", 65)
+                else:
+                    limit *= 2
+        if waiting:
+            yield waiting
+
+
+class StreamDecoder:
+    """Ids to text as they come: `push` gives only whole characters, `flush` what is left at the end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens = {i: token for token, i in tokenizer.vocabulary.items()} if tokenizer._byte_level else {}
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._shown = 0  # how many of self._ids are out already; they are context for those that follow
+
+    def push(self, token_id: int) -> str:
+        if self._tokens:  # byte-level: bytes into an incremental UTF-8 decoder
+            token = "" if token_id in self._tokenizer._special else self._tokens.get(token_id, "")
+            return self._utf8.decode(self._tokenizer._bytes_of(token))
+        self._ids.append(token_id)
+        text = self._new_text()
+        if text.endswith("\ufffd") and len(self._ids) - self._shown < 8:
+            return ""  # perhaps the first bytes of a character
+        self._ids = self._ids[self._shown :]
+        self._shown = len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        if self._tokens:
+            return self._utf8.decode(b"", final=True)
+        text, self._ids, self._shown = self._new_text(), [], 0
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        return self._tokenizer.decode(self._ids)[len(before) :]
+
+
+def is_trained_spec(spec: str) -> bool:
+    """Whether `data.tokenizer` is made from the corpus (char, byte, bpe:N) rather than loaded; checks N."""
+    if spec in ("char", "byte"):
+        return True
+    if not spec.startswith("bpe:"):
+        return False
+    size = int(spec[4:]) if spec[4:].isascii() and spec[4:].isdigit() else 0
+    if size < 257:
+        raise UserError(f"data.tokenizer='{spec}': the vocabulary must be 256 bytes and {EOT} or more; nearest: bpe:257")
+    return True
+
+
+def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
+    """Make `char`, `byte` or `bpe:N`; the same from the same pieces, whatever the machine."""
+    assert is_trained_spec(spec), f"{spec} is not made from a corpus"
+    if spec == "char":
+        characters: set[str] = set()
+        for piece in pieces:
+            characters.update(piece)
+        alphabet = sorted(characters)
+        # transformers' loader would make a one-character special token of neither name, so both lie after the characters
+        model = models.BPE({c: i for i, c in enumerate([*alphabet, UNK])}, [], unk_token=UNK)
+        return _assemble(model, None, decoders.Fuse(), [UNK, EOT])
+    if spec == "byte":
+        return _assemble(models.BPE(BYTE_OF, []), *_byte_level(), [EOT])
+    skeleton = tokenizers.Tokenizer(models.BPE())
+    skeleton.pre_tokenizer, skeleton.decoder = _byte_level()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(spec[4:]), special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+    )
+    skeleton.train_from_iterator(_drain(sample(pieces)), trainer)
+    return Tokenizer(skeleton.to_str(pretty=True), EOT)
+
+
+def cutter(spec: str) -> Tokenizer:
+    """A tokenizer that cuts as the one that `spec` will become does."""
+    return train_tokenizer("char" if spec == "char" else "byte", [])
+
+
+def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[bytes]:
+    """Pieces chosen by hash of their text, in order: all of them if they fit, else those below a falling threshold."""
+    kept: list[tuple[int, bytes]] = []
+    threshold, size = 2**64, 0
+    for piece in pieces:
+        data = piece.encode()
+        rank = int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"sample").digest(), "little")
+        if rank < threshold:
+            kept.append((rank, data))
+            size += len(data)
+        while size > most:
+            threshold //= 2
+            kept = [(rank, data) for rank, data in kept if rank < threshold]
+            size = sum(len(data) for _, data in kept)
+    return [data for _, data in kept]
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """A local tokenizer.json, a folder with one, or a hub name."""
+    if Path(spec).exists():
+        return Tokenizer.load(spec)
+    hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        import huggingface_hub  # slow, and needed for hub names only
+
+        try:
+            file = huggingface_hub.hf_hub_download(spec, "tokenizer.json")
+        except Exception as error:
+            hint = f"; the hub gave none either ({type(error).__name__}){hint}"
+        else:
+            try:  # noqa: SIM105 -- named beside the download it belongs to
+                huggingface_hub.hf_hub_download(spec, "tokenizer_config.json")
+            except huggingface_hub.errors.EntryNotFoundError:
+                pass
+            return Tokenizer.load(file)
+    raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
+
+
+# --- encoding in worker processes: jobs and answers as plain bytes over pipes, no pickle and no import of the parent's main
+
+
+def write_frame(stream: BinaryIO, parts: Sequence[bytes | memoryview]) -> None:
+    sizes = [memoryview(part).nbytes for part in parts]
+    stream.write(struct.pack(f"<Q{len(parts)}Q", len(parts), *sizes))
+    for part in parts:
+        stream.write(part)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> list[bytes] | None:
+    """The next frame's parts; None at the end of the stream."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    sizes = np.frombuffer(stream.read(8 * struct.unpack("<Q", head)[0]), "<u8")
+    return [stream.read(size) for size in sizes.tolist()]
+
+
+def serve(path: str) -> None:
+    """A worker: encode frames of texts from stdin, answer with frames of tokens on stdout, until stdin closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    tokenizer = Tokenizer.load(path)
+    while (texts := read_frame(sys.stdin.buffer)) is not None:
+        ids = tokenizer.encode_batch([text.decode() for text in texts])
+        write_frame(sys.stdout.buffer, [np.array(i, tokenizer.dtype).tobytes() for i in ids])
+
+
+def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]) -> Tokenizer:
+    tokenizer = tokenizers.Tokenizer(model)
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return Tokenizer(tokenizer.to_str(pretty=True), EOT, UNK if UNK in special else None)
+
+
+def _byte_level() -> tuple[Any, Any]:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True), decoders.ByteLevel()
+
+
+def _drain(kept: list[bytes]) -> Iterator[str]:
+    """Each text once, its memory freed as it goes."""
+    kept.reverse()
+    while kept:
+        yield kept.pop().decode()
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token in tokenizer_config.json, which may be given as a mapping."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,407 @@
+"""Train a GPT: `accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]`, torchrun or python.
+
+One step, in order: agree on stopping, evaluate, save, set the rate, micro-batches, update, hand figures over. The batch
+of a step is a function of (seed, step); everything else that a run carries along is in TrainState, the weights and the
+optimizer's tensors. Running the same command again goes on where the run folder stands.
+"""
+
+from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
+
+FLAGS = {"allow_change": "Let FIELD differ from what the run was started with (repeatable)."}
+if __name__ == "__main__":  # a typing mistake is answered before the seconds that torch takes to import
+    ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/train.py"))
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_lm import __version__, checkpoint, hf
+from dist_lm.data import NO_TARGET, Batches, Dataset, open_dataset
+from dist_lm.metrics import Metrics, draw_curves
+from dist_lm.model import GPT, flops_per_token, init_weights
+from dist_lm.optim import lr_at, make_optimizer, set_lr
+from dist_lm.runtime import RunLock, Runtime, start
+from dist_lm.sample import Sampling, sample
+from dist_lm.validate import validate
+
+SAMPLE_TOKENS, SAMPLE_TEMPERATURES = 96, (0.0, 0.8)  # what each evaluation writes to samples.md
+DIVERGED = 76
+SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself is not finite
+
+
+@dataclass
+class TrainState:
+    """All that a run carries from step to step besides tensors."""
+
+    step: int = 0  # updates made
+    tokens: int = 0  # targets trained on
+    skipped_updates: int = 0  # fp16 overflows
+    val_loss: float | None = None  # of the newest evaluation
+
+
+@dataclass
+class Run:
+    """What the phases of main() build and train() uses."""
+
+    config: Config
+    runtime: Runtime
+    data: Dataset
+    plan: Plan
+    steps: int
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+    state: TrainState
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+@dataclass
+class Pending:
+    """Figures of a step that are still on the device; reading them is the one host sync, one step late."""
+
+    step: int
+    lr: float
+    loss_norm_targets_stop: Tensor
+    seconds: float
+    seconds_waiting: float  # for data
+    batch_hash: Tensor | None
+
+
+def main(config: Config, flags: Mapping[str, list[str]]) -> None:
+    runtime = start(config)
+    try:
+        with RunLock(Path(config.run.dir), runtime):
+            run = build(runtime, config)
+            if resume(run, flags.get("allow_change", [])):
+                describe(run)
+                train(run)
+                finish(run)
+    except UserError:  # raised by all ranks together, so they can also leave together
+        runtime.close()
+        raise
+    runtime.close()
+
+
+def train(run: Run) -> None:
+    """The loop. Every paragraph is run by all ranks, with the same outcome on each."""
+    config, runtime, state = run.config, run.runtime, run.state
+    model = runtime.prepare(run.model, run.optimizer, config.run.compile)
+    batches = training_batches(run)
+    batch = batches.take()
+    runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
+    targets = runtime.sum(torch.tensor(float(batch.targets), dtype=torch.float64, device=runtime.device))
+    first_step, stopping, pending = state.step, False, None
+    hashing = config.run.log_batch_hash
+    profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
+
+    while True:
+        # Is this the last turn? It only evaluates and saves. Pending figures come first, so that no NaN is ever saved.
+        ended = state.step == run.steps
+        leaving = ended or stopping or state.step == config.run.stop_after
+        evaluating = (
+            state.step > first_step and config.run.eval_every and (ended or due(state.step, config.run.eval_every))
+        )
+        saving = state.step > first_step and (leaving or due(state.step, config.run.save_every))
+        if pending and (evaluating or saving or leaving):
+            stopping |= settle(run, pending)
+            pending = None
+
+        if evaluating:
+            evaluate(run)
+
+        if saving:
+            save(run, must_succeed=leaving)
+        if leaving:
+            break
+
+        started = time.monotonic()
+        # The rate is a function of the step, and set before the backward: DeepSpeed updates inside the last one.
+        lr = lr_at(config.optim, state.step, run.steps)
+        set_lr(run.optimizer, lr)
+
+        # The loss is the sum over the global batch divided by its number of targets, however it is cut up.
+        loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+        for number, micro in enumerate(batch.micros, 1):
+            with runtime.micro_step(last=number == len(batch.micros)):
+                loss = model(micro.tokens_BT, micro.targets_BT, dropout_keys_B=micro.dropout_keys_B,
+                             segments_BT=micro.segments_BT)  # fmt: skip
+                runtime.backward(loss / targets.float())
+            loss_sum += loss.detach()
+
+        norm = runtime.update(config.optim.clip)
+
+        # One small sum carries all that ranks must agree on; its stop flag is read one step late, like the figures.
+        waiting = time.monotonic()
+        next_batch = batches.take()
+        waited = time.monotonic() - waiting
+        mine = torch.tensor([next_batch.targets, runtime.stop_requested], dtype=torch.float64, device=runtime.device)
+        loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], mine]))
+        if pending:
+            stopping = settle(run, pending)
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop])
+        batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
+        pending = Pending(state.step + 1, lr, figures, time.monotonic() - started, waited, batch_hash)
+        batch, targets = next_batch, next_targets
+        state.step, state.val_loss = state.step + 1, None
+        profiler.step()
+
+    profiler.stop()
+    batches.close()
+
+
+def settle(run: Run, pending: Pending) -> bool:
+    """Read a step's figures, refuse what is not finite, record them; whether some rank was told to stop. All ranks."""
+    runtime, state = run.runtime, run.state
+    loss, norm, targets, stop = pending.loss_norm_targets_stop.tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not runtime.scaler.is_enabled() or runtime.scaler.get_scale() < SMALLEST_SCALE:
+            raise UserError(
+                f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
+                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip", DIVERGED
+            )  # fmt: skip
+        state.skipped_updates += 1
+    state.tokens += int(targets)
+    extra: dict[str, Any] = {}
+    if pending.batch_hash is not None:
+        extra["batch_hash"] = f"{int(pending.batch_hash) % 2**64:016x}"
+    if runtime.scaler.is_enabled():
+        extra.update(scale=runtime.scaler.get_scale(), skipped_updates=state.skipped_updates)
+    run.metrics.step(
+        step=pending.step, loss=loss, lr=pending.lr, grad_norm=norm, tokens=state.tokens,
+        tokens_per_second=targets / pending.seconds, data_wait=pending.seconds_waiting / pending.seconds, **extra,
+    )  # fmt: skip
+    return stop > 0
+
+
+def evaluate(run: Run) -> None:
+    """Held-out figures, and samples to watch the text become coherent. All ranks, in step."""
+    config, runtime, data = run.config, run.runtime, run.data
+    with run.metrics.pause():
+        figures = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
+        run.state.val_loss = figures["val_loss"]
+        run.metrics.evaluation(run.state.step, "val", figures)
+        prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
+        texts = [f"## step {run.state.step}, loss {figures['val_loss']:.4f}"]
+        for temperature in SAMPLE_TEMPERATURES:
+            settings = Sampling(SAMPLE_TOKENS, temperature)
+            with runtime.autocast():
+                *_, (made,) = sample(run.model, data.tokenizer, [prompt], settings, [0], stop_early=False)
+            texts.append(f"temperature {temperature}\n```\n{config.run.sample_prompt}{made.text}\n```")
+        if runtime.is_main:
+            with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
+                file.write("\n".join(texts) + "\n\n")
+
+
+def save(run: Run, must_succeed: bool) -> None:
+    """Write a checkpoint, then drop the ones no longer wanted. A failed one in mid-run is said, not fatal. All ranks."""
+    config, runtime = run.config, run.runtime
+    vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
+    facts = {
+        **asdict(run.state), "strategy": runtime.strategy, "world_size": runtime.world_size,
+        "scaler": runtime.scaler.state_dict(), "config": config.model_dump(mode="json"), "data": run.data.identity,
+        "versions": {"dist_lm": __version__, "torch": torch.__version__}, "commit": git_commit(),
+    }  # fmt: skip
+    contents = {
+        "config.json": hf.config_json(config.model, vocab_size, seq_len, run.data.tokenizer.eot),
+        "generation_config.json": hf.generation_config_json(run.data.tokenizer.eot),
+        "state.json": facts,
+    }
+    try:
+        with run.metrics.pause():
+            checkpoint.save(
+                run.dir, run.state.step,
+                checkpoint.model_sources(config.model, vocab_size, seq_len, dict(run.model.named_parameters())),
+                checkpoint.optimizer_sources(run.model.named_parameters(), run.optimizer),
+                {name: json.dumps(content, indent=1) for name, content in contents.items()}, run.data.tokenizer,
+                rank=runtime.rank, world=runtime.world_size, gather=runtime.gather_json,
+            )  # fmt: skip
+            runtime.on_main(lambda: checkpoint.prune(run.dir, config.run.keep_last, config.run.keep_every))
+    except UserError as error:
+        if must_succeed:
+            raise
+        runtime.say(f"warning: {error}; training goes on")
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def build(runtime: Runtime, config: Config) -> Run:
+    """Data, model and optimizer on this rank's device, the weights as they start. All ranks."""
+    data = open_dataset(config, runtime.on_main)
+    vocab_size, seq_len = data.tokenizer.vocab_size, config.data.seq_len
+    layout = plan(config, runtime.world_size)
+    steps = config.run.steps or -(-(config.run.epochs or 0) * data.train_sequences // config.data.global_batch)
+    model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
+    init_weights(model, config.run.seed)
+    model.to(runtime.device)
+    optimizer = make_optimizer(model, config.optim, config.run.precision)
+    metrics = Metrics(
+        config.run.dir, steps=steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
+        device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
+    )  # fmt: skip
+    return Run(config, runtime, data, layout, steps, model, optimizer, metrics, TrainState())
+
+
+def training_batches(run: Run) -> Batches:
+    config, data = run.config.data, run.data
+    end = run.config.run.epochs and run.config.run.epochs * data.train_sequences
+    return Batches(
+        data.train, config, run.plan, run.runtime.rank, run.runtime.device, seed=run.config.run.seed,
+        eot=data.tokenizer.eot, first_step=run.state.step, end_position=end, dropout=run.config.model.dropout > 0,
+        hash_rows=run.config.run.log_batch_hash,
+    )  # fmt: skip
+
+
+def resume(run: Run, allowed: list[str]) -> bool:
+    """Put the run where its folder stands, or at its start; whether there is anything left to do. All ranks."""
+    config, runtime = run.config, run.runtime
+
+    def choose() -> str | None:  # rank 0 decides; others may see the folder otherwise for a while
+        if config.run.resume == "never":
+            if (run.dir / "metrics.jsonl").exists() or checkpoint.step_folders(run.dir):
+                raise UserError(
+                    f"run.dir={run.dir} has a history and run.resume=never; rule: an empty folder; or run.resume=auto"
+                )
+            return None
+        if config.run.resume != "auto":
+            folder = Path(config.run.resume)
+            checkpoint.verify(folder)
+            checkpoint.set_aside_newer(run.dir, folder, runtime.say)
+            return str(folder)
+        newest, passed_over = checkpoint.newest_valid(run.dir)
+        for why in passed_over:
+            runtime.say(f"warning: passed over a damaged checkpoint: {why}")
+        return newest and str(newest)
+
+    chosen = runtime.on_main(choose)
+    if chosen is None:
+        if config.run.init_from:
+            runtime.together(lambda: start_from(run, config.run.init_from or ""))
+        return True
+    folder = Path(chosen)
+    facts = checkpoint.read_state(folder)
+    refuse_other_mathematics(run, facts, allowed)
+    weights = checkpoint.read_weights(folder, config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
+    run.model.load_state_dict(weights)
+    checkpoint.restore_optimizer(folder, list(run.model.named_parameters()), run.optimizer)
+    if runtime.scaler.is_enabled():
+        runtime.scaler.load_state_dict(facts["scaler"])
+    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"])
+    if run.state.step >= min(run.steps, config.run.stop_after or run.steps):
+        runtime.say(
+            f"{run.dir} is finished at step {run.state.step}; to go on raise run.steps={run.steps} or run.stop_after,"
+            " to start anew choose another run.dir"
+        )
+        return False
+    runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
+    return True
+
+
+def refuse_other_mathematics(run: Run, facts: Mapping[str, Any], allowed: list[str]) -> None:
+    """A resumed run has the settings it was started with, but for those that do not touch its mathematics."""
+    old = {f"{s}.{f}": value for s, fields in facts["config"].items() for f, value in fields.items()}
+    old["data (its tokens, by hash)"] = facts["data"]
+    new = {**run.config.flat(), "data (its tokens, by hash)": run.data.identity}
+    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    for name in ("run.steps", "run.epochs"):
+        before, after = changed.get(name, (None, None))
+        if before is not None and after is not None and after > before:
+            run.runtime.say(
+                f"{name} grows from {before} to {after}: from here on the schedule is that of the longer run"
+            )
+            del changed[name]
+    refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
+    if refused:
+        both = ", ".join(f"{name}: {changed[name][0]!r} -> {changed[name][1]!r}" for name in refused)
+        raise UserError(
+            f"run.dir={run.dir} was started with other settings ({both}); rule: a resumed run keeps its mathematics;"
+            f" choose another run.dir, or --allow_change {refused[0]}"
+        )
+
+
+def start_from(run: Run, name: str) -> None:
+    """Take only the weights of a checkpoint or transformers folder; refuses another model or tokenizer."""
+    folder = checkpoint.locate(name)
+    described, vocab_size, context = checkpoint.read_description(folder)
+    ours, theirs = run.config.model.model_dump(), described.model_dump()
+    different = [
+        f"--model.{key} {theirs[key]}" for key in ours if ours[key] != theirs[key] and key not in ("dropout", "init")
+    ]
+    if different:
+        raise UserError(f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}")
+    tokenizer = run.data.tokenizer
+    if tokenizer.vocab_size != vocab_size or checkpoint.tokenizer_hash(folder) not in (None, tokenizer.sha256):
+        raise UserError(
+            f"run.init_from={name} was trained with another tokenizer ({vocab_size} tokens) than data.input="
+            f"{run.config.data.input} ({tokenizer.vocab_size}); nearest: data.tokenizer={folder}"
+        )
+    if context < run.config.data.seq_len and run.config.model.positions == "learned":
+        raise UserError(
+            f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {context}"
+        )
+    weights = checkpoint.read_weights(folder, described, vocab_size, context)
+    if "positions.weight" in weights:
+        weights["positions.weight"] = weights["positions.weight"][: run.config.data.seq_len]
+    run.model.load_state_dict(weights)
+
+
+def describe(run: Run) -> None:
+    """Say what is about to happen, and write the resolved settings into the run folder. Rank 0 speaks."""
+    config, runtime, data = run.config, run.runtime, run.data
+    batch, say = config.data.global_batch, runtime.say
+    parameters = sum(p.numel() for p in run.model.parameters())
+    say(
+        f"{parameters:,} parameters, {data.train_sequences:,} sequences of {config.data.seq_len} tokens to train on;"
+        f" {run.plan.tokens_per_step:,} tokens a step, {run.steps:,} steps"
+        f" ({run.steps * batch / data.train_sequences:.2f} epochs)"
+    )
+    say(
+        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each step"
+        f" {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"
+    )
+    if run.plan.filler_percent > 0:
+        say(
+            f"warning: rows without targets even out the processes and cost {run.plan.filler_percent:.1f} % of each step"
+        )
+    if config.optim.warmup_steps > run.steps:
+        say(f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps")
+    if hf.family(config.model) is None:
+        say("warning: no transformers family has this model; only dist_lm reads its checkpoints")
+    if runtime.is_main:
+        (run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    runtime.start_trackers(config)
+
+
+def finish(run: Run) -> None:
+    """The curve as a picture, and what to type next. Rank 0."""
+    run.metrics.close()
+    if run.runtime.is_main:
+        draw_curves([run.dir], run.dir / "loss.png")
+        run.runtime.say(
+            f"step {run.state.step} is saved; try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
+        )
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+if __name__ == "__main__":
+    run_entry(lambda _: main(*ARGUMENTS))

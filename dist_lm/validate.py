@@ -1,0 +1,43 @@
+"""Held-out loss, perplexity and bits per byte: sums over all ranks, so the same number at any world size."""
+
+import math
+
+import torch
+from torch import nn
+
+from dist_lm.config import Config, Plan
+from dist_lm.data import NO_TARGET, Batches
+from dist_lm.runtime import Runtime
+from dist_lm.shards import TokenShards
+from dist_lm.text import Tokenizer
+
+_ORDER_SEED = 0  # the same validation sequences whatever the run's seed
+
+
+def validate(
+    runtime: Runtime, model: nn.Module, shards: TokenShards, config: Config, plan: Plan, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Evaluate the first `run.eval_batches` global batches of a fixed order. All ranks."""
+    data = config.data
+    end = min(sum(shards.counts(data.seq_len, data.stride)), config.run.eval_batches * data.global_batch)
+    batches = Batches(
+        shards, data, plan, runtime.rank, runtime.device, seed=_ORDER_SEED, eot=tokenizer.eot, end_position=end
+    )
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
+    loss_targets_bytes = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    with torch.no_grad(), runtime.autocast():
+        for _ in range(-(-end // data.global_batch)):
+            for micro in batches.take().micros:
+                loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
+                targets = micro.targets_BT[micro.targets_BT != NO_TARGET]
+                loss_targets_bytes[0] += loss
+                loss_targets_bytes[1] += targets.numel()
+                loss_targets_bytes[2] += token_bytes[targets].sum()
+    batches.close()
+    loss_sum, targets_sum, bytes_sum = runtime.sum(loss_targets_bytes).tolist()
+    loss = loss_sum / targets_sum
+    return {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "val_bits_per_byte": loss_sum / math.log(2) / bytes_sum,
+    }

@@ -7,25 +7,28 @@ of the medians. The weights are random: what is generated does not matter, that 
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dist_lm import checkpoint, hf
+from dist_lm import hf
 from dist_lm.config import ModelConfig
 from dist_lm.model import GPT, init_weights
-from dist_lm.sample import Sampling, sample
+from dist_lm.sample import Sampling, lay_out_for_decoding, sample
 from dist_lm.text import Tokenizer, train_tokenizer
 
 VOCAB_SIZE, SEQ_LEN, PROMPT = 50257, 1024, 32
 GPT2 = ModelConfig(
     layers=12, heads=12, width=768, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True
 )
-LLAMA = ModelConfig(layers=12, heads=12, width=768, tie_embeddings=True)
+LLAMA = ModelConfig(layers=12, heads=12, width=768)
 
 
 def ours(model: GPT, tokenizer: Tokenizer, prompt: list[int], new_tokens: int) -> list[int]:
@@ -58,6 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_folder(folder, model)
         peer = AutoModelForCausalLM.from_pretrained(folder).eval()
+    lay_out_for_decoding(model)  # as generate.py does on a CPU
     tokenizer = train_tokenizer("byte", [])
     prompt = torch.randint(VOCAB_SIZE, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -82,3 +86,11 @@ def main() -> None:
 
 def write_folder(folder: str, model: GPT) -> None:
     """The model as transformers reads it."""
+    weights, size = model.state_dict(), (model.config, model.vocab_size, model.seq_len)
+    tensors = {entry.name: hf.export_tensor(entry, weights) for entry in hf.layout(*size)}
+    save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    Path(folder, "config.json").write_text(json.dumps(hf.config_json(*size, eot_id=None)))
+
+
+if __name__ == "__main__":
+    main()

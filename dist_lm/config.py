@@ -303,7 +303,7 @@ def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict
         if name in flags:
             given.setdefault(name, []).extend(values or ["true"])
         elif name in FIELDS:
-            if not values:
+            if not values and name != "run.trackers":  # a list, which may be empty
                 raise UserError(f"--{name} needs a value: --{name} {_wanted(name)}")
             if name in settings:
                 raise UserError(f"--{name} is given twice; rule: once")

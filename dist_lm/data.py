@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +29,9 @@ from torch import Tensor
 from dist_lm.config import Config, DataConfig, Plan, UserError
 from dist_lm.order import Ints, rank_places, row_keys, sequence_ids
 from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, read_manifest, write_json, write_shard
-from dist_lm.sources import Source, find_sources, read_chunks
-from dist_lm.text import Tokenizer, cutter, is_trained_spec, load_tokenizer, read_frame, train_tokenizer, write_frame
+from dist_lm.sources import Source, find_sources, read_documents
+from dist_lm.text import NoCutError, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
+from dist_lm.text import read_frame, write_frame
 
 NO_TARGET = -100
 BAD_DATA = 65
@@ -198,7 +199,7 @@ _DECIDING = ("input", "text_column", "separator", "tokenizer", "val_fraction")  
 
 
 class Piece(NamedTuple):
-    """A stretch of a document that is encoded at once. Places count documents of the split and pieces of the document."""
+    """A stretch of a document, encoded at once; its place counts documents of the split and pieces of the document."""
 
     split: str
     place: tuple[int, int]
@@ -297,11 +298,11 @@ def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None])
     found = {"documents": 0, "bytes": 0}
 
     def pieces() -> Iterator[str]:
-        for _, chunks in groupby(read_chunks(sources, data, Counter()), key=lambda chunk: (chunk.source, chunk.row)):
+        for source, row, texts in read_documents(sources, data, Counter()):
             if found["documents"] >= SMALL and not learns:
                 return
             found["documents"] += 1
-            for piece in tokenizer.pieces(chunk.text for chunk in chunks):
+            for piece in _cut(tokenizer, texts, sources[source], row):
                 found["bytes"] += len(piece.encode())
                 yield piece
 
@@ -316,7 +317,7 @@ def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None])
     if whole:
         say(f"found {found['documents']:,} documents, {found['bytes']:,} bytes of text in {data.input}")
     if small:
-        say(f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of the text is held out, cut at a line end")
+        say(f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end")
     tail = round(found["bytes"] * (1 - data.val_fraction)) if small else None
     return tokenizer, {"bytes": found["bytes"] if whole else None, "tail": tail}
 
@@ -326,8 +327,7 @@ def _documents(
 ) -> Iterator[tuple[str, int, int, Iterator[str]]]:
     """(split, source, row, texts) of each document, to be used up in turn; `tail`: bytes before the held-out ones."""
     position = 0
-    for (source, row), chunks in groupby(read_chunks(sources, data, skipped), key=lambda chunk: (chunk.source, chunk.row)):
-        texts = (chunk.text for chunk in chunks)
+    for source, row, texts in read_documents(sources, data, skipped):
         if tail is None:
             head: list[str] = []
             while sum(map(len, head)) < _HASHED and (text := next(texts, "")):
@@ -368,13 +368,20 @@ def _pieces(
     for split, source, row, texts in _documents(data, sources, state["tail"], skipped):
         document = counts[split]["documents"]
         counts[split]["documents"] += 1
-        pieces = tokenizer.pieces(texts)
-        n, text = 0, next(pieces)
+        pieces = _cut(tokenizer, texts, sources[source], row)
+        n, text = 0, next(pieces, "")
         while text:
             following = next(pieces, "")
             counts[split]["bytes"] += len(text.encode())
             yield Piece(split, (document, n), source, row, text, not following)
             n, text = n + 1, following
+
+
+def _cut(tokenizer: Tokenizer, texts: Iterator[str], source: Source, row: int) -> Iterator[str]:
+    try:
+        yield from tokenizer.pieces(texts)
+    except NoCutError as error:
+        raise UserError(f"{source.path or source.name}: row {row}: {error}", 65) from error
 
 
 class _Writer:
@@ -457,7 +464,8 @@ def _encode(
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
     # again, and a worker ends when its pipe closes, however the parent ends.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-c", "import sys; from dist_lm.text import serve; serve(sys.argv[1])", str(folder)]
+    program = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
+    command = [sys.executable, "-P", "-c", program, str(folder)]
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     workers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

@@ -228,6 +228,7 @@ def main(argv: list[str]) -> None:
     import torch  # from here on it is slow
 
     from dist_lm.checkpoint import read_model
+    from dist_lm.sample import lay_out_for_decoding
 
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
@@ -235,6 +236,8 @@ def main(argv: list[str]) -> None:
     model, tokenizer, _ = read_model(args.ckpt)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
     model.to("cuda" if cuda and args.device != "cpu" else "cpu", dtype)
+    if model.embed.weight.device.type == "cpu" and dtype == torch.float32:
+        lay_out_for_decoding(model)
     if prompts is None:
         ask(model, tokenizer, args)
     else:

@@ -185,12 +185,12 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
     try:
         with open(path, "rb") as file:
             for line in file:
-                with contextlib.suppress(ValueError, TypeError):  # torn by a kill or a full disk
-                    figures = json.loads(line)
+                with contextlib.suppress(ValueError, AttributeError):  # torn by a kill or a full disk
+                    figures = _numbers(json.loads(line))
                     if "val_loss" in figures:
-                        evaluations[figures["step"], figures["val_set"]] = _numbers(figures)
+                        evaluations[figures["step"], figures["val_set"]] = figures
                     elif "loss" in figures:
-                        steps[figures["step"]] = _numbers(figures)
+                        steps[figures["step"]] = figures
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; rule: the folder of a run that made a step", 66) from None
     return [steps[key] for key in sorted(steps)], [evaluations[key] for key in sorted(evaluations)]

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +54,9 @@ class Runtime:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if compile:
             model.compile()  # in place, so that parameter names stay
-        self.model = self.accelerator.prepare_model(model)
+        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model = self.accelerator.prepare_model(model)
         return self.model
 
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
@@ -289,7 +292,9 @@ def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
     die_with_launcher()
-    cpu = not torch.cuda.is_available()
+    cpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = max(1, len(os.sched_getaffinity(0)) // local_world)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
     # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if cpu else 25
@@ -305,12 +310,11 @@ def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime
     runtime = Runtime(accelerator, config.run.precision)
     _prove_world(runtime, config)
     if cpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    elif torch.cuda.device_count() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        torch.set_num_threads(threads)
+    elif torch.cuda.device_count() > local_world:
         runtime.say(
-            f"warning: {torch.cuda.device_count()} GPUs here and {os.environ.get('LOCAL_WORLD_SIZE', '1')} process(es):"
-            " some stay idle; start one process per GPU, e.g. with torchrun --nproc_per_node"
+            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
+            " process per GPU, e.g. with torchrun --nproc_per_node"
         )
     _stop_on_signals(runtime)
     return runtime

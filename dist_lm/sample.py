@@ -83,6 +83,16 @@ def window_start(length: int, seq_len: int) -> int:
     return max(0, -(-(length - seq_len) // hop)) * hop
 
 
+def lay_out_for_decoding(model: GPT) -> None:
+    """Store each matrix with its longer side contiguous: fp32 products with one vector ran up to twice as fast on a CPU.
+
+    Shapes and values stay. For a process that only generates: an optimizer would not expect such strides.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] > parameter.shape[1]:
+            parameter.data = parameter.data.t().contiguous().t()
+
+
 @torch.inference_mode()
 def sample(
     model: GPT,

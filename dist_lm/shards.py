@@ -1,7 +1,7 @@
 """Token shards on disk: write, map, verify.
 
-A prepared folder holds one safetensors file a shard (the tokens of whole and cut documents, end-of-text after each, and
-where each document starts), the tokenizer, and `dataset.json`, the manifest, written last: a folder that has it is whole.
+A prepared folder holds one safetensors file a shard (tokens, end-of-text after each document, and where each document
+starts), the tokenizer, and `dataset.json`, the manifest, which is written last: a folder that has it is whole.
 Invariant: every file is written aside, fsynced and renamed; sizes are checked when opened, hashes by `verify`.
 """
 
@@ -21,7 +21,7 @@ from dist_lm.config import UserError
 
 MANIFEST = "dataset.json"
 FORMAT = 1
-_DTYPES = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -57,9 +57,11 @@ def write_json(path: Path, content: Any) -> None:
     write_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
-def write_shard(path: Path, tokens: np.ndarray, starts: Sequence[int], sources: Sequence[int], rows: Sequence[int]) -> dict[str, Any]:
-    """Write one shard; its line in the manifest. Document n starts at token starts[n] (0 if begun in the shard before)."""
-    arrays = {
+def write_shard(
+    path: Path, tokens: np.ndarray, starts: Sequence[int], sources: Sequence[int], rows: Sequence[int]
+) -> dict[str, Any]:
+    """Write one shard; its entry in the manifest. Document n starts at starts[n] (0 if begun in the shard before)."""
+    arrays: dict[str, np.ndarray] = {
         "document_start": np.array(starts, "<i8"),
         "document_source": np.array(sources, "<i8"),
         "document_row": np.array(rows, "<i8"),
@@ -72,7 +74,7 @@ def write_shard(path: Path, tokens: np.ndarray, starts: Sequence[int], sources: 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the arrays stay aligned
     head = len(text).to_bytes(8, "little") + text
-    sha256 = write_file(path, [head, *(memoryview(array).cast("B") for array in arrays.values() if array.size)])
+    sha256 = write_file(path, [head, *(array.view(np.uint8).data for array in arrays.values())])
     return {"file": path.name, "tokens": len(tokens), "bytes": len(head) + end, "sha256": sha256}
 
 
@@ -99,7 +101,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare the text again", 65) from error
+        raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again", 65) from error
     if manifest.get("format") != FORMAT:
         raise UserError(f"{file}: format {manifest.get('format')} is not the format {FORMAT} of this version", 65)
     return manifest

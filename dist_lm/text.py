@@ -34,7 +34,12 @@ LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document 
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_OF = {chr(b): b for b in _PLAIN} | {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+BYTE_OF = {chr(b): b for b in _PLAIN}
+BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+
+
+class NoCutError(ValueError):
+    """A text too long to be encoded whole that has no place to cut."""
 
 
 class Tokenizer:
@@ -92,7 +97,7 @@ class Tokenizer:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except UnicodeEncodeError as error:
-            raise UserError(f"character {error.start} of the text is a lone surrogate; rule: valid Unicode", 65) from error
+            raise UserError(f"character {error.start} of the text is a lone surrogate; rule: Unicode", 65) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -147,8 +152,10 @@ class Tokenizer:
                 if place:
                     yield waiting[:place]
                     waiting, limit = waiting[place:], size
-                elif limit >= LONGEST_WORD and self._tokenizer.pre_tokenizer is not None:
-                    raise UserError(f"{limit:,} characters without a place where the tokenizer cuts; rule: fewer", 65)
+                elif limit >= LONGEST_WORD:
+                    raise NoCutError(
+                        f"the tokenizer cuts nowhere in {limit:,} characters, the most that is encoded at once"
+                    )
                 else:
                     limit *= 2
         if waiting:
@@ -196,7 +203,7 @@ def is_trained_spec(spec: str) -> bool:
         return False
     size = int(spec[4:]) if spec[4:].isascii() and spec[4:].isdigit() else 0
     if size < 257:
-        raise UserError(f"data.tokenizer='{spec}': the vocabulary must be 256 bytes and {EOT} or more; nearest: bpe:257")
+        raise UserError(f"data.tokenizer={spec!r}: bpe:N must have at least 256 bytes and {EOT}; nearest: bpe:257")
     return True
 
 
@@ -208,7 +215,6 @@ def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
         for piece in pieces:
             characters.update(piece)
         alphabet = sorted(characters)
-        # transformers' loader would make a one-character special token of neither name, so both lie after the characters
         model = models.BPE({c: i for i, c in enumerate([*alphabet, UNK])}, [], unk_token=UNK)
         return _assemble(model, None, decoders.Fuse(), [UNK, EOT])
     if spec == "byte":
@@ -266,7 +272,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
 
 
-# --- encoding in worker processes: jobs and answers as plain bytes over pipes, no pickle and no import of the parent's main
+# --- encoding in worker processes: plain bytes over pipes, no pickle and no import of the parent's main module
 
 
 def write_frame(stream: BinaryIO, parts: Sequence[bytes | memoryview]) -> None:

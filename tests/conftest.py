@@ -1,0 +1,36 @@
+"""Fixtures: a small text, prepared once, and settings of a run that takes milliseconds a step."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_lm.config import DataConfig
+from dist_lm.data import prepare_dataset
+
+torch.set_num_threads(1)
+
+WORDS = "the a one cat dog bird tree house runs sleeps eats sees and or not under over small big red blue".split()
+
+# A model that trains in milliseconds: what a test of the machinery needs of it is that every part is there.
+TINY = [
+    *("--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8 --optim.lr 1e-3").split(),
+    *("--optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0 --run.log_batch_hash true").split(),
+]  # fmt: skip
+
+
+def text_of(documents: int, seed: int = 0) -> str:
+    """Sentences of a small vocabulary, so that a tiny model has something to learn."""
+    rng = random.Random(seed)
+    return "\n\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) + "." for _ in range(documents))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder of 300 documents of bytes."""
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text(text_of(300))
+    data = DataConfig(input=str(folder / "text.txt"), separator="\n\n", tokenizer="byte", val_fraction=0.1)
+    prepare_dataset(data, folder / "shards", 1)
+    return folder / "shards"

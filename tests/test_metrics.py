@@ -1,0 +1,313 @@
+"""metrics.py: what lands in metrics.jsonl and on the console, and that none of it ever stops a run."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dist_lm import metrics
+from dist_lm.config import UserError
+from dist_lm.metrics import Metrics, draw_curves, duration, peak_flops, read_metrics, run_names, shorten, smooth
+
+VAL = {"val_loss": 2.5, "val_perplexity": math.exp(2.5), "val_bits_per_byte": 1.9}
+
+
+def make(run_dir, **options):
+    defaults = {"steps": 4, "flops_per_token": 1e9, "device": torch.device("cpu"), "world_size": 1, "is_main": True}
+    return Metrics(run_dir, **(defaults | options))
+
+
+def give(recorder, step, **figures):
+    figures = {"loss": 3 - step / 8, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100 * step, "tokens_per_second": 1000.0,
+               "data_wait": 0.25} | figures  # fmt: skip
+    recorder.step(step=step, **figures)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is moved."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+# --- metrics.jsonl
+
+
+def test_lines_are_whole_and_unrounded(tmp_path):
+    recorder = make(tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()  # a run that does nothing leaves no history
+    give(recorder, 1, loss=1 / 3, batch_hash="00ff")
+    line = (tmp_path / "metrics.jsonl").read_text()  # at once, not when closed
+    assert line.endswith("\n") and json.loads(line) == {
+        "step": 1, "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "tokens_per_second": 1000.0,
+        "data_wait": 0.25, "batch_hash": "00ff",
+    }  # fmt: skip
+    recorder.evaluation(1, "val", VAL)
+    recorder.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == {"step": 1, "val_set": "val", **VAL}
+
+
+def test_not_finite_is_valid_json_and_read_back(tmp_path):
+    recorder = make(tmp_path)
+    give(recorder, 1, loss=math.nan, grad_norm=math.inf, lr=-math.inf)
+    recorder.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"loss": "nan", "lr": "-inf", "grad_norm": "inf"' in text
+    ((step,), _) = read_metrics(tmp_path)
+    assert math.isnan(step["loss"]) and (step["grad_norm"], step["lr"]) == (math.inf, -math.inf)
+
+
+def test_other_ranks_record_nothing(tmp_path, capsys):
+    recorder = make(tmp_path, is_main=False, track=pytest.fail)
+    give(recorder, 1)
+    recorder.evaluation(1, "val", VAL)
+    recorder.close()
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+def test_a_step_trained_twice_and_torn_lines(tmp_path):
+    for first, losses in ((1, [1.0, 2.0, 3.0]), (2, [9.0])):  # the second process trains step 2 again
+        recorder = make(tmp_path)
+        for n, loss in enumerate(losses, first):
+            give(recorder, n, loss=loss)
+        recorder.evaluation(2, "val", {**VAL, "val_loss": losses[-1]})
+        recorder.close()
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 7, "lo')  # killed here; the next process starts a new line
+    recorder = make(tmp_path)
+    give(recorder, 5)
+    recorder.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'12\n"loss"\n\xff\n\n{"other": 1}\n{')
+    steps, evaluations = read_metrics(tmp_path)
+    assert [(s["step"], s["loss"]) for s in steps] == [(1, 1.0), (2, 9.0), (3, 3.0), (5, 2.375)]
+    assert [(e["step"], e["val_loss"]) for e in evaluations] == [(2, 9.0)]
+
+
+def test_no_history_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl: No such file or directory; rule: the folder of a run"
+    ) as refusal:
+        read_metrics(tmp_path)
+    assert refusal.value.code == 66
+
+
+# --- nothing stops a run
+
+
+def test_full_disk_costs_one_warning(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    recorder = make(tmp_path)
+    for n in (1, 2, 3):
+        give(recorder, n)
+    (tmp_path / "metrics.jsonl").unlink()
+    recorder.close()
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/metrics.jsonl misses lines, the run goes on: No space left on device\n"
+    )
+
+
+def test_a_line_cut_short_by_a_full_disk_spoils_no_other(tmp_path):
+    class Disk:
+        full, content = False, b""
+
+        def write(self, data):
+            kept = data[: 5 if self.full else None]
+            self.content += kept
+            return len(kept)
+
+        def close(self): ...
+
+    recorder = make(tmp_path)
+    recorder._file = disk = Disk()
+    for n, full in ((1, False), (2, True), (3, False), (4, False)):
+        disk.full = full
+        give(recorder, n)
+    (tmp_path / "metrics.jsonl").write_bytes(disk.content)
+    assert [s["step"] for s in read_metrics(tmp_path)[0]] == [1, 3, 4]
+
+
+def test_failing_tracker_is_dropped_with_one_warning(tmp_path, capsys, clock):
+    calls = []
+
+    def track(values, step):
+        calls.append((step, values))
+        raise RuntimeError("no network")
+
+    recorder = make(tmp_path, track=track)
+    for n in (1, 2):
+        clock.now += 5
+        give(recorder, n, batch_hash="ab", loss=math.nan)
+    recorder.close()
+    assert calls == [(1, {"lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "tokens_per_second": 1000.0, "data_wait": 0.25})]
+    assert capsys.readouterr().err == "warning: tracking is off, the run goes on: RuntimeError: no network\n"
+
+
+def test_trackers_are_told_once_a_second_and_of_the_ends(tmp_path, clock):
+    steps = []
+    recorder = make(tmp_path, steps=30, track=lambda values, step: steps.append((step, sorted(values)[-1])))
+    for n in range(1, 31):
+        clock.now += 0.125
+        give(recorder, n)
+    recorder.evaluation(30, "val", VAL)
+    recorder.close()
+    assert [step for step, _ in steps] == [1, 9, 17, 25, 30, 30]
+    assert steps[-1][1] == "val/val_perplexity"
+
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+from dist_lm.metrics import Metrics
+CPU = SimpleNamespace(type="cpu")  # torch would take a second to import
+recorder = Metrics(sys.argv[1], steps=3, flops_per_token=1, device=CPU, world_size=1, is_main=True)
+sys.stdin.readline()
+for n in (1, 2, 3):
+    recorder.evaluation(n, "val", {"val_loss": 1.0, "val_perplexity": 2.0, "val_bits_per_byte": 3.0})
+    recorder.step(step=n, loss=1.0, lr=1.0, grad_norm=1.0, tokens=n, tokens_per_second=1.0, data_wait=0.0)
+recorder.close()
+"""
+
+
+@pytest.mark.parametrize("where", ["closed pipe", "full disk", "closed"])
+def test_training_outlives_its_standard_output(tmp_path, where):
+    target = {"closed pipe": subprocess.PIPE, "full disk": os.open("/dev/full", os.O_WRONLY), "closed": None}[where]
+    close_it = {"preexec_fn": lambda: os.close(1)} if where == "closed" else {}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdin=subprocess.PIPE, stdout=target,
+                               stderr=subprocess.PIPE, text=True, **close_it)  # fmt: skip
+    if process.stdout:
+        process.stdout.close()
+    _, errors = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, errors
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    expected = {"closed pipe": "[Errno 32] Broken pipe", "full disk": "[Errno 28] No space left on device"}.get(where)
+    assert errors == (f"warning: standard output is gone, the run goes on: {expected}\n" if expected else "")
+
+
+# --- the console
+
+
+def test_plain_lines_come_at_the_ends_and_every_ten_seconds(tmp_path, capsys, clock):
+    recorder = make(tmp_path, steps=6)
+    for n in range(1, 7):
+        clock.now += 4
+        give(recorder, n)
+        if n == 3:
+            with recorder.pause():
+                clock.now += 2
+            recorder.evaluation(n, "val", VAL)
+    recorder.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/6  loss 2.8750  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%",
+        "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000",
+        "step 4/6  loss 2.5000  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%  eta 0:09",
+        "step 6/6  loss 2.2500  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%  eta 0:00",
+        "6 steps in 0:26: goodput 77%, up to the first step 15%, evaluating and saving 8%",
+    ]
+
+
+def test_a_stopped_run_prints_its_last_step(tmp_path, capsys, clock):
+    recorder = make(tmp_path, steps=9)
+    give(recorder, 1)
+    clock.now += 1
+    give(recorder, 2)
+    recorder.close()
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:2]] == ["1/9", "2/9"]
+
+
+def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
+    monkeypatch.setattr(metrics, "_is_terminal", lambda: True)
+    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
+    recorder = make(tmp_path)
+    for n in (1, 2, 3):
+        clock.now += 0.06
+        give(recorder, n)
+    recorder.evaluation(3, "val", VAL)
+    recorder.close()
+    clear = "\r\x1b[K"
+    assert capsys.readouterr().out.split(clear) == [
+        "", "step 1/4  loss 2.8750  lr 1.0", "step 3/4  loss 2.6250  lr 1.0",  # step 2 came too soon after step 1
+        "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000\n", "step 3/4  loss 2.6250  lr 1.0\n"
+        "3 steps in 0:00: goodput 67%, up to the first step 33%, evaluating and saving 0%\n",
+    ]  # fmt: skip
+
+
+def test_rates_are_averaged_over_steps(tmp_path, capsys):
+    recorder = make(tmp_path, steps=2)
+    give(recorder, 1, tokens_per_second=1000.0, data_wait=0.0)
+    give(recorder, 2, tokens_per_second=3000.0, data_wait=0.5)
+    recorder.close()
+    assert "  1.5k tokens/s  data wait 25%  " in capsys.readouterr().out  # equal tokens in 3 and 1 parts of the time
+
+
+# --- what a device can do
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
+     ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA L4", 121),
+     ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA B200", 2250),
+     ("NVIDIA GeForce RTX 4090 D", math.inf), ("NVIDIA H20", math.inf), ("Tesla V100-SXM2-16GB", math.inf)],
+)  # fmt: skip
+def test_peaks(name, tflops):
+    assert peak_flops(name) == tflops * 1e12
+
+
+def test_mfu_and_memory_on_a_known_device(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2_500_000_000)
+    recorder = make(tmp_path, device=torch.device("cuda", 0), world_size=2, flops_per_token=1e9)
+    give(recorder, 1, tokens_per_second=121_000.0)
+    recorder.close()
+    ((step,), _) = read_metrics(tmp_path)
+    assert step["mfu"] == pytest.approx(0.5) and step["memory_gb"] == 2.5
+    assert "  mfu 50.0%  " in capsys.readouterr().out
+
+
+# --- curves
+
+
+def test_smoothing():
+    assert smooth([1.0] * 200) == pytest.approx([1.0] * 200)
+    assert smooth([4.0, 2.0]) == [4.0, 2.0]  # a short curve is left as it is
+    long = smooth([0.0] * 100 + [1.0] * 100)
+    assert long[99] == 0 and long[100] == pytest.approx(0.25, abs=0.01) and long[-1] > 0.99
+    assert smooth([math.nan, 2.0, math.inf, 4.0])[1:3] == [2.0, 2.0] and math.isnan(smooth([math.nan])[0])
+
+
+def test_curves_are_drawn(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        recorder = make(tmp_path / name)
+        for n in range(1, 9):
+            give(recorder, n, loss=math.nan if n == 5 else 3.0 / n)
+        recorder.evaluation(4, "val", VAL)
+        recorder.close()
+    draw_curves([tmp_path / "one", tmp_path / "two"], tmp_path / "loss.png")
+    first = (tmp_path / "loss.png").read_bytes()
+    assert first.startswith(b"\x89PNG") and len(first) > 10_000
+    draw_curves([tmp_path / "one"], tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes() != first
+
+
+def test_names_of_runs():
+    assert run_names(["a/one", "b/two/"]) == ["one", "two"]
+    assert run_names(["a/one", "b/one"]) == ["a/one", "b/one"]
+
+
+def test_numbers_for_people():
+    assert [shorten(n) for n in (7.0, 999.4, 51234, 1.5e6, 2e9)] == ["7", "999", "51.2k", "1.5M", "2G"]
+    assert [duration(s) for s in (0.4, 59.6, 3599, 3600, 90061)] == ["0:00", "1:00", "59:59", "1:00:00", "25:01:01"]

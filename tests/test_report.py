@@ -1,0 +1,72 @@
+"""report.py: the table, the picture, and errors in one line."""
+
+import json
+
+import pytest
+
+from dist_lm.config import UserError
+from dist_lm.report import main
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, rate in (("slow", 100.0), ("fast", 200.0)):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": n, "loss": 4.0 - n, "lr": 1.0, "grad_norm": 1.0, "tokens": 1000 * n, "tokens_per_second": rate,
+             "data_wait": 0.5} for n in (1, 2, 3)
+        ]  # fmt: skip
+        if name == "fast":
+            for step, loss in ((2, 1.25), (3, 1.5)):
+                lines.append(
+                    {"step": step, "val_set": "val", "val_loss": loss, "val_perplexity": 1, "val_bits_per_byte": 0.9}
+                )
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_comparison(runs, capsys):
+    main(["slow", "fast", "--output", "both.png"])
+    assert capsys.readouterr().out.splitlines() == [
+        "run   steps  tokens  tokens/s  time  data wait    loss  best val loss  bits per byte",
+        "slow      3      3k       100  0:30      50.0%  1.0000              -              -",
+        "fast      3      3k       200  0:15      50.0%  1.0000    1.2500 at 2         0.9000",
+        "drawn: both.png",
+    ]
+    assert (runs / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_the_picture_goes(runs):
+    main(["slow"])
+    assert (runs / "slow" / "loss.png").exists()
+    main(["slow", "fast"])
+    assert (runs / "comparison.png").exists()
+    main(["--output", "flag-first.png", "fast"])
+    assert (runs / "flag-first.png").exists()
+
+
+def test_help_names_the_command(capsys):
+    main(["--help"])
+    assert "python -m dist_lm.report RUN [RUN ...] [--output PNG]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "code"),
+    [
+        (["nowhere"],
+         "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that made a step", 66),
+        (["empty"], "empty: metrics.jsonl has no whole line of a step yet", 66),
+        (["slow", "--outptu", "x.png"], "unknown flag --outptu; did you mean --output?", 2),
+        (["slow", "--run.steps", "5"], "--run.steps is a setting of training; rule: report takes runs and --output", 2),
+        (["--output", "x.png"], "no run is named; rule: python -m dist_lm.report RUN [RUN ...] [--output PNG]", 2),
+        (["slow", "--output", "no/x.png"],
+         "--output no/x.png: No such file or directory; rule: a file that can be written", 2),
+    ],
+)  # fmt: skip
+def test_errors(runs, argv, message, code):
+    (runs / "empty").mkdir()
+    (runs / "empty" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError) as refusal:
+        main(argv)
+    assert (str(refusal.value), refusal.value.code) == (message, code)

@@ -1,0 +1,389 @@
+"""The promises of training, on real processes: the same curve however it is spread, and resuming from anything."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_lm.checkpoint import step_folders, verify
+from dist_lm.metrics import read_metrics
+from tests.conftest import TINY
+from tests.procs import ROOT, clean_env, finish, free_port, start_ranks, train
+
+PEAK_RATE = "1e-3"  # of TINY: the tolerances below hold up to here, beyond that rounding grows past any
+
+
+def tiny(prepared: Path, *more: str) -> list[str]:
+    """TINY on the prepared text; a flag given again in `more` stands."""
+    flags = dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(more[::2], more[1::2], strict=True))
+    return ["--data.input", str(prepared), "--run.trackers", *(word for pair in flags.items() for word in pair)]
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run)[0]
+
+
+def assert_same_curve(run: Path, other: Path, tolerance: float, first_step: int = 1) -> None:
+    """Same batches by hash; loss and gradient norm equal to `tolerance`, relative."""
+    a, b = ([s for s in losses(r) if s["step"] >= first_step] for r in (run, other))
+    assert [s["step"] for s in a] == [s["step"] for s in b] != []
+    for key in ("batch_hash", "tokens", "lr"):
+        assert [s[key] for s in a] == [s[key] for s in b], key
+    for key in ("loss", "grad_norm"):
+        assert [s[key] for s in a] == pytest.approx([s[key] for s in b], rel=tolerance), key
+
+
+def tensors(step: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(step.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def assert_same_bits(step: Path, other: Path) -> None:
+    a, b = tensors(step), tensors(other)
+    assert a.keys() == b.keys() and len(a) > 20
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+# --- the same curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_the_curve_does_not_know_the_machine(prepared: Path, tmp_path: Path, dropout: str) -> None:
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout)
+    train(tmp_path / "one", *common)
+    spread: dict[str, tuple[int, list[str]]] = {
+        "2 processes": (2, []),
+        "3 processes, which do not divide the batch": (3, ["--data.workers", "0"]),
+        "4 processes": (4, ["--data.workers", "3"]),
+        "accumulation 2": (1, ["--data.micro_batch", "4"]),
+        "accumulation 4": (1, ["--data.micro_batch", "2", "--data.workers", "0"]),
+        "accumulation 2 on 2, which does not divide their share": (2, ["--data.micro_batch", "3"]),
+        "recomputed": (1, ["--run.activation_checkpointing", "true"]),
+    }
+    for name, (world, more) in spread.items():
+        train(tmp_path / name, *common, *more, world=world)
+        assert_same_curve(tmp_path / name, tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_curve(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--model.dropout", "0.1", "--model.layers", "1", "--data.micro_batch", "4")
+    train(tmp_path / "eager", *common)
+    train(tmp_path / "compiled", *common, "--run.compile", "true", world=2)
+    assert_same_curve(tmp_path / "compiled", tmp_path / "eager", 1e-5)
+
+
+def test_workers_and_document_mask(prepared: Path, tmp_path: Path) -> None:
+    """Fewer targets than tokens: the loss is still over all targets of the global batch, whatever the split."""
+    common = tiny(prepared, "--data.document_mask", "true", "--run.steps", "6")
+    train(tmp_path / "one", *common)
+    train(tmp_path / "split", *common, "--data.micro_batch", "1", "--data.workers", "0")
+    assert_same_curve(tmp_path / "split", tmp_path / "one", 1e-5)
+    assert losses(tmp_path / "one")[-1]["tokens"] < 6 * 8 * 32
+
+
+@pytest.mark.slow
+def test_optimizers_train_and_resume(prepared: Path, tmp_path: Path) -> None:
+    for name, rate in (("sgd", "0.1"), ("adafactor", "1e-2"), ("lion", "1e-4"), ("muon", "1e-3")):
+        common = tiny(prepared, "--optim.name", name, "--optim.lr", rate, "--run.steps", "16")
+        train(tmp_path / name, *common)
+        assert losses(tmp_path / name)[-1]["loss"] < losses(tmp_path / name)[0]["loss"] - 0.2
+        train(tmp_path / f"{name}-2", *common, "--run.stop_after", "7", world=2)
+        train(tmp_path / f"{name}-2", *common, world=2)
+        assert_same_curve(tmp_path / f"{name}-2", tmp_path / name, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(prepared: Path, tmp_path: Path, precision: str) -> None:
+    """Within 1e-2 of fp32 over 12 steps; weights and moments stay fp32; the same under one process and two."""
+    train(tmp_path / "fp32", *tiny(prepared))
+    common = tiny(prepared, "--run.precision", precision, "--run.stop_after", "12", "--run.steps", "40")
+    train(tmp_path / "one", *common, "--run.steps", "12")
+    train(tmp_path / "two", *common, "--run.steps", "12", world=2)
+    for run in ("one", "two"):
+        figures, exact = losses(tmp_path / run), losses(tmp_path / "fp32")
+        assert [s["loss"] for s in figures] == pytest.approx([s["loss"] for s in exact], rel=1e-2)
+        assert [s["loss"] for s in figures] != [s["loss"] for s in exact]
+    saved = step_folders(tmp_path / "one")[-1]
+    assert {t.dtype for t in tensors(saved).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_fp16_overflow_is_skipped_counted_and_resumed(prepared: Path, tmp_path: Path) -> None:
+    """The first scale, 65536, overflows with a loss this steep; the run goes on at a smaller one."""
+    common = tiny(prepared, "--run.precision", "fp16", "--data.global_batch", "1", "--run.steps", "10")
+    train(tmp_path / "run", *common, "--run.stop_after", "5")
+    state = json.loads((tmp_path / "run/step-00000005/state.json").read_text())
+    assert state["skipped_updates"] == losses(tmp_path / "run")[-1]["skipped_updates"]
+    train(tmp_path / "run", *common)
+    train(tmp_path / "whole", *common)
+    assert_same_bits(tmp_path / "run/step-00000010", tmp_path / "whole/step-00000010")
+
+
+# --- resuming from anything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_killed_anywhere_ends_with_the_same_bits(prepared: Path, tmp_path: Path, world: int) -> None:
+    common = tiny(prepared, "--run.steps", "40", "--run.save_every", "7", "--model.dropout", "0.1")
+    train(tmp_path / "whole", *common, world=world)
+    rng = random.Random(world)
+    ranks = start_ranks(world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common)
+    wait_for_step(tmp_path / "killed", rng.randint(9, 30), ranks)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    finish(ranks)
+    output = train(tmp_path / "killed", *common, world=world)
+    assert "resuming step-000000" in output
+    assert_same_bits(tmp_path / "killed/step-00000040", tmp_path / "whole/step-00000040")
+    assert_same_curve(tmp_path / "killed", tmp_path / "whole", 0)
+
+
+@pytest.mark.slow
+def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--run.steps", "60", "--model.dropout", "0.1")
+    train(tmp_path / "whole", *common)
+    for world, stop, micro in ((2, "10", "4"), (4, "20", "1"), (3, "30", "2"), (1, "60", "8")):
+        train(tmp_path / "moved", *common, "--run.stop_after", stop, "--data.micro_batch", micro, world=world)
+    assert_same_curve(tmp_path / "moved", tmp_path / "whole", 1e-5)
+    assert json.loads((tmp_path / "moved/step-00000020/state.json").read_text())["world_size"] == 4
+
+
+def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
+            return
+        assert all(rank.poll() is None for rank in ranks), "\n".join(rank.communicate()[0] for rank in ranks)
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_at_one_step(prepared: Path, tmp_path: Path, number: signal.Signals) -> None:
+    ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.steps", "100000"))
+    wait_for_step(tmp_path / "run", 5, ranks)
+    ranks[1].send_signal(number)
+    code, output = finish(ranks)
+    assert code == 0, output
+    (saved,) = step_folders(tmp_path / "run")
+    verify(saved)
+    assert losses(tmp_path / "run")[-1]["step"] == int(saved.name[5:])
+
+
+def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
+    run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
+    train(run, *common)
+    assert "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in train(run, *common)
+    common = tiny(prepared)
+    output = train(run, *common, "--optim.lr", "2e-3", "--model.dropout", "0.5", code=2)
+    assert (
+        f"error: run.dir={run} was started with other settings (model.dropout: 0.0 -> 0.5, optim.lr: 0.001 -> 0.002);"
+        " rule: a resumed run keeps its mathematics; choose another run.dir, or --allow_change model.dropout" in output
+    )
+    output = train(run, *common, "--optim.lr", "2e-3", "--run.steps", "6", "--allow_change", "optim.lr", "run.steps")
+    assert losses(run)[-1]["step"] == 6
+    output = train(run, *common, "--optim.lr", "2e-3", "--run.steps", "8", "--allow_change", "optim.lr")
+    assert "run.steps grows from 6 to 8" in output and losses(run)[-1]["step"] == 8
+    output = train(run, *common, "--run.resume", "never", code=2)
+    assert "has a history and run.resume=never; rule: an empty folder; or run.resume=auto" in output
+
+
+def test_an_older_step_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
+    run, common = tmp_path / "run", tiny(prepared, "--run.save_every", "4", "--run.keep_last", "9")
+    train(run, *common)
+    before = tensors(run / "step-00000012")
+    output = train(run, *common, "--run.resume", str(run / "step-00000004"))
+    assert "step-00000012 is of another trajectory now and was renamed to replaced-0-step-00000012" in output
+    after = tensors(run / "step-00000012")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_only_bad_ones_are_refused(prepared: Path, tmp_path: Path) -> None:
+    run, common = tmp_path / "run", tiny(prepared, "--run.save_every", "4")
+    train(run, *common)
+    whole = tensors(run / "step-00000012")
+    flip_a_bit(run / "step-00000012/model.safetensors")
+    output = train(run, *common)
+    assert "passed over a damaged checkpoint: step-00000012/model.safetensors: does not match its hash" in output
+    again = tensors(run / "step-00000012")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for folder in step_folders(run):
+        flip_a_bit(folder / "model.safetensors")
+    assert "holds no valid checkpoint: step-00000012/model.safetensors" in train(run, *common, code=66)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.slow
+def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
+    """Fine-tuning: another schedule, the weights of a checkpoint; its first loss continues, its step is 0 again."""
+    common = tiny(prepared)
+    train(tmp_path / "first", *common)
+    train(tmp_path / "second", *common, "--run.init_from", str(tmp_path / "first"), "--run.seed", "2")
+    assert losses(tmp_path / "second")[0]["loss"] < losses(tmp_path / "first")[0]["loss"] - 0.5
+    output = train(tmp_path / "third", *common, "--run.init_from", str(tmp_path / "first"), "--model.layers", "3", code=2)
+    assert f"run.init_from={tmp_path / 'first'} is another model; rule: the same one: --model.layers 2" in output
+
+
+# --- length, divergence, places
+
+
+def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
+    """Two epochs of a stream whose length no batch divides: every sequence twice, the rest of the last step empty."""
+    output = train(tmp_path / "run", *tiny(prepared, "--data.global_batch", "37", "--data.seq_len", "64"),
+                   "--run.epochs", "2", "--run.eval_every", "1000")  # fmt: skip
+    sequences = int(output.split("parameters, ")[1].split(" sequences")[0].replace(",", ""))
+    assert losses(tmp_path / "run")[-1]["tokens"] == 2 * sequences * 64
+    assert losses(tmp_path / "run")[-1]["step"] == -(-2 * sequences // 37)
+    assert (2 * sequences) % 37 != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_divergence_stops_all_ranks_and_is_never_saved(prepared: Path, tmp_path: Path, world: int) -> None:
+    output = train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30", "--run.save_every", "1"), world=world, code=76)
+    assert "error: diverged at step" in output and "try a smaller optim.lr" in output
+    for folder in step_folders(tmp_path / "run"):
+        verify(folder)
+        assert all(torch.isfinite(t).all() for t in tensors(folder).values())
+
+
+def test_refusals_before_training(prepared: Path, tmp_path: Path) -> None:
+    output = train(tmp_path / "run", *tiny(prepared), code=77, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it" in output
+    output = train(tmp_path / "run", *tiny(prepared, "--data.seq_len", "1000000"), code=65)
+    assert "data.seq_len=1000000 needs 1000001 tokens in one shard" in output
+
+
+@pytest.mark.slow
+def test_more_processes_than_sequences_are_refused(prepared: Path, tmp_path: Path) -> None:
+    output = train(tmp_path / "run", *tiny(prepared, "--data.global_batch", "1"), world=2, code=2)
+    assert "data.global_batch=1 must be at least the number of processes, 2; nearest: 2" in output
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -> None:
+    port, ranks = str(free_port()), []
+    for rank in range(2):
+        env = clean_env(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
+        command = ["dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.seed", str(rank))]
+        ranks.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+    code, output = finish(ranks)
+    assert code == 2 and "ranks [1] were started with other settings than rank 0; rule: the same everywhere" in output
+
+
+@pytest.mark.slow
+def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
+    """A second start waits, then refuses; the lock of a killed run is taken over."""
+    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000")
+    first = start_ranks(1, "dist_lm/train.py", "--run.dir", str(run), *common)
+    wait_for_step(run, 3, first)
+    output = train(run, *common, code=2)
+    assert f"run.dir={run} is in use by another run" in output and "waiting for the run that holds" in output
+    first[0].kill()
+    finish(first)
+    assert (run / "run.lock").exists()
+    train(run, *tiny(prepared, "--run.steps", "5"))
+    assert not (run / "run.lock").exists()
+
+
+@pytest.mark.slow
+def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--run.eval_every", "6", "--run.eval_batches", "3", "--run.save_every", "3")
+    for world in (1, 3):
+        train(tmp_path / str(world), *common, "--run.keep_last", "1", world=world)
+    (a, b), (c, d) = read_metrics(tmp_path / "1")[1], read_metrics(tmp_path / "3")[1]
+    for key in ("val_loss", "val_perplexity", "val_bits_per_byte"):
+        assert (c[key], d[key]) == pytest.approx((a[key], b[key]), rel=1e-6)
+    assert (tmp_path / "3/samples.md").read_text().count("## step") == 2
+    assert (tmp_path / "1/loss.png").stat().st_size > 10_000
+    kept = [folder.name for folder in step_folders(tmp_path / "1")]  # the last one, which is also the best here
+    assert kept == ["step-00000012"]
+
+
+@pytest.mark.slow
+def test_trackers_and_profile(prepared: Path, tmp_path: Path) -> None:
+    flags = [word for word in tiny(prepared) if word != "--run.trackers"]
+    train(tmp_path / "run", *flags, "--run.trackers", "tensorboard", "--run.profile_steps", "2")
+    assert list((tmp_path / "run/tensorboard").rglob("events*"))
+    trace = json.loads((tmp_path / "run/trace.json").read_text())
+    assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
+
+
+# --- launchers
+
+
+def running(run: Path) -> list[int]:
+    """Processes, not yet ended, that train in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(run) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command += ["dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(run, 3, [launcher])
+    assert len(running(run)) == 3
+    launcher.kill()
+    ended = time.monotonic() + 5
+    while running(run) and time.monotonic() < ended:
+        time.sleep(0.1)
+    assert running(run) == []
+    launcher.communicate()
+
+
+@pytest.mark.slow
+def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]
+
+    def launch(*flags: str, run: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)], cwd=ROOT, text=True,
+                              env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)  # fmt: skip
+
+    port = ["--main_process_port", str(free_port())]
+    done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")
+    assert done.returncode == 0 and "ddp on 2 process(es) of cpu" in done.stdout, done.stdout
+    done = launch(run="one")
+    assert done.returncode == 0 and "single on 1 process(es) of cpu" in done.stdout, done.stdout
+    assert_same_curve(tmp_path / "two", tmp_path / "one", 1e-5)
+    if torch.cuda.is_available():
+        return
+    done = launch("--num_processes", "2", *port, run="silent")
+    assert done.returncode == 1 and "accelerate started one process although more were asked for" in done.stdout
+    assert "use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py" in done.stdout
+
+
+def test_environment_is_not_logged(prepared: Path, tmp_path: Path) -> None:
+    output = train(tmp_path / "run", *tiny(prepared, "--run.steps", "1"), A_SECRET="hunter2")
+    logged = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
+    assert "hunter2" not in output and logged == [] and os.environ.get("A_SECRET") is None

@@ -194,7 +194,7 @@ def sync_folder(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves no half of it under its name."""
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.tmp")
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
         folder.rename(doomed)
         shutil.rmtree(doomed)
 
@@ -352,7 +352,13 @@ def restore_optimizer(
     create_state(optimizer)
     with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
         for source in optimizer_sources(parameters, optimizer):
-            source.get().copy_(get(source.name))
+            try:
+                source.get().copy_(get(source.name))
+            except KeyError:
+                raise UserError(
+                    f"{folder.name} lacks {source.name} of the optimizer; rule: resume with the optimizer it was saved by",
+                    BAD_CHECKPOINT,
+                ) from None
 
 
 @contextlib.contextmanager
@@ -368,10 +374,7 @@ def _open_tensors(paths: list[Path]) -> Any:
             where.update(dict.fromkeys(file.keys(), file))
 
         def get(name: str) -> Tensor:
-            if name not in where:
-                held = ", ".join(path.name for path in paths) or "no safetensors file"
-                raise UserError(f"tensor {name} is missing ({held})", BAD_CHECKPOINT)
-            tensor: Tensor = where[name].get_tensor(name)
+            tensor: Tensor = where[name].get_tensor(name)  # KeyError where there is none
             return tensor
 
         yield get

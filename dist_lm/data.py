@@ -5,6 +5,8 @@ read ahead change only the speed. All ranks get micro-batches of equal shape and
 with rows that have no targets.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -18,20 +20,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dist_lm.config import Config, DataConfig, Plan, UserError
 from dist_lm.order import Ints, rank_places, row_keys, sequence_ids
 from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, read_manifest, write_json, write_shard
 from dist_lm.sources import Source, find_sources, read_documents
-from dist_lm.text import NoCutError, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
-from dist_lm.text import read_frame, write_frame
+from dist_lm.text import (
+    NoCutError,
+    Tokenizer,
+    cutter,
+    is_trained_spec,
+    load_tokenizer,
+    read_frame,
+    train_tokenizer,
+    write_frame,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NO_TARGET = -100
 BAD_DATA = 65
@@ -137,6 +149,8 @@ class Batches:
         return sequence_ids(positions, self.count, self.seed).reshape(len(steps), -1)
 
     def _tensor(self, array: Ints) -> Tensor:
+        import torch  # slow, and preparing needs none of it
+
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
@@ -193,8 +207,9 @@ SHARD_TOKENS = 2**25
 SMALL = 100  # documents; a smaller source holds out the tail of its text instead of whole documents
 PROGRESS = "progress.json"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
-_JOB = 2**20  # characters of text in one job of an encoding process
-_JOB_PIECES = 2**13
+JOB = 2**20  # characters of text in one job of an encoding process
+JOB_PIECES = 2**13
+WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
 _DECIDING = ("input", "text_column", "separator", "tokenizer", "val_fraction")  # fields that decide the content
 
 
@@ -218,8 +233,11 @@ def prepare_dataset(
     if find_prepared(folder):
         manifest = read_manifest(folder)
         _refuse_other(folder, manifest["settings"], settings)
+        say(f"{folder}: prepared before, used as it is")
         return manifest
-    sources = find_sources(data)
+    if find_prepared(data.input):
+        raise UserError(f"data.input={data.input!r} is a prepared folder already; rule: text", BAD_DATA)
+    sources = [source for source in find_sources(data) if folder.resolve() not in Path(source.path).resolve().parents]
     listed = [{"name": source.name, "bytes": source.size} for source in sources]
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_progress(folder, settings, listed)
@@ -237,12 +255,12 @@ def prepare_dataset(
     writers = {split: _Writer(folder, split, tokenizer, state, state["splits"].get(split)) for split in counts}
     pieces = _pieces(data, sources, tokenizer, state, counts, skipped)
     pieces = (piece._replace(text="") if piece.place < writers[piece.split].place else piece for piece in pieces)
-    progress = _Progress(state["bytes"], say)
+    progress = Progress(state["bytes"], [source.size for source in sources], say)
     for piece, ids in _encode(pieces, tokenizer, folder, processes):
         writers[piece.split].add(piece, ids)
-        progress.show(counts)
-    for writer in writers.values():
-        writer.finish()
+        progress.show(counts, piece.source)
+    for split, writer in writers.items():
+        writer.finish((counts[split]["documents"], 0), 0)
     progress.show(counts, end=True)
     manifest = {
         "format": FORMAT,
@@ -257,6 +275,14 @@ def prepare_dataset(
     }  # fmt: skip
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
+    for split, entry in manifest["splits"].items():
+        lost = f", {entry['unknown']:,} unknown characters" if entry["unknown"] else ""
+        say(f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text, {entry['tokens']:,} tokens"
+            f" in {len(entry['shards'])} shards{lost}")  # fmt: skip
+        if not entry["tokens"]:
+            say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or more lines of text")
+    if skipped:
+        say("skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items())))
     return manifest
 
 
@@ -414,12 +440,13 @@ class _Writer:
             self.buffer[self.filled : self.filled + taken] = ids[at : at + taken]
             self.filled, at = self.filled + taken, at + taken
             if self.filled == SHARD_TOKENS:
-                self.place, self.skip = piece.place, at
-                self.finish()
+                self.finish(piece.place, at)
 
-    def finish(self) -> None:
+    def finish(self, place: tuple[int, int], skip: int) -> None:
+        """Write the tokens so far as a shard; the next one begins in the piece at `place` after `skip` tokens."""
         if not self.filled:
             return
+        self.place, self.skip = place, skip
         tokens = self.buffer[: self.filled]
         if self.tokenizer.unk is not None:
             self.unknown += int((tokens == self.tokenizer.unk).sum())
@@ -446,7 +473,7 @@ def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     for piece in pieces:
         job.append(piece)
         size += len(piece.text)
-        if size >= _JOB or len(job) >= _JOB_PIECES:
+        if size >= JOB or len(job) >= JOB_PIECES:
             yield job
             job, size = [], 0
     if job:
@@ -464,8 +491,7 @@ def _encode(
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
     # again, and a worker ends when its pipe closes, however the parent ends.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    program = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
-    command = [sys.executable, "-P", "-c", program, str(folder)]
+    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     workers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -480,7 +506,7 @@ def _encode(
         if not texts:
             return [None] * len(job)
         worker = idle.get()
-        assert worker.stdin and worker.stdout
+        assert worker.stdin and worker.stdout, "both are pipes"
         try:
             write_frame(worker.stdin, texts)
             answer = read_frame(worker.stdout)
@@ -511,24 +537,31 @@ def _encode(
             worker.communicate()
 
 
-class _Progress:
+class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
-    def __init__(self, total: int | None, say: Callable[[str], None]):
-        self.total, self.say, self.begin = total, say, time.monotonic()
+    def __init__(self, total: int | None, sizes: list[int], say: Callable[[str], None]):
+        self.total, self.ends, self.say, self.begin = total, list(accumulate(sizes)), say, time.monotonic()
         self.terminal = sys.stdout.isatty() and say is print
-        self.due = self.begin + (0.2 if self.terminal else 10)
+        self.pause = 0.2 if self.terminal else 10.0
+        self.due = self.begin + self.pause
+        self.source, self.before = 0, 0  # the source being read, and the bytes of text before it
 
-    def show(self, counts: dict[str, dict[str, int]], end: bool = False) -> None:
+    def show(self, counts: dict[str, dict[str, int]], source: int = 0, end: bool = False) -> None:
+        documents, done = (sum(split[key] for split in counts.values()) for key in ("documents", "bytes"))
+        if source != self.source:
+            self.source, self.before = source, done
         now = time.monotonic()
         if now < self.due and not end:
             return
-        self.due = now + (0.2 if self.terminal else 10)
-        documents, done = (sum(split[key] for split in counts.values()) for key in ("documents", "bytes"))
+        self.due = now + self.pause
         rate = done / max(now - self.begin, 1e-9)
         line = f"prepared {documents:,} documents, {done / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
-        if self.total and not end:
-            line += f", {max(self.total - done, 0) / max(rate, 1):.0f} s left"
+        # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
+        ratio = self.before / self.ends[self.source - 1] if self.source else 1
+        left = (self.total or ratio * self.ends[-1]) - done
+        if left > 0 and not end:
+            line += f", about {left / max(rate, 1):,.0f} s left"
         if self.terminal:
             print(f"\r{line:<78}", end="\n" if end else "", flush=True)
         else:

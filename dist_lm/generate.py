@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dist_lm.text import Tokenizer
 
 AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # What can drive a terminal or disguise text on it: control characters other than newline and tab, changes of direction.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -35,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
-def within(kind: type, low: float, high: float, default: float, rule: str) -> Callable[[str], Any]:
+def within(kind: type, low: float, high: float, default: Any, rule: str) -> Callable[[str], Any]:
     """An argparse type that takes numbers from low to high and names the nearest good one otherwise."""
 
     def read(text: str) -> Any:
@@ -45,15 +46,26 @@ def within(kind: type, low: float, high: float, default: float, rule: str) -> Ca
             value = math.nan
         if not low <= value <= high:  # also true of NaN
             good = default if math.isnan(value) else kind(min(max(value, low), high))
-            raise argparse.ArgumentTypeError(f"{text} must be {rule}; nearest: {good:g}")
+            raise argparse.ArgumentTypeError(f"{text} must be {rule}; nearest: {good:{'d' if kind is int else 'g'}}")
         return value
+
+    return read
+
+
+def one_of(*options: str) -> Callable[[str], str]:
+    """An argparse type that takes one of a few words."""
+
+    def read(text: str) -> str:
+        if text not in options:
+            raise argparse.ArgumentTypeError(f"{text} must be one of {', '.join(options)}{did_you_mean(text, options)}")
+        return text
 
     return read
 
 
 def command_line(argv: list[str]) -> argparse.Namespace:
     """The validated command line; hyphens in flags count as underscores."""
-    tiny, huge = sys.float_info.min, 1e9
+    tiny, huge = 1e-6, 1e9
     parser = Parser(
         prog="python -m dist_lm.generate", allow_abbrev=False, description="Generate text from a checkpoint.",
         epilog="Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
@@ -61,37 +73,35 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="run folder (its newest step), step folder, or transformers folder")
     add("--prompt", action="append", help="text to go on from; repeatable; '' starts a new document")
-    add("--prompt_file", action="append", help="file whose whole text is a prompt (without its last newline); repeatable")
+    add("--prompt_file", action="append", help="file whose text is a prompt, but for its last newline; repeatable")
     add("--max_new_tokens", type=within(int, 1, huge, 200, "a whole number of 1 or more"), default=200,
         help="tokens to make at most (default 200)")  # fmt: skip
     add("--temperature", type=within(float, 0, huge, 0.8, "a number of 0 or more"), default=0.8,
         help="0 takes the likeliest token (greedy), 1 samples as learned, more is wilder (default 0.8)")  # fmt: skip
     add("--top_k", type=within(int, 0, huge, 0, "a whole number of 0 or more"), default=0,
         help="choose among the k likeliest tokens; 0: all (default)")  # fmt: skip
-    add("--top_p", type=within(float, tiny, 1, 1, "above 0 and at most 1"), default=1.0,
+    add("--top_p", type=within(float, tiny, 1, 1, "from 1e-6 to 1"), default=1.0,
         help="choose among the fewest tokens that have this probability together; 1: all (default)")  # fmt: skip
     add("--min_p", type=within(float, 0, 1, 0, "from 0 to 1"), default=0.0,
         help="leave out tokens less likely than this share of the likeliest; 0: none (default)")  # fmt: skip
-    add("--repetition_penalty", type=within(float, tiny, huge, 1, "a number above 0"), default=1.0,
+    add("--repetition_penalty", type=within(float, tiny, huge, 1, "from 1e-6 to 1e9"), default=1.0,
         help="make tokens seen before less likely; 1: no change (default)")  # fmt: skip
     add("--num_samples", type=within(int, 1, huge, 1, "a whole number of 1 or more"), default=1,
         help="continuations of each prompt (default 1)")  # fmt: skip
     add("--stop", action="append", default=[], help="text that ends a continuation, itself left out; repeatable")
-    add("--context", choices=("slide", "refuse"), default="slide",
+    add("--context", type=one_of("slide", "refuse"), default="slide", metavar="slide|refuse",
         help="when the text outgrows the model's context: slide over its last part (default), or refuse")  # fmt: skip
-    add("--seed", type=within(int, 0, 2**63, 0, "a whole number of 0 or more"),
+    add("--seed", type=within(int, 0, 2**63 - 1, 0, "a whole number from 0 to 2^63 - 1"),
         help="repeat the same samples; unset: other ones each time")  # fmt: skip
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one (default)")
-    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="arithmetic of the model (default fp32)")
+    add("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda",
+        help="auto: cuda where there is one (default)")  # fmt: skip
+    add("--dtype", type=one_of(*DTYPES), default="fp32", metavar="|".join(DTYPES),
+        help="arithmetic of the model (default fp32)")  # fmt: skip
     add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
     add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
     add("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
     add("--raw", action="store_true", help="do not escape control characters on a terminal")
-    words = [word.partition("=") for word in argv]
-    args, rest = parser.parse_known_args(
-        [name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else name + equals + value
-         for name, equals, value in words]
-    )  # fmt: skip
+    args, rest = parser.parse_known_args([with_underscores(word) for word in argv])
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], flags)}")
@@ -104,12 +114,17 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
 def decoded(content: bytes, where: str, code: int = 65) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8; rule: prompts are UTF-8 text",
+            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8; rule: text is UTF-8",
             code,
         ) from None
 
@@ -217,12 +232,15 @@ def ask(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
         except EOFError:
             print(file=sys.stderr)
             return
-        generate(model, tokenizer, [prompt], args)
+        try:
+            generate(model, tokenizer, [prompt], args)
+        except UserError as error:  # the next prompt may fit
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:
     args = command_line(argv)
-    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    args.seed = secrets.randbelow(10**9) if args.seed is None else args.seed
     prompts = prompts_from(args)
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     import torch  # from here on it is slow
@@ -234,7 +252,7 @@ def main(argv: list[str]) -> None:
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is visible to torch; nearest: --device cpu")
     model, tokenizer, _ = read_model(args.ckpt)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    dtype = getattr(torch, DTYPES[args.dtype])
     model.to("cuda" if cuda and args.device != "cpu" else "cpu", dtype)
     if model.embed.weight.device.type == "cpu" and dtype == torch.float32:
         lay_out_for_decoding(model)

@@ -105,7 +105,7 @@ def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
     for i in range(model.layers):
         pairs += [(f"{blocks}.{i}.{theirs}", f"blocks.{i}.{ours}") for theirs, ours in block_names.items()]
     pairs += last.items()
-    return [(f"{theirs}.{kind}", f"{ours}.{kind}") for theirs, ours in pairs for kind in ("weight", "bias")]
+    return [(f"{theirs}.{what}", f"{ours}.{what}") for theirs, ours in pairs for what in ("weight", "bias")]
 
 
 def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
@@ -196,7 +196,9 @@ def generation_config_json(eot_id: int | None) -> Json:
 
 def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
-    readers = {"gpt2": _from_gpt2, "openai-gpt": _from_gpt2, "llama": _from_llama, "dist_lm": lambda c: c["model"]}
+    readers: dict[str, Callable[[Json], Json]] = {
+        "gpt2": _from_gpt2, "openai-gpt": _from_gpt2, "llama": _from_llama, "dist_lm": lambda config: config["model"]
+    }  # fmt: skip
     kind = str(config.get("model_type"))
     if kind not in readers:
         raise UserError(
@@ -204,16 +206,20 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
             f" nearest: {nearest(kind, readers) or 'llama'}", 66
         )  # fmt: skip
     _require(config, "quantization_config", None, None)
-    context = {"dist_lm": ("seq_len", 0), "llama": ("max_position_embeddings", 2048), "gpt2": ("n_positions", 1024),
-               "openai-gpt": ("n_positions", 512)}[kind]  # fmt: skip
-    vocab_size = {"llama": 32000, "gpt2": 50257, "openai-gpt": 40478, "dist_lm": 0}[kind]
+    # Their defaults, where a file leaves them out.
+    vocab_size, field, seq_len = {
+        "gpt2": (50257, "n_positions", 1024), "openai-gpt": (40478, "n_positions", 512),
+        "llama": (32000, "max_position_embeddings", 2048), "dist_lm": (0, "seq_len", 0),
+    }[kind]  # fmt: skip
     try:
         model = ModelConfig(**readers[kind](config))
+        return model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"config.json: as a model section, {field} {first['input']!r}: {first['msg']}", 66) from None
-    return model, int(config.get("vocab_size", vocab_size)), int(config.get(*context))
+        where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
+        raise UserError(f"config.json: cannot be a model of ours:{where} {first['msg']}", 66) from None
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"config.json: not as transformers or dist_lm write it ({error!r})", 66) from None
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:

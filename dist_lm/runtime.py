@@ -6,6 +6,7 @@ tensors, and JSON in byte tensors. Methods marked "all ranks" are collectives.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -199,11 +200,17 @@ class Runtime:
 
     def close(self) -> None:
         """Leave together: a rank that exits early aborts peers that still work. All ranks."""
-        self.barrier()
+        last_sum = self.sum(torch.zeros(1, device=self.device))
+        # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that still frees a
+        # tensor while Python shuts down aborts the process ("terminate called without an active exception").
+        self.model = None
+        self.accelerator.free_memory()
+        gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run
             self.accelerator.end_training()  # also destroys the process group
         if dist.is_initialized():
             dist.destroy_process_group()
+        del last_sum  # kept until no thread can hold it
 
 
 class _NoProfiler:

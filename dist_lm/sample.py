@@ -11,7 +11,7 @@ Shapes: B sequences, T tokens fed at once, V vocabulary.
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,9 +84,9 @@ def window_start(length: int, seq_len: int) -> int:
 
 
 def lay_out_for_decoding(model: GPT) -> None:
-    """Store each matrix with its longer side contiguous: fp32 products with one vector ran up to twice as fast on a CPU.
+    """Store each matrix with its longer side contiguous: fp32 products with a vector then ran up to twice as fast.
 
-    Shapes and values stay. For a process that only generates: an optimizer would not expect such strides.
+    Shapes and values stay. For a process that only generates, on a CPU: an optimizer would not expect such strides.
     """
     for parameter in model.parameters():
         if parameter.dim() == 2 and parameter.shape[0] > parameter.shape[1]:
@@ -109,15 +109,18 @@ def sample(
     streams = [random.Random(seed) for seed in seeds]
     texts = [list(prompt) for prompt in prompts]  # go on growing when their continuation has ended
     seen_BV = _seen(texts, model) if settings.repetition_penalty != 1 else None
-    decode = torch.compile(model, dynamic=False) if settings.compile else model
+    # Not what train's model.compile() made: it would compile anew for each length.
+    forward = model._call_impl
+    decode = torch.compile(forward, dynamic=False) if settings.compile else forward
     starts: list[int] = []
+    tokens_B = torch.empty(0)
     begin = time.perf_counter()
     for left in range(settings.max_new_tokens, 0, -1):
         moved = [window_start(len(text), model.seq_len) for text in texts]
         if moved != starts:  # the first turn, or a window has moved on
             starts = moved
             windows = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            logits_BV, cache = _prefill(model, windows, left, settings.compile)
+            logits_BV, cache = _prefill(model, forward, windows, left, settings.compile)
         else:
             logits_BV = decode(tokens_B[:, None], cache=cache, last_only=True)[:, 0]
         tokens_B, health_B = choose(logits_BV, settings, streams, seen_BV)
@@ -168,7 +171,7 @@ def cut(logits_BV: Tensor, settings: Sampling) -> Tensor:
     scores_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / settings.temperature
     floor: Tensor | float = math.log(settings.min_p) if settings.min_p else -math.inf
     V = scores_BV.shape[-1]
-    k = min(settings.top_k or V, V)
+    k = settings.top_k or V
     if k < V or settings.top_p < 1:
         best_BK = scores_BV.topk(k).values if k < V else scores_BV.sort(descending=True).values
         kept_B1 = best_BK.new_full((len(best_BK), 1), k, dtype=torch.long)
@@ -180,7 +183,9 @@ def cut(logits_BV: Tensor, settings: Sampling) -> Tensor:
     return scores_BV.masked_fill(scores_BV < floor, -math.inf)
 
 
-def _prefill(model: GPT, windows: list[list[int]], new_tokens: int, static: bool) -> tuple[Tensor, KVCache]:
+def _prefill(
+    model: GPT, forward: Callable[..., Tensor], windows: list[list[int]], new_tokens: int, static: bool
+) -> tuple[Tensor, KVCache]:
     """A cache that holds the windows, shorter ones padded on the left, and the logits after them."""
     longest, device = max(map(len, windows)), model.embed.weight.device
     tokens_BT = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
@@ -188,7 +193,7 @@ def _prefill(model: GPT, windows: list[list[int]], new_tokens: int, static: bool
     pad_B = torch.tensor(pads, device=device) if any(pads) else None
     capacity = model.seq_len if static else min(model.seq_len, longest + new_tokens - 1)
     cache = KVCache(model, len(windows), capacity, pad_B, static)
-    return model(tokens_BT, cache=cache, last_only=True)[:, 0], cache
+    return forward(tokens_BT, cache=cache, last_only=True)[:, 0], cache
 
 
 def _seen(texts: list[list[int]], model: GPT) -> Tensor:

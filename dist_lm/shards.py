@@ -10,7 +10,8 @@ import json
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,22 +108,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | Path, say: Callable[[str], None] = print) -> list[str]:
-    """Check every file of a prepared folder against its manifest; a line for each that is damaged."""
+def verify(folder: str | Path) -> list[str]:
+    """Check every file of a prepared folder against its manifest; the damaged ones, each with what is wrong."""
     folder, manifest = Path(folder), read_manifest(folder)
-    entries = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    files = {"tokenizer.json": manifest["tokenizer"]["sha256"]}
+    files |= {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
     damaged = []
-    for entry in [{"file": "tokenizer.json", "sha256": manifest["tokenizer"]["sha256"]}, *entries]:
+    for name, sha256 in files.items():
         try:
-            with open(folder / entry["file"], "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            damaged.append(f"{folder / entry['file']}: {error.strerror}")
-            continue
-        if sha256 != entry["sha256"]:
-            damaged.append(f"{folder / entry['file']}: sha256 {sha256} is not the manifest's {entry['sha256']}")
-    for line in damaged:
-        say(line)
+            damaged.append(f"{name} ({error.strerror})")
+        else:
+            damaged += [f"{name} (sha256 {found[:12]}, not {sha256[:12]})"] if found != sha256 else []
     return damaged
 
 
@@ -139,8 +138,8 @@ class TokenShards:
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
                 raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
-        self._arrays = [map_shard(self.folder / file) for file in self.files]
-        self._tokens = [arrays["tokens"] for arrays in self._arrays]
+        # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
+        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(self.folder / self.files[shard]))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self._ends: dict[tuple[int, int], list[int]] = {}
 
@@ -168,13 +167,13 @@ class TokenShards:
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
         for row, sequence in enumerate(np.asarray(sequences).tolist()):
             shard, start = self.find(sequence, seq_len, stride)
-            out[row] = self._tokens[shard][start : start + seq_len + 1]
+            out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
         return out
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
         """The documents that a sequence's T+1 tokens come from."""
         shard, first = self.find(sequence, seq_len, stride)
-        arrays, names = self._arrays[shard], self.manifest["sources"]
+        arrays, names = self._map(shard), self.manifest["sources"]
         starts = arrays["document_start"]
         n = int(np.searchsorted(starts, first, "right")) - 1
         spans, end = [], first + seq_len + 1

@@ -88,12 +88,12 @@ def read_documents(
             if head is None:
                 skipped["null rows"] += 1
                 continue
-            if not head or head.isspace():
-                head += next(texts, None) or ""
-            if not head or head.isspace():
+            while (not head or head.isspace()) and (more := next(texts, "")):
+                head += more
+            if head and not head.isspace():
+                yield number, row, chain([head], texts)
+            else:
                 skipped["empty documents"] += 1
-                continue
-            yield number, row, chain([head], texts)
 
 
 def _read(source: Source, data: DataConfig) -> Rows:
@@ -108,7 +108,7 @@ def _read(source: Source, data: DataConfig) -> Rows:
             elif _format(source.name) == ".csv":
                 yield from _read_csv(file, data.text_column)
             elif _format(source.name) in (".json", ".jsonl"):
-                is_array = file.peek(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
+                is_array = file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
                 yield from (_read_json_array if is_array else _read_json_lines)(file, data.text_column)
             else:
                 yield from _split(_decode(iter(lambda: file.read(CHUNK), b"")), data.separator)
@@ -135,7 +135,7 @@ def _split(chunks: Iterator[str], separator: str | None, row: int = 1) -> Rows:
         cut = max(len(waiting) - keep, 0)
         yield row, waiting[:cut]
         waiting = waiting[cut:]
-    if waiting or row == 1:
+    if waiting or not separator or row == 1:
         yield row, waiting
 
 
@@ -221,21 +221,21 @@ def _read_csv(file: BinaryIO, column: str) -> Rows:
 def _read_parquet(file: BinaryIO, column: str) -> Rows:
     import pyarrow.parquet  # slow, and needed for these files only
 
-    if not file.seekable():  # packed once more around its own packing
-        unpacked = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the reader
-        shutil.copyfileobj(file, unpacked)
-        file = unpacked
-    with _at(0):
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
-        _find_column(column, table.schema_arrow.names)
-    batches, row = table.iter_batches(_BATCH, columns=[column], use_threads=False), 0
-    while True:
-        with _at(row + 1):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield from _column(batch.column(0), row, column)
-        row += len(batch)
+    with contextlib.ExitStack() as stack:
+        if not file.seekable():  # packed once more around its own packing
+            packed, file = file, stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(packed, file)
+        with _at(0):
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
+            _find_column(column, table.schema_arrow.names)
+        batches, row = table.iter_batches(_BATCH, columns=[column], use_threads=False), 0
+        while True:
+            with _at(row + 1):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield from _column(batch.column(0), row, column)
+            row += len(batch)
 
 
 def _read_hub(name: str, column: str) -> Rows:
@@ -243,9 +243,11 @@ def _read_hub(name: str, column: str) -> Rows:
 
     row, stream, batches = 0, None, None
     try:
-        with _at(row):
+        try:
             stream = datasets.load_dataset(name, split="train", streaming=True).with_format("arrow")
-            batches = stream.iter(_BATCH)
+        except (ValueError, OSError) as error:
+            raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
+        batches = stream.iter(_BATCH)
         while True:
             with _at(row + 1):
                 batch = next(batches, None)
@@ -315,10 +317,10 @@ def _at(row: int) -> Iterator[None]:
 
 def _open(path: str) -> BinaryIO:
     if not path.endswith(_PACKINGS):
-        return open(path, "rb", CHUNK)
+        return open(path, "rb")
     import pyarrow  # slow, and needed for packed files only
 
-    return io.BufferedReader(pyarrow.input_stream(path, compression="detect"), CHUNK)  # raises if it is cut short
+    return io.BufferedReader(pyarrow.input_stream(path, compression="detect"))  # raises if cut short
 
 
 def _format(name: str) -> str:

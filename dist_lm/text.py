@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import tokenizers
@@ -43,27 +43,35 @@ class NoCutError(ValueError):
 
 
 class Tokenizer:
-    """Text to ids and back; frozen. `eot` ends a document, `unk` (char only, else None) stands for unknown text."""
+    """Text to ids and back; frozen. `eot` ends a document, `unk` (None if there is none) stands for unknown text."""
 
-    def __init__(self, stored: str, eot_token: str, unk_token: str | None = None):
+    def __init__(self, stored: str, eot_token: str):
         self._tokenizer = tokenizers.Tokenizer.from_str(stored)
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None  # ids must be a function of the text
-        self.stored, self.eot_token, self.unk_token = stored, eot_token, unk_token
+        self.stored, self.eot_token = stored, eot_token
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values()) + 1
         self.eot = self.vocabulary[eot_token]
-        self.unk = self.vocabulary.get(unk_token) if unk_token else None
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
         content = json.loads(stored)
-        self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
-        self._byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        model = content["model"]
+        unk_id = model.get("unk_id")  # of Unigram; the other models name it
+        self.unk_token = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
+        self.unk = self.vocabulary.get(self.unk_token or "")
+        special = {token["id"]: token["content"] for token in content["added_tokens"] if token["special"]}
+        self.special = set(special)
+        # Some models (Unigram, WordLevel) find a special token in text all the same: it is then spelled in two parts.
+        self._spelled: dict[int, list[int]] = {}
+        found = {i: name for i, name in special.items() if i != self.unk and i in self.encode(name)}
+        self._spelled = {i: self.encode(name[:1]) + self.encode(name[1:]) for i, name in found.items()}
+        self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
         plain = content["normalizer"] is None and not any(not t["special"] for t in content["added_tokens"])
         # one id a character or byte, so any place is a cut
-        self._atomic = plain and content["model"]["type"] == "BPE" and not content["model"]["merges"]
+        self._atomic = plain and model["type"] == "BPE" and not model["merges"]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -76,11 +84,12 @@ class Tokenizer:
             vocabulary = tokenizers.Tokenizer.from_str(stored).get_vocab()
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{file}: not a readable tokenizer ({error})", 65) from error
-        named = {key: _content(config.get(f"{key}_token")) for key in ("eos", "unk")}
-        eot_token = next((name for name in (named["eos"], *EOT_NAMES) if name in vocabulary), None)
+        named = config.get("eos_token")
+        named = named["content"] if isinstance(named, dict) else named
+        eot_token = next((name for name in (named, *EOT_NAMES) if name in vocabulary), None)
         if eot_token is None:
             raise UserError(f"{file}: no end-of-text token; name one of its tokens as eos_token in {config_file}", 65)
-        return cls(stored, eot_token, named["unk"] if named["unk"] in vocabulary else None)
+        return cls(stored, eot_token)
 
     @cached_property
     def sha256(self) -> str:
@@ -89,18 +98,23 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and the tokenizer_config.json that makes AutoTokenizer load it as it is."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"eos_token": self.eot_token} | ({"unk_token": self.unk_token} if self.unk_token else {})
+        config |= {"eos_token": self.eot_token} | ({"unk_token": self.unk_token} if self.unk is not None else {})
         Path(folder, "tokenizer.json").write_text(self.stored, encoding="utf-8")
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"character {error.start} of the text is a lone surrogate; rule: Unicode", 65) from error
+        return self._spell(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._spell(encoding.ids) for encoding in encodings]
+
+    def _spell(self, ids: list[int]) -> list[int]:
+        return [j for i in ids for j in self._spelled.get(i, (i,))] if self._spelled else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -109,12 +123,12 @@ class Tokenizer:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens."""
         sizes = np.zeros(self.vocab_size, np.int64)
         for token, i in self.vocabulary.items():
-            if i not in self._special:
-                sizes[i] = len(self._bytes_of(token))
+            if i not in self.special:
+                sizes[i] = len(self.bytes_of(token))
         return sizes
 
-    def _bytes_of(self, token: str) -> bytes:
-        if self._byte_level and all(c in BYTE_OF for c in token):
+    def bytes_of(self, token: str) -> bytes:
+        if self.byte_level and all(c in BYTE_OF for c in token):
             return bytes(BYTE_OF[c] for c in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
             return bytes([int(token[3:5], 16)])
@@ -167,32 +181,23 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tokens = {i: token for token, i in tokenizer.vocabulary.items()} if tokenizer._byte_level else {}
+        self._tokens = {i: token for token, i in tokenizer.vocabulary.items() if i not in tokenizer.special}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
-        self._shown = 0  # how many of self._ids are out already; they are context for those that follow
+        self._shown = 0  # characters of their text
 
     def push(self, token_id: int) -> str:
-        if self._tokens:  # byte-level: bytes into an incremental UTF-8 decoder
-            token = "" if token_id in self._tokenizer._special else self._tokens.get(token_id, "")
-            return self._utf8.decode(self._tokenizer._bytes_of(token))
-        self._ids.append(token_id)
-        text = self._new_text()
-        if text.endswith("\ufffd") and len(self._ids) - self._shown < 8:
-            return ""  # perhaps the first bytes of a character
-        self._ids = self._ids[self._shown :]
-        self._shown = len(self._ids)
-        return text
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(self._tokenizer.bytes_of(self._tokens.get(token_id, "")))
+        self._ids.append(token_id)  # a decoder may treat the first token apart, so all are decoded again
+        return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # perhaps the first bytes of a character
 
     def flush(self) -> str:
-        if self._tokens:
-            return self._utf8.decode(b"", final=True)
-        text, self._ids, self._shown = self._new_text(), [], 0
-        return text
+        return self._utf8.decode(b"", final=True) + self._new(self._tokenizer.decode(self._ids))
 
-    def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._shown])
-        return self._tokenizer.decode(self._ids)[len(before) :]
+    def _new(self, text: str) -> str:
+        shown, self._shown = self._shown, max(self._shown, len(text))
+        return text[shown:]
 
 
 def is_trained_spec(spec: str) -> bool:
@@ -275,7 +280,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 # --- encoding in worker processes: plain bytes over pipes, no pickle and no import of the parent's main module
 
 
-def write_frame(stream: BinaryIO, parts: Sequence[bytes | memoryview]) -> None:
+def write_frame(stream: IO[bytes], parts: Sequence[bytes | memoryview]) -> None:
     sizes = [memoryview(part).nbytes for part in parts]
     stream.write(struct.pack(f"<Q{len(parts)}Q", len(parts), *sizes))
     for part in parts:
@@ -283,7 +288,7 @@ def write_frame(stream: BinaryIO, parts: Sequence[bytes | memoryview]) -> None:
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> list[bytes] | None:
+def read_frame(stream: IO[bytes]) -> list[bytes] | None:
     """The next frame's parts; None at the end of the stream."""
     head = stream.read(8)
     if len(head) < 8:
@@ -307,7 +312,7 @@ def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: li
         tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return Tokenizer(tokenizer.to_str(pretty=True), EOT, UNK if UNK in special else None)
+    return Tokenizer(tokenizer.to_str(pretty=True), EOT)
 
 
 def _byte_level() -> tuple[Any, Any]:
@@ -320,7 +325,3 @@ def _drain(kept: list[bytes]) -> Iterator[str]:
     while kept:
         yield kept.pop().decode()
 
-
-def _content(token: Any) -> str | None:
-    """The text of a token in tokenizer_config.json, which may be given as a mapping."""
-    return token.get("content") if isinstance(token, dict) else token

@@ -208,12 +208,14 @@ def test_plain_lines_come_at_the_ends_and_every_ten_seconds(tmp_path, capsys, cl
             with recorder.pause():
                 clock.now += 2
             recorder.evaluation(n, "val", VAL)
+    recorder.evaluation(6, "val", VAL)
     recorder.close()
     assert capsys.readouterr().out.splitlines() == [
         "step 1/6  loss 2.8750  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%",
         "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000",
         "step 4/6  loss 2.5000  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%  eta 0:09",
         "step 6/6  loss 2.2500  lr 1.00e-03  norm 0.500  1k tokens/s  data wait 25%  eta 0:00",
+        "step 6  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000",
         "6 steps in 0:26: goodput 77%, up to the first step 15%, evaluating and saving 8%",
     ]
 

@@ -1,0 +1,272 @@
+"""Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what they say."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_lm import checkpoint, hf
+from dist_lm.checkpoint import (
+    newest_valid,
+    prune,
+    read_model,
+    restore_optimizer,
+    save,
+    set_aside_newer,
+    step_folders,
+    verify,
+)
+from dist_lm.config import ModelConfig, OptimConfig, UserError
+from dist_lm.model import GPT, init_weights
+from dist_lm.optim import make_optimizer
+from dist_lm.text import Tokenizer, train_tokenizer
+from tests.procs import ROOT, clean_env
+
+MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
+
+
+def alone(value: Any) -> list[Any]:
+    return [json.loads(json.dumps(value))]
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
+    """A model after two updates of each parameter."""
+    tokenizer = train_tokenizer("byte", [])
+    model = GPT(MODEL, tokenizer.vocab_size, SEQ_LEN)
+    init_weights(model, 1)
+    optimizer = make_optimizer(model, OptimConfig(), "fp32")
+    for _ in range(2):
+        tokens = torch.arange(16).view(2, 8)
+        model(tokens, tokens).backward()
+        optimizer.step()
+    return model, optimizer, tokenizer
+
+
+def write(run: Path, step: int, trained: Any, val_loss: float | None = None, world: int = 1) -> Path:
+    """Save as `world` ranks would, one after another in one process."""
+    model, optimizer, tokenizer = trained
+    weights = checkpoint.model_sources(MODEL, tokenizer.vocab_size, SEQ_LEN, dict(model.named_parameters()))
+    moments = checkpoint.optimizer_sources(model.named_parameters(), optimizer)
+    texts = {
+        "config.json": json.dumps(hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)),
+        "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+    }
+    return save(run, step, weights, moments, texts, tokenizer, rank=0, world=world, gather=alone)
+
+
+def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 3, trained)
+    assert sorted(verify(folder)["files"]) == [
+        "config.json", "model.safetensors", "optimizer-00001-of-00001.safetensors", "state.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    model, optimizer, _ = trained
+    again, tokenizer, found = read_model(str(tmp_path))
+    assert found == folder and tokenizer.vocab_size == 257
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    other = make_optimizer(again, OptimConfig(), "fp32")
+    restore_optimizer(folder, list(again.named_parameters()), other)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert all(torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p])
+
+
+def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 4000)
+    folder = write(tmp_path, 3, trained)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("model-*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        tensors = load_file(file)
+        assert {name for name, where in index["weight_map"].items() if where == file.name} == set(tensors)
+    again, _, _ = read_model(str(folder))
+    assert torch.equal(again.embed.weight, trained[0].embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: os.truncate(f / "model.safetensors", 100), "model.safetensors: has 100 bytes, the manifest says"),
+        (lambda f: _flip(f / "model.safetensors"), "model.safetensors: does not match its hash in the manifest"),
+        (lambda f: _flip(f / "state.json"), "state.json: does not match its hash in the manifest"),
+        (lambda f: (f / "state.json").unlink(), "state.json: is missing or not a regular file"),
+        (lambda f: (f / "extra.bin").write_text(""), "extra.bin: is not in the manifest"),
+        (lambda f: (f / "manifest.json").write_text(""), "manifest.json: not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: is not of format 1"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file or directory"),
+        (lambda f: _edit(f, step=4), "manifest.json: belongs to step 4"),
+        (lambda f: _edit(f, files={"../x": {}}), "is not in the manifest"),
+        (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
+    ],
+)
+def test_damage_is_seen_and_the_step_before_is_taken(
+    trained: Any, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    older, newer = write(tmp_path, 1, trained), write(tmp_path, 2, trained)
+    damage(newer)
+    with pytest.raises(UserError, match=message) as error:
+        verify(newer)
+    assert error.value.code == 66
+    found, passed_over = newest_valid(tmp_path)
+    assert found == older and len(passed_over) == 1 and message in passed_over[0]
+    shutil.rmtree(older)
+    with pytest.raises(UserError, match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently"):
+        newest_valid(tmp_path)
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+
+
+def _edit(folder: Path, **changes: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def _link(file: Path) -> None:
+    elsewhere = file.parent.parent / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+def test_a_folder_that_is_no_step_is_left_alone(trained: Any, tmp_path: Path) -> None:
+    (tmp_path / "step-99").mkdir()
+    (tmp_path / "step-00000009").write_text("a file")
+    assert newest_valid(tmp_path) == (None, [])
+
+
+@pytest.mark.slow
+def test_nothing_is_there_until_all_is_written(trained: Any, tmp_path: Path) -> None:
+    """Die at every file operation of a save: the older checkpoint or the whole new one is found, never a mix."""
+    write(tmp_path / "run", 1, trained)
+    script = """
+import os, sys
+from pathlib import Path
+import tests.test_checkpoint as t
+left = int(sys.argv[2])
+def count(event, arguments):
+    global left
+    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree") and armed:
+        left -= 1
+        if left < 0:
+            os._exit(9)
+armed = False
+trained = t.trained.__wrapped__()
+sys.addaudithook(count)
+armed = True
+t.write(Path(sys.argv[1]), 2, trained)
+os._exit(0)
+"""
+    finished, points, deaths = False, 0, set()
+    while not finished:
+        run = tmp_path / f"run-{points}"
+        shutil.copytree(tmp_path / "run", run)
+        done = subprocess.run([sys.executable, "-c", script, str(run), str(points)], cwd=ROOT, env=clean_env(), timeout=60)
+        finished, points = done.returncode == 0, points + (1 if points < 4 else 3)
+        found, passed_over = newest_valid(run)
+        assert found is not None and passed_over == []
+        deaths.add(found.name)
+        write(run, 3, trained)  # the next save clears what was left over
+        assert not list(run.glob(".step-*"))
+    assert deaths == {"step-00000001", "step-00000002"} and points > 10
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = write(tmp_path, 1, trained)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "optimizer-00001-of-00001.safetensors")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(UserError) as error:
+        write(tmp_path, 2, trained)
+    assert str(error.value) == (
+        "checkpoint of step 2 was not written: rank 0: No space left on device (optimizer-00001-of-00001.safetensors);"
+        " older checkpoints are untouched"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == [older.name]
+
+
+def test_what_stays(trained: Any, tmp_path: Path) -> None:
+    losses = [3.0, 1.5, 2.0, None, 2.5, 2.2, 2.1, None]
+    for step, loss in enumerate(losses, 1):
+        write(tmp_path, step, trained, loss)
+    prune(tmp_path, keep_last=2, keep_every=3)
+    assert [checkpoint.step_of(f) for f in step_folders(tmp_path)] == [2, 3, 6, 7, 8]  # best, every third, the last two
+
+
+def test_going_back_sets_newer_steps_aside(trained: Any, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write(tmp_path, step, trained)
+    said: list[str] = []
+    set_aside_newer(tmp_path, tmp_path / "step-00000001", said.append)
+    assert [f.name for f in step_folders(tmp_path)] == ["step-00000001"] and len(said) == 2
+    assert (tmp_path / "replaced-0-step-00000003").is_dir()
+
+
+def test_no_model_here(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither a checkpoint"):
+        read_model(str(tmp_path))
+    with pytest.raises(UserError, match="there is no such folder; rule: a run, a step folder"):
+        read_model(str(tmp_path / "x"))
+
+
+def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 1, trained)
+    (folder / "manifest.json").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="the model file lacks"):
+        read_model(str(folder))
+    (folder / "optimizer-00001-of-00001.safetensors").unlink()
+    model, _, _ = trained
+    with pytest.raises(UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"):
+        restore_optimizer(folder, list(model.named_parameters()), make_optimizer(model, OptimConfig(), "fp32"))
+
+
+def test_a_torn_safetensors_file_is_refused(trained: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 1, trained)
+    (folder / "manifest.json").unlink()
+    os.truncate(folder / "model.safetensors", 1000)
+    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+        read_model(str(folder))
+
+
+def test_a_checkpoint_is_a_transformers_folder(trained: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = write(tmp_path, 1, trained)
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)("a b\n  c", return_tensors="pt").input_ids
+    assert tokens.tolist() == [trained[2].encode("a b\n  c")]
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, trained[0](tokens), atol=1e-5)
+
+
+def test_only_safetensors_and_json_are_read(trained: Any, tmp_path: Path) -> None:
+    """A pickle that would run code lies under every name a loader might touch; it never runs."""
+    folder = write(tmp_path, 1, trained)
+    (folder / "manifest.json").unlink()
+    marker = tmp_path / "marker"
+    payload = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
+    for name in ("pytorch_model.bin", "model.bin", "optimizer.bin", "random_states_0.pkl", ".metadata", "__0_0.distcp",
+                 "custom_checkpoint_0.pkl", "mp_rank_00_model_states.pt", "dl_state_dict.bin", "tok.py"):  # fmt: skip
+        (folder / name).write_bytes(payload)
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "tok.X"}})
+    )
+    read_model(str(folder))
+    assert not marker.exists()

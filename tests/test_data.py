@@ -1,0 +1,102 @@
+"""Batches: every split of the global batch has the same rows, read ahead or not, and fillers have no targets."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_lm.config import Config, DataConfig, RunConfig, UserError, plan
+from dist_lm.data import NO_TARGET, Batch, Batches, Dataset, open_dataset
+
+CPU = torch.device("cpu")
+
+
+def opened(prepared: Path, tmp_path: Path, **data: object) -> tuple[Config, Dataset]:
+    fields = {"input": str(prepared), "seq_len": 16, "global_batch": 8, "workers": 0} | data
+    config = Config(data=DataConfig(**fields), run=RunConfig(dir=str(tmp_path)))  # type: ignore[arg-type]
+    return config, open_dataset(config, lambda work: work())
+
+
+def batches(config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: object) -> Batches:
+    return Batches(dataset.train, config.data, plan(config, world), rank, CPU, seed=3, eot=dataset.tokenizer.eot,
+                   **options)  # type: ignore[arg-type]  # fmt: skip
+
+
+def rows(batch: Batch) -> np.ndarray:
+    """Tokens and targets of the rows that have targets."""
+    both = torch.cat([torch.cat([m.tokens_BT, m.targets_BT], 1) for m in batch.micros])
+    return both[(both != NO_TARGET).all(1)].numpy()
+
+
+@settings(deadline=None, max_examples=25)
+@given(world=st.integers(1, 9), batch=st.integers(9, 20), micro=st.integers(1, 9), step=st.integers(0, 500))
+def test_all_splits_have_the_same_rows(
+    prepared: Path, tmp_path_factory: pytest.TempPathFactory, world: int, batch: int, micro: int, step: int
+) -> None:
+    config, dataset = opened(prepared, tmp_path_factory.getbasetemp(), global_batch=batch, micro_batch=micro)
+    whole = batches(config, dataset, hash_rows=True).read(step)
+    parts = [batches(config, dataset, rank, world, hash_rows=True).read(step) for rank in range(world)]
+    together = np.concatenate([rows(part) for part in parts])
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, rows(whole).tolist()))
+    assert sum(part.targets for part in parts) == whole.targets == batch * 16
+    assert (sum(part.row_hashes for part in parts) - whole.row_hashes) % 2**64 == 0
+    assert len({(len(part.micros), part.micros[0].tokens_BT.shape) for part in parts}) == 1
+
+
+def test_the_hash_knows_tokens_and_places(prepared: Path, tmp_path: Path) -> None:
+    config, dataset = opened(prepared, tmp_path)
+    made = [batches(config, dataset, hash_rows=True).read(step).row_hashes for step in range(50)]
+    assert len(set(made)) == 50
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_ahead_changes_nothing(prepared: Path, tmp_path: Path, workers: int) -> None:
+    config, dataset = opened(prepared, tmp_path)
+    ahead_config, _ = opened(prepared, tmp_path, workers=workers)
+    here, ahead = batches(config, dataset, first_step=60), batches(ahead_config, dataset, first_step=60)
+    for _ in range(20):  # crosses a boundary of the steps whose order is computed at once
+        assert np.array_equal(rows(here.take()), rows(ahead.take()))
+    ahead.close()
+
+
+def test_an_epoch_has_every_target_once_and_then_ends(prepared: Path, tmp_path: Path) -> None:
+    config, dataset = opened(prepared, tmp_path, global_batch=7)
+    made = batches(config, dataset, end_position=dataset.train_sequences)
+    steps = -(-dataset.train_sequences // 7)
+    seen = np.concatenate([rows(made.read(step))[:, 16:] for step in range(steps)])
+    assert made.read(steps).targets == 0
+    in_place = dataset.train.read(np.arange(dataset.train_sequences), 16, 16)[:, 1:]
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, in_place.tolist()))
+
+
+def test_document_mask(prepared: Path, tmp_path: Path) -> None:
+    config, dataset = opened(prepared, tmp_path, document_mask=True, seq_len=256)
+    (micro,) = batches(config, dataset).read(0).micros
+    assert micro.segments_BT is not None
+    ends = micro.tokens_BT == dataset.tokenizer.eot
+    assert ends.any() and (micro.targets_BT[ends] == NO_TARGET).all()
+    assert torch.equal(micro.segments_BT[:, 1:] - micro.segments_BT[:, :-1], ends[:, :-1].long())
+
+
+def test_dropout_keys_belong_to_positions(prepared: Path, tmp_path: Path) -> None:
+    config, dataset = opened(prepared, tmp_path)
+    (whole,) = batches(config, dataset, dropout=True).read(5).micros
+    (part,) = batches(config, dataset, 1, 2, dropout=True).read(5).micros
+    assert whole.dropout_keys_B is not None and part.dropout_keys_B is not None
+    assert torch.equal(whole.dropout_keys_B[1::2], part.dropout_keys_B)
+    assert len(whole.dropout_keys_B.unique()) == 8
+
+
+def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.seq_len=10000000 needs 10000001 tokens in one shard, .* nearest: \d+"):
+        opened(prepared, tmp_path, seq_len=10_000_000)
+    with pytest.raises(UserError, match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger"):
+        opened(prepared, tmp_path, seq_len=20_000)
+
+
+def test_the_identity_is_that_of_the_tokens(prepared: Path, tmp_path: Path) -> None:
+    first, again = opened(prepared, tmp_path)[1], opened(prepared, tmp_path)[1]
+    assert first.identity == again.identity and len(first.identity) == 64

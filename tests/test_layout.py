@@ -1,0 +1,87 @@
+"""The shape of the code: which room may import which, and names that cannot shadow a dependency."""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from tests.procs import ROOT
+
+CODE = ROOT / "dist_lm"
+# Each room may import rooms of its own or an earlier level; nothing imports an entry.
+LEVELS = [
+    {"config"},
+    {"model", "text", "order", "optim", "hf"},
+    {"shards", "sources", "sample", "checkpoint", "metrics"},
+    {"data", "runtime"},
+    {"validate"},
+    {"prepare", "train", "generate", "score", "show", "report"},
+]
+MODULES = {path.stem: path for path in CODE.glob("*.py") if path.stem != "__init__"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively: launching by path breaks that"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_room() -> None:
+    assert set(MODULES) == set().union(*LEVELS)
+
+
+def test_imports_never_point_right() -> None:
+    level = {module: n for n, modules in enumerate(LEVELS) for module in modules}
+    wrong, graph = [], {}
+    for module, path in MODULES.items():
+        graph[module] = {name.split(".")[1] for name in imports(path) if name.startswith("dist_lm.")} & set(MODULES)
+        wrong += [f"{module} -> {used}" for used in graph[module] if level[used] > level[module]]
+        wrong += [f"{module} -> entry {used}" for used in graph[module] if used in LEVELS[-1]]
+    assert wrong == []
+    while graph:  # no cycles: what imports nothing that is left can always be taken away
+        leaves = {module for module, used in graph.items() if not used & set(graph)}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {module: used for module, used in graph.items() if module not in leaves}
+
+
+def test_accelerate_and_distributed_have_one_home() -> None:
+    for module, path in MODULES.items():
+        foreign = {n for n in imports(path) if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n}
+        assert module == "runtime" or not foreign, (module, foreign)
+
+
+def test_transformers_is_for_tests_only() -> None:
+    assert [m for m, path in MODULES.items() if "transformers" in {n.split(".")[0] for n in imports(path)}] == []
+
+
+def test_names_shadow_nothing() -> None:
+    """`accelerate launch dist_lm/train.py` puts dist_lm/ first on sys.path."""
+    installed = {name.lower() for name in importlib.metadata.packages_distributions()}
+    assert not set(MODULES) & (installed | set(sys.stdlib_module_names))
+
+
+def test_init_holds_only_the_version() -> None:
+    (docstring, version) = ast.parse((CODE / "__init__.py").read_text()).body
+    assert isinstance(docstring, ast.Expr) and isinstance(version, ast.Assign)
+
+
+def test_no_pickle_and_no_code_from_files() -> None:
+    banned = {"torch.load", "torch.save", "eval", "exec", "dist.all_gather_object", "dist.broadcast_object_list"}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & banned and "pickle" not in imports(path), module
+        assert "trust_remote_code" not in path.read_text(), module
+
+
+def test_launch_files_hold_no_mathematics() -> None:
+    for path in (ROOT / "launch").glob("*.yaml"):
+        text = path.read_text()
+        assert not [w for w in ("mixed_precision", "batch", "clip", "accumulation", "dtype") if w in text], path

@@ -1,0 +1,388 @@
+"""Preparing gives the same bytes however often it is stopped and on however many processes, and holds out by text."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_lm import data as data_module
+from dist_lm import prepare, text
+from dist_lm.config import DataConfig, UserError
+from dist_lm.data import held_out, prepare_dataset
+from dist_lm.shards import MANIFEST, TokenShards, map_shard
+from dist_lm.text import Tokenizer
+
+WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
+
+
+def write_documents(path: Path, number: int, seed: int = 0, longest: int = 60) -> list[str]:
+    rng = random.Random(seed)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(number)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return documents
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def tokens_of(folder: Path, split: str) -> list[int]:
+    entries = json.loads((folder / MANIFEST).read_text())["splits"][split]["shards"]
+    return [i for entry in entries for i in map_shard(folder / entry["file"])["tokens"].tolist()]
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "SHARD_TOKENS", 300)
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
+def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "a.jsonl", 150)
+    manifest = prepare_dataset(DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer=tokenizer), tmp_path / "d", 1, quiet)
+    loaded = Tokenizer.load(tmp_path / "d")
+    for split in ("train", "val"):
+        chosen = [text for text in documents if held_out(text, 0.1) == (split == "val")]
+        expected = [i for text in chosen for i in [*loaded.encode(text), loaded.eot]]
+        assert tokens_of(tmp_path / "d", split) == expected
+        entry = manifest["splits"][split]
+        assert entry["documents"] == len(chosen) and entry["tokens"] == len(expected) and entry["unknown"] == 0
+        assert entry["bytes"] == sum(len(text.encode()) for text in chosen)
+        assert loaded.token_bytes()[expected].sum() == entry["bytes"]
+        assert all(shard["tokens"] == 300 for shard in entry["shards"][:-1])
+        shards = TokenShards(tmp_path / "d", split)
+        for sequence, row in enumerate(shards.read(np.arange(sum(shards.counts(40, 40))), 40, 40)):
+            for span in shards.documents_of(sequence, 40, 40):
+                written = loaded.decode([i for i in row[span.start : span.stop].tolist() if i != loaded.eot])
+                assert span.source == "a.jsonl" and written.strip("\ufffd") in documents[span.row - 1]
+    assert manifest["tokenizer"]["sha256"] == loaded.sha256 and manifest["tokenizer"]["eot"] == loaded.eot
+    assert not (tmp_path / "d" / data_module.PROGRESS).exists()
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 200)
+    monkeypatch.setattr(data_module, "JOB", 100)  # many more jobs than processes
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="bpe:300")
+    for processes in (1, 3):
+        prepare_dataset(config, tmp_path / str(processes), processes, quiet)
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("small_shards")
+@settings(max_examples=12, deadline=None)
+@given(fatal=st.lists(st.integers(1, 12), min_size=1, max_size=4), number=st.sampled_from([30, 130]))
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory, fatal: list[int], number: int
+) -> None:
+    folder = tmp_path_factory.mktemp("stopped")
+    write_documents(folder / "a.jsonl", number)
+    config = DataConfig(input=str(folder / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
+    prepare_dataset(config, folder / "whole", 1, quiet)
+    encoded: list[int] = []
+    for at in [*fatal, 10**9]:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = iter(range(1, 10**9))
+
+            def stop_or(real: Callable[..., Any], calls: Any = calls, at: int = at) -> Callable[..., Any]:
+                def call(*args: Any) -> Any:
+                    if next(calls) == at:
+                        raise KilledError
+                    return real(*args)
+
+                return call
+
+            patch.setattr(data_module, "write_shard", stop_or(data_module.write_shard))
+            patch.setattr(data_module, "write_json", stop_or(data_module.write_json))
+            real_encode = Tokenizer.encode
+            patch.setattr(Tokenizer, "encode", lambda self, t, e=real_encode: encoded.append(1) or e(self, t))
+            try:
+                prepare_dataset(config, folder / "parts", 1, quiet)
+                break
+            except KilledError:
+                (folder / "parts" / "tmp-train-00007.safetensors").write_text("half a file")
+    assert content(folder / "parts") == content(folder / "whole")
+
+
+def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 3000)
+    program = (
+        "import sys; from dist_lm import data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
+        "data.JOB = 2000; data.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    first = tmp_path / "killed" / "train-00000.safetensors"
+    while not first.exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / MANIFEST).exists()
+    kept = first.stat()
+    deadline = time.monotonic() + 10
+    while workers := [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path / "killed") in command_line(p)]:
+        assert time.monotonic() < deadline, f"{workers} live on"
+        time.sleep(0.05)
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "killed: going on after " in again.stdout
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, check=True)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def command_line(process: Path) -> str:
+    try:
+        state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+        return "" if state == "Z" else (process / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 10)
+    monkeypatch.setattr(data_module, "WORKER", "import sys; sys.exit(3)")
+    with pytest.raises(RuntimeError, match="an encoding process ended with exit code 3"):
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
+
+
+# --- held out
+
+
+def test_a_document_stays_where_it_is(tmp_path: Path) -> None:
+    """More documents, another order and another fraction: none moves from validation into training."""
+    documents = [f"document {n}" for n in range(2000)]
+    small, large = ({text for text in documents if held_out(text, fraction)} for fraction in (0.05, 0.1))
+    assert small < large and 60 < len(small) < 140 and 150 < len(large) < 250
+    assert not any(held_out(text, 0.0) for text in documents)
+    assert held_out("x" * 2**20 + "a", 0.5) == held_out("x" * 2**20 + "b", 0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from("ab é\n"), min_size=1, max_size=40), min_size=1, max_size=6),
+    fraction=st.sampled_from([0.1, 0.3, 0.5]), chunk=st.integers(1, 30),
+)  # fmt: skip
+def test_a_small_source_holds_out_its_tail_at_a_line_end(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], fraction: float, chunk: int
+) -> None:
+    folder = tmp_path_factory.mktemp("tail")
+    for n, document in enumerate(texts):
+        (folder / f"{n}.txt").write_bytes(document.encode())
+    whole = "".join(document for document in texts if document.strip())
+    config = DataConfig(input=str(folder), tokenizer="byte", val_fraction=fraction)
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_lm.sources.CHUNK", chunk)
+        if not whole:
+            with pytest.raises(UserError, match="no document with text in"):
+                prepare_dataset(config, folder / "d", 1, said.append)
+            return
+        prepare_dataset(config, folder / "d", 1, said.append)
+    loaded = Tokenizer.load(folder / "d")
+    train, val = (loaded.decode(tokens_of(folder / "d", split)) for split in ("train", "val"))
+    assert train + val == whole
+    assert f"the last {fraction:.1%} of text is held out, cut at a line end" in "\n".join(said)
+    starts = {0}
+    for document in texts:
+        starts.add(max(starts) + len(document) if document.strip() else max(starts))
+    ends_line = train == "" or train.endswith("\n") or len(train) in starts
+    assert ends_line, (train, val)
+
+
+def test_the_tail_is_about_what_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {n} of the play\n" for n in range(5000)))
+    manifest = prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 1, quiet)
+    size = {split: entry["bytes"] for split, entry in manifest["splits"].items()}
+    assert size["val"] / sum(size.values()) == pytest.approx(0.1, abs=0.001)
+    assert manifest["splits"]["train"]["documents"] == manifest["splits"]["val"]["documents"] == 1
+    one_line = tmp_path / "one.txt"
+    one_line.write_text("no line end " * 100)
+    said: list[str] = []
+    manifest = prepare_dataset(DataConfig(input=str(one_line), tokenizer="byte"), tmp_path / "e", 1, said.append)
+    assert manifest["splits"]["val"]["tokens"] == 0 and "nothing is held out" in said[-1]
+
+
+# --- the folder
+
+
+def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte")
+    first = prepare_dataset(config, tmp_path / "d", 1, quiet)
+    (tmp_path / "a.jsonl").unlink()
+    said: list[str] = []
+    assert prepare_dataset(config, tmp_path / "d", 1, said.append) == first
+    assert said == [f"{tmp_path}/d: prepared before, used as it is"]
+    for change in ({"tokenizer": "char"}, {"val_fraction": 0.2}, {"separator": "#"}, {"text_column": "x"}, {"input": "y"}):
+        name, value = next(iter(change.items()))
+        before = getattr(config, name)
+        message = rf"/d was prepared with data\.{name}={before!r}, not {value!r}; rule: one folder, one preparation;"
+        with pytest.raises(UserError, match=message) as raised:
+            prepare_dataset(config.model_copy(update=change), tmp_path / "d", 1, quiet)
+        assert raised.value.code == 65
+    with pytest.raises(UserError, match=r"/d' is a prepared folder already; rule: text"):
+        prepare_dataset(DataConfig(input=str(tmp_path / "d")), tmp_path / "e", 1, quiet)
+
+
+def test_text_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    config = DataConfig(input=str(tmp_path), tokenizer="byte")
+    monkeypatch.setattr(data_module, "write_shard", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_dataset(config, tmp_path / "d", 1, quiet)
+    write_documents(tmp_path / "a.jsonl", 21)
+    with pytest.raises(UserError, match=r"the text changed since .* began: .*a\.jsonl.* is now .*; nearest: remove"):
+        prepare_dataset(config, tmp_path / "d", 1, quiet)
+
+
+def test_what_is_wrong_in_a_document_is_said_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "LONGEST_WORD", 2**21)
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + json.dumps({"text": "a" * 3 * 2**20}) + "\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a.jsonl: row 2: the tokenizer cuts nowhere in 2,097,152 char"):
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="bpe:300"), tmp_path / "d", 1, quiet)
+
+
+def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    said: list[str] = []
+    progress = data_module.Progress(None, [2_000_000, 6_000_000], said.append)
+    for now, done, source in ((5, 500_000, 0), (10, 1_000_000, 0), (20, 1_500_000, 1), (30, 3_000_000, 1)):
+        clock[0] = float(now)
+        progress.show({"train": {"documents": 1, "bytes": done}, "val": {"documents": 0, "bytes": 0}}, source)
+    assert said == [
+        "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
+        "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
+        "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
+    ]
+
+
+# --- the command
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dist_lm.prepare", *words], capture_output=True, text=True)
+
+
+def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"body": [f"text number {n}" for n in range(200)]}), tmp_path / "a.parquet")
+    done = run("--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "d"), "--tokenizer", "byte",
+               "--text-column=body", "--val-fraction", "0.2", "--processes", "2")  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "train: " in done.stdout and "val: " in done.stdout
+    assert json.loads((tmp_path / "d" / MANIFEST).read_text())["settings"]["text_column"] == "body"
+    assert run("--verify", str(tmp_path / "d")).stdout == f"{tmp_path}/d: every hash is right\n"
+    with open(tmp_path / "d" / "train-00000.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    damaged = run("--verify", str(tmp_path / "d"))
+    assert damaged.returncode == 65 and damaged.stderr.startswith(
+        f"error: {tmp_path}/d: damaged: train-00000.safetensors (sha256 "
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ("--inptu x --output d", 2, "unrecognized arguments: --inptu x; did you mean --input?"),
+        ("--input", 2, "--input: expected one argument"),
+        ("", 2, "exactly one of --output DIR and --verify DIR must be given"),
+        ("--output d --verify d", 2, "exactly one of --output DIR and --verify DIR must be given"),
+        ("--output d --val_fraction 2", 2, "command line: data.val_fraction=2 must be less than 1; nearest: 0.1"),
+        ("--output d --processes none", 2, "--processes='none' must be a whole number of 1 or more; nearest: 1"),
+        ("--output d --tokenizer bpe:1", 2, "data.tokenizer='bpe:1': bpe:N must have at least 256 bytes"),
+        ("--output d --input no/such.txt", 65, "data.input='no/such.txt': no such file"),
+        ("--verify d", 65, "d/dataset.json: not a readable manifest (FileNotFoundError)"),
+    ],
+)
+def test_command_line_errors(
+    words: str, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as raised:
+        prepare.main(words.split())
+    assert str(raised.value).startswith(message) and raised.value.code == code
+    assert not (tmp_path / "d").exists()
+
+
+def test_help_names_every_flag_and_imports_nothing_heavy() -> None:
+    program = "import sys; from dist_lm import prepare\ntry: prepare.main(['--help'])\nexcept SystemExit: pass\n"
+    program += "print([m for m in ('torch', 'datasets', 'pyarrow', 'numpy', 'tokenizers') if m in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("[]\n")
+    for flag in ("input", "output", "tokenizer", "text_column", "separator", "val_fraction", "processes", "verify"):
+        assert f"--{flag}" in shown
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(data_module, "prepare_dataset", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        prepare.main(["--output", str(tmp_path / "d")])
+    assert capsys.readouterr().err == "\nstopped; the same command goes on\n"
+
+
+def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
+    """MB resident at most, of a process and of each of its children, while it runs."""
+    peak: dict[str, int] = {}
+    while process.poll() is None:
+        for task in (p for p in Path("/proc").glob("[0-9]*") if p.name.isdigit()):
+            try:
+                fields = (task / "stat").read_text().rpartition(")")[2].split()
+                if task.name == str(process.pid) or fields[1] == str(process.pid):
+                    status = (task / "status").read_text()
+                    high = int(status.partition("VmHWM:")[2].split()[0]) // 1024
+                    peak[task.name] = max(peak.get(task.name, 0), high)
+            except (OSError, IndexError):
+                continue
+        time.sleep(0.2)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [".txt", ".parquet"])
+def test_a_200_mb_document_needs_less_than_a_gigabyte(ending: str, tmp_path: Path) -> None:
+    words = random.Random(0).choices([f"word{n}" for n in range(5000)], k=2 * 10**5)
+    part = " ".join(words) + "\n"
+    document = part * (200 * 10**6 // len(part) + 1)
+    path = tmp_path / f"a{ending}"
+    if ending == ".txt":
+        path.write_text(document)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": [document]}), path)
+    size = len(document)
+    del document
+    command = [sys.executable, "-m", "dist_lm.prepare", "--input", str(path), "--output", str(tmp_path / "d")]
+    process = subprocess.Popen([*command, "--tokenizer", "bpe:1000"], stdout=subprocess.PIPE, text=True)
+    threading.Thread(target=lambda: process.stdout and process.stdout.read(), daemon=True).start()
+    peak = peak_memory(process)
+    assert process.returncode == 0
+    assert max(peak.values()) < 1024, peak
+    splits = json.loads((tmp_path / "d" / MANIFEST).read_text())["splits"]
+    assert sum(split["bytes"] for split in splits.values()) == size

@@ -1,0 +1,272 @@
+"""What a document is in each format, in which order documents come, and what is refused by file and row."""
+
+import csv
+import gzip
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_lm import sources
+from dist_lm.config import DataConfig, UserError
+from dist_lm.sources import find_sources, read_documents
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+def read(path: Any, skipped: Counter[str] | None = None, **settings: Any) -> list[tuple[str, int, str]]:
+    data = DataConfig(input=str(path), **settings)
+    found = find_sources(data)
+    documents = read_documents(found, data, Counter() if skipped is None else skipped)
+    return [(found[source].name, row, "".join(texts)) for source, row, texts in documents]
+
+
+def texts(path: Any, **settings: Any) -> list[str]:
+    return [text for _, _, text in read(path, **settings)]
+
+
+def write_json_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_txt_file_is_one_document_with_its_newlines(tmp_path: Path) -> None:
+    text = "one\r\n\n two\n\x00three\ufeff\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert read(tmp_path / "a.txt") == [("a.txt", 1, text)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(parts=st.lists(st.text(st.sampled_from("a<|>\né"), max_size=8), min_size=1, max_size=8), chunk=st.integers(1, 9))
+def test_a_separator_ends_documents_wherever_chunks_end(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int
+) -> None:
+    text, path = "<|>".join(parts), tmp_path_factory.getbasetemp() / "separated.txt"
+    path.write_bytes(text.encode())
+    before, sources.CHUNK = sources.CHUNK, chunk
+    try:
+        expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
+        assert [(row, text) for _, row, text in read(path, separator="<|>")] == expected
+    finally:
+        sources.CHUNK = before
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.one_of(st.none(), TEXT), max_size=12), chunk=st.sampled_from([1, 7, 2**20]))
+def test_rows_come_back_from_every_format(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[str | None], chunk: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    objects = [{"id": n, "text": text} for n, text in enumerate(rows)]
+    write_json_lines(folder / "r.jsonl", objects)
+    (folder / "r.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), "utf-8")
+    pq.write_table(pa.table({"text": pa.array(rows, pa.string()), "id": list(range(len(rows)))}), folder / "r.parquet")
+    expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
+    before, sources.CHUNK = sources.CHUNK, chunk
+    try:
+        for name in ("r.jsonl", "r.json", "r.parquet"):
+            skipped: Counter[str] = Counter()
+            assert [(row, text) for _, row, text in read(folder / name, skipped)] == expected, name
+            assert skipped["null rows"] == rows.count(None)
+            assert sum(skipped.values()) == len(rows) - len(expected)
+    finally:
+        sources.CHUNK = before
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(TEXT, max_size=12))
+def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
+    rows = ["007", "NA", "null", "2020-01-01", "two\nlines, \"quoted\"", *rows]
+    path = tmp_path_factory.getbasetemp() / "r.csv"
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["id", "text"], *([n, text] for n, text in enumerate(rows))])
+    expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
+    assert [(row, text) for _, row, text in read(path)] == expected
+
+
+def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": "2020-01-01"}, {"extra": {"a": [1]}, "text": "b"}, "", {"text": "<|endoftext|>\x00"}]
+    assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
+    assert texts(write_json_lines(tmp_path / "lines.json", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
+    assert texts(write_json_lines(tmp_path / "b.jsonl", [{"body": "x"}]), text_column="body") == ["x"]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None:
+    plain = tmp_path / f"a{ending}"
+    rows = [{"text": f"{n} " * 50} for n in range(100)]
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), plain)
+    elif ending == ".csv":
+        plain.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
+    else:
+        plain.write_text(json.dumps(rows) if ending == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    raw = plain.read_bytes()
+    (tmp_path / f"a{ending}.gz").write_bytes(gzip.compress(raw[: len(raw) // 2]) + gzip.compress(raw[len(raw) // 2 :]))
+    (tmp_path / f"a{ending}.zst").write_bytes(zstandard.compress(raw))
+    expected = texts(plain)
+    assert len(expected) == (1 if ending == ".txt" else 100)
+    for packing in (".gz", ".zst"):
+        assert texts(f"{plain}{packing}") == expected
+        packed = Path(f"{plain}{packing}").read_bytes()
+        Path(f"{plain}{packing}").write_bytes(packed[:-20])
+        with pytest.raises(UserError, match=rf"a{ending}{packing}: .*Truncated compressed stream"):
+            texts(f"{plain}{packing}")
+
+
+def test_parquet_kinds_of_text(tmp_path: Path) -> None:
+    for n, kind in enumerate([pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]):
+        column = pa.array([None, None] if pa.types.is_null(kind) else ["a", None]).cast(kind)
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{n}.parquet")
+        assert texts(tmp_path / f"{n}.parquet") == ([] if pa.types.is_null(kind) else ["a"])
+
+
+def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/10.txt", "a.jsonl", ".hidden/x.txt", "notes.md", "c.txt.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = json.dumps({"text": name}) if name.endswith("l") else name
+        (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else content.encode())
+    rows = [("a.jsonl", 1, "a.jsonl"), ("b/10.txt", 1, "b/10.txt"), ("b/2.txt", 1, "b/2.txt"), ("c.txt.gz", 1, "c.txt.gz")]
+    assert read(tmp_path) == rows
+    assert read(f"{tmp_path}/**/*.txt") == [row for row in rows if row[0].startswith("b/")]
+    assert read(f"{tmp_path}/*.md") == [("notes.md", 1, "notes.md")]  # named by the user: read as text
+    (tmp_path / "odd[1].txt").write_text("x")
+    assert texts(tmp_path / "odd[1].txt") == ["x"]
+
+
+def test_stdlib_is_the_corpus_of_the_quickstart() -> None:
+    found = find_sources(DataConfig())
+    assert [source.name for source in found] == sorted(source.name for source in found)
+    names = {part for source in found for part in source.name.split("/")[:-1]}
+    assert not names & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
+    documents = read("stdlib")
+    assert 350 < len(documents) < 900 and 6e6 < sum(len(text.encode()) for _, _, text in documents) < 2e7
+    if sys.version_info[:2] == (3, 11):
+        assert 465 <= len(documents) <= 480
+
+
+def test_a_million_empty_rows_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n" + "1,\n" * 10**5 + "2,word\n")
+    skipped: Counter[str] = Counter()
+    assert read(tmp_path / "a.csv", skipped) == [("a.csv", 10**5 + 1, "word")]
+    assert skipped == {"empty documents": 10**5}
+
+
+def hub_folder(tmp_path: Path) -> str:
+    """load_dataset reads a folder the way it reads a hub dataset."""
+    (tmp_path / "hub").mkdir()
+    for n in range(2):
+        rows = {"text": [f"{n} one", None, f"{n} two"], "id": [1, 2, 3]}
+        pq.write_table(pa.table(rows), tmp_path / "hub" / f"train-{n}.parquet")
+    return str(tmp_path / "hub")
+
+
+def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    real, folder = datasets.load_dataset, hub_folder(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **kwargs: real(folder, **kwargs))
+    monkeypatch.chdir(tmp_path)
+    rows = [(1, "0 one"), (3, "0 two"), (4, "1 one"), (6, "1 two")]
+    assert read("someone/words") == [("someone/words", row, text) for row, text in rows]
+    with pytest.raises(UserError, match=r"^someone/words: row 1: no data.text_column='texts' among text, id; did you"):
+        read("someone/words", text_column="texts")
+
+
+def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(name: str, **_: Any) -> None:
+        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^someone/words: no such file here, and no hub dataset to be had: Couldn't reach 'someone/words' on the Hub$"):
+        read("someone/words")
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """File name: what must be said about it."""
+    lines = {
+        "surrogate.jsonl": (['{"text": "ok"}', '{"text": "a\\ud800b"}'], "row 2: .*surrogates not allowed"),
+        "cut.jsonl": (['{"text": "ok"}', '{"text": "cu'], "row 2: Invalid control character at"),
+        "number.jsonl": (['{"text": "ok"}', "", '{"text": 5}'], "row 3: data.text_column='text' holds int, not text"),
+        "list.jsonl": (["[1]", "5"], "row 1: must be an object with data.text_column='text', not int"),
+        "missing.jsonl": (['{"txt": "a", "id": 1}'], "row 1: no data.text_column='text' among txt, id; did you mean txt?"),
+        "deep.jsonl": (['{"text": ' + "[" * 10**5], "row 1: "),
+        "array.json": (['[{"text": "a"}, {"text": "b" ,}]'], "row 2: "),
+        "endless.json": (['[{"text": "a"}, {"text": "b"}'], "row 3: "),
+        "missing.csv": (["id,body", "1,a"], "no data.text_column='text' among id, body"),
+        "quote.csv": (["text", "a", '"b'], "row 2: unexpected end of data"),
+        "notparquet.parquet": (["hello"], "Parquet"),
+    }
+    for name, (content, _) in lines.items():
+        (folder / name).write_text("\n".join(content) + "\n")
+    (folder / "bytes.txt").write_bytes(b"a" * 70 + b"\xff" + b"b" * 70)
+    (folder / "separated.txt").write_bytes(b"one#two#three\xc3")
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xed\xa0\x80"}\n')
+    (folder / "bytes.csv").write_bytes(b"text\nok\nok\n\xff\n")
+    (folder / "bytes.json").write_bytes(b'[{"text": "ok"}, {"text": "\xff"}]')
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xff"))
+    pq.write_table(pa.table({"text": bad}), folder / "bytes.parquet")
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    pq.write_table(pa.table({"test": ["a"]}), folder / "missing.parquet")
+    (folder / "long.jsonl").write_text('{"text": "ok"}\n{"text": "' + "x" * 3000 + '"}\n')
+    (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
+    (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
+    (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
+    too_long = "row 2: longer than .*; nearest: a .txt or .parquet file, which are read piece by piece"
+    return {name: message for name, (_, message) in lines.items()} | {
+        "bytes.txt": "row 1: byte 70 of the text, 0xff, is not UTF-8",
+        "separated.txt": "row 3: byte 13 of the text, 0xc3, is not UTF-8",
+        "bytes.jsonl": "row 2: 'utf-8' codec can't decode byte 0xed in position 10",
+        "bytes.csv": "row 3: 'utf-8' codec can't decode byte 0xff",
+        "bytes.json": "row 2: byte 27 of the text, 0xff, is not UTF-8",
+        "bytes.parquet": "row 2: byte 0 of the text, 0xff, is not UTF-8",
+        "numbers.parquet": "row 1: data.text_column='text' holds int64, not text",
+        "missing.parquet": "no data.text_column='text' among test; did you mean test?",
+        "long.jsonl": too_long, "long.json": too_long, "line.csv": too_long,
+        "long.csv": r"row 2: field larger than field limit \(2000\)",
+    }  # fmt: skip
+
+
+def test_bad_input_is_refused_by_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(sources, "CHUNK", 64)
+    for name, message in bad_files(tmp_path).items():
+        with pytest.raises(UserError, match=f"^{tmp_path}/{name}: .*{message}") as raised:
+            texts(tmp_path / name, separator="#")
+        assert raised.value.code == 65 and "\n" not in str(raised.value), name
+
+
+def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shakespeare.txt").write_text("To be")
+    Path("empty").mkdir()
+    for name, message in {
+        "shakespear.txt": r"'shakespear.txt': no such file; did you mean shakespeare.txt\?",
+        "shakespeare": r"'shakespeare': no such file; did you mean shakespeare.txt\?",
+        "no/such/file.txt": "'no/such/file.txt': no such file",
+        "*.csv": "'\\*.csv': no file matches",
+        "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet \(or .gz, .zst\)",
+    }.items():
+        with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
+            find_sources(DataConfig(input=name))
+        assert raised.value.code == 65
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    found = find_sources(DataConfig(input=str(tmp_path)))
+    os.remove(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=f"^{tmp_path}/a.txt: .*No such file"):
+        list(read_documents(found, DataConfig(), Counter()))

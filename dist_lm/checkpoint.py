@@ -8,6 +8,7 @@ Only safetensors and JSON are ever read back.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -161,18 +162,18 @@ def write_tensors(path: Path, sources: list[Source]) -> dict[str, Any]:
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb") as file:
-        for chunk in (len(text).to_bytes(8, "little"), text):
-            digest.update(chunk)
-            file.write(chunk)
-        for source in sources:
-            tensor = source.get().detach().cpu().contiguous()
-            assert tuple(tensor.shape) == source.shape and tensor.dtype == source.dtype, f"{source.name} changed shape"
-            chunk = tensor.reshape(-1).view(torch.uint8).numpy().data
+        for chunk in itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, sources)):
             digest.update(chunk)
             file.write(chunk)
         file.flush()
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _bytes_of(source: Source) -> Any:
+    tensor = source.get().detach().cpu().contiguous()
+    assert tuple(tensor.shape) == source.shape and tensor.dtype == source.dtype, f"{source.name} is not what it was"
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _finish_small(path: Path) -> dict[str, Any]:
@@ -202,9 +203,8 @@ def remove(folder: Path) -> None:
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     """Keep the newest `keep_last`, the best by validation loss, and every multiple of `keep_every`. Rank 0."""
     folders = step_folders(run_dir)
-    losses = {folder: read_state(folder).get("val_loss") for folder in folders}
-    measured = [folder for folder in folders if losses[folder] is not None]
-    best = min(measured, key=lambda folder: losses[folder], default=None)
+    losses = [(read_state(folder).get("val_loss"), folder) for folder in folders]
+    _, best = min((pair for pair in losses if pair[0] is not None), default=(None, None))
     for folder in folders[:-keep_last]:
         if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
             remove(folder)
@@ -226,7 +226,7 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over. Refuses if there are only bad ones."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
             verify(folder)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Result = TypeVar("Result")
 Positive = Annotated[int, Field(ge=1)]
+FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in
 NotNegative = Annotated[int, Field(ge=0)]
 
 
@@ -46,10 +47,10 @@ class ModelConfig(Section):
 
     layers: Positive = Field(4, description="Number of transformer blocks.")
     heads: Positive = Field(4, description="Attention heads.")
-    kv_heads: Positive | None = Field(None, description="Key/value heads (GQA); unset: as many as heads.")
+    kv_heads: Positive = Field(FOLLOWS, description="Key/value heads (GQA); unset: as many as heads.")
     width: Positive = Field(128, description="Width of the residual stream.")
-    ffn_width: Positive | None = Field(
-        None, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3 x width, rounded up to 64)."
+    ffn_width: Positive = Field(
+        FOLLOWS, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3 x width, rounded up to 64)."
     )
     positions: Literal["learned", "rope", "sinusoidal", "none"] = Field("rope", description="Position encoding.")
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Kind of normalisation.")
@@ -70,7 +71,7 @@ class ModelConfig(Section):
         if self.width % self.heads:
             raise ValueError(_not_a_divisor("model.heads", self.heads, "model.width", self.width))
         if self.heads % (self.kv_heads or 1):
-            raise ValueError(_not_a_divisor("model.kv_heads", self.kv_heads or 1, "model.heads", self.heads))
+            raise ValueError(_not_a_divisor("model.kv_heads", self.kv_heads, "model.heads", self.heads))
         if self.positions == "rope" and (self.width // self.heads) % 2:
             raise ValueError(
                 f"model.width={self.width} with model.heads={self.heads} gives an odd head size, which rope cannot"
@@ -94,7 +95,7 @@ class DataConfig(Section):
     tokenizer: str = Field("bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name.")
     val_fraction: float = Field(0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text.")
     seq_len: Positive = Field(256, description="Input tokens of a sequence.")
-    stride: Positive | None = Field(None, description="Input tokens between sequence starts; unset: seq_len.")
+    stride: Positive = Field(FOLLOWS, description="Input tokens between sequence starts; unset: seq_len.")
     document_mask: bool = Field(False, description="No attention and no target across documents.")
     global_batch: Positive = Field(32, description="Sequences in one step, over all processes.")
     micro_batch: Positive | None = Field(None, description="Sequences in one backward; unset: a rank's whole share.")
@@ -331,6 +332,8 @@ def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
                 raise UserError(f"{where}: unknown field {name}{did_you_mean(name, FIELDS)}")
             merged[name] = tuple(value) if isinstance(value, list) else value
             origin[name] = where
+            if value is None and FIELDS[name].default is None:  # null: unset again
+                del merged[name]
     nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in merged.items():
         section, field = name.split(".")

@@ -106,7 +106,8 @@ class Batches:
     def ids(self, step: int) -> Ints:
         """The sequences of this rank's places at a step."""
         chunk, inside = divmod(step, _ORDER_STEPS)
-        return self._order(chunk)[inside]
+        ids: Ints = self._order(chunk)[inside]
+        return ids
 
     def read(self, step: int) -> Batch:
         """Read a step's rows and cut them into micro-batches; a function of (seed, step, rank, plan) alone."""
@@ -239,10 +240,10 @@ def prepare_dataset(
         raise UserError(f"data.input={data.input!r} is a prepared folder already; rule: text", BAD_DATA)
     sources = [source for source in find_sources(data) if folder.resolve() not in Path(source.path).resolve().parents]
     listed = [{"name": source.name, "bytes": source.size} for source in sources]
-    folder.mkdir(parents=True, exist_ok=True)
     state = _read_progress(folder, settings, listed)
     if state is None:
         tokenizer, state = _survey(data, sources, say)
+        folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder)
         state |= {"settings": settings, "sources": listed, "tokenizer": tokenizer.sha256, "splits": {}}
         write_json(folder / PROGRESS, state)

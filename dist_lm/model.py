@@ -74,13 +74,13 @@ class GPT(nn.Module):
         `segments_BT` numbers each token's document and bars attention across documents by a dense (B, T, T) mask: made
         once a forward, but slower than plain causal attention, whose kernels need none. `cache` is appended to.
         """
-        T = tokens_BT.shape[1]
-        index, mask, offset = torch.arange(T, device=tokens_BT.device), None, 0 if cache is None else cache.length
+        T, seen = tokens_BT.shape[1], 0 if cache is None else cache.length
+        assert isinstance(seen, Tensor) or seen + T <= self.seq_len, f"{seen} + {T} tokens > {self.seq_len}"
+        index, mask = torch.arange(T, device=tokens_BT.device), None
         if cache is not None:
             index, mask = cache.place(index)
         elif segments_BT is not None:
             mask = (segments_BT[:, :, None] == segments_BT[:, None, :]).tril_()[:, None]
-        assert isinstance(offset, Tensor) or offset + T <= self.seq_len, f"{offset} + {T} tokens > {self.seq_len}"
 
         x_BTD = self.embed(tokens_BT)
         rope = None
@@ -241,10 +241,15 @@ def attend_plainly(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor 
 
 def attention_kernels(x: Tensor) -> AbstractContextManager[Any]:
     """On H100 and H200 cuDNN's attention is about twice as fast as the default (pytorch #142132)."""
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0):
-        kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-        return sdpa_kernel([*kernels, SDPBackend.MATH], set_priority=True)
-    return nullcontext()
+    if not is_hopper(x.device):
+        return nullcontext()
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels, set_priority=True)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, when it traces
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def rope_tables(seq_len: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
     offset = q - start(place)
     among_full = np.minimum(place - (place > short_place), max(full - 1, 0))
     block = np.where(place == short_place, full, permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, 5)))
-    return block * BLOCK + offset
+    ids: Ints = block * BLOCK + offset
+    return ids
 
 
 def permute(x: Ints, size: Ints, key: Words) -> Ints:

@@ -57,8 +57,9 @@ class Runtime:
             model.compile()  # in place, so that parameter names stay
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.model = self.accelerator.prepare_model(model)
-        return self.model
+            wrapped: nn.Module = self.accelerator.prepare_model(model)
+        self.model = wrapped
+        return wrapped
 
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
         """Two backward passes of a zero loss. All ranks.
@@ -203,7 +204,7 @@ class Runtime:
         last_sum = self.sum(torch.zeros(1, device=self.device))
         # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that still frees a
         # tensor while Python shuts down aborts the process ("terminate called without an active exception").
-        self.model = None
+        self.__dict__.pop("model", None)
         self.accelerator.free_memory()
         gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run

@@ -32,6 +32,7 @@ LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document 
 # A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
 # runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
+_LONG_WORD = re.compile(r"\S{1000}")
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_OF = {chr(b): b for b in _PLAIN}
@@ -71,7 +72,7 @@ class Tokenizer:
         self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
         plain = content["normalizer"] is None and not any(not t["special"] for t in content["added_tokens"])
         # one id a character or byte, so any place is a cut
-        self._atomic = plain and model["type"] == "BPE" and not model["merges"]
+        self.atomic = plain and model["type"] == "BPE" and not model["merges"]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -136,7 +137,7 @@ class Tokenizer:
 
     def cut(self, text: str, limit: int) -> int:
         """The last place in text[1:limit + 1] where cutting leaves the ids as they are; 0 where there is none."""
-        if self._atomic:
+        if self.atomic:
             return limit
         if self._tokenizer.pre_tokenizer is None:
             return 0
@@ -236,7 +237,9 @@ def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
 
 def cutter(spec: str) -> Tokenizer:
     """A tokenizer that cuts as the one that `spec` will become does."""
-    return train_tokenizer("char" if spec == "char" else "byte", [])
+    tokenizer = train_tokenizer("char" if spec == "char" else "byte", [])
+    tokenizer.atomic = not spec.startswith("bpe:")
+    return tokenizer
 
 
 def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[bytes]:
@@ -320,8 +323,8 @@ def _byte_level() -> tuple[Any, Any]:
 
 
 def _drain(kept: list[bytes]) -> Iterator[str]:
-    """Each text once, its memory freed as it goes."""
+    """Each text once, its memory freed as it goes; words are broken that the trainer takes forever over (squared)."""
     kept.reverse()
     while kept:
-        yield kept.pop().decode()
+        yield _LONG_WORD.sub(r"\g<0>\n", kept.pop().decode())
 

@@ -181,7 +181,7 @@ def settle(run: Run, pending: Pending) -> bool:
         step=pending.step, loss=loss, lr=pending.lr, grad_norm=norm, tokens=state.tokens,
         tokens_per_second=targets / pending.seconds, data_wait=pending.seconds_waiting / pending.seconds, **extra,
     )  # fmt: skip
-    return stop > 0
+    return bool(stop)
 
 
 def evaluate(run: Run) -> None:
@@ -283,7 +283,7 @@ def resume(run: Run, allowed: list[str]) -> bool:
         newest, passed_over = checkpoint.newest_valid(run.dir)
         for why in passed_over:
             runtime.say(f"warning: passed over a damaged checkpoint: {why}")
-        return newest and str(newest)
+        return str(newest) if newest else None
 
     chosen = runtime.on_main(choose)
     if chosen is None:

@@ -108,6 +108,14 @@ def test_more_tokens_than_the_context_are_refused() -> None:
         model(tokens(1, 1)[:, :5], cache=cache)
 
 
+def test_preferred_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper cuDNN's attention comes first; here the list falls through to the CPU's own."""
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(1))
+    expected, calls = model_module.attend_plainly(q, k, v, None), []
+    monkeypatch.setattr(model_module, "is_hopper", lambda device: calls.append(device) or True)
+    assert close(model_module.attend(q, k, v, None), expected) and calls == [q.device]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_attention_on_cuda_equals_the_plain_path() -> None:
     q, k, v = (x.cuda().bfloat16() for x in torch.randn(3, 2, 4, 128, 64))
@@ -131,6 +139,13 @@ def test_cache_equals_the_whole_forward(name: str, static: bool, padded: bool) -
     logits_BTV = torch.cat([model(piece, cache=cache) for piece in pieces], 1)
     for row, pad, logits_TV in zip(rows, pads, logits_BTV, strict=True):
         assert torch.allclose(logits_TV[pad:], model(row[None])[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_stays_finite_on_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some kernels make NaN of a row that sees no key, which would spread to all that come after."""
+    monkeypatch.setattr(model_module, "attend", model_module.attend_plainly)
+    assert make()(tokens(1), cache=KVCache(make(), B, T, torch.tensor([0, 2, 5]))).isfinite().all()
 
 
 @torch.no_grad()

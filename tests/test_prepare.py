@@ -47,6 +47,12 @@ def tokens_of(folder: Path, split: str) -> list[int]:
     return [i for entry in entries for i in map_shard(folder / entry["file"])["tokens"].tolist()]
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What survives a power failure is test_shards' business; here it would only wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_module, "SHARD_TOKENS", 300)

@@ -1,5 +1,6 @@
 """Shards hold what was written, in a format others read; sequences cover every token as a target exactly once."""
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dist_lm.config import UserError
-from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, map_shard, verify, write_json, write_shard
+from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, map_shard, verify, write_file, write_json, write_shard
 
 
 def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7) -> np.ndarray:
@@ -46,7 +47,9 @@ def test_sequences_cover_the_tokens(
 ) -> None:
     stride = min(stride, seq_len)
     folder = tmp_path_factory.mktemp("shards")
-    tokens = make(folder, sizes, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        tokens = make(folder, sizes, dtype)
     shards = TokenShards(folder, "train")
     counts = shards.counts(seq_len, stride)
     table = shards.read(np.arange(sum(counts)), seq_len, stride)
@@ -86,6 +89,16 @@ def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
     mapped = map_shard(tmp_path / "train-00000.safetensors")
     assert {name: array.tolist() for name, array in mapped.items()} == {n: a.tolist() for n, a in arrays.items()}
     assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(f"rename {a}") or replace(a, b))
+    assert write_file(tmp_path / "a", [b"ab", b"c"]) == hashlib.sha256(b"abc").hexdigest()
+    assert (tmp_path / "a").read_bytes() == b"abc"
+    assert done == [f"fsync {tmp_path}/tmp-a", f"rename {tmp_path}/tmp-a", f"fsync {tmp_path}"]
 
 
 def test_a_hundred_shards_need_no_hundred_open_files(tmp_path: Path) -> None:

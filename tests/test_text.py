@@ -209,6 +209,11 @@ def test_training_is_deterministic_and_samples_by_hash() -> None:
     assert set(sample(pieces[::-1], size // 3)) == set(few)  # which ones does not hang on their order
 
 
+def test_training_does_not_stall_on_a_long_word() -> None:
+    tokenizer = train_tokenizer("bpe:280", ["ACGT" * 50_000])
+    assert tokenizer.decode(tokenizer.encode("ACGT" * 5000)) == "ACGT" * 5000
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe:400"])
 def test_transformers_load_it_as_it_is(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer

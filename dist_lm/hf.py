@@ -247,7 +247,7 @@ def _from_gpt2(config: Json) -> Json:
     width = config.get("n_embd", 768)
     return {
         "layers": config.get("n_layer", 12), "heads": config.get("n_head", 12), "width": width,
-        "ffn_width": None if post else config.get("n_inner"), "positions": "learned", "norm": "layernorm",
+        "ffn_width": (not post and config.get("n_inner")) or 4 * width, "positions": "learned", "norm": "layernorm",
         "norm_placement": "post" if post else "pre", "bias": True, "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "activation": next(ours for ours, name in names.items() if name == activation),
         "tie_embeddings": config.get("tie_word_embeddings", True),
@@ -267,7 +267,7 @@ def _from_llama(config: Json) -> Json:
     _require(rope, "partial_rotary_factor", 1.0, 1.0)
     return {
         "layers": config.get("num_hidden_layers", 32), "heads": heads, "width": width, "bias": bias,
-        "kv_heads": config.get("num_key_value_heads"), "ffn_width": config.get("intermediate_size", 11008),
+        "kv_heads": config.get("num_key_value_heads") or heads, "ffn_width": config.get("intermediate_size", 11008),
         "positions": "rope", "norm": "rmsnorm", "norm_placement": "pre", "activation": "swiglu",
         "norm_eps": config.get("rms_norm_eps", 1e-6), "tie_embeddings": config.get("tie_word_embeddings", False),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),

@@ -101,7 +101,7 @@ class Metrics:
         if not self.is_main:
             return
         self._write({"step": step, "val_set": val_set, **figures})
-        _print(
+        say(
             f"{self._clear}step {step}  {val_set}: loss {figures['val_loss']:.4f}  perplexity"
             f" {figures['val_perplexity']:.2f}  bits per byte {figures['val_bits_per_byte']:.4f}"
         )
@@ -123,7 +123,7 @@ class Metrics:
             self._print_progress(now, end="\n")
         total = now - self._born
         lost = (self._first_done_at - self._born) / total, self._paused_seconds / total
-        _print(
+        say(
             f"{self._done} steps in {duration(total)}: goodput {1 - sum(lost):.0%}, up to the first step {lost[0]:.0%},"
             f" evaluating and saving {lost[1]:.0%}"
         )
@@ -164,18 +164,19 @@ class Metrics:
         last = self._last
         self._printed_at, self._printed_step = now, last["step"]
         rate = 1 / self._seconds_per_token
-        parts = [f"step {last['step']}/{self.steps}", f"loss {last['loss']:.4f}", f"lr {last['lr']:.2e}",
-                 f"norm {last['grad_norm']:.3f}", f"{shorten(rate)} tokens/s"]  # fmt: skip
-        if self._mfu_per_rate:
-            parts.append(f"mfu {rate * self._mfu_per_rate:.1%}")
-        parts.append(f"data wait {self._data_wait:.0%}")
+        parts = [f"step {last['step']}/{self.steps}"]
         if self._done > 1:  # the first step's time says little about the others
             seconds_a_step = (now - self._first_done_at) / (self._done - 1)  # evaluations and saves included
             parts.append(f"eta {duration((self.steps - last['step']) * seconds_a_step)}")
+        parts += [f"loss {last['loss']:.4f}", f"lr {last['lr']:.1e}", f"norm {last['grad_norm']:.3g}"]
+        parts.append(f"{shorten(rate)} tok/s")
+        if self._mfu_per_rate:
+            parts.append(f"mfu {rate * self._mfu_per_rate:.1%}")
+        parts.append(f"wait {self._data_wait:.0%}")  # for data
         text = "  ".join(parts)
-        if self._terminal:
-            text = text[: shutil.get_terminal_size().columns - 1]
-        _print(self._clear + text, end or ("" if self._terminal else "\n"))
+        if self._terminal and len(text) >= (columns := shutil.get_terminal_size().columns):
+            text = " ".join(parts)[: columns - 1]
+        say(self._clear + text, end or ("" if self._terminal else "\n"))
 
 
 def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -269,15 +270,17 @@ def _is_terminal() -> bool:
         return False
 
 
-def _print(text: str, end: str = "\n") -> None:
+def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
+    """Print, but never stop a run: a channel that is gone (closed pipe, full disk) leads nowhere from then on."""
+    stream = getattr(sys, channel)
     try:
-        print(text, end=end, flush=True)
-    except (OSError, ValueError) as error:  # a closed pipe or a full disk: from now on the console goes nowhere
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _warn(f"standard output is gone, the run goes on: {error}")
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if channel == "stdout":
+            _warn(f"standard output is gone, the run goes on: {error}")
 
 
 def _warn(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", channel="stderr")

@@ -90,8 +90,6 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.sinusoid[index]
         elif self.config.positions == "rope":
             rope = (self.rope_cos[index].unsqueeze(-2), self.rope_sin[index].unsqueeze(-2))
-        if self.config.dropout == 0:
-            dropout_keys_B = None
         x_BTD = dropout(x_BTD, dropout_keys_B, 0, self.config.dropout)
         for block in self.blocks:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
@@ -247,9 +245,12 @@ def attention_kernels(x: Tensor) -> AbstractContextManager[Any]:
     return sdpa_kernel(kernels, set_priority=True)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile asks once, when it traces
 def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+# torch.compile asks once, when it traces: torch.compiler.assume_constant_result, without its import of a second.
+is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rope_tables(seq_len: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:

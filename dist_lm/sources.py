@@ -15,7 +15,6 @@ import csv
 import gc
 import glob
 import io
-import itertools
 import json
 import re
 import shutil
@@ -23,10 +22,10 @@ import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dist_lm.config import DataConfig, UserError, nearest
 
@@ -38,6 +37,7 @@ _NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encoding
 _TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt or .parquet file, which are read piece by piece"
 _BATCH = 64  # rows taken from Parquet or the hub at once
 
+T = TypeVar("T")
 Rows = Iterator[tuple[int, str | None]]  # (row, stretch of its text); None is a null
 
 
@@ -68,11 +68,11 @@ def find_sources(data: DataConfig) -> list[Source]:
         files = [Path(name) for name in glob.glob(data.input, recursive=True) if Path(name).is_file()]
         if not files:
             raise UserError(f"data.input={data.input!r}: no file matches", 65)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data.input) and not path.parent.is_dir():
+        return [Source(data.input, "", 0)]
     else:
         near = _near(data.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
-        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.input) and not _format(data.input) and not near:
-            return [Source(data.input, "", 0)]
-        raise UserError(f"data.input={data.input!r}: no such file{near}", 65)
+        raise UserError(f"data.input={data.input!r}: no such file{near} (a hub dataset is owner/name)", 65)
     named = sorted((file.relative_to(root).as_posix(), file) for file in files)
     return [Source(name, str(file), file.stat().st_size) for name, file in named]
 
@@ -109,7 +109,11 @@ def _read(source: Source, data: DataConfig) -> Rows:
                 yield from _read_csv(file, data.text_column)
             elif _format(source.name) in (".json", ".jsonl"):
                 is_array = file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
-                yield from (_read_json_array if is_array else _read_json_lines)(file, data.text_column)
+                chunks = _decode(iter(lambda: file.read(CHUNK), b""))
+                values = (
+                    _json_array(chunks) if is_array else (json.loads(line) for line in _lines(file) if line.strip())
+                )
+                yield from _read_rows(_field(value, data.text_column) for value in values)
             else:
                 yield from _split(_decode(iter(lambda: file.read(CHUNK), b"")), data.separator)
     except UserError as error:
@@ -163,44 +167,34 @@ def _lines(file: BinaryIO) -> Iterator[str]:
         yield line.decode("utf-8" if n else "utf-8-sig")
 
 
-def _read_json_lines(file: BinaryIO, column: str) -> Rows:
-    lines = _lines(file)
-    for row in count(1):
-        with _at(row):
-            line = next(lines, None)
-            if line is None:
-                return
-            text = None if line.isspace() else _field(json.loads(line), column)
-        if not line.isspace():
-            yield from _stretches(row, text)
+def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
+    """The values of one JSON array, parsed one after another from a window that is refilled where one is cut off."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    window = next(chunks)
+    at = window.index("[") + 1
+    while True:
+        at = gap.match(window, at).end()  # type: ignore[union-attr]
+        if window.startswith("]", at):
+            return
+        try:
+            value, at = decoder.raw_decode(window, at)
+        except json.JSONDecodeError:
+            if len(window) - at > LONGEST_ROW:
+                raise ValueError(_TOO_LONG) from None
+            more = "".join(islice(chunks, 1 + (len(window) - at) // CHUNK))  # twice as much: so that tries are few
+            if not more:
+                raise
+            window, at = window[at:] + more, 0
+        else:
+            yield value
 
 
-def _read_json_array(file: BinaryIO, column: str) -> Rows:
-    """The objects of one JSON array, parsed one after another from a window that is refilled when an object is cut."""
-    chunks, decoder = _decode(iter(lambda: file.read(CHUNK), b"")), json.JSONDecoder()
-    separators = re.compile(r"[\s,]*")
-    window, at, ended = "", 0, False
-    for row in count(1):
-        with _at(row):
-            while True:
-                at = separators.match(window, at).end()  # type: ignore[union-attr]
-                if window.startswith("]", at):
-                    return
-                try:
-                    value, at = decoder.raw_decode(window, at)
-                    break
-                except json.JSONDecodeError:
-                    if ended:
-                        raise
-                    if len(window) - at > LONGEST_ROW:
-                        raise ValueError(_TOO_LONG) from None
-                    more = list(itertools.islice(chunks, 1 + (len(window) - at) // CHUNK))  # so that few tries are made
-                    first, ended = not window, not more
-                    window, at = window[at:] + "".join(more), 0
-                    if first:
-                        at = window.index("[") + 1
-            text = _field(value, column)
-        yield from _stretches(row, text)
+def _read_rows(texts: Iterator[str | None]) -> Rows:
+    for row, text in _numbered(texts):
+        if not text:
+            yield row, text
+        else:
+            yield from ((row, text[at : at + CHUNK]) for at in range(0, len(text), CHUNK))
 
 
 def _read_csv(file: BinaryIO, column: str) -> Rows:
@@ -209,13 +203,7 @@ def _read_csv(file: BinaryIO, column: str) -> Rows:
     with _at(0):
         header = next(reader, [])
         place = _find_column(column, header) if header else 0
-    for row in count(1):
-        with _at(row):
-            fields = next(reader, None)
-        if fields is None:
-            return
-        if fields:
-            yield from _stretches(row, fields[place] if place < len(fields) else None)
+    return _read_rows(row[place] if place < len(row) else None for row in reader if row)
 
 
 def _read_parquet(file: BinaryIO, column: str) -> Rows:
@@ -228,63 +216,43 @@ def _read_parquet(file: BinaryIO, column: str) -> Rows:
         with _at(0):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
             _find_column(column, table.schema_arrow.names)
-        batches, row = table.iter_batches(_BATCH, columns=[column], use_threads=False), 0
-        while True:
-            with _at(row + 1):
-                batch = next(batches, None)
-            if batch is None:
-                return
-            yield from _column(batch.column(0), row, column)
-            row += len(batch)
+        batches = table.iter_batches(_BATCH, columns=[column], use_threads=False)
+        yield from _read_arrow((batch.column(0) for batch in batches), column)
 
 
 def _read_hub(name: str, column: str) -> Rows:
     import datasets  # slow, and needed for hub names only
 
-    row, stream, batches = 0, None, None
     try:
-        try:
-            stream = datasets.load_dataset(name, split="train", streaming=True).with_format("arrow")
-        except (ValueError, OSError) as error:
-            raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
-        batches = stream.iter(_BATCH)
-        while True:
-            with _at(row + 1):
-                batch = next(batches, None)
-                if batch is not None:
-                    _find_column(column, batch.column_names)
-            if batch is None:
-                return
-            yield from _column(batch[column].combine_chunks(), row, column)
-            row += len(batch)
+        stream = datasets.load_dataset(name, split="train", streaming=True).with_format("arrow")
+    except (ValueError, OSError) as error:
+        raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
+    batches = stream.iter(_BATCH)
+    try:
+        tables = (table for table in batches if _find_column(column, table.column_names) >= 0)
+        yield from _read_arrow((table[column].combine_chunks() for table in tables), column)
     finally:
-        del stream, batches  # an abandoned streamed iterator can abort the process at its exit
+        del stream, batches, tables  # an abandoned streamed iterator can abort the process at its exit
         gc.collect()
 
 
-def _column(values: Any, before: int, column: str) -> Rows:
-    """The rows of an Arrow array of text; its bytes are decoded here, because Parquet's are not checked."""
+def _read_arrow(arrays: Iterator[Any], column: str) -> Rows:
+    """The rows of Arrow arrays of text; its bytes are decoded here, because Parquet's are not checked."""
+    for row, value in _numbered(value for array in arrays for value in _text_array(array, column)):
+        if value.is_valid:
+            raw = memoryview(value.as_buffer())
+            yield from _split(_decode(bytes(raw[at : at + CHUNK]) for at in range(0, len(raw), CHUNK)), None, row)
+        else:
+            yield row, None
+
+
+def _text_array(array: Any, column: str) -> Any:
     import pyarrow as pa  # loaded by the callers
 
-    with _at(before + 1):
-        if pa.types.is_dictionary(values.type):
-            values = values.dictionary_decode()
-        if values.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise ValueError(f"data.text_column={column!r} holds {values.type}, not text")
-    for row, value in enumerate(values, before + 1):
-        if not value.is_valid:
-            yield row, None
-            continue
-        raw = memoryview(value.as_buffer())
-        yield from _split(_decode(bytes(raw[at : at + CHUNK]) for at in range(0, len(raw), CHUNK)), None, row)
-
-
-def _stretches(row: int, text: str | None) -> Rows:
-    if not text:
-        yield row, text
-    else:
-        for at in range(0, len(text), CHUNK):
-            yield row, text[at : at + CHUNK]
+    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise ValueError(f"data.text_column={column!r} holds {array.type}, not text")
+    return array
 
 
 def _field(value: Any, column: str) -> str | None:
@@ -304,6 +272,16 @@ def _find_column(column: str, columns: Iterable[str]) -> int:
     if column not in columns:
         raise ValueError(f"no data.text_column={column!r} among {', '.join(columns)}{_near(column, columns)}")
     return columns.index(column)
+
+
+def _numbered(items: Iterator[T]) -> Iterator[tuple[int, T]]:
+    for row in count(1):
+        with _at(row):
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+        yield row, item
 
 
 @contextlib.contextmanager

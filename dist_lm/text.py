@@ -5,6 +5,7 @@ tokenizer's identity (`sha256`); the pieces between two cuts encode to the very 
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import re
@@ -32,6 +33,7 @@ LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document 
 # A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
 # runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
+_OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
 _LONG_WORD = re.compile(r"\S{1000}")
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -46,51 +48,48 @@ class NoCutError(ValueError):
 class Tokenizer:
     """Text to ids and back; frozen. `eot` ends a document, `unk` (None if there is none) stands for unknown text."""
 
-    def __init__(self, stored: str, eot_token: str):
+    def __init__(self, stored: str, eot_token: str | None = EOT):
         self._tokenizer = tokenizers.Tokenizer.from_str(stored)
         self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if getattr(self._tokenizer.model, "dropout", None):
             self._tokenizer.model.dropout = None  # ids must be a function of the text
-        self.stored, self.eot_token = stored, eot_token
+        self.stored = stored
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values()) + 1
-        self.eot = self.vocabulary[eot_token]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+        self.eot_token = next((name for name in (eot_token, *EOT_NAMES) if name in self.vocabulary), "")
+        if not self.eot_token:
+            raise UserError("no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token", 65)
+        self.eot = self.vocabulary[self.eot_token]
         content = json.loads(stored)
-        model = content["model"]
+        model, added, decoder = content["model"], content["added_tokens"], json.dumps(content["decoder"])
         unk_id = model.get("unk_id")  # of Unigram; the other models name it
         self.unk_token = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
         self.unk = self.vocabulary.get(self.unk_token or "")
-        special = {token["id"]: token["content"] for token in content["added_tokens"] if token["special"]}
+        self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
+        self._marks = [(mark, text) for mark, text in (("▁", " "), ("##", "")) if json.dumps(mark)[1:-1] in decoder]
+        special = {token["id"]: token["content"] for token in added if token["special"]}
         self.special = set(special)
         # Some models (Unigram, WordLevel) find a special token in text all the same: it is then spelled in two parts.
         self._spelled: dict[int, list[int]] = {}
         found = {i: name for i, name in special.items() if i != self.unk and i in self.encode(name)}
         self._spelled = {i: self.encode(name[:1]) + self.encode(name[1:]) for i, name in found.items()}
-        self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
-        plain = content["normalizer"] is None and not any(not t["special"] for t in content["added_tokens"])
-        # one id a character or byte, so any place is a cut
+        # One id a character or byte, so that any place is a cut.
+        plain = content["normalizer"] is None and len(special) == len(added)
         self.atomic = plain and model["type"] == "BPE" and not model["merges"]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """From a tokenizer.json, or a folder that holds one (and perhaps a tokenizer_config.json)."""
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        config_file = file.with_name("tokenizer_config.json")
+        config = file.with_name("tokenizer_config.json")
         try:
-            stored = file.read_text(encoding="utf-8")
-            config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-            vocabulary = tokenizers.Tokenizer.from_str(stored).get_vocab()
+            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+            return cls(file.read_text(encoding="utf-8"), named["content"] if isinstance(named, dict) else named)
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file}: not a readable tokenizer ({error})", 65) from error
-        named = config.get("eos_token")
-        named = named["content"] if isinstance(named, dict) else named
-        eot_token = next((name for name in (named, *EOT_NAMES) if name in vocabulary), None)
-        if eot_token is None:
-            raise UserError(f"{file}: no end-of-text token; name one of its tokens as eos_token in {config_file}", 65)
-        return cls(stored, eot_token)
+            raise UserError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})", 65) from error
 
     @cached_property
     def sha256(self) -> str:
@@ -133,7 +132,9 @@ class Tokenizer:
             return bytes(BYTE_OF[c] for c in token)
         if re.fullmatch("<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
             return bytes([int(token[3:5], 16)])
-        return token.removeprefix("##").replace("▁", " ").encode()
+        for mark, text in self._marks:
+            token = token.replace(mark, text)
+        return token.encode()
 
     def cut(self, text: str, limit: int) -> int:
         """The last place in text[1:limit + 1] where cutting leaves the ids as they are; 0 where there is none."""
@@ -168,9 +169,7 @@ class Tokenizer:
                     yield waiting[:place]
                     waiting, limit = waiting[place:], size
                 elif limit >= LONGEST_WORD:
-                    raise NoCutError(
-                        f"the tokenizer cuts nowhere in {limit:,} characters, the most that is encoded at once"
-                    )
+                    raise NoCutError(f"the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that")
                 else:
                     limit *= 2
         if waiting:
@@ -188,7 +187,7 @@ class StreamDecoder:
         self._shown = 0  # characters of their text
 
     def push(self, token_id: int) -> str:
-        if self._tokenizer.byte_level:
+        if self._tokenizer.byte_level or self._tokenizer.atomic:
             return self._utf8.decode(self._tokenizer.bytes_of(self._tokens.get(token_id, "")))
         self._ids.append(token_id)  # a decoder may treat the first token apart, so all are decoded again
         return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # perhaps the first bytes of a character
@@ -227,9 +226,8 @@ def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
         return _assemble(models.BPE(BYTE_OF, []), *_byte_level(), [EOT])
     skeleton = tokenizers.Tokenizer(models.BPE())
     skeleton.pre_tokenizer, skeleton.decoder = _byte_level()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=int(spec[4:]), special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=int(spec[4:]), special_tokens=[EOT], initial_alphabet=list(BYTE_OF), show_progress=False
     )
     skeleton.train_from_iterator(_drain(sample(pieces)), trainer)
     return Tokenizer(skeleton.to_str(pretty=True), EOT)
@@ -251,11 +249,11 @@ def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[bytes]:
         rank = int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"sample").digest(), "little")
         if rank < threshold:
             kept.append((rank, data))
-            size += len(data)
+            size += len(data) + _OVERHEAD
         while size > most:
             threshold //= 2
             kept = [(rank, data) for rank, data in kept if rank < threshold]
-            size = sum(len(data) for _, data in kept)
+            size = sum(len(data) + _OVERHEAD for _, data in kept)
     return [data for _, data in kept]
 
 
@@ -269,13 +267,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
         try:
             file = huggingface_hub.hf_hub_download(spec, "tokenizer.json")
-        except Exception as error:
+            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+                huggingface_hub.hf_hub_download(spec, "tokenizer_config.json")  # lands beside it
+        except (OSError, ValueError) as error:
             hint = f"; the hub gave none either ({type(error).__name__}){hint}"
         else:
-            try:  # noqa: SIM105 -- named beside the download it belongs to
-                huggingface_hub.hf_hub_download(spec, "tokenizer_config.json")
-            except huggingface_hub.errors.EntryNotFoundError:
-                pass
             return Tokenizer.load(file)
     raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
 
@@ -327,4 +323,3 @@ def _drain(kept: list[bytes]) -> Iterator[str]:
     kept.reverse()
     while kept:
         yield _LONG_WORD.sub(r"\g<0>\n", kept.pop().decode())
-

@@ -79,7 +79,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run
 
 def process(*words: str, **more: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "dist_lm.generate", *words]
-    return subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    env = clean_env(PYTHONUNBUFFERED="")  # it must flush by itself
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
 
 
 # --- the same as transformers
@@ -138,7 +139,8 @@ def test_samples_repeat_with_the_seed_and_do_not_know_their_neighbours(cli: Cli)
                     for row, old in zip(cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how), rows,
                                         strict=True)]  # fmt: skip
     assert [row["text"] for row in cli.lines("--prompt", "a longer prompt", *how)] == [row["text"] for row in rows[3:]]
-    assert len({row["text"] for row in rows}) == 6
+    flat = cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how, "--temperature", "1e9")  # only draws count
+    assert len({row["text"] for row in flat}) == 6
     unseeded = [cli.lines("--prompt", "abc", "--temperature", "1")[0] for _ in range(2)]
     assert unseeded[0]["text"] != unseeded[1]["text"]
     again = cli.lines("--prompt", "abc", "--temperature", "1", "--seed", str(unseeded[0]["seed"]))

@@ -235,6 +235,8 @@ def test_autocast_keeps_loss_and_gradients_in_fp32(dtype: torch.dtype) -> None:
         loss = model(tokens(1), some_targets(), dropout_keys_B=keys_B)
     assert loss.dtype == torch.float32
     assert close(gradients(model, loss), exact, 3e-2)
+    if dtype == torch.bfloat16:  # also when the weights themselves are in half precision
+        assert model.bfloat16()(tokens(1), some_targets()).dtype == torch.float32
 
 
 # --- dropout

@@ -1,6 +1,8 @@
 """show.py: what it prints is what the loader read, and nothing else is guessed."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from dist_lm.data import Batches
 from dist_lm.shards import TokenShards
 from dist_lm.show import escape, main
 from dist_lm.text import Tokenizer
+from tests.procs import ROOT, clean_env
 
 BATCH, LENGTH, SEED = 6, 40, 7
 
@@ -132,6 +135,13 @@ def test_data_that_is_gone_or_other(run, prepared):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(f"input: {prepared}", "input: gone.txt"))
     with pytest.raises(UserError, match=r"neither in .*/data nor prepared at data\.input=gone\.txt \(seen from here\)"):
         main([str(run), "--step", "1"])
+
+
+def test_a_reader_that_has_seen_enough(run):
+    command = f"{sys.executable} -m dist_lm.show {run} --step 1 | true; exit ${{PIPESTATUS[0]}}"
+    env = clean_env(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_help(capsys):

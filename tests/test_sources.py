@@ -94,7 +94,7 @@ def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFacto
 
 
 def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Path) -> None:
-    rows: list[Any] = [{"text": "2020-01-01"}, {"extra": {"a": [1]}, "text": "b"}, "", {"text": "<|endoftext|>\x00"}]
+    rows: list[Any] = [{"text": "2020-01-01"}, {"extra": {"a": [1]}, "text": "b"}, "", {"text": "<|endoftext|>\x00"}, ""]
     assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
     assert texts(write_json_lines(tmp_path / "lines.json", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
     assert texts(write_json_lines(tmp_path / "b.jsonl", [{"body": "x"}]), text_column="body") == ["x"]
@@ -199,7 +199,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     lines = {
         "surrogate.jsonl": (['{"text": "ok"}', '{"text": "a\\ud800b"}'], "row 2: .*surrogates not allowed"),
         "cut.jsonl": (['{"text": "ok"}', '{"text": "cu'], "row 2: Invalid control character at"),
-        "number.jsonl": (['{"text": "ok"}', "", '{"text": 5}'], "row 3: data.text_column='text' holds int, not text"),
+        "number.jsonl": (['{"text": "ok"}', "", '{"text": 5}'], "row 2: data.text_column='text' holds int, not text"),
         "list.jsonl": (["[1]", "5"], "row 1: must be an object with data.text_column='text', not int"),
         "missing.jsonl": (['{"txt": "a", "id": 1}'], "row 1: no data.text_column='text' among txt, id; did you mean txt?"),
         "deep.jsonl": (['{"text": ' + "[" * 10**5], "row 1: "),
@@ -253,9 +253,9 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
     Path("shakespeare.txt").write_text("To be")
     Path("empty").mkdir()
     for name, message in {
-        "shakespear.txt": r"'shakespear.txt': no such file; did you mean shakespeare.txt\?",
-        "shakespeare": r"'shakespeare': no such file; did you mean shakespeare.txt\?",
-        "no/such/file.txt": "'no/such/file.txt': no such file",
+        "shakespear.txt": r"'shakespear.txt': no such file; did you mean shakespeare.txt\? \(a hub dataset is owner/name\)",
+        "empty/shakespeare": r"'empty/shakespeare': no such file \(a hub dataset is owner/name\)",
+        "no/such/file.txt": r"'no/such/file.txt': no such file \(a hub dataset is owner/name\)",
         "*.csv": "'\\*.csv': no file matches",
         "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet \(or .gz, .zst\)",
     }.items():

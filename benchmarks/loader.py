@@ -1,6 +1,6 @@
 """Tokens a second that batches arrive with from prepared shards at sequence length 1024, on one core.
 
-    python benchmarks/loader.py
+python benchmarks/loader.py
 """
 
 import os
@@ -54,7 +54,9 @@ def main() -> None:
                 nano_gpt_batch(tokens, rng)
             rates.setdefault("random windows one by one", []).append(STEPS * BATCH * T / (time.monotonic() - began))
     for name, values in rates.items():
-        print(f"{name:26} {statistics.median(values) / 1e6:7.1f} M tokens/s ({min(values) / 1e6:.1f} to {max(values) / 1e6:.1f})")
+        print(
+            f"{name:26} {statistics.median(values) / 1e6:7.1f} M tokens/s ({min(values) / 1e6:.1f} to {max(values) / 1e6:.1f})"
+        )
 
 
 if __name__ == "__main__":

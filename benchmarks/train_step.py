@@ -58,7 +58,9 @@ def ours(config: Config) -> list[float]:
     return times
 
 
-def plain_step(model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], batch: int, T: int) -> Callable[[], None]:
+def plain_step(
+    model: torch.nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor], batch: int, T: int
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
     tokens = torch.randint(0, 2048, (64, batch, T + 1))
     number = iter(range(10**9))

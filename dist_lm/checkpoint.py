@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +277,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "state.json")
 
 
-def locate(name: str) -> Path:
+def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     """The folder of the model that `name` means: a run (its newest valid step), a step, a transformers folder or a hub
     name."""
     path = Path(name)
@@ -285,12 +286,14 @@ def locate(name: str) -> Path:
             verify(path)
         return path
     if path.is_dir():
-        folder, _ = newest_valid(path)
+        folder, passed_over = newest_valid(path)
+        for why in passed_over:
+            say(f"warning: passed over {why}")
         if folder is None:
             raise UserError(f"{name}: holds neither a checkpoint (step-*) nor a config.json", BAD_CHECKPOINT)
         return folder
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"{name}: there is no such folder; rule: a run, a step folder, a transformers folder or hub name",
+        raise UserError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name",
                         BAD_CHECKPOINT)  # fmt: skip
     from huggingface_hub import snapshot_download  # slow, and only for hub names
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -332,12 +335,12 @@ def read_weights(folder: Path, model: ModelConfig, vocab_size: int, seq_len: int
 
 def read_model(name: str) -> tuple[GPT, Tokenizer, Path]:
     """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
-    folder = locate(name)
+    folder = locate(name, lambda text: print(text, file=sys.stderr))
     description, vocab_size, seq_len = read_description(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: at most as many",
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
             BAD_CHECKPOINT,
         )
     model = GPT(description, vocab_size, seq_len)
@@ -356,7 +359,7 @@ def restore_optimizer(
                 source.get().copy_(get(source.name))
             except KeyError:
                 raise UserError(
-                    f"{folder.name} lacks {source.name} of the optimizer; rule: resume with the optimizer it was saved by",
+                    f"{folder.name} lacks {source.name} of the optimizer; rule: resume with the same optimizer",
                     BAD_CHECKPOINT,
                 ) from None
 

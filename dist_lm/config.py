@@ -1,8 +1,8 @@
 """The settings of a run: frozen, validated, read from defaults < YAML < command line.
 
 The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics and the places; how a
-run is spread over machines is not in here. `plan()` derives what depends on the number of processes. This module imports
-neither torch nor numpy, so that a typing mistake is answered at once.
+run is spread over machines is not in here. `plan()` derives what depends on the number of processes. This module
+imports neither torch nor numpy, so that a typing mistake is answered at once.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class ModelConfig(Section):
     kv_heads: Positive = Field(FOLLOWS, description="Key/value heads (GQA); unset: as many as heads.")
     width: Positive = Field(128, description="Width of the residual stream.")
     ffn_width: Positive = Field(
-        FOLLOWS, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3 x width, rounded up to 64)."
+        FOLLOWS, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3, rounded up to 64)."
     )
     positions: Literal["learned", "rope", "sinusoidal", "none"] = Field("rope", description="Position encoding.")
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Kind of normalisation.")
@@ -97,7 +97,7 @@ class DataConfig(Section):
     seq_len: Positive = Field(256, description="Input tokens of a sequence.")
     stride: Positive = Field(FOLLOWS, description="Input tokens between sequence starts; unset: seq_len.")
     document_mask: bool = Field(False, description="No attention and no target across documents.")
-    global_batch: Positive = Field(32, description="Sequences in one step, over all processes.")
+    global_batch: Positive = Field(16, description="Sequences in one step, over all processes.")
     micro_batch: Positive | None = Field(None, description="Sequences in one backward; unset: a rank's whole share.")
     workers: NotNegative = Field(1, description="Threads that read batches ahead; 0 reads in the step itself.")
 
@@ -118,7 +118,7 @@ class OptimConfig(Section):
     """How the weights move."""
 
     name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field("adamw", description="Optimizer.")
-    lr: float = Field(3e-3, gt=0, description="Peak learning rate.")
+    lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a decaying schedule.")
     warmup_steps: NotNegative = Field(50, description="Steps of linear warm-up.")
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = Field(
@@ -129,7 +129,7 @@ class OptimConfig(Section):
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of the update's denominator.")
     weight_decay: float = Field(
-        0.1, ge=0, description="Decoupled decay of matrices (not of norms, biases, embeddings)."
+        0.1, ge=0, description="Decay of matrices, not of norms, biases, embeddings; decoupled but for sgd."
     )
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
 
@@ -144,7 +144,7 @@ class RunConfig(Section):
     """Where, how long, and what is kept."""
 
     dir: str = Field("runs/quickstart", min_length=1, description="Folder of the run.")
-    steps: Positive | None = Field(1500, description="Length of the run in updates.")
+    steps: Positive | None = Field(600, description="Length of the run in updates.")
     epochs: Positive | None = Field(None, description="Length of the run in passes over the data, instead of steps.")
     seed: NotNegative = Field(1, description="Seed of the weights, the order of the data and dropout.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -152,9 +152,9 @@ class RunConfig(Section):
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     activation_checkpointing: bool = Field(False, description="Recompute each block in the backward to save memory.")
-    eval_every: NotNegative = Field(250, description="Steps between evaluations; 0: never.")
+    eval_every: NotNegative = Field(150, description="Steps between evaluations; 0: never.")
     eval_batches: Positive = Field(20, description="Global batches in an evaluation, always the same ones.")
-    save_every: NotNegative = Field(500, description="Steps between checkpoints; 0: only the last.")
+    save_every: NotNegative = Field(300, description="Steps between checkpoints; 0: only the last.")
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay (the best one always does).")
     keep_every: NotNegative = Field(0, description="Also keep every checkpoint at a multiple of this step; 0: none.")
     resume: str = Field("auto", description="auto: go on where the folder stands; never; or a step folder.")
@@ -205,7 +205,8 @@ FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in sec
 # What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
 # is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
 FREE_ON_RESUME = frozenset(
-    ["data." + name for name in ["input", "text_column", "separator", "tokenizer", "val_fraction", "micro_batch", "workers"]]
+    ["data.input", "data.text_column", "data.separator", "data.tokenizer", "data.val_fraction", "data.micro_batch"]
+    + ["data.workers"]
     + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "steps", "epochs")]
 )
 
@@ -322,8 +323,8 @@ def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
         length = [name for name in ("run.steps", "run.epochs") if settings.get(name) is not None]
         if len(length) == 2:
             raise UserError(
-                f"{where}: run.steps={settings['run.steps']} and run.epochs={settings['run.epochs']} exclude each other;"
-                " rule: give one"
+                f"{where}: run.steps={settings['run.steps']} and run.epochs={settings['run.epochs']} exclude each"
+                " other; rule: give one"
             )
         if length:  # the one given at the later level stands
             merged.update({"run.steps": None, "run.epochs": None})
@@ -375,7 +376,12 @@ def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
 def run_entry(main: Callable[[list[str]], Result]) -> Result:
     """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code."""
     try:
-        return main(sys.argv[1:])
+        result = main(sys.argv[1:])
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        sys.exit(0)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

@@ -60,7 +60,7 @@ class Micro:
     segments_BT: Tensor | None  # document numbers, when documents must not see each other
     dropout_keys_B: Tensor | None  # one hash a row, from which its dropout masks follow
 
-    def to(self, device: torch.device) -> "Micro":
+    def to(self, device: torch.device) -> Micro:
         moved = (t if t is None else t.to(device, non_blocking=True) for t in self.__dict__.values())
         return Micro(*moved)  # type: ignore[arg-type]
 
@@ -193,8 +193,8 @@ def open_dataset(config: Config, on_main: Callable[[Callable[[], Any]], Any]) ->
         )  # fmt: skip
     if config.run.eval_every and not sequences["val"]:
         raise UserError(
-            f"data.val_fraction={data.val_fraction} holds out {sum(val.sizes)} tokens, fewer than one sequence; rule: at"
-            f" least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0", BAD_DATA
+            f"data.val_fraction={data.val_fraction} holds out {sum(val.sizes)} tokens, fewer than one sequence; rule:"
+            f" at least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0", BAD_DATA
         )  # fmt: skip
     hashes = [train.manifest["tokenizer"]["sha256"]]
     hashes += [shard["sha256"] for split in train.manifest["splits"].values() for shard in split["shards"]]

@@ -30,7 +30,8 @@ def _command_line(argv: list[str]) -> argparse.Namespace:
     for name in SETTINGS:
         field = DataConfig.model_fields[name]
         kind = _number if name == "val_fraction" else str
-        parser.add_argument(f"--{name}", type=kind, default=field.default, help=f"{field.description} ({field.default})")
+        text = f"{field.description} ({field.default})"
+        parser.add_argument(f"--{name}", type=kind, default=field.default, help=text)
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--output", metavar="DIR", help="Folder to make, or to go on with.")
     parser.add_argument("--processes", type=_number, default=cores, help=f"Processes that encode ({cores}: all cores).")

@@ -12,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import warnings
@@ -24,10 +23,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from dist_lm.config import Config, UserError
+from dist_lm import metrics
+from dist_lm.config import Config, UserError, did_you_mean
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
@@ -128,7 +129,7 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work, however long it takes; every rank gets its JSON result or its UserError. All ranks.
 
-        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective ever waits past the timeout.
+        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective waits past the timeout.
         """
         if self.world_size == 1:
             return json.loads(json.dumps(work()))
@@ -174,7 +175,7 @@ class Runtime:
     def say(self, text: str) -> None:
         """One line from rank 0, on stderr: standard output belongs to what an entry prints as its result."""
         if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+            metrics.say(text, channel="stderr")
 
     def profiler(self, steps: int, trace: Path) -> Any:
         """A torch profiler that writes a trace of `steps` steps, after two of warm-up; inert for 0. Rank 0 writes."""
@@ -202,7 +203,7 @@ class Runtime:
     def close(self) -> None:
         """Leave together: a rank that exits early aborts peers that still work. All ranks."""
         last_sum = self.sum(torch.zeros(1, device=self.device))
-        # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that still frees a
+        # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that frees a
         # tensor while Python shuts down aborts the process ("terminate called without an active exception").
         self.__dict__.pop("model", None)
         self.accelerator.free_memory()
@@ -299,6 +300,7 @@ def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime
     refuse_silent_single()
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
+    _check_trackers(config.run.trackers)
     die_with_launcher()
     cpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
@@ -326,6 +328,16 @@ def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime
         )
     _stop_on_signals(runtime)
     return runtime
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Accelerate leaves out a tracker that is not installed without a word."""
+    known = [str(name) for name in LoggerType.list() if name != "all"]
+    for name in names:
+        if name not in known:
+            raise UserError(f"run.trackers={name} must be one of {', '.join(known)}{did_you_mean(name, known)}")
+        if name not in [str(tracker) for tracker in get_available_trackers()]:
+            raise UserError(f"run.trackers={name} is not installed; rule: pip install {name}; nearest: tensorboard")
 
 
 def refuse_silent_single() -> None:

@@ -6,9 +6,7 @@ data alone. With --world, also which rank of so many processes trains on it; --r
 """
 
 import json
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +40,7 @@ def main(argv: list[str]) -> None:
     step = _number(given, "step", 1, steps)
     world = _number(given, "world", 1, batch) if "world" in given else 1
     rank = _number(given, "rank", 0, world - 1) if "rank" in given else None
-    try:
-        show(config, data, step, world, rank)
-        sys.stdout.flush()
-    except BrokenPipeError:  # its reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    show(config, data, step, world, rank)
 
 
 def open_data(config: Config) -> Dataset:

@@ -30,11 +30,11 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from dist_lm.config import DataConfig, UserError, nearest
 
 CHUNK = 2**20  # bytes read at once
-LONGEST_ROW = 2**25  # bytes of a row that has to be parsed whole; a .txt or .parquet document may be of any size
+LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 _PACKINGS = (".gz", ".zst")
 _NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
-_TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt or .parquet file, which are read piece by piece"
+_TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt file, which is read piece by piece"
 _BATCH = 64  # rows taken from Parquet or the hub at once
 
 T = TypeVar("T")
@@ -122,8 +122,9 @@ def _read(source: Source, data: DataConfig) -> Rows:
         raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
 
 
-def _split(chunks: Iterator[str], separator: str | None, row: int = 1) -> Rows:
+def _split(chunks: Iterator[str], separator: str | None) -> Rows:
     """Text as one row, or as several that `separator` ends."""
+    row = 1
     waiting, keep = "", len(separator or " ") - 1  # at the end of a chunk may stand the beginning of a separator
     while True:
         with _at(row):
@@ -139,7 +140,7 @@ def _split(chunks: Iterator[str], separator: str | None, row: int = 1) -> Rows:
         cut = max(len(waiting) - keep, 0)
         yield row, waiting[:cut]
         waiting = waiting[cut:]
-    if waiting or not separator or row == 1:
+    if waiting or row == 1:
         yield row, waiting
 
 
@@ -215,9 +216,18 @@ def _read_parquet(file: BinaryIO, column: str) -> Rows:
             shutil.copyfileobj(packed, file)
         with _at(0):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
-            _find_column(column, table.schema_arrow.names)
-        batches = table.iter_batches(_BATCH, columns=[column], use_threads=False)
-        yield from _read_arrow((batch.column(0) for batch in batches), column)
+            average = _average_row(table.metadata, _find_column(column, table.schema_arrow.names))
+        batches = table.iter_batches(max(1, min(_BATCH, 2**24 // average)), columns=[column], use_threads=False)
+        yield from _read_rows(_arrow_texts((batch.column(0) for batch in batches), column))
+
+
+def _average_row(metadata: Any, column: int) -> int:
+    """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    sizes = [group.column(column).total_uncompressed_size // max(group.num_rows, 1) for group in groups]
+    if max(sizes, default=0) > LONGEST_ROW:
+        raise ValueError(f"row group {sizes.index(max(sizes)) + 1}: its rows are {_TOO_LONG}")
+    return max(sizes, default=0) + 1
 
 
 def _read_hub(name: str, column: str) -> Rows:
@@ -230,29 +240,24 @@ def _read_hub(name: str, column: str) -> Rows:
     batches = stream.iter(_BATCH)
     try:
         tables = (table for table in batches if _find_column(column, table.column_names) >= 0)
-        yield from _read_arrow((table[column].combine_chunks() for table in tables), column)
+        yield from _read_rows(_arrow_texts((table[column].combine_chunks() for table in tables), column))
     finally:
         del stream, batches, tables  # an abandoned streamed iterator can abort the process at its exit
         gc.collect()
 
 
-def _read_arrow(arrays: Iterator[Any], column: str) -> Rows:
-    """The rows of Arrow arrays of text; its bytes are decoded here, because Parquet's are not checked."""
-    for row, value in _numbered(value for array in arrays for value in _text_array(array, column)):
-        if value.is_valid:
-            raw = memoryview(value.as_buffer())
-            yield from _split(_decode(bytes(raw[at : at + CHUNK]) for at in range(0, len(raw), CHUNK)), None, row)
-        else:
-            yield row, None
-
-
-def _text_array(array: Any, column: str) -> Any:
+def _arrow_texts(arrays: Iterator[Any], column: str) -> Iterator[str | None]:
     import pyarrow as pa  # loaded by the callers
 
-    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-    if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise ValueError(f"data.text_column={column!r} holds {array.type}, not text")
-    return array
+    for array in arrays:
+        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+        if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+            raise ValueError(f"data.text_column={column!r} holds {array.type}, not text")
+        for value in array:
+            raw = value.as_buffer() if value.is_valid else b""
+            if len(raw) > LONGEST_ROW:
+                raise ValueError(_TOO_LONG)
+            yield str(raw, "utf-8") if value.is_valid else None  # decoded here: Parquet's text is not checked
 
 
 def _field(value: Any, column: str) -> str | None:

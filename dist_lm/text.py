@@ -92,6 +92,11 @@ class Tokenizer:
             raise UserError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})", 65) from error
 
     @cached_property
+    def text_tokens(self) -> dict[int, str]:
+        """The tokens that stand for text, by id."""
+        return {i: token for token, i in self.vocabulary.items() if i not in self.special}
+
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.stored.encode()).hexdigest()
 
@@ -181,14 +186,13 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._tokens = {i: token for token, i in tokenizer.vocabulary.items() if i not in tokenizer.special}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []
         self._shown = 0  # characters of their text
 
     def push(self, token_id: int) -> str:
         if self._tokenizer.byte_level or self._tokenizer.atomic:
-            return self._utf8.decode(self._tokenizer.bytes_of(self._tokens.get(token_id, "")))
+            return self._utf8.decode(self._tokenizer.bytes_of(self._tokenizer.text_tokens.get(token_id, "")))
         self._ids.append(token_id)  # a decoder may treat the first token apart, so all are decoded again
         return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # perhaps the first bytes of a character
 

@@ -166,9 +166,11 @@ def settle(run: Run, pending: Pending) -> bool:
     loss, norm, targets, stop = pending.loss_norm_targets_stop.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not runtime.scaler.is_enabled() or runtime.scaler.get_scale() < SMALLEST_SCALE:
+            run.metrics.close()
             raise UserError(
                 f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
-                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip", DIVERGED
+                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip",
+                DIVERGED,
             )  # fmt: skip
         state.skipped_updates += 1
     state.tokens += int(targets)
@@ -204,7 +206,7 @@ def evaluate(run: Run) -> None:
 
 
 def save(run: Run, must_succeed: bool) -> None:
-    """Write a checkpoint, then drop the ones no longer wanted. A failed one in mid-run is said, not fatal. All ranks."""
+    """Write a checkpoint, then drop those no longer wanted. A failed one in mid-run is said, not fatal. All ranks."""
     config, runtime = run.config, run.runtime
     vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
     facts = {
@@ -368,12 +370,13 @@ def describe(run: Run) -> None:
         f" ({run.steps * batch / data.train_sequences:.2f} epochs)"
     )
     say(
-        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each step"
-        f" {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"
+        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
+        f" step {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"
     )
     if run.plan.filler_percent > 0:
         say(
-            f"warning: rows without targets even out the processes and cost {run.plan.filler_percent:.1f} % of each step"
+            "warning: rows without targets even out the processes and cost"
+            f" {run.plan.filler_percent:.1f} % of each step"
         )
     if config.optim.warmup_steps > run.steps:
         say(f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps")
@@ -388,7 +391,10 @@ def finish(run: Run) -> None:
     """The curve as a picture, and what to type next. Rank 0."""
     run.metrics.close()
     if run.runtime.is_main:
-        draw_curves([run.dir], run.dir / "loss.png")
+        try:
+            draw_curves([run.dir], run.dir / "loss.png")
+        except Exception as error:  # a picture that cannot be drawn or stored must not spoil a finished run
+            run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
         run.runtime.say(
             f"step {run.state.step} is saved; try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
         )

@@ -62,7 +62,9 @@ def train(run_dir: Path, *arguments: str, world: int = 1, code: int = 0, **env: 
     return output
 
 
-def entry(module: str, *arguments: str, code: int = 0, stdin: str | None = None, timeout: float = 240, **env: str) -> str:
+def entry(
+    module: str, *arguments: str, code: int = 0, stdin: str | None = None, timeout: float = 240, **env: str
+) -> str:
     """Run `python -m dist_lm.MODULE`; what it printed on both channels. Fails unless it exits with `code`."""
     done = subprocess.run(
         [sys.executable, "-m", f"dist_lm.{module}", *arguments], cwd=ROOT, env=clean_env(**env), text=True, input=stdin,

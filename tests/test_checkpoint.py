@@ -175,7 +175,9 @@ os._exit(0)
     while not finished:
         run = tmp_path / f"run-{points}"
         shutil.copytree(tmp_path / "run", run)
-        done = subprocess.run([sys.executable, "-c", script, str(run), str(points)], cwd=ROOT, env=clean_env(), timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(run), str(points)], cwd=ROOT, env=clean_env(), timeout=60
+        )
         finished, points = done.returncode == 0, points + (1 if points < 4 else 3)
         found, passed_over = newest_valid(run)
         assert found is not None and passed_over == []
@@ -233,7 +235,9 @@ def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
         read_model(str(folder))
     (folder / "optimizer-00001-of-00001.safetensors").unlink()
     model, _, _ = trained
-    with pytest.raises(UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"):
+    with pytest.raises(
+        UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"
+    ):
         restore_optimizer(folder, list(model.named_parameters()), make_optimizer(model, OptimConfig(), "fp32"))
 
 

@@ -91,9 +91,9 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ("--model.layers 4.5", "command line: model.layers=4.5 must be a valid integer; nearest: 4"),
         ("--model.layers true", "command line: model.layers=True must be a valid integer; nearest: 4"),
         ("--model.bias 1", "command line: model.bias=1 must be a valid boolean; nearest: true"),
-        ("--optim.lr nan", "command line: optim.lr='nan' must be a valid number; nearest: 0.003"),
-        ("--optim.lr .inf", "command line: optim.lr=inf must be a finite number; nearest: 0.003"),
-        ("--optim.lr -1", "command line: optim.lr=-1 must be greater than 0; nearest: 0.003"),
+        ("--optim.lr nan", "command line: optim.lr='nan' must be a valid number; nearest: 0.004"),
+        ("--optim.lr .inf", "command line: optim.lr=inf must be a finite number; nearest: 0.004"),
+        ("--optim.lr -1", "command line: optim.lr=-1 must be greater than 0; nearest: 0.004"),
         ("--optim.betas 1 0.5", "command line: optim.betas=1 must be less than 1; nearest: (0.9, 0.95)"),
         (
             "--model.positions rop",
@@ -115,10 +115,10 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
             "command line: data.stride=500 must be at most data.seq_len=256, or tokens would be skipped; nearest: 256",
         ),
         ("--data.separator=", "command line: data.separator='' must not be empty; nearest: null (each file is one document)"),
-        ("--optim.min_lr 1", "command line: optim.min_lr=1.0 must be at most optim.lr=0.003; nearest: 0.003"),
+        ("--optim.min_lr 1", "command line: optim.min_lr=1.0 must be at most optim.lr=0.004; nearest: 0.004"),
         (
             "--data.micro_batch 64",
-            "command line: data.micro_batch=64 must be at most data.global_batch=32; nearest: 32",
+            "command line: data.micro_batch=64 must be at most data.global_batch=16; nearest: 16",
         ),
         ("--run.steps 3 --run.epochs 4", "command line: run.steps=3 and run.epochs=4 exclude each other; rule: give one"),
         ("--run.steps null", "command line: run.steps=None and run.epochs=None: exactly one of them must be given"),
@@ -214,7 +214,15 @@ def test_plan_fits_the_batch(batch: int, world: int, micro: int | None) -> None:
 
 def test_what_is_free_on_resume_exists() -> None:
     assert set(FIELDS) >= FREE_ON_RESUME
-    mathematics = {"run.seed", "run.precision", "run.steps", "data.global_batch", "data.seq_len", "optim.lr", "model.layers"}
+    mathematics = {
+        "run.seed",
+        "run.precision",
+        "run.steps",
+        "data.global_batch",
+        "data.seq_len",
+        "optim.lr",
+        "model.layers",
+    }
     assert not mathematics & FREE_ON_RESUME
 
 

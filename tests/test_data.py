@@ -93,7 +93,9 @@ def test_dropout_keys_belong_to_positions(prepared: Path, tmp_path: Path) -> Non
 def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.seq_len=10000000 needs 10000001 tokens in one shard, .* nearest: \d+"):
         opened(prepared, tmp_path, seq_len=10_000_000)
-    with pytest.raises(UserError, match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger"):
+    with pytest.raises(
+        UserError, match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger"
+    ):
         opened(prepared, tmp_path, seq_len=20_000)
 
 

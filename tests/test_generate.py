@@ -273,6 +273,7 @@ def test_a_torn_checkpoint_is_passed_over_or_refused(cli: Cli, tmp_path: Path) -
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-1])
     code, out, err = cli("--prompt", "hello", ckpt=tmp_path)
     assert (code, out) == cli("--prompt", "hello", ckpt=good)[:2] != newest[:2]
+    assert err.startswith("warning: passed over step-00000020/model.safetensors: has ") and err.count("\n") == 1
     code, out, err = cli("--prompt", "hello", ckpt=torn)
     assert (code, out) == (66, "") and err.startswith("error: step-00000020/model.safetensors: has ")
     (torn / "manifest.json").unlink()  # torn before its manifest was written

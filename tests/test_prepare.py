@@ -62,7 +62,9 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
 def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
     documents = write_documents(tmp_path / "a.jsonl", 150)
-    manifest = prepare_dataset(DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer=tokenizer), tmp_path / "d", 1, quiet)
+    manifest = prepare_dataset(
+        DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer=tokenizer), tmp_path / "d", 1, quiet
+    )
     loaded = Tokenizer.load(tmp_path / "d")
     for split in ("train", "val"):
         chosen = [text for text in documents if held_out(text, 0.1) == (split == "val")]
@@ -240,7 +242,13 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
     said: list[str] = []
     assert prepare_dataset(config, tmp_path / "d", 1, said.append) == first
     assert said == [f"{tmp_path}/d: prepared before, used as it is"]
-    for change in ({"tokenizer": "char"}, {"val_fraction": 0.2}, {"separator": "#"}, {"text_column": "x"}, {"input": "y"}):
+    for change in (
+        {"tokenizer": "char"},
+        {"val_fraction": 0.2},
+        {"separator": "#"},
+        {"text_column": "x"},
+        {"input": "y"},
+    ):
         name, value = next(iter(change.items()))
         before = getattr(config, name)
         message = rf"/d was prepared with data\.{name}={before!r}, not {value!r}; rule: one folder, one preparation;"

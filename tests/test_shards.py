@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dist_lm.config import UserError
-from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, map_shard, verify, write_file, write_json, write_shard
+from dist_lm.shards import (
+    FORMAT,
+    MANIFEST,
+    TokenShards,
+    find_prepared,
+    map_shard,
+    verify,
+    write_file,
+    write_json,
+    write_shard,
+)
 
 
 def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7) -> np.ndarray:
@@ -31,7 +41,10 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
         begin += size
     splits = {"train": {"shards": entries}, "val": {"shards": []}}
     (folder / "tokenizer.json").write_text("{}")
-    tokenizer = {"dtype": np.dtype(dtype).name, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
+    tokenizer = {
+        "dtype": np.dtype(dtype).name,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
     sources = [{"name": "a.txt", "bytes": 1}]
     write_json(folder / MANIFEST, {"format": FORMAT, "tokenizer": tokenizer, "splits": splits, "sources": sources})
     return tokens

@@ -85,7 +85,7 @@ def test_rows_come_back_from_every_format(
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(TEXT, max_size=12))
 def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
-    rows = ["007", "NA", "null", "2020-01-01", "two\nlines, \"quoted\"", *rows]
+    rows = ["007", "NA", "null", "2020-01-01", 'two\nlines, "quoted"', *rows]
     path = tmp_path_factory.getbasetemp() / "r.csv"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([["id", "text"], *([n, text] for n, text in enumerate(rows))])
@@ -94,7 +94,13 @@ def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFacto
 
 
 def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Path) -> None:
-    rows: list[Any] = [{"text": "2020-01-01"}, {"extra": {"a": [1]}, "text": "b"}, "", {"text": "<|endoftext|>\x00"}, ""]
+    rows: list[Any] = [
+        {"text": "2020-01-01"},
+        {"extra": {"a": [1]}, "text": "b"},
+        "",
+        {"text": "<|endoftext|>\x00"},
+        "",
+    ]
     assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
     assert texts(write_json_lines(tmp_path / "lines.json", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
     assert texts(write_json_lines(tmp_path / "b.jsonl", [{"body": "x"}]), text_column="body") == ["x"]
@@ -135,7 +141,12 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         content = json.dumps({"text": name}) if name.endswith("l") else name
         (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else content.encode())
-    rows = [("a.jsonl", 1, "a.jsonl"), ("b/10.txt", 1, "b/10.txt"), ("b/2.txt", 1, "b/2.txt"), ("c.txt.gz", 1, "c.txt.gz")]
+    rows = [
+        ("a.jsonl", 1, "a.jsonl"),
+        ("b/10.txt", 1, "b/10.txt"),
+        ("b/2.txt", 1, "b/2.txt"),
+        ("c.txt.gz", 1, "c.txt.gz"),
+    ]
     assert read(tmp_path) == rows
     assert read(f"{tmp_path}/**/*.txt") == [row for row in rows if row[0].startswith("b/")]
     assert read(f"{tmp_path}/*.md") == [("notes.md", 1, "notes.md")]  # named by the user: read as text
@@ -190,7 +201,10 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^someone/words: no such file here, and no hub dataset to be had: Couldn't reach 'someone/words' on the Hub$"):
+    with pytest.raises(
+        UserError,
+        match=r"^someone/words: no such file here, and no hub dataset to be had: Couldn't reach 'someone/words' on the Hub$",
+    ):
         read("someone/words")
 
 
@@ -201,7 +215,10 @@ def bad_files(folder: Path) -> dict[str, str]:
         "cut.jsonl": (['{"text": "ok"}', '{"text": "cu'], "row 2: Invalid control character at"),
         "number.jsonl": (['{"text": "ok"}', "", '{"text": 5}'], "row 2: data.text_column='text' holds int, not text"),
         "list.jsonl": (["[1]", "5"], "row 1: must be an object with data.text_column='text', not int"),
-        "missing.jsonl": (['{"txt": "a", "id": 1}'], "row 1: no data.text_column='text' among txt, id; did you mean txt?"),
+        "missing.jsonl": (
+            ['{"txt": "a", "id": 1}'],
+            "row 1: no data.text_column='text' among txt, id; did you mean txt?",
+        ),
         "deep.jsonl": (['{"text": ' + "[" * 10**5], "row 1: "),
         "array.json": (['[{"text": "a"}, {"text": "b" ,}]'], "row 2: "),
         "endless.json": (['[{"text": "a"}, {"text": "b"}'], "row 3: "),
@@ -224,14 +241,18 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
     (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
     (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
-    too_long = "row 2: longer than .*; nearest: a .txt or .parquet file, which are read piece by piece"
+    pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
+    pq.write_table(pa.table({"text": ["x" * 5000, "ok"]}), folder / "longer.parquet", compression="none")
+    too_long = "row 2: longer than 32 MB; nearest: a .txt file, which is read piece by piece"
     return {name: message for name, (_, message) in lines.items()} | {
         "bytes.txt": "row 1: byte 70 of the text, 0xff, is not UTF-8",
         "separated.txt": "row 3: byte 13 of the text, 0xc3, is not UTF-8",
         "bytes.jsonl": "row 2: 'utf-8' codec can't decode byte 0xed in position 10",
         "bytes.csv": "row 3: 'utf-8' codec can't decode byte 0xff",
         "bytes.json": "row 2: byte 27 of the text, 0xff, is not UTF-8",
-        "bytes.parquet": "row 2: byte 0 of the text, 0xff, is not UTF-8",
+        "bytes.parquet": "row 2: 'utf-8' codec can't decode byte 0xff in position 0",
+        "long.parquet": too_long,
+        "longer.parquet": "row group 1: its rows are longer than 32 MB; nearest: a .txt file",
         "numbers.parquet": "row 1: data.text_column='text' holds int64, not text",
         "missing.parquet": "no data.text_column='text' among test; did you mean test?",
         "long.jsonl": too_long, "long.json": too_long, "line.csv": too_long,

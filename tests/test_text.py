@@ -16,20 +16,34 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from dist_lm import text as text_module
 from dist_lm.config import UserError
-from dist_lm.text import EOT, UNK, NoCutError, StreamDecoder, Tokenizer, is_trained_spec, load_tokenizer, sample
-from dist_lm.text import read_frame, serve, train_tokenizer, write_frame
+from dist_lm.text import (
+    EOT,
+    UNK,
+    NoCutError,
+    StreamDecoder,
+    Tokenizer,
+    is_trained_spec,
+    load_tokenizer,
+    read_frame,
+    sample,
+    serve,
+    train_tokenizer,
+    write_frame,
+)
 
 CORPUS = [
     "Hello world, it's the 21st century;\n\n  we've 1234567 reasons!!!  \tfoo_bar = {'a': [1, 2.5e-3]}\r\n",
     "Ünïcödé 世界。你好,世界 🙂🙃 e\u0301 naïve ﬁne \u3000x\n    indented\n        more\n",
 ]
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEXTS = st.lists(
     st.one_of(
-        st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "'s", "'ll", ". ", ".\n", "1234567", "é", "世界", "。", "🙂", "_"]),
-        st.sampled_from(["hello", "Hello", " world", "it", "foo", "\u3000", "\u0301", "\r\n", "!!!", "ﬁ", "İ", "x" * 40]),
+        st.sampled_from(
+            [" ", "  ", "\n", "\n\n", "\t", "'s", "'ll", ". ", ".\n", "1234567", "é", "世界", "。", "🙂", "_"]
+        ),
+        st.sampled_from(
+            ["hello", "Hello", " world", "it", "foo", "\u3000", "\u0301", "\r\n", "!!!", "ﬁ", "İ", "x" * 40]
+        ),
         st.text(st.characters(codec="utf-8"), max_size=6),
     ),
     max_size=60,
@@ -235,7 +249,9 @@ def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
     stored = json.loads(tokenizer_of("sentencepiece").stored)
     stored["added_tokens"][0]["content"] = stored["model"]["vocab"][0][0] = "<end>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config.json that"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config.json that"
+    ):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -176,7 +176,9 @@ def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_stops_all_at_one_step(prepared: Path, tmp_path: Path, number: signal.Signals) -> None:
-    ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.steps", "100000"))
+    ranks = start_ranks(
+        2, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.steps", "100000")
+    )
     wait_for_step(tmp_path / "run", 5, ranks)
     ranks[1].send_signal(number)
     code, output = finish(ranks)
@@ -255,7 +257,9 @@ def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
     """Two epochs of a stream whose length no batch divides: every sequence twice, the rest of the last step empty."""
-    common = [word for word in tiny(prepared, "--data.global_batch", "37", "--data.seq_len", "64", "--run.steps", "DROP")]
+    common = [
+        word for word in tiny(prepared, "--data.global_batch", "37", "--data.seq_len", "64", "--run.steps", "DROP")
+    ]
     at = common.index("--run.steps")
     output = train(tmp_path / "run", *common[:at], *common[at + 2 :], "--run.epochs", "2")
     sequences = int(output.split("parameters, ")[1].split(" sequences")[0].replace(",", ""))
@@ -267,7 +271,9 @@ def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_divergence_stops_all_ranks_and_is_never_saved(prepared: Path, tmp_path: Path, world: int) -> None:
-    output = train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30", "--run.save_every", "1"), world=world, code=76)
+    output = train(
+        tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30", "--run.save_every", "1"), world=world, code=76
+    )
     assert "error: diverged at step" in output and "try a smaller optim.lr" in output
     for folder in step_folders(tmp_path / "run"):
         verify(folder)
@@ -357,9 +363,19 @@ def running(run: Path) -> list[int]:
 @pytest.mark.slow
 def test_ranks_end_when_torchrun_is_killed(prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     command += ["dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
-    launcher = subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(run, 3, [launcher])
     assert len(running(run)) == 3
     launcher.kill()

@@ -216,15 +216,17 @@ def _read_parquet(file: BinaryIO, column: str) -> Rows:
             shutil.copyfileobj(packed, file)
         with _at(0):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
-            average = _average_row(table.metadata, _find_column(column, table.schema_arrow.names))
+            _find_column(column, table.schema_arrow.names)
+            average = _average_row(table, column)
         batches = table.iter_batches(max(1, min(_BATCH, 2**24 // average)), columns=[column], use_threads=False)
         yield from _read_rows(_arrow_texts((batch.column(0) for batch in batches), column))
 
 
-def _average_row(metadata: Any, column: int) -> int:
+def _average_row(table: Any, column: str) -> int:
     """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
-    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
-    sizes = [group.column(column).total_uncompressed_size // max(group.num_rows, 1) for group in groups]
+    paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
+    groups = [table.metadata.row_group(n) for n in range(table.num_row_groups if column in paths else 0)]
+    sizes = [g.column(paths.index(column)).total_uncompressed_size // max(g.num_rows, 1) for g in groups]
     if max(sizes, default=0) > LONGEST_ROW:
         raise ValueError(f"row group {sizes.index(max(sizes)) + 1}: its rows are {_TOO_LONG}")
     return max(sizes, default=0) + 1

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +107,6 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     write_documents(folder / "a.jsonl", number)
     config = DataConfig(input=str(folder / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
     prepare_dataset(config, folder / "whole", 1, quiet)
-    encoded: list[int] = []
     for at in [*fatal, 10**9]:
         with pytest.MonkeyPatch.context() as patch:
             calls = iter(range(1, 10**9))
@@ -123,8 +121,6 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
             patch.setattr(data_module, "write_shard", stop_or(data_module.write_shard))
             patch.setattr(data_module, "write_json", stop_or(data_module.write_json))
-            real_encode = Tokenizer.encode
-            patch.setattr(Tokenizer, "encode", lambda self, t, e=real_encode: encoded.append(1) or e(self, t))
             try:
                 prepare_dataset(config, folder / "parts", 1, quiet)
                 break
@@ -377,26 +373,15 @@ def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", [".txt", ".parquet"])
-def test_a_200_mb_document_needs_less_than_a_gigabyte(ending: str, tmp_path: Path) -> None:
+def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     words = random.Random(0).choices([f"word{n}" for n in range(5000)], k=2 * 10**5)
-    part = " ".join(words) + "\n"
-    document = part * (200 * 10**6 // len(part) + 1)
-    path = tmp_path / f"a{ending}"
-    if ending == ".txt":
-        path.write_text(document)
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        pq.write_table(pa.table({"text": [document]}), path)
-    size = len(document)
-    del document
-    command = [sys.executable, "-m", "dist_lm.prepare", "--input", str(path), "--output", str(tmp_path / "d")]
-    process = subprocess.Popen([*command, "--tokenizer", "bpe:1000"], stdout=subprocess.PIPE, text=True)
-    threading.Thread(target=lambda: process.stdout and process.stdout.read(), daemon=True).start()
+    with open(tmp_path / "a.txt", "w") as file:  # in parts: a forked child is as large as this process for a moment
+        while file.tell() < 200 * 10**6:
+            file.write(" ".join(words) + "\n")
+    command = [sys.executable, "-m", "dist_lm.prepare", "--input", str(tmp_path), "--output", str(tmp_path / "d")]
+    process = subprocess.Popen([*command, "--tokenizer", "bpe:1000"], stdout=subprocess.DEVNULL, text=True)
     peak = peak_memory(process)
     assert process.returncode == 0
-    assert max(peak.values()) < 1024, peak
+    assert len(peak) == 1 + len(os.sched_getaffinity(0)) and max(peak.values()) < 1024, peak
     splits = json.loads((tmp_path / "d" / MANIFEST).read_text())["splits"]
-    assert sum(split["bytes"] for split in splits.values()) == size
+    assert sum(split["bytes"] for split in splits.values()) == (tmp_path / "a.txt").stat().st_size

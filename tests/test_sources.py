@@ -241,8 +241,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
     (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
     (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
+    pq.write_table(pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]}), folder / "list.parquet")
     pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
-    pq.write_table(pa.table({"text": ["x" * 5000, "ok"]}), folder / "longer.parquet", compression="none")
+    pq.write_table(pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]}), folder / "longer.parquet", compression="none")
     too_long = "row 2: longer than 32 MB; nearest: a .txt file, which is read piece by piece"
     return {name: message for name, (_, message) in lines.items()} | {
         "bytes.txt": "row 1: byte 70 of the text, 0xff, is not UTF-8",
@@ -254,6 +255,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "long.parquet": too_long,
         "longer.parquet": "row group 1: its rows are longer than 32 MB; nearest: a .txt file",
         "numbers.parquet": "row 1: data.text_column='text' holds int64, not text",
+        "list.parquet": "row 1: data.text_column='text' holds list<.*string>, not text",
         "missing.parquet": "no data.text_column='text' among test; did you mean test?",
         "long.jsonl": too_long, "long.json": too_long, "line.csv": too_long,
         "long.csv": r"row 2: field larger than field limit \(2000\)",

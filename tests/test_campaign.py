@@ -1,0 +1,74 @@
+"""Long measurements, run by hand; their figures are under benchmarks/results/.
+
+pytest -m campaign -s tests/test_campaign.py
+"""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.procs import finish, start_ranks, train
+from tests.test_train import losses, tensors, tiny, wait_for_step
+
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
+
+
+def worst(run: Path, other: Path, first_step: int = 1) -> tuple[float, float]:
+    """Largest relative difference of loss and of gradient norm; the batches must be the same."""
+    a, b = ([s for s in losses(r) if s["step"] >= first_step] for r in (run, other))
+    assert [s["batch_hash"] for s in a] == [s["batch_hash"] for s in b] != []
+    return tuple(max(abs(x[k] - y[k]) / abs(y[k]) for x, y in zip(a, b, strict=True)) for k in ("loss", "grad_norm"))  # type: ignore[return-value]
+
+
+def report(what: str, figures: tuple[float, float]) -> None:
+    print(f"| {what} | {figures[0]:.1e} | {figures[1]:.1e} |", flush=True)
+    assert max(figures) < 1e-5
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_parity_table(prepared: Path, tmp_path: Path, dropout: str) -> None:
+    print(f"\n50 steps, fp32, AdamW at a peak of 1e-3, dropout {dropout}, against one process:")
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout)
+    train(tmp_path / "one", *common)
+    for world in (1, 2, 3, 4):
+        for micro in (8, 4, 2):
+            if micro * world > 8 or (world, micro) == (1, 8):
+                continue
+            name = f"{world} processes, micro-batch {micro}"
+            train(tmp_path / name, *common, "--data.micro_batch", str(micro), world=world)
+            report(name, worst(tmp_path / name, tmp_path / "one"))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 3), (3, 1), (4, 1), (2, 3)])
+def test_resumed_on_another_number(prepared: Path, tmp_path: Path, before: int, after: int) -> None:
+    common = tiny(prepared, "--run.steps", "100", "--model.dropout", "0.1")
+    train(tmp_path / "whole", *common, world=before)
+    train(tmp_path / "moved", *common, "--run.stop_after", "50", world=before)
+    train(tmp_path / "moved", *common, world=after)
+    report(f"resumed on {after} instead of {before}, next 50 steps", worst(tmp_path / "moved", tmp_path / "whole", 51))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> None:
+    common = tiny(prepared, "--run.steps", "60", "--run.save_every", "5", "--model.dropout", "0.1")
+    train(tmp_path / "whole", *common, world=world)
+    rng, kills = random.Random(world), []
+    for _ in range(4):  # kills of one run, one after another
+        step = rng.randint(max(kills, default=0) + 1, 50)
+        ranks = start_ranks(world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common)
+        wait_for_step(tmp_path / "killed", step, ranks)
+        ranks[rng.randrange(world)].send_signal(signal.SIGKILL)
+        for rank in ranks:
+            rank.send_signal(signal.SIGKILL)
+        finish(ranks)
+        kills.append(losses(tmp_path / "killed")[-1]["step"])
+        if kills[-1] >= 48:
+            break
+    train(tmp_path / "killed", *common, world=world)
+    a, b = (tensors(tmp_path / run / "step-00000060") for run in ("killed", "whole"))
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    print(f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |", flush=True)
+    assert different == []

@@ -5,6 +5,7 @@ run is spread over machines is not in here. `plan()` derives what depends on the
 imports neither torch nor numpy, so that a typing mistake is answered at once.
 """
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -309,7 +310,7 @@ def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict
                 raise UserError(f"--{name} needs a value: --{name} {_wanted(name)}")
             if name in settings:
                 raise UserError(f"--{name} is given twice; rule: once")
-            settings[name] = _from_words(name, values)
+            settings[name] = parse_value(name, values)
         else:
             raise UserError(f"unknown flag --{name}{did_you_mean(name, [*FIELDS, *flags], '--')}")
     return given, settings
@@ -388,6 +389,28 @@ def run_entry(main: Callable[[list[str]], Result]) -> Result:
         sys.exit(error.code)
 
 
+class FlagParser(argparse.ArgumentParser):
+    """argparse for entries whose flags are no settings: hyphens count as underscores, and an error is one line."""
+
+    def __init__(self, prog: str, description: str | None):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=form)
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        arguments, rest = self.parse_known_args([_with_underscores(word) for word in argv])
+        if rest:
+            raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def _with_underscores(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
 # --- the wording of errors
 
 
@@ -440,7 +463,7 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     return f"{origin.get(name, 'defaults')}: {name}={value!r} must {rule}{nearest_text}"
 
 
-def _from_words(name: str, words: list[str]) -> Any:
+def parse_value(name: str, words: list[str]) -> Any:
     """The value of a command line field: text as it stands where a field is text, otherwise as YAML reads it."""
     annotation = FIELDS[name].annotation
     if get_origin(annotation) is tuple:

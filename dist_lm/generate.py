@@ -11,14 +11,14 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from dist_lm.config import UserError, did_you_mean
+from dist_lm.config import FlagParser, UserError, did_you_mean
+from dist_lm.text import printable
 
 if TYPE_CHECKING:
     from dist_lm.model import GPT
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# What can drive a terminal or disguise text on it: control characters other than newline and tab, changes of direction.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
 
 
 def within(kind: type, low: float, high: float, default: Any, rule: str) -> Callable[[str], Any]:
@@ -66,10 +59,11 @@ def one_of(*options: str) -> Callable[[str], str]:
 def command_line(argv: list[str]) -> argparse.Namespace:
     """The validated command line; hyphens in flags count as underscores."""
     tiny, huge = 1e-6, 1e9
-    parser = Parser(
-        prog="python -m dist_lm.generate", allow_abbrev=False, description="Generate text from a checkpoint.",
-        epilog="Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
-    )  # fmt: skip
+    parser = FlagParser(
+        "python -m dist_lm.generate",
+        "Generate text from a checkpoint.\n"
+        "Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
+    )
     add = parser.add_argument
     add("--ckpt", required=True, help="run folder (its newest step), step folder, or transformers folder")
     add("--prompt", action="append", help="text to go on from; repeatable; '' starts a new document")
@@ -101,10 +95,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
     add("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
     add("--raw", action="store_true", help="do not escape control characters on a terminal")
-    args, rest = parser.parse_known_args([with_underscores(word) for word in argv])
-    if rest:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], flags)}")
+    args = parser.read(argv)
     if "" in args.stop:
         raise UserError("--stop '' must not be empty; nearest: no --stop")
     if args.logprobs and not args.json:
@@ -112,11 +103,6 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     for text in [*(args.prompt or []), *args.stop]:
         decoded(os.fsencode(text), "the command line", code=2)
     return args
-
-
-def with_underscores(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def decoded(content: bytes, where: str, code: int = 65) -> str:
@@ -148,17 +134,12 @@ def prompts_from(args: argparse.Namespace) -> list[str] | None:
     return prompts or None
 
 
-def escaped(text: str) -> str:
-    """Text that cannot drive a terminal: \\x1b stands for an escape character."""
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-
-
 def show(steps: Iterator[list["Continuation"]], prompts: list[str], args: argparse.Namespace, first: bool) -> None:
     """Print the continuations in order, each as far as it is made; JSON lines when one is finished."""
     raw = args.raw or not sys.stdout.isatty()
 
     def write(text: str) -> None:
-        sys.stdout.write(text if raw else escaped(text))
+        sys.stdout.write(text if raw else printable(text))
         sys.stdout.flush()
 
     at, shown = 0, -1  # the sequence being printed, and how much of it is; -1: not even its prompt
@@ -196,7 +177,7 @@ def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     if unknown:
         lacking = sorted({c for c in prompt if tokenizer.unk in tokenizer.encode(c)})
         print(f"warning: {unknown} characters of the prompt are not in the vocabulary and count as unknown: "
-              f"{escaped(repr(''.join(lacking[:20])))}", file=sys.stderr)  # fmt: skip
+              f"{printable(repr(''.join(lacking[:20])))}", file=sys.stderr)  # fmt: skip
     return ids or [tokenizer.eot]
 
 

@@ -10,56 +10,32 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from dist_lm.config import DataConfig, UserError, did_you_mean, resolve, run_entry
+from dist_lm.config import DataConfig, FlagParser, UserError, parse_value, resolve, run_entry
 
 SETTINGS = ("input", "tokenizer", "text_column", "separator", "val_fraction")  # flags that are fields of data
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        word = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-        hint = did_you_mean(word, self._option_string_actions) if word.startswith("--") else ""
-        raise UserError(message.removeprefix("argument ") + hint)
-
-
 def _command_line(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser("python -m dist_lm.prepare", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = FlagParser("python -m dist_lm.prepare", __doc__)
     for name in SETTINGS:
         field = DataConfig.model_fields[name]
-        kind = _number if name == "val_fraction" else str
-        text = f"{field.description} ({field.default})"
-        parser.add_argument(f"--{name}", type=kind, default=field.default, help=text)
-    cores = len(os.sched_getaffinity(0))
+        parser.add_argument(f"--{name}", help=f"{field.description} ({field.default})")
+    cores = str(len(os.sched_getaffinity(0)))
     parser.add_argument("--output", metavar="DIR", help="Folder to make, or to go on with.")
-    parser.add_argument("--processes", type=_number, default=cores, help=f"Processes that encode ({cores}: all cores).")
+    parser.add_argument("--processes", default=cores, help=f"Processes that encode ({cores}: all cores).")
     parser.add_argument("--verify", metavar="DIR", help="Check every hash of a prepared folder instead.")
-    flags = [word.partition("=") for word in argv]  # hyphens in a flag's name work as underscores do
-    return parser.parse_args(
-        [f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else name + equals + value
-         for name, equals, value in flags]
-    )  # fmt: skip
-
-
-def _number(text: str) -> float | int | str:
-    """What is not a number stays text, for the rule of its field to refuse."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return parser.read(argv)
 
 
 def main(argv: list[str]) -> None:
     arguments = _command_line(argv)
     if (arguments.verify is None) == (arguments.output is None):
         raise UserError("exactly one of --output DIR and --verify DIR must be given")
-    if not isinstance(arguments.processes, int) or arguments.processes < 1:
-        raise UserError(f"--processes={arguments.processes!r} must be a whole number of 1 or more; nearest: 1")
-    config = resolve(("command line", {f"data.{name}": getattr(arguments, name) for name in SETTINGS}))
+    if not arguments.processes.isdecimal() or int(arguments.processes) < 1:
+        raise UserError(f"--processes={arguments.processes} must be a whole number of 1 or more; nearest: 1")
+    given = {f"data.{name}": value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
+    config = resolve(("command line", {name: parse_value(name, [value]) for name, value in given.items()}))
     from dist_lm import data, shards  # only now: a mistake in the command line is answered at once
 
     if arguments.verify is not None:
@@ -69,7 +45,7 @@ def main(argv: list[str]) -> None:
         print(f"{arguments.verify}: every hash is right")
         return
     try:
-        data.prepare_dataset(config.data, Path(arguments.output), arguments.processes)
+        data.prepare_dataset(config.data, Path(arguments.output), int(arguments.processes))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

@@ -16,11 +16,10 @@ from dist_lm.config import Config, UserError, read_yaml, resolve, run_entry, spl
 from dist_lm.data import BAD_DATA, Dataset, open_dataset
 from dist_lm.order import sequence_ids
 from dist_lm.shards import find_prepared
+from dist_lm.text import printable
 
 BAD_CHECKPOINT = 66
 FLAGS = {"step": "The update, from 1.", "world": "Number of processes.", "rank": "Show only this one's share."}
-# What can drive a terminal or disguise text on it: control characters but tab, and changes of direction.
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def main(argv: list[str]) -> None:
@@ -83,14 +82,9 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
         )
         (tokens,) = data.train.read([sequence], length, stride)
         for span in data.train.documents_of(sequence, length, stride):
-            print(f"  {escape(span.source)} row {span.row}, tokens {span.start} to {span.stop - 1} of the sequence")
+            print(f"  {printable(span.source)} row {span.row}, tokens {span.start} to {span.stop - 1} of the sequence")
             for line in data.tokenizer.decode(tokens[span.start : span.stop], skip_special=False).split("\n"):
-                print(f"    | {escape(line)}")
-
-
-def escape(text: str) -> str:
-    """Text that cannot drive a terminal."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+                print(f"    | {printable(line)}")
 
 
 def _number(given: dict[str, list[str]], name: str, low: int, high: int) -> int:

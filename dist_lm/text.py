@@ -35,6 +35,8 @@ LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document 
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
 _LONG_WORD = re.compile(r"\S{1000}")
+# What can drive a terminal or disguise text on it: control characters but newline and tab, and changes of direction.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_OF = {chr(b): b for b in _PLAIN}
@@ -202,6 +204,11 @@ class StreamDecoder:
     def _new(self, text: str) -> str:
         shown, self._shown = self._shown, max(self._shown, len(text))
         return text[shown:]
+
+
+def printable(text: str) -> str:
+    """Text that cannot drive a terminal: \\x1b stands for an escape character."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_trained_spec(spec: str) -> bool:

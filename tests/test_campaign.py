@@ -70,5 +70,7 @@ def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> N
     train(tmp_path / "killed", *common, world=world)
     a, b = (tensors(tmp_path / run / "step-00000060") for run in ("killed", "whole"))
     different = [name for name in a if not torch.equal(a[name], b[name])]
-    print(f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |", flush=True)
+    print(
+        f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |", flush=True
+    )
     assert different == []

@@ -318,7 +318,7 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("--inptu x --output d", 2, "unrecognized arguments: --inptu x; did you mean --input?"),
+        ("--inptu x --output d", 2, "unknown argument --inptu; did you mean --input?"),
         ("--input", 2, "--input: expected one argument"),
         ("", 2, "exactly one of --output DIR and --verify DIR must be given"),
         ("--output d --verify d", 2, "exactly one of --output DIR and --verify DIR must be given"),

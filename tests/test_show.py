@@ -11,8 +11,8 @@ import torch
 from dist_lm.config import Config, DataConfig, RunConfig, UserError, plan
 from dist_lm.data import Batches
 from dist_lm.shards import TokenShards
-from dist_lm.show import escape, main
-from dist_lm.text import Tokenizer
+from dist_lm.show import main
+from dist_lm.text import Tokenizer, printable
 from tests.procs import ROOT, clean_env
 
 BATCH, LENGTH, SEED = 6, 40, 7
@@ -54,7 +54,7 @@ def test_it_shows_what_the_loader_reads(run, prepared, capsys, step, world):
         assert len(rows) == len(texts(printed)) > 0
         for row, place in zip(rows, texts(printed), strict=True):
             # Documents are printed one after another; their ends are the end-of-text tokens.
-            assert place.replace("\n", "") == escape(tokenizer.decode(row, skip_special=False)).replace("\n", "")
+            assert place.replace("\n", "") == printable(tokenizer.decode(row, skip_special=False)).replace("\n", "")
         shown += texts(printed)
     assert sorted(shown) == sorted(texts(everything)) and len(shown) == BATCH
 
@@ -92,7 +92,7 @@ def test_the_last_step_of_epochs_is_not_full(run, prepared, capsys):
 
 
 def test_nothing_drives_the_terminal():
-    assert escape("a\x1b[31m\tb\rc\u202ed\x9b") == "a\\x1b[31m\tb\\rc\\u202ed\\x9b"
+    assert printable("a\x1b[31m\tb\rc\u202ed\x9b") == "a\\x1b[31m\tb\\rc\\u202ed\\x9b"
 
 
 @pytest.mark.parametrize(

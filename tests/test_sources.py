@@ -243,7 +243,11 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
     pq.write_table(pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]}), folder / "list.parquet")
     pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
-    pq.write_table(pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]}), folder / "longer.parquet", compression="none")
+    pq.write_table(
+        pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]}),
+        folder / "longer.parquet",
+        compression="none",
+    )
     too_long = "row 2: longer than 32 MB; nearest: a .txt file, which is read piece by piece"
     return {name: message for name, (_, message) in lines.items()} | {
         "bytes.txt": "row 1: byte 70 of the text, 0xff, is not UTF-8",

@@ -145,7 +145,7 @@ class RunConfig(Section):
     """Where, how long, and what is kept."""
 
     dir: str = Field("runs/quickstart", min_length=1, description="Folder of the run.")
-    steps: Positive | None = Field(600, description="Length of the run in updates.")
+    steps: Positive | None = Field(400, description="Length of the run in updates.")
     epochs: Positive | None = Field(None, description="Length of the run in passes over the data, instead of steps.")
     seed: NotNegative = Field(1, description="Seed of the weights, the order of the data and dropout.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -153,9 +153,9 @@ class RunConfig(Section):
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     activation_checkpointing: bool = Field(False, description="Recompute each block in the backward to save memory.")
-    eval_every: NotNegative = Field(150, description="Steps between evaluations; 0: never.")
+    eval_every: NotNegative = Field(100, description="Steps between evaluations; 0: never.")
     eval_batches: Positive = Field(20, description="Global batches in an evaluation, always the same ones.")
-    save_every: NotNegative = Field(300, description="Steps between checkpoints; 0: only the last.")
+    save_every: NotNegative = Field(200, description="Steps between checkpoints; 0: only the last.")
     keep_last: Positive = Field(2, description="How many of the newest checkpoints stay (the best one always does).")
     keep_every: NotNegative = Field(0, description="Also keep every checkpoint at a multiple of this step; 0: none.")
     resume: str = Field("auto", description="auto: go on where the folder stands; never; or a step folder.")

@@ -16,11 +16,11 @@ import sys
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, chain, count, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,16 @@ import numpy as np
 
 from dist_lm.config import Config, DataConfig, Plan, UserError
 from dist_lm.order import Ints, rank_places, row_keys, sequence_ids
-from dist_lm.shards import FORMAT, MANIFEST, TokenShards, find_prepared, read_manifest, write_json, write_shard
+from dist_lm.shards import (
+    FORMAT,
+    MANIFEST,
+    TokenShards,
+    find_prepared,
+    read_manifest,
+    write_file,
+    write_json,
+    write_shard,
+)
 from dist_lm.sources import Source, find_sources, read_documents
 from dist_lm.text import (
     NoCutError,
@@ -207,10 +216,9 @@ def open_dataset(config: Config, on_main: Callable[[Callable[[], Any]], Any]) ->
 SHARD_TOKENS = 2**25
 SMALL = 100  # documents; a smaller source holds out the tail of its text instead of whole documents
 PROGRESS = "progress.json"
-_HASHED = 2**20  # characters of a document that decide whether it is held out
-JOB = 2**20  # characters of text in one job of an encoding process
-JOB_PIECES = 2**13
+JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
 WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
+_HASHED = 2**20  # characters of a document that decide whether it is held out
 _DECIDING = ("input", "text_column", "separator", "tokenizer", "val_fraction")  # fields that decide the content
 
 
@@ -229,8 +237,7 @@ def prepare_dataset(
     data: DataConfig, folder: str | Path, processes: int = 1, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Make a prepared folder of `data.input`, or go on with one; the manifest. One process calls it."""
-    folder = Path(folder)
-    settings = {name: getattr(data, name) for name in _DECIDING}
+    folder, settings = Path(folder), {name: getattr(data, name) for name in _DECIDING}
     if find_prepared(folder):
         manifest = read_manifest(folder)
         _refuse_other(folder, manifest["settings"], settings)
@@ -238,37 +245,37 @@ def prepare_dataset(
         return manifest
     if find_prepared(data.input):
         raise UserError(f"data.input={data.input!r} is a prepared folder already; rule: text", BAD_DATA)
-    sources = [source for source in find_sources(data) if folder.resolve() not in Path(source.path).resolve().parents]
+    sources = [s for s in find_sources(data) if not s.path or folder.resolve() not in Path(s.path).resolve().parents]
     listed = [{"name": source.name, "bytes": source.size} for source in sources]
     state = _read_progress(folder, settings, listed)
     if state is None:
         tokenizer, state = _survey(data, sources, say)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
+        for name, text in tokenizer.files().items():
+            write_file(folder / name, [text.encode()])
         state |= {"settings": settings, "sources": listed, "tokenizer": tokenizer.sha256, "splits": {}}
         write_json(folder / PROGRESS, state)
     else:
         tokenizer = Tokenizer.load(folder)
         done = sum(len(split["shards"]) for split in state["splits"].values())
         say(f"{folder}: going on after {done} finished shards; their text is read again but not encoded again")
-    counts = {split: {"bytes": 0, "documents": 0} for split in ("train", "val")}
+    counts = {split: {"documents": 0, "bytes": 0} for split in ("train", "val")}
     skipped: Counter[str] = Counter()
-    writers = {split: _Writer(folder, split, tokenizer, state, state["splits"].get(split)) for split in counts}
-    pieces = _pieces(data, sources, tokenizer, state, counts, skipped)
+    writers = {split: _Writer(folder, split, tokenizer, state) for split in counts}
+    pieces = _pieces(data, sources, tokenizer, state["tail"], counts, skipped)
     pieces = (piece._replace(text="") if piece.place < writers[piece.split].place else piece for piece in pieces)
-    progress = Progress(state["bytes"], [source.size for source in sources], say)
+    progress = Progress("prepared", state["bytes"], sources, say)
     for piece, ids in _encode(pieces, tokenizer, folder, processes):
-        writers[piece.split].add(piece, ids)
-        progress.show(counts, piece.source)
+        if ids is not None:
+            writers[piece.split].add(piece, ids)
+        progress.show(counts.values(), piece.source)
     for split, writer in writers.items():
         writer.finish((counts[split]["documents"], 0), 0)
-    progress.show(counts, end=True)
+    progress.show(counts.values(), end=True)
     manifest = {
         "format": FORMAT,
-        "tokenizer": {
-            "name": data.tokenizer, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
-            "eot": tokenizer.eot, "unk": tokenizer.unk, "dtype": tokenizer.dtype.name,
-        },
+        "tokenizer": {"name": data.tokenizer, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
+                      "eot": tokenizer.eot, "unk": tokenizer.unk, "dtype": tokenizer.dtype.name},
         "settings": settings,
         "skipped": dict(sorted(skipped.items())),
         "splits": {split: counts[split] | writers[split].summary() for split in counts},
@@ -277,11 +284,11 @@ def prepare_dataset(
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
     for split, entry in manifest["splits"].items():
-        lost = f", {entry['unknown']:,} unknown characters" if entry["unknown"] else ""
+        lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
         say(f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text, {entry['tokens']:,} tokens"
-            f" in {len(entry['shards'])} shards{lost}")  # fmt: skip
-        if not entry["tokens"]:
-            say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or more lines of text")
+            f"{lost} in {len(entry['shards'])} shards")  # fmt: skip
+        if not entry["shards"]:
+            say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or text of more lines")
     if skipped:
         say("skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items())))
     return manifest
@@ -298,7 +305,7 @@ def _refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> N
         if have.get(name) != value:
             raise UserError(
                 f"{folder} was prepared with data.{name}={have.get(name)!r}, not {value!r};"
-                " rule: one folder, one preparation; nearest: another folder, or remove this one", 65
+                " rule: one folder, one preparation; nearest: another folder, or remove this one", BAD_DATA
             )  # fmt: skip
 
 
@@ -313,8 +320,8 @@ def _read_progress(folder: Path, settings: dict[str, Any], listed: list[dict[str
     for before, now in zip_longest(state["sources"], listed):
         if before != now:
             raise UserError(f"{folder}: the text changed since its preparation began: {before} is now {now};"
-                            " nearest: remove the folder", 65)  # fmt: skip
-    return state if Tokenizer.load(folder).sha256 == state["tokenizer"] else None
+                            " nearest: remove the folder", BAD_DATA)  # fmt: skip
+    return state
 
 
 def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None]) -> tuple[Tokenizer, dict[str, Any]]:
@@ -322,7 +329,7 @@ def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None])
     trained = is_trained_spec(data.tokenizer)
     tokenizer = cutter(data.tokenizer) if trained else load_tokenizer(data.tokenizer)
     learns = trained and data.tokenizer != "byte"
-    found = {"documents": 0, "bytes": 0}
+    found, progress = {"documents": 0, "bytes": 0}, Progress("read", None, sources, say)
 
     def pieces() -> Iterator[str]:
         for source, row, texts in read_documents(sources, data, Counter()):
@@ -331,6 +338,7 @@ def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None])
             found["documents"] += 1
             for piece in _cut(tokenizer, texts, sources[source], row):
                 found["bytes"] += len(piece.encode())
+                progress.show([found], source)
                 yield piece
 
     if learns:
@@ -338,22 +346,36 @@ def _survey(data: DataConfig, sources: list[Source], say: Callable[[str], None])
     else:
         deque(pieces(), maxlen=0)
     if not found["documents"]:
-        raise UserError(f"data.input={data.input!r}: no document with text in {len(sources)} files", 65)
-    whole = learns or found["documents"] < SMALL
-    small = found["documents"] < SMALL and data.val_fraction > 0
-    if whole:
+        raise UserError(f"data.input={data.input!r}: no document with text in {len(sources)} files", BAD_DATA)
+    small = found["documents"] < SMALL
+    if learns or small:
         say(f"found {found['documents']:,} documents, {found['bytes']:,} bytes of text in {data.input}")
-    if small:
+    if small and data.val_fraction:
         say(f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end")
     tail = round(found["bytes"] * (1 - data.val_fraction)) if small else None
-    return tokenizer, {"bytes": found["bytes"] if whole else None, "tail": tail}
+    return tokenizer, {"bytes": found["bytes"] if learns or small else None, "tail": tail}
 
 
 def _documents(
     data: DataConfig, sources: list[Source], tail: int | None, skipped: Counter[str]
 ) -> Iterator[tuple[str, int, int, Iterator[str]]]:
-    """(split, source, row, texts) of each document, to be used up in turn; `tail`: bytes before the held-out ones."""
-    position = 0
+    """(split, source, row, texts) of each document, used up in turn; `tail`: bytes of text before the held-out ones."""
+    position, rest = 0, b""
+
+    def before_tail(texts: Iterator[str]) -> Iterator[str]:
+        """A document's text up to the last line end before the tail, or else the next one after; `rest` follows."""
+        nonlocal position, rest
+        assert tail is not None, "only a source that holds out its tail comes here"
+        for text in texts:
+            raw = text.encode()
+            wanted, position = tail - position, position + len(raw)
+            end = (raw.rfind(b"\n", 0, max(wanted, 0)) + 1 or raw.find(b"\n") + 1) if wanted < len(raw) else 0
+            if end:
+                rest = raw[end:]
+                yield raw[:end].decode()
+                return
+            yield text
+
     for source, row, texts in read_documents(sources, data, skipped):
         if tail is None:
             head: list[str] = []
@@ -362,74 +384,55 @@ def _documents(
             split = "val" if held_out("".join(head), data.val_fraction) else "train"
             yield split, source, row, chain(head, texts)
             continue
-        rest = b""
-
-        def before_tail(texts: Iterator[str] = texts) -> Iterator[str]:
-            nonlocal position, rest
-            for text in texts:
-                raw = text.encode()
-                position += len(raw)
-                wanted = tail - (position - len(raw))
-                line_end = (raw.rfind(b"\n", 0, max(wanted, 0)) + 1 or raw.find(b"\n") + 1) if wanted < len(raw) else 0
-                if line_end:
-                    rest = raw[line_end:]
-                    yield raw[:line_end].decode()
-                    return
-                yield text
-
         if position < tail:
-            yield "train", source, row, before_tail()
+            rest = b""
+            yield "train", source, row, before_tail(texts)
             texts = chain([rest.decode()] if rest else [], texts)
-            first = next(texts, "")
-            if not first:
-                continue
-            texts = chain([first], texts)
-        yield "val", source, row, texts
+        if first := next(texts, ""):
+            yield "val", source, row, chain([first], texts)
 
 
 def _pieces(
-    data: DataConfig, sources: list[Source], tokenizer: Tokenizer, state: dict[str, Any],
+    data: DataConfig, sources: list[Source], tokenizer: Tokenizer, tail: int | None,
     counts: dict[str, dict[str, int]], skipped: Counter[str],
 ) -> Iterator[Piece]:  # fmt: skip
     """Every document's text in pieces that encode as the whole does; counts documents and bytes as it goes."""
-    for split, source, row, texts in _documents(data, sources, state["tail"], skipped):
+    for split, source, row, texts in _documents(data, sources, tail, skipped):
         document = counts[split]["documents"]
         counts[split]["documents"] += 1
         pieces = _cut(tokenizer, texts, sources[source], row)
-        n, text = 0, next(pieces, "")
-        while text:
+        text = next(pieces, "")
+        for n in count():
             following = next(pieces, "")
             counts[split]["bytes"] += len(text.encode())
             yield Piece(split, (document, n), source, row, text, not following)
-            n, text = n + 1, following
+            if not following:
+                break
+            text = following
 
 
 def _cut(tokenizer: Tokenizer, texts: Iterator[str], source: Source, row: int) -> Iterator[str]:
     try:
         yield from tokenizer.pieces(texts)
     except NoCutError as error:
-        raise UserError(f"{source.path or source.name}: row {row}: {error}", 65) from error
+        raise UserError(f"{source.path or source.name}: row {row}: {error}", BAD_DATA) from error
 
 
 class _Writer:
     """The token stream of a split, cut into shards of SHARD_TOKENS; notes in the progress file what is finished."""
 
-    def __init__(
-        self, folder: Path, split: str, tokenizer: Tokenizer, state: dict[str, Any], done: dict[str, Any] | None
-    ):
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, state: dict[str, Any]):
         self.folder, self.split, self.tokenizer, self.state = folder, split, tokenizer, state
-        done = done or {"shards": [], "place": [0, 0], "skip": 0, "unknown": 0}
+        done = state["splits"].get(split, {"shards": [], "unknown": 0, "place": [0, 0], "skip": 0})
         self.shards: list[dict[str, Any]] = done["shards"]
+        self.unknown: int = done["unknown"]
         self.place: tuple[int, int] = tuple(done["place"])  # the piece in which the next shard begins ...
         self.skip: int = done["skip"]  # ... after so many of its tokens
-        self.unknown: int = done["unknown"]
         self.buffer = np.empty(SHARD_TOKENS, tokenizer.dtype)
         self.filled = 0
         self.documents = array("q"), array("q"), array("q")  # start, source, row
 
-    def add(self, piece: Piece, ids: np.ndarray | None) -> None:
-        if ids is None:  # in a finished shard
-            return
+    def add(self, piece: Piece, ids: np.ndarray) -> None:
         if piece.last:
             ids = np.append(ids, self.tokenizer.dtype.type(self.tokenizer.eot))
         at = self.skip if piece.place == self.place else 0
@@ -447,14 +450,14 @@ class _Writer:
         """Write the tokens so far as a shard; the next one begins in the piece at `place` after `skip` tokens."""
         if not self.filled:
             return
-        self.place, self.skip = place, skip
         tokens = self.buffer[: self.filled]
         if self.tokenizer.unk is not None:
             self.unknown += int((tokens == self.tokenizer.unk).sum())
         path = self.folder / f"{self.split}-{len(self.shards):05d}.safetensors"
         self.shards.append(write_shard(path, tokens, *self.documents))
+        self.place, self.skip = place, skip
         self.state["splits"][self.split] = {
-            "shards": self.shards, "place": self.place, "skip": self.skip, "unknown": self.unknown
+            "shards": self.shards, "unknown": self.unknown, "place": place, "skip": skip
         }  # fmt: skip
         write_json(self.folder / PROGRESS, self.state)
         self.filled = 0
@@ -462,23 +465,20 @@ class _Writer:
             del column[:]
 
     def summary(self) -> dict[str, Any]:
-        return {
-            "tokens": sum(shard["tokens"] for shard in self.shards),
-            "unknown": self.unknown,
-            "shards": self.shards,
-        }
+        tokens = sum(shard["tokens"] for shard in self.shards)
+        return {"tokens": tokens, "unknown": self.unknown, "shards": self.shards}
 
 
 def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    job, size = [], 0
+    job: list[Piece] = []
+    size = 0
     for piece in pieces:
         job.append(piece)
         size += len(piece.text)
         if size >= JOB or len(job) >= JOB_PIECES:
             yield job
             job, size = [], 0
-    if job:
-        yield job
+    yield job
 
 
 def _encode(
@@ -492,20 +492,15 @@ def _encode(
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
     # again, and a worker ends when its pipe closes, however the parent ends.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    workers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        for _ in range(processes)
-    ]
+    command, pipe = [sys.executable, "-P", "-c", WORKER, str(folder)], subprocess.PIPE
+    workers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) for _ in range(processes)]
     idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
     for worker in workers:
         idle.put(worker)
 
     def encode(job: list[Piece]) -> list[np.ndarray | None]:
         texts = [piece.text.encode() for piece in job if piece.text]
-        if not texts:
-            return [None] * len(job)
         worker = idle.get()
         assert worker.stdin and worker.stdout, "both are pipes"
         try:
@@ -513,18 +508,18 @@ def _encode(
             answer = read_frame(worker.stdout)
         except BrokenPipeError:
             answer = None
+        finally:
+            idle.put(worker)
         if answer is None:
             raise RuntimeError(f"an encoding process ended with exit code {worker.wait()}")
-        idle.put(worker)
         arrays = iter(answer)
         return [np.frombuffer(next(arrays), tokenizer.dtype) if piece.text else None for piece in job]
 
-    pool = ThreadPoolExecutor(processes, "encode")
+    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
     waiting: deque[tuple[list[Piece], Future[list[np.ndarray | None]]]] = deque()
-    jobs = _jobs(pieces)
     try:
         while True:
-            while len(waiting) < 2 * processes and (job := next(jobs, None)):
+            while len(waiting) < 2 * processes and (job := next(jobs, None)) is not None:
                 waiting.append((job, pool.submit(encode, job)))
             if not waiting:
                 return
@@ -541,15 +536,16 @@ def _encode(
 class Progress:
     """One updating line on a terminal, else a line every ten seconds."""
 
-    def __init__(self, total: int | None, sizes: list[int], say: Callable[[str], None]):
-        self.total, self.ends, self.say, self.begin = total, list(accumulate(sizes)), say, time.monotonic()
+    def __init__(self, verb: str, total: int | None, sources: list[Source], say: Callable[[str], None]):
+        self.verb, self.total, self.say, self.begin = verb, total, say, time.monotonic()
+        self.ends = list(accumulate(source.size for source in sources))
         self.terminal = sys.stdout.isatty() and say is print
         self.pause = 0.2 if self.terminal else 10.0
         self.due = self.begin + self.pause
         self.source, self.before = 0, 0  # the source being read, and the bytes of text before it
 
-    def show(self, counts: dict[str, dict[str, int]], source: int = 0, end: bool = False) -> None:
-        documents, done = (sum(split[key] for split in counts.values()) for key in ("documents", "bytes"))
+    def show(self, counts: Iterable[dict[str, int]], source: int = 0, end: bool = False) -> None:
+        documents, done = (sum(values) for values in zip(*((c["documents"], c["bytes"]) for c in counts), strict=True))
         if source != self.source:
             self.source, self.before = source, done
         now = time.monotonic()
@@ -557,7 +553,7 @@ class Progress:
             return
         self.due = now + self.pause
         rate = done / max(now - self.begin, 1e-9)
-        line = f"prepared {documents:,} documents, {done / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
+        line = f"{self.verb} {documents:,} documents, {done / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
         # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
         ratio = self.before / self.ends[self.source - 1] if self.source else 1
         left = (self.total or ratio * self.ends[-1]) - done

@@ -219,9 +219,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
     """Attention over the keys that `mask` allows; without one causal, or for a single query over all keys."""
+    causal = mask is None and bool(q_BHTE.shape[2] > 1)  # bool: under torch.compile the length may be a symbol
     with attention_kernels(q_BHTE):
         return F.scaled_dot_product_attention(
-            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=mask is None and q_BHTE.shape[2] > 1,
+            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal,
             enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ def find_sources(data: DataConfig) -> list[Source]:
         files = [Path(name) for name in glob.glob(data.input, recursive=True) if Path(name).is_file()]
         if not files:
             raise UserError(f"data.input={data.input!r}: no file matches", 65)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data.input) and not path.parent.is_dir():
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data.input) and not (_format(data.input) or path.parent.is_dir()):
         return [Source(data.input, "", 0)]
     else:
         near = _near(data.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])

@@ -12,6 +12,7 @@ import re
 import signal
 import struct
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,8 @@ from dist_lm.config import UserError, did_you_mean
 EOT = "<|endoftext|>"
 UNK = "<|unk|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # of foreign tokenizers that do not say
-SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most
+SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most ...
+WORD_BYTES = 6 * 10**6  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
 CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
 LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document is refused (bounds memory)
 
@@ -34,6 +36,7 @@ LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document 
 # runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
+_WORD = re.compile(rb"\w+|[^\w\s]+")
 _LONG_WORD = re.compile(r"\S{1000}")
 # What can drive a terminal or disguise text on it: control characters but newline and tab, and changes of direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -102,12 +105,15 @@ class Tokenizer:
     def sha256(self) -> str:
         return hashlib.sha256(self.stored.encode()).hexdigest()
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and the tokenizer_config.json that makes AutoTokenizer load it as it is."""
+    def files(self) -> dict[str, str]:
+        """tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer load it as it is, by name."""
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {"eos_token": self.eot_token} | ({"unk_token": self.unk_token} if self.unk is not None else {})
-        Path(folder, "tokenizer.json").write_text(self.stored, encoding="utf-8")
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        return {"tokenizer.json": self.stored, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+
+    def save(self, folder: str | Path) -> None:
+        for name, text in self.files().items():
+            Path(folder, name).write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -240,7 +246,7 @@ def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=int(spec[4:]), special_tokens=[EOT], initial_alphabet=list(BYTE_OF), show_progress=False
     )
-    skeleton.train_from_iterator(_drain(sample(pieces)), trainer)
+    skeleton.train_from_iterator(few_words(sample(pieces)), trainer)
     return Tokenizer(skeleton.to_str(pretty=True), EOT)
 
 
@@ -251,8 +257,8 @@ def cutter(spec: str) -> Tokenizer:
     return tokenizer
 
 
-def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[bytes]:
-    """Pieces chosen by hash of their text, in order: all of them if they fit, else those below a falling threshold."""
+def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[tuple[int, bytes]]:
+    """Pieces in the order of a hash of their text: all of them if they fit, else those below a falling threshold."""
     kept: list[tuple[int, bytes]] = []
     threshold, size = 2**64, 0
     for piece in pieces:
@@ -265,7 +271,23 @@ def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[bytes]:
             threshold //= 2
             kept = [(rank, data) for rank, data in kept if rank < threshold]
             size = sum(len(data) + _OVERHEAD for _, data in kept)
-    return [data for _, data in kept]
+    return sorted(kept)
+
+
+def few_words(kept: list[tuple[int, bytes]], most: int = WORD_BYTES) -> Iterator[str]:
+    """The sample's texts, up to a size of their distinct words, which is what the trainer's memory follows."""
+    seen = bytearray(2**24)  # by a hash; one taken for another only lets a little more in
+    kept.reverse()
+    while kept:
+        text = kept.pop()[1].decode()
+        for part in (text[at : at + 2**16] for at in range(0, len(text), 2**16)):
+            for word in set(_WORD.findall(b" ".join(set(part.encode().split())))):
+                place = zlib.crc32(word) % len(seen)
+                most -= 0 if seen[place] else len(word)
+                seen[place] = 1
+            yield _LONG_WORD.sub(r"\g<0>\n", part)  # the trainer takes forever over long words (squared)
+            if most <= 0:
+                return kept.clear()
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -273,7 +295,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if Path(spec).exists():
         return Tokenizer.load(spec)
     hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+" if hint else r"[\w.-]+(/[\w.-]+)?", spec):
         import huggingface_hub  # slow, and needed for hub names only
 
         try:
@@ -299,12 +321,13 @@ def write_frame(stream: IO[bytes], parts: Sequence[bytes | memoryview]) -> None:
 
 
 def read_frame(stream: IO[bytes]) -> list[bytes] | None:
-    """The next frame's parts; None at the end of the stream."""
+    """The next frame's parts; None where the stream ends, even in its middle."""
     head = stream.read(8)
     if len(head) < 8:
         return None
     sizes = np.frombuffer(stream.read(8 * struct.unpack("<Q", head)[0]), "<u8")
-    return [stream.read(size) for size in sizes.tolist()]
+    parts = [stream.read(size) for size in sizes.tolist()]
+    return parts if [len(part) for part in parts] == sizes.tolist() else None
 
 
 def serve(path: str) -> None:
@@ -327,10 +350,3 @@ def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: li
 
 def _byte_level() -> tuple[Any, Any]:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True), decoders.ByteLevel()
-
-
-def _drain(kept: list[bytes]) -> Iterator[str]:
-    """Each text once, its memory freed as it goes; words are broken that the trainer takes forever over (squared)."""
-    kept.reverse()
-    while kept:
-        yield _LONG_WORD.sub(r"\g<0>\n", kept.pop().decode())

@@ -223,7 +223,7 @@ def test_going_back_sets_newer_steps_aside(trained: Any, tmp_path: Path) -> None
 def test_no_model_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither a checkpoint"):
         read_model(str(tmp_path))
-    with pytest.raises(UserError, match="there is no such folder; rule: a run, a step folder"):
+    with pytest.raises(UserError, match="no such folder; rule: a run, a step folder"):
         read_model(str(tmp_path / "x"))
 
 

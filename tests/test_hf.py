@@ -35,6 +35,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 NO_FAMILY: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True},
     "gpt2 with gqa": {**GPT2, "kv_heads": 2},
+    "gpt2 with rmsnorm": {**GPT2, "norm": "rmsnorm"},
     "gpt2 with rope": {**GPT2, "positions": "rope"},
     "gpt2 with swiglu": {**GPT2, "activation": "swiglu"},
     "gpt2 with qk_norm": {**GPT2, "qk_norm": True},
@@ -159,6 +160,13 @@ def test_defaults_left_out_are_theirs(family: str) -> None:
     """A config.json holds little more than what differs from transformers' defaults."""
     full = transformers.AutoConfig.for_model(family).to_dict()
     assert hf.from_config_json({"model_type": family}) == hf.from_config_json(full)
+
+
+def test_older_and_other_spellings_are_read() -> None:
+    older = {**LLAMA_JSON, "rope_theta": 500.0, "rope_scaling": None, "hidden_act": "swish"}
+    assert hf.from_config_json(older)[0].rope_theta == 500.0
+    for name, ours in (("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_fast", "gelu_tanh"), ("swish", "silu")):
+        assert hf.from_config_json({**GPT2_JSON, "activation_function": name})[0].activation == ours
 
 
 def test_names_without_their_first_part_are_found() -> None:

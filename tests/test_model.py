@@ -122,6 +122,14 @@ def test_attention_on_cuda_equals_the_plain_path() -> None:
     assert close(model_module.attend(q, k, v, None), model_module.attend_plainly(q, k, v, None), 2e-2)
 
 
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
+    for qk_norm in (True, False):
+        model = make(qk_norm=qk_norm)
+        before_BTV = model(tokens(1))
+        model.blocks[0].attn.qkv.weight.data[:64] *= 30  # queries and keys
+        assert torch.allclose(model(tokens(1)), before_BTV, atol=1e-4) == qk_norm
+
+
 # --- cache
 
 
@@ -405,13 +413,16 @@ def test_vocabulary_is_padded_for_the_device_that_pays() -> None:
 
 
 GOLDEN_NUMBERS = {
-    "llama": (343.122009, 817.712097),
-    "gpt2": (342.784760, 517.176453),
-    "classic": (350.217804, 235.250992),
+    "llama": (0, 0),
+    "gqa": (0, 0),
+    "gpt2": (0, 0),
+    "classic": (0, 0),
+    "other": (0, 0),
+    "none": (0, 0),
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN_NUMBERS)
+@every_model
 def test_one_step_has_golden_numbers(name: str) -> None:
     """A change here is a change of the mathematics of every run."""
     model, keys_B = make(name, dropout=0.1), torch.tensor([11, 12, 13])

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from dist_lm import prepare, text
 from dist_lm.config import DataConfig, UserError
 from dist_lm.data import held_out, prepare_dataset
 from dist_lm.shards import MANIFEST, TokenShards, map_shard
+from dist_lm.sources import Source
 from dist_lm.text import Tokenizer
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
@@ -93,6 +93,17 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, monkeypatc
     assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
+def test_unknown_characters_are_counted_and_said(tmp_path: Path) -> None:
+    (tmp_path / "known.txt").write_text("abc \n" * 50)
+    prepare_dataset(DataConfig(input=str(tmp_path / "known.txt"), tokenizer="char"), tmp_path / "a", 1, quiet)
+    (tmp_path / "other.txt").write_text("abcd\n" * 100)
+    said: list[str] = []
+    config = DataConfig(input=str(tmp_path / "other.txt"), tokenizer=str(tmp_path / "a"), val_fraction=0.2)
+    manifest = prepare_dataset(config, tmp_path / "b", 1, said.append)
+    assert [manifest["splits"][split]["unknown"] for split in ("train", "val")] == [80, 20]
+    assert "train: 1 documents, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shards" in said
+
+
 class KilledError(Exception):
     pass
 
@@ -129,6 +140,27 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     assert content(folder / "parts") == content(folder / "whole")
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_stopped_before_the_manifest_it_writes_no_shard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 130)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
+    prepare_dataset(config, tmp_path / "whole", 1, quiet)
+    real = data_module.write_json
+
+    def write(path: Path, content: Any) -> None:
+        if path.name == MANIFEST:
+            raise KilledError
+        real(path, content)
+
+    monkeypatch.setattr(data_module, "write_json", write)
+    with pytest.raises(KilledError):
+        prepare_dataset(config, tmp_path / "parts", 1, quiet)
+    monkeypatch.setattr(data_module, "write_json", real)
+    monkeypatch.setattr(data_module, "write_shard", lambda *_: pytest.fail("a finished shard is written again"))
+    prepare_dataset(config, tmp_path / "parts", 1, quiet)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
@@ -137,8 +169,8 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    first = tmp_path / "killed" / "train-00000.safetensors"
-    while not first.exists() and process.poll() is None:
+    first, second = (tmp_path / "killed" / f"train-0000{n}.safetensors" for n in (0, 1))
+    while not second.exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     process.communicate()
@@ -164,7 +196,8 @@ def command_line(process: Path) -> str:
 
 
 def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_documents(tmp_path / "a.jsonl", 10)
+    write_documents(tmp_path / "a.jsonl", 100)
+    monkeypatch.setattr(data_module, "JOB", 100)
     monkeypatch.setattr(data_module, "WORKER", "import sys; sys.exit(3)")
     with pytest.raises(RuntimeError, match="an encoding process ended with exit code 3"):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
@@ -277,10 +310,11 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
-    progress = data_module.Progress(None, [2_000_000, 6_000_000], said.append)
+    sources = [Source("a", "a", 2_000_000), Source("b", "b", 6_000_000)]
+    progress = data_module.Progress("prepared", None, sources, said.append)
     for now, done, source in ((5, 500_000, 0), (10, 1_000_000, 0), (20, 1_500_000, 1), (30, 3_000_000, 1)):
         clock[0] = float(now)
-        progress.show({"train": {"documents": 1, "bytes": done}, "val": {"documents": 0, "bytes": 0}}, source)
+        progress.show([{"documents": 1, "bytes": done}, {"documents": 0, "bytes": 0}], source)
     assert said == [
         "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
         "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
@@ -323,7 +357,7 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
         ("", 2, "exactly one of --output DIR and --verify DIR must be given"),
         ("--output d --verify d", 2, "exactly one of --output DIR and --verify DIR must be given"),
         ("--output d --val_fraction 2", 2, "command line: data.val_fraction=2 must be less than 1; nearest: 0.1"),
-        ("--output d --processes none", 2, "--processes='none' must be a whole number of 1 or more; nearest: 1"),
+        ("--output d --processes none", 2, "--processes=none must be a whole number of 1 or more; nearest: 1"),
         ("--output d --tokenizer bpe:1", 2, "data.tokenizer='bpe:1': bpe:N must have at least 256 bytes"),
         ("--output d --input no/such.txt", 65, "data.input='no/such.txt': no such file"),
         ("--verify d", 65, "d/dataset.json: not a readable manifest (FileNotFoundError)"),
@@ -349,7 +383,10 @@ def test_help_names_every_flag_and_imports_nothing_heavy() -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(data_module, "prepare_dataset", lambda *_: signal.raise_signal(signal.SIGINT))
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_module, "prepare_dataset", interrupted)
     with pytest.raises(SystemExit, match="130"):
         prepare.main(["--output", str(tmp_path / "d")])
     assert capsys.readouterr().err == "\nstopped; the same command goes on\n"
@@ -374,9 +411,10 @@ def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
-    words = random.Random(0).choices([f"word{n}" for n in range(5000)], k=2 * 10**5)
+    rng = random.Random(0)
     with open(tmp_path / "a.txt", "w") as file:  # in parts: a forked child is as large as this process for a moment
         while file.tell() < 200 * 10**6:
+            words = [*rng.choices(WORDS, k=10**5), *(f"{rng.getrandbits(40):x}" for _ in range(10**4))]  # many distinct
             file.write(" ".join(words) + "\n")
     command = [sys.executable, "-m", "dist_lm.prepare", "--input", str(tmp_path), "--output", str(tmp_path / "d")]
     process = subprocess.Popen([*command, "--tokenizer", "bpe:1000"], stdout=subprocess.DEVNULL, text=True)

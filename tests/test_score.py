@@ -122,7 +122,7 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys):
         ("--ckpt RUN --data.tokenizer byte", r"--data\.tokenizer: score takes it from --ckpt; rule: .*"),
         ("--ckpt RUN --ckp x", r"unknown flag --ckp; did you mean --ckpt\?"),
         ("--ckpt RUN --data.seq_len 64", r"data\.seq_len=64 exceeds the context of .*-00000003; nearest: 32"),
-        ("--ckpt /no/where", r"/no/where: there is no such folder; rule: .*"),
+        ("--ckpt /no/where", r"/no/where: no such folder; rule: .*"),
     ],
 )  # fmt: skip
 def test_errors(run, arguments, message):

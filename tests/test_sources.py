@@ -88,7 +88,7 @@ def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFacto
     rows = ["007", "NA", "null", "2020-01-01", 'two\nlines, "quoted"', *rows]
     path = tmp_path_factory.getbasetemp() / "r.csv"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows([["id", "text"], *([n, text] for n, text in enumerate(rows))])
+        csv.writer(file).writerows([["text", "id"], *([text, n] for n, text in enumerate(rows))])
     expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
     assert [(row, text) for _, row, text in read(path)] == expected
 
@@ -103,7 +103,7 @@ def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Pat
     ]
     assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
     assert texts(write_json_lines(tmp_path / "lines.json", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
-    assert texts(write_json_lines(tmp_path / "b.jsonl", [{"body": "x"}]), text_column="body") == ["x"]
+    assert texts(write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}']), text_column="body") == ["x"]
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet"])

@@ -22,6 +22,7 @@ from dist_lm.text import (
     NoCutError,
     StreamDecoder,
     Tokenizer,
+    few_words,
     is_trained_spec,
     load_tokenizer,
     read_frame,
@@ -41,6 +42,7 @@ TEXTS = st.lists(
         st.sampled_from(
             [" ", "  ", "\n", "\n\n", "\t", "'s", "'ll", ". ", ".\n", "1234567", "é", "世界", "。", "🙂", "_"]
         ),
+        st.sampled_from(["hello world", "hello world "]),
         st.sampled_from(
             ["hello", "Hello", " world", "it", "foo", "\u3000", "\u0301", "\r\n", "!!!", "ﬁ", "İ", "x" * 40]
         ),
@@ -79,7 +81,7 @@ def make(kind: str) -> Tokenizer:
             models.BPE(), bpe, pre_tokenizers.Sequence([split, byte_level]), normalizers.NFC(), decoders.ByteLevel()
         )
     if kind == "neox":  # runs of spaces are added tokens, matched before anything else
-        spaces = [AddedToken(" " * n, normalized=True) for n in (2, 3, 4)]
+        spaces = [AddedToken(text, normalized=True) for text in ("  ", "   ", "    ", "hello world")]
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
         return foreign(models.BPE(), bpe, whole, normalizers.NFC(), decoders.ByteLevel(), spaces)
     if kind == "roberta":
@@ -95,10 +97,14 @@ def make(kind: str) -> Tokenizer:
             models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.BertPreTokenizer(),
             normalizers.BertNormalizer(), decoders.WordPiece(),
         )  # fmt: skip
-    assert kind == "llama2", kind  # no pre-tokenizer at all: nowhere to cut
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=[EOT], show_progress=False)
+    assert kind == "llama2", kind  # no pre-tokenizer at all: nowhere to cut; bytes for characters it does not know
+    names = [EOT, *(f"<0x{b:02X}>" for b in range(256)), "▁", *"helo wrd", "lo"]
     prepend = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return foreign(models.BPE(), trainer, None, prepend)
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [("l", "o")], byte_fallback=True))
+    tokenizer.normalizer, tokenizer.decoder = prepend, decoder
+    tokenizer.add_special_tokens([EOT])
+    return Tokenizer(tokenizer.to_str(), EOT)
 
 
 KINDS = ["char", "byte", "bpe:400", "llama3", "neox", "roberta", "sentencepiece", "bert"]
@@ -190,6 +196,12 @@ def test_what_looks_like_a_special_token_is_text(kind: str) -> None:
         assert tokenizer.eot not in ids and len(ids) > 3
 
 
+def test_what_looks_like_a_special_token_is_cut_as_any_text() -> None:
+    tokenizer = train_tokenizer("bpe:300", [EOT * 50])
+    ids = tokenizer.encode(EOT)
+    assert ids == tokenizer.encode("<|") + tokenizer.encode("endoftext") + tokenizer.encode("|>") and len(ids) == 3
+
+
 def test_ids_are_those_of_the_makers() -> None:
     """Truncation, padding and dropout in a tokenizer.json are for other uses."""
     content = json.loads(tokenizer_of("bpe:400").stored)
@@ -216,16 +228,24 @@ def test_vocabulary_sizes() -> None:
 def test_training_is_deterministic_and_samples_by_hash() -> None:
     assert train_tokenizer("bpe:300", CORPUS).sha256 == train_tokenizer("bpe:300", iter(CORPUS)).sha256
     pieces = [f"document {n} " * 5 for n in range(1000)]
-    assert sample(pieces) == [piece.encode() for piece in pieces]
+    assert sorted(data for _, data in sample(pieces)) == sorted(piece.encode() for piece in pieces)
     size = sum(len(piece) + 100 for piece in pieces)
     few = sample(pieces, size // 3)
-    assert size // 8 < sum(len(piece) + 100 for piece in few) <= size // 3
+    assert size // 8 < sum(len(data) + 100 for _, data in few) <= size // 3
     assert set(sample(pieces[::-1], size // 3)) == set(few)  # which ones does not hang on their order
 
 
-def test_training_does_not_stall_on_a_long_word() -> None:
-    tokenizer = train_tokenizer("bpe:280", ["ACGT" * 50_000])
-    assert tokenizer.decode(tokenizer.encode("ACGT" * 5000)) == "ACGT" * 5000
+def test_training_stops_at_a_size_of_distinct_words() -> None:
+    same, other = ["alpha beta gamma, " * 9] * 50, [f"w{n:03} " * 9 for n in range(50)]
+    assert len(list(few_words(sample(same), 30))) == 50
+    fed = list(few_words(sample(other), 30))
+    assert len(fed) == 8 and set(fed) <= set(other)  # four bytes each
+
+
+def test_long_words_are_broken_for_the_trainer() -> None:
+    fed = list(few_words(sample(["ACGT" * 5000 + " x"])))
+    assert "".join(fed).replace("\n", "") == "ACGT" * 5000 + " x"
+    assert max(len(word) for part in fed for word in part.split()) <= 1000
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe:400"])
@@ -261,7 +281,7 @@ def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
     assert Tokenizer.load(tmp_path / "copy").sha256 == tokenizer.sha256
 
 
-@pytest.mark.parametrize("kind", ["char", "byte", "bpe:400", "sentencepiece", "llama3"])
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe:400", "sentencepiece", "llama3", "llama2"])
 def test_stream_decoder_gives_whole_characters_that_add_up(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
 
@@ -312,7 +332,8 @@ def no_hub(*_: Any, **__: Any) -> str:
 BAD_SPECS: list[tuple[Callable[[], Any], int, str]] = [
     (lambda: is_trained_spec("bpe:256"), 2, "data.tokenizer='bpe:256': bpe:N must have at least 256 bytes .*: bpe:257"),
     (lambda: is_trained_spec("bpe:many"), 2, "data.tokenizer='bpe:many': bpe:N must have .*; nearest: bpe:257"),
-    (lambda: load_tokenizer("chars"), 2, r"data.tokenizer='chars': .*ConnectionError.*; did you mean char\?"),
+    (lambda: load_tokenizer("chars"), 2, r"data.tokenizer='chars': .*; did you mean char\?"),
+    (lambda: load_tokenizer("gpt-2"), 2, r"data.tokenizer='gpt-2': .*; the hub gave none either \(ConnectionError\)"),
     (lambda: load_tokenizer("bpe2048"), 2, r"data.tokenizer='bpe2048': .*; did you mean bpe:2048\?"),
     (lambda: load_tokenizer("no/such.json"), 2, "data.tokenizer='no/such.json': not char, byte, bpe:N, .*"),
     (lambda: load_tokenizer(__file__), 65, r".*test_text.py: not a usable tokenizer \(.*"),

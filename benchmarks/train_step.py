@@ -2,9 +2,11 @@
 
 All three train the same size on batches of the same shape, fp32, fused AdamW and clipping, one after another in rounds of
 one run, so that the machine's moods fall on all alike. A figure is the median over all steps of all rounds but each
-round's first ten. train.py runs as it is, logging and reading ahead; the two others get ready-made batches.
+round's first five. train.py runs as it is, logging and reading ahead; the two others get ready-made batches.
 
-    python benchmarks/train_step.py
+    taskset -c 0 python benchmarks/train_step.py
+
+One core, because two threads of one process on a machine that does anything else wait for each other at random.
 """
 
 import statistics
@@ -23,10 +25,10 @@ from dist_lm.data import prepare_dataset
 from dist_lm.model import GPT, init_weights
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round
-    "4 layers, 128 wide, T 256, batch 16, vocabulary 2048": (4, 4, 128, 256, 16, 40),
-    "6 layers, 384 wide, T 256, batch 4, vocabulary 2048": (6, 6, 384, 256, 4, 30),
+    "4 layers, 128 wide, T 256, batch 8, vocabulary 2048": (4, 4, 128, 256, 8, 25),
+    "6 layers, 384 wide, T 256, batch 2, vocabulary 2048": (6, 6, 384, 256, 2, 25),
 }
-ROUNDS, WARM_UP, RATE = 5, 10, 1e-3
+ROUNDS, WARM_UP, RATE = 4, 5, 1e-3
 
 
 def median_step(times: list[float]) -> float:

@@ -493,8 +493,11 @@ def _encode(
     # again, and a worker ends when its pipe closes, however the parent ends.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    # Ctrl-C reaches the parent alone.
     command, pipe = [sys.executable, "-P", "-c", WORKER, str(folder)], subprocess.PIPE
-    workers = [subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment) for _ in range(processes)]
+    workers = [
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0) for _ in range(processes)
+    ]
     idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
     for worker in workers:
         idle.put(worker)

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import re
-import signal
 import struct
 import sys
 import zlib
@@ -332,7 +331,6 @@ def read_frame(stream: IO[bytes]) -> list[bytes] | None:
 
 def serve(path: str) -> None:
     """A worker: encode frames of texts from stdin, answer with frames of tokens on stdout, until stdin closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     tokenizer = Tokenizer.load(path)
     while (texts := read_frame(sys.stdin.buffer)) is not None:
         ids = tokenizer.encode_batch([text.decode() for text in texts])

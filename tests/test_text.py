@@ -315,7 +315,6 @@ def test_worker_answers_with_the_tokens(tmp_path: Path, monkeypatch: pytest.Monk
     asked.seek(0)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(asked))
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(answered))
-    monkeypatch.setattr("signal.signal", lambda *_: None)
     serve(str(tmp_path))
     answered.seek(0)
     for expected in (CORPUS, [""]):

@@ -367,7 +367,8 @@ def describe(run: Run) -> None:
     say(
         f"{parameters:,} parameters, {data.train_sequences:,} sequences of {config.data.seq_len} tokens to train on;"
         f" {run.plan.tokens_per_step:,} tokens a step, {run.steps:,} steps"
-        f" ({run.steps * batch / data.train_sequences:.2f} epochs)"
+        f" ({run.steps * batch / data.train_sequences:.2f} epochs);"
+        f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends of shards are left out"
     )
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"

@@ -20,6 +20,12 @@ TINY = [
 ]  # fmt: skip
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
+    if "campaign" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if "campaign" not in item.keywords]
+
+
 def text_of(documents: int, seed: int = 0) -> str:
     """Sentences of a small vocabulary, so that a tiny model has something to learn."""
     rng = random.Random(seed)

@@ -28,7 +28,7 @@ SIZES = {  # layers, heads, width, seq_len, batch, steps a round
     "4 layers, 128 wide, T 256, batch 8, vocabulary 2048": (4, 4, 128, 256, 8, 25),
     "6 layers, 384 wide, T 256, batch 2, vocabulary 2048": (6, 6, 384, 256, 2, 25),
 }
-ROUNDS, WARM_UP, RATE = 4, 5, 1e-3
+ROUNDS, WARM_UP, RATE = 3, 5, 1e-3
 
 
 def median_step(times: list[float]) -> float:

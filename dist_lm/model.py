@@ -219,7 +219,9 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
     """Attention over the keys that `mask` allows; without one causal, or for a single query over all keys."""
-    causal = mask is None and bool(q_BHTE.shape[2] > 1)  # bool: under torch.compile the length may be a symbol
+    causal = mask is None
+    if q_BHTE.shape[2] == 1:  # a branch, because under torch.compile a comparison of lengths is a symbol, not a bool
+        causal = False
     with attention_kernels(q_BHTE):
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal,
@@ -341,8 +343,9 @@ def dropout(x_BTD: Tensor, keys_B: Tensor | None, place: int, rate: float) -> Te
     if keys_B is None:
         return x_BTD
     size, dropped = x_BTD[0].numel(), min(round(rate * 65536), 65535)
-    counter = torch.arange(-(-size // 4), device=x_BTD.device) * signed(GOLDEN)
-    hashes = mix(mix(keys_B + signed(place * GOLDEN))[:, None] + counter).view(torch.int16)
+    counter = torch.arange(-(-size // 4), device=x_BTD.device)
+    # The sum is scaled, not the counter: torch.compile takes products of an arange for indices, which it cuts to size.
+    hashes = mix((mix(keys_B + signed(place * GOLDEN))[:, None] + counter) * signed(GOLDEN)).view(torch.int16)
     keep_BTD = (hashes[:, :size] >= dropped - 32768).view(x_BTD.shape)
     return torch.where(keep_BTD, x_BTD * (65536 / (65536 - dropped)), 0)
 

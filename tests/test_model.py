@@ -279,7 +279,7 @@ def mask_of(keys: list[int], place: int = 1, rate: float = 0.1, shape: tuple[int
 def test_dropout_mask_follows_from_the_key_by_hand() -> None:
     mask_TD = mask_of([-3], place=2, rate=0.25, shape=(3, 3))[0]
     start = splitmix((-3 + 2 * model_module.GOLDEN) % 2**64)
-    words = [splitmix((start + n * model_module.GOLDEN) % 2**64) for n in range(3)]
+    words = [splitmix((start + n) * model_module.GOLDEN % 2**64) for n in range(3)]
     lanes = [(word >> shift) % 2**16 for word in words for shift in (0, 16, 32, 48)]
     signed_lanes = [lane - 2**16 if lane >= 2**15 else lane for lane in lanes]
     expected = [4 / 3 if lane >= 0.25 * 2**16 - 2**15 else 0.0 for lane in signed_lanes[:9]]
@@ -347,11 +347,13 @@ def test_activation_checkpointing_changes_nothing(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself
-def test_compiled_model_is_the_same() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])  # dynamic: what torch turns to by itself once lengths have varied
+def test_compiled_model_is_the_same(dynamic: bool) -> None:
+    torch.compiler.reset()  # what earlier tests compiled
     model = make(layers=1, dropout=0.2, checkpointing=True)
     keys_B = torch.tensor([1, 2, 3])
     loss = model(tokens(1), some_targets(), dropout_keys_B=keys_B)
-    plain, compiled = gradients(model, loss), torch.compile(model, fullgraph=True)
+    plain, compiled = gradients(model, loss), torch.compile(model, fullgraph=True, dynamic=dynamic)
     again = compiled(tokens(1), some_targets(), dropout_keys_B=keys_B)
     assert torch.allclose(again, loss, rtol=1e-5)
     assert close(gradients(model, again), plain)
@@ -419,12 +421,12 @@ def test_vocabulary_is_padded_for_the_device_that_pays() -> None:
 
 
 GOLDEN_NUMBERS = {
-    "llama": (343.122009, 817.712097),
-    "gqa": (351.319031, 1930.110229),
-    "gpt2": (342.78476, 517.176453),
-    "classic": (350.217804, 235.250992),
-    "other": (338.626251, 325.795471),
-    "none": (353.397095, 587.222961),
+    "llama": (345.142517, 888.447388),
+    "gqa": (358.919128, 2014.048706),
+    "gpt2": (330.375153, 538.167786),
+    "classic": (349.019531, 237.711487),
+    "other": (336.355164, 329.490631),
+    "none": (340.146637, 561.871338),
 }
 
 

@@ -94,10 +94,10 @@ def test_workers_and_document_mask(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_optimizers_train_and_resume(prepared: Path, tmp_path: Path) -> None:
-    for name, rate in (("sgd", "0.1"), ("adafactor", "1e-2"), ("lion", "1e-4"), ("muon", "1e-3")):
+    for name, rate in (("sgd", "0.5"), ("adafactor", "3e-2"), ("lion", "1e-3"), ("muon", "5e-3")):
         common = tiny(prepared, "--optim.name", name, "--optim.lr", rate, "--run.steps", "16")
         train(tmp_path / name, *common)
-        assert losses(tmp_path / name)[-1]["loss"] < losses(tmp_path / name)[0]["loss"] - 0.02
+        assert losses(tmp_path / name)[-1]["loss"] < losses(tmp_path / name)[0]["loss"] - 0.2
         train(tmp_path / f"{name}-2", *common, "--run.stop_after", "7", world=2)
         train(tmp_path / f"{name}-2", *common, world=2)
         assert_same_curve(tmp_path / f"{name}-2", tmp_path / name, 1e-5)
@@ -241,10 +241,10 @@ def flip_a_bit(file: Path) -> None:
 @pytest.mark.slow
 def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
     """Fine-tuning: another schedule, the weights of a checkpoint; its first loss continues, its step is 0 again."""
-    common = tiny(prepared)
+    common = tiny(prepared, "--run.steps", "24")
     train(tmp_path / "first", *common)
     train(tmp_path / "second", *common, "--run.init_from", str(tmp_path / "first"), "--run.seed", "2")
-    assert losses(tmp_path / "second")[0]["loss"] < losses(tmp_path / "first")[0]["loss"] - 0.3
+    assert losses(tmp_path / "second")[0]["loss"] < losses(tmp_path / "first")[0]["loss"] - 0.5
     deeper = tiny(prepared, "--run.init_from", str(tmp_path / "first"), "--model.layers", "3")
     output = train(tmp_path / "third", *deeper, code=2)
     assert f"run.init_from={tmp_path / 'first'} is another model; rule: the same one: --model.layers 2" in output

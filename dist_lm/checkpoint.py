@@ -10,171 +10,384 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_lm import hf
 from dist_lm.config import ModelConfig, UserError
 from dist_lm.model import GPT
-from dist_lm.optim import create_state
 from dist_lm.text import Tokenizer
 
 BAD_CHECKPOINT = 66
 _FORMAT = 1
-_FILE_BYTES = 2 * 2**30  # a tensor file is closed once it is larger
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+# Files are what ranks divide among them: so many at most, but none is closed before it has this many bytes.
+_FILES = {"model": 16, "optimizer": 32}
+_SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
+_CHUNK = 16 * 2**20
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor to be saved: its name, shape and dtype are known before its bytes are."""
+class Held:
+    """Elements [start, stop) of a flattened parameter that this rank's optimizer works on, and what it keeps for them.
+
+    With one process or DDP every rank holds all of everything; under ZeRO each element is held by one rank.
+    """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    get: Callable[[], Tensor]
+    start: int
+    stop: int
+    weight: Tensor  # flat, fp32
+    state: Mapping[str, Tensor]  # the optimizer's tensors of the weight's own shape, the same elements of them
+    extra: Mapping[str, Tensor]  # its others, whole: Adam's step, Adafactor's statistics
+
+
+class Channel(Protocol):
+    """How ranks talk while a checkpoint is written; the runtime has one whose messages pass beside training's."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+    def send(self, tensor: Tensor, to: int, tag: int) -> Any: ...
+    def receive(self, tensor: Tensor, sender: int, tag: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor of a file: the weight itself (key ""), or the optimizer's tensor `key`, of entry.param."""
+
+    entry: hf.Entry
+    key: str = ""
+    extra: bool = False
 
     @property
     def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return 4 * math.prod(self.entry.shape)
 
 
-def model_sources(model: ModelConfig, vocab_size: int, seq_len: int, weights: Mapping[str, Tensor]) -> list[Source]:
-    """The weights as the family's own names and shapes."""
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of an item's flattened parameter, on the rank that holds them."""
 
-    def source(entry: hf.Entry) -> Source:
-        return Source(entry.name, entry.shape, torch.float32, lambda: hf.export_tensor(entry, weights))
+    rank: int
+    start: int
+    stop: int
 
-    return [source(entry) for entry in hf.layout(model, vocab_size, seq_len)]
 
+@dataclass(frozen=True)
+class Staged:
+    """A piece of ours in host memory, no longer touched by training."""
 
-def optimizer_sources(parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Source]:
-    """The optimizer's tensors as parameter.key."""
-    found = []
-    for name, parameter in parameters:
-        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            if isinstance(value, Tensor):
-                found.append(Source(f"{name}.{key}", tuple(value.shape), value.dtype, lambda value=value: value))  # type: ignore[misc]
-    return found
+    item: int
+    piece: Piece
+    values: Tensor
 
 
 # --- writing
 
 
-def save(
-    run_dir: Path, step: int, weights: list[Source], optimizer: list[Source], texts: Mapping[str, str],
-    tokenizer: Tokenizer, *, rank: int, world: int, gather: Callable[[Any], list[Any]],
-) -> Path:  # fmt: skip
-    """Write the checkpoint of a step. All ranks: each writes every world-th tensor file, rank 0 also the small ones.
+class Saver:
+    """Writes the checkpoints of a run, one at a time, beside the training that goes on.
 
-    If any rank fails, no rank's files stay, older checkpoints are untouched, and all ranks raise the same UserError.
+    `begin` copies what this rank holds into host memory, which is all that training waits for. A thread then sends each
+    piece to the rank that writes its file, and writes, hashes and commits. Which tensor lies in which file follows from
+    the config alone; which rank writes a file from their sizes. If any rank fails, no rank's files stay, older
+    checkpoints are untouched, and all ranks get the same UserError, from `poll` or `finish`.
     """
-    final = run_dir / f"step-{step:08d}"
-    aside = run_dir / f".{final.name}.tmp"
-    model_files = _into_files("model", weights)
-    if len(model_files) > 1:
-        texts = {**texts, "model.safetensors.index.json": _index(model_files)}
-    files = list({**model_files, **_into_files("optimizer", optimizer)}.items())
 
-    def prepare_folder() -> dict[str, Any]:
-        for left_over in run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
+    def __init__(self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0):
+        self.run_dir, self.channel = run_dir, channel
+        self._keep = (keep_last, keep_every)
+        self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(
+        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, held: Sequence[Held],
+        texts: Mapping[str, str], tokenizer: Tokenizer,
+    ) -> None:  # fmt: skip
+        """Start the checkpoint of a step, after the one before has ended. All ranks."""
+        self.finish()
+        own = [[h.name, h.start, h.stop, sorted(h.state), {k: list(v.shape) for k, v in h.extra.items()}] for h in held]
+        files, items, holders = _plan(model, vocab_size, seq_len, self.channel.gather(own))
+        writers = _divide({name: sum(items[n].bytes for n in file) for name, file in files.items()},
+                          self.channel.world_size)  # fmt: skip
+        sources = {n: _cover(items[n], holders, writers[name]) for name, file in files.items() for n in file}
+        staged = self._stage(items, sources, held)
+        texts = {**texts, **_index({name: [items[n] for n in file] for name, file in files.items()})}
+        work = _Work(self.run_dir, step, files, items, writers, sources, staged, texts, tokenizer, self.channel)
+
+        def run() -> None:
+            try:
+                work.write()
+                if self.channel.rank == 0:
+                    prune(self.run_dir, *self._keep)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Raise what went wrong with a checkpoint that has ended."""
+        if self._thread and not self._thread.is_alive():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written; raise what went wrong with it."""
+        if self._thread:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error:
+            raise error
+
+    def _stage(self, items: list[Item], sources: Mapping[int, list[Piece]], held: Sequence[Held]) -> list[Staged]:
+        ours = {h.name: h for h in held}
+        pieces = [
+            (n, piece) for n, cover in sorted(sources.items()) for piece in cover if piece.rank == self.channel.rank
+        ]
+        size = 4 * sum(piece.stop - piece.start for _, piece in pieces)
+        if size > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        staged, at, values = [], 0, self._memory[:size].view(torch.float32)
+        for n, piece in pieces:
+            h, item, length = ours[items[n].entry.param], items[n], piece.stop - piece.start
+            if item.extra:
+                tensor = h.extra[item.key].reshape(-1)
+            else:
+                whole = h.state[item.key] if item.key else h.weight
+                tensor = whole[piece.start - h.start : piece.stop - h.start]
+            assert tensor.dtype == torch.float32, f"{item.entry.name} is {tensor.dtype}; checkpoints hold fp32"
+            staged.append(Staged(n, piece, values[at : at + length].copy_(tensor.detach(), non_blocking=True)))
+            at += length
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return staged
+
+
+Index = list[list[Any]]  # what each rank holds: name, start, stop, keys of its state, {key: shape} of its extras
+
+
+def _plan(
+    model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index]
+) -> tuple[dict[str, list[int]], list[Item], dict[tuple[str, str], list[Piece]]]:
+    """Files as numbers of items, the items, and who holds (parameter, key of an extra or "")."""
+    keys: dict[str, set[str]] = {}
+    extras: dict[tuple[str, str], tuple[int, ...]] = {}
+    holders: dict[tuple[str, str], list[Piece]] = {}
+    for rank, index in enumerate(by_rank):
+        for name, start, stop, state, others in index:
+            keys.setdefault(name, set()).update(state)
+            holders.setdefault((name, ""), []).append(Piece(rank, start, stop))
+            for key, shape in others.items():
+                extras[name, key] = tuple(shape)
+                holders.setdefault((name, key), []).append(Piece(rank, 0, math.prod(shape)))
+    weights = [Item(entry) for entry in hf.layout(model, vocab_size, seq_len)]
+    moments = []
+    for name, shape in hf.shapes(model, vocab_size, seq_len).items():
+        moments += [Item(hf.Entry(f"{name}.{key}", shape, name, (0, shape[0])), key) for key in sorted(keys[name])]
+        moments += [
+            Item(hf.Entry(f"{name}.{key}", size, name), key, extra=True)
+            for (owner, key), size in sorted(extras.items()) if owner == name
+        ]  # fmt: skip
+    items = weights + moments
+    files = _into_files("model", items, range(len(weights)))
+    files |= _into_files("optimizer", items, range(len(weights), len(items)))
+    return files, items, holders
+
+
+def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
+    """Which rank writes each file: the largest first, each to the rank with the least so far."""
+    loads, writers = [0] * world, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        writers[name] = min(range(world), key=lambda rank: loads[rank])
+        loads[writers[name]] += sizes[name]
+    return writers
+
+
+def _cover(item: Item, holders: Mapping[tuple[str, str], list[Piece]], writer: int) -> list[Piece]:
+    """Pieces that make up an item, none twice; the writer's own where several ranks hold the same."""
+    if item.entry.constant:
+        return []
+    at, end = (0, math.prod(item.entry.shape)) if item.extra else item.entry.span
+    found = []
+    available = holders[item.entry.param, item.key if item.extra else ""]
+    for piece in sorted(available, key=lambda piece: (piece.start, piece.rank != writer, piece.rank)):
+        if piece.stop > at and at < end:
+            found.append(Piece(piece.rank, max(at, piece.start), min(end, piece.stop)))
+            assert found[-1].start == at, f"nobody holds all of {item.entry.name}"
+            at = found[-1].stop
+    assert at == end, f"nobody holds all of {item.entry.name}"
+    return found
+
+
+@dataclass
+class _Work:
+    """One checkpoint on its way to disk; runs in the saver's thread."""
+
+    run_dir: Path
+    step: int
+    files: Mapping[str, list[int]]
+    items: list[Item]
+    writers: Mapping[str, int]
+    sources: Mapping[int, list[Piece]]
+    staged: list[Staged]
+    texts: Mapping[str, str]
+    tokenizer: Tokenizer
+    channel: Channel
+
+    def write(self) -> None:
+        final = self.run_dir / f"step-{self.step:08d}"
+        aside = self.run_dir / f".{final.name}.tmp"
+        first = self.channel.rank == 0
+        self._agreed((lambda: self._prepare_folder(aside)) if first else dict, aside)
+        owner = {n: self.writers[name] for name, file in self.files.items() for n in file}
+        sends = [
+            self.channel.send(s.values, owner[s.item], s.item)
+            for s in self.staged if owner[s.item] != self.channel.rank
+        ]  # fmt: skip
+        written = self._agreed(lambda: self._write_own(aside), aside)
+        for send in sends:
+            send.wait()
+        self._agreed((lambda: self._commit(aside, final, written)) if first else dict, aside)
+
+    def _prepare_folder(self, aside: Path) -> dict[str, Any]:
+        for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
             shutil.rmtree(left_over)
         aside.mkdir(parents=True)
         return {}
 
-    def write_own() -> dict[str, Any]:
-        return {name: write_tensors(aside / name, sources) for name, sources in files[rank::world]}
+    def _write_own(self, aside: Path) -> dict[str, Any]:
+        own = {s.item: s for s in self.staged}
+        written, failure = {}, None
+        for name, file in self.files.items():
+            if self.writers[name] == self.channel.rank:
+                chunks = ((self.items[n].entry, self._assemble(n, own)) for n in file)
+                try:
+                    written[name] = write_tensors(aside / name, [self.items[n].entry for n in file], chunks)
+                except OSError as error:
+                    failure = error
+                    for _ in chunks:  # senders wait for what is theirs to be taken
+                        pass
+        if failure:
+            raise failure
+        return written
 
-    def commit(written: dict[str, Any]) -> dict[str, Any]:
-        tokenizer.save(aside)
-        for name, text in texts.items():
+    def _assemble(self, n: int, own: Mapping[int, Staged]) -> Tensor:
+        """An item as its file holds it, from all ranks' pieces."""
+        item, pieces = self.items[n], self.sources[n]
+        if item.entry.constant:
+            return hf.constant(item.entry)
+        if len(pieces) == 1 and pieces[0].rank == self.channel.rank:
+            flat = own[n].values
+        else:
+            start = pieces[0].start
+            flat = torch.empty(pieces[-1].stop - start)
+            for piece in pieces:
+                part = flat[piece.start - start : piece.stop - start]
+                if piece.rank == self.channel.rank:
+                    part.copy_(own[n].values)
+                else:
+                    self.channel.receive(part, piece.rank, n)
+        return flat if item.extra else item.entry.from_flat(flat)
+
+    def _commit(self, aside: Path, final: Path, written: dict[str, Any]) -> dict[str, Any]:
+        self.tokenizer.save(aside)
+        for name, text in self.texts.items():
             (aside / name).write_text(text, encoding="utf-8")
         for path in set(aside.iterdir()) - {aside / name for name in written}:
             written[path.name] = _finish_small(path)
-        manifest = {"format": _FORMAT, "step": step, "files": dict(sorted(written.items()))}
+        manifest = {"format": _FORMAT, "step": self.step, "files": dict(sorted(written.items()))}
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _finish_small(aside / "manifest.json")
         sync_folder(aside)
         remove(final)  # only a folder that was passed over as damaged can be here
         aside.rename(final)
-        sync_folder(run_dir)
+        sync_folder(self.run_dir)
         return {}
 
-    _agreed(prepare_folder if rank == 0 else dict, gather, step, aside)
-    written = _agreed(write_own, gather, step, aside)
-    _agreed((lambda: commit(written)) if rank == 0 else dict, gather, step, aside)
-    return final
+    def _agreed(self, work: Callable[[], dict[str, Any]], aside: Path) -> dict[str, Any]:
+        """Do the work; the union of what all ranks made, or one error on all of them. All ranks."""
+        try:
+            said = self.channel.gather({"made": work()})
+        except OSError as error:
+            said = self.channel.gather(
+                {"error": f"{error.strerror or error} ({Path(str(error.filename or aside)).name})"}
+            )
+        failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
+        if failed:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(aside)
+            raise UserError(
+                f"checkpoint of step {self.step} was not written: {failed[0]}; older checkpoints are untouched", 70
+            )
+        return {name: made for part in said for name, made in part["made"].items()}
 
 
-def _agreed(
-    work: Callable[[], dict[str, Any]], gather: Callable[[Any], list[Any]], step: int, aside: Path
-) -> dict[str, Any]:
-    """Do the work; the union of what all ranks made, or one error on all of them. All ranks."""
-    try:
-        said = gather({"made": work()})
-    except OSError as error:
-        said = gather({"error": f"{error.strerror or error} ({Path(str(error.filename or aside)).name})"})
-    failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
-    if failed:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(aside)
-        raise UserError(f"checkpoint of step {step} was not written: {failed[0]}; older checkpoints are untouched", 70)
-    return {name: made for part in said for name, made in part["made"].items()}
-
-
-def _into_files(stem: str, sources: list[Source]) -> dict[str, list[Source]]:
-    """Fill files in the order of the tensors. The name of a lone model file is what transformers expects."""
-    files: list[list[Source]] = [[]]
-    for source in sources:
-        if files[-1] and sum(s.bytes for s in files[-1]) + source.bytes > _FILE_BYTES:
+def _into_files(stem: str, items: list[Item], numbers: Sequence[int]) -> dict[str, list[int]]:
+    """Fill files in the order of the tensors: as few as let many ranks share the writing evenly."""
+    total = sum(items[n].bytes for n in numbers)
+    files: list[list[int]] = [[]]
+    largest = max(_SMALLEST_FILE[stem], total // _FILES[stem])
+    for n in numbers:
+        if files[-1] and sum(items[m].bytes for m in files[-1]) + items[n].bytes > largest:
             files.append([])
-        files[-1].append(source)
-    if len(files) == 1 and stem == "model":
+        files[-1].append(n)
+    if len(files) == 1 and stem == "model":  # the name that transformers expects of a lone file
         return {"model.safetensors": files[0]}
     return {f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": part for n, part in enumerate(files, 1)}
 
 
-def _index(files: Mapping[str, list[Source]]) -> str:
-    total = sum(source.bytes for sources in files.values() for source in sources)
-    where = {source.name: name for name, sources in files.items() for source in sources}
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+def _index(files: Mapping[str, list[Item]]) -> dict[str, str]:
+    """The index that transformers expects beside several model files."""
+    models = {name: items for name, items in files.items() if name.startswith("model-")}
+    if not models:
+        return {}
+    total = sum(item.bytes for items in models.values() for item in items)
+    where = {item.entry.name: name for name, items in models.items() for item in items}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    return {"model.safetensors.index.json": json.dumps(index, indent=1)}
 
 
-def write_tensors(path: Path, sources: list[Source]) -> dict[str, Any]:
+def write_tensors(path: Path, entries: list[hf.Entry], tensors: Iterable[tuple[hf.Entry, Tensor]]) -> dict[str, Any]:
     """Write one safetensors file, hashing on the way and holding one tensor at a time; its size and hash."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for source in sources:
-        offsets = [at, at := at + source.bytes]
-        header[source.name] = {"dtype": _DTYPES[source.dtype], "shape": source.shape, "data_offsets": offsets}
+    for entry in entries:
+        offsets = [at, at := at + 4 * math.prod(entry.shape)]
+        header[entry.name] = {"dtype": "F32", "shape": entry.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for chunk in itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, sources)):
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
+    with open(path, "wb", buffering=0) as file:
+        head = memoryview(len(text).to_bytes(8, "little") + text)
+        for chunk in itertools.chain([head], (_bytes_of(tensor) for _, tensor in tensors)):
+            for begin in range(0, len(chunk), _CHUNK):  # hashing and writing leave Python alone while they work
+                part = chunk[begin : begin + _CHUNK]
+                digest.update(part)
+                while part:
+                    part = part[file.write(part) :]
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _bytes_of(source: Source) -> Any:
-    tensor = source.get().detach().cpu().contiguous()
-    assert tuple(tensor.shape) == source.shape and tensor.dtype == source.dtype, f"{source.name} is not what it was"
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _finish_small(path: Path) -> dict[str, Any]:
@@ -327,13 +540,24 @@ def tokenizer_hash(folder: Path) -> str | None:
     return Tokenizer.load(folder).sha256 if (folder / "tokenizer.json").is_file() else None
 
 
-def read_weights(folder: Path, model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Tensor]:
-    """The weights by our parameter names, on CPU."""
-    with _open_tensors(sorted(folder.glob("model*.safetensors"))) as get:
-        return hf.import_tensors(model, vocab_size, seq_len, get)
+def read_weights(
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, average: bool = False
+) -> dict[str, Tensor]:
+    """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
+    if not average:
+        with _open_tensors(sorted(folder.glob("model*.safetensors"))) as get:
+            return hf.import_tensors(model, vocab_size, seq_len, get)
+    entries = hf.own_layout(model, vocab_size, seq_len, "ema")
+    with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
+        try:
+            return hf.import_tensors(model, vocab_size, seq_len, get, entries)
+        except UserError as error:
+            raise UserError(
+                f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
+            ) from error
 
 
-def read_model(name: str) -> tuple[GPT, Tokenizer, Path]:
+def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
     """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
     folder = locate(name, lambda text: print(text, file=sys.stderr))
     description, vocab_size, seq_len = read_description(folder)
@@ -344,24 +568,42 @@ def read_model(name: str) -> tuple[GPT, Tokenizer, Path]:
             BAD_CHECKPOINT,
         )
     model = GPT(description, vocab_size, seq_len)
-    model.load_state_dict(read_weights(folder, description, vocab_size, seq_len), assign=True)
+    model.load_state_dict(read_weights(folder, description, vocab_size, seq_len, average), assign=True)
     return model.eval(), tokenizer, folder
 
 
-def restore_optimizer(
-    folder: Path, parameters: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+@torch.no_grad()
+def restore(
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Sequence[Held], optimizer: bool
 ) -> None:
-    """Bring the optimizer's state into being and fill it by parameter name."""
-    create_state(optimizer)
+    """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
+
+    What a longer context of the folder has beyond `seq_len` is left out.
+    """
+    context, by_name = read_description(folder)[2], {h.name: h for h in held}
+    with _open_tensors(sorted(folder.glob("model*.safetensors"))) as get:
+        for entry in hf.layout(model, vocab_size, context):
+            if not entry.param:
+                hf.import_part(entry, get, None, 0, model)
+            elif h := by_name.get(entry.param):
+                hf.import_part(entry, get, h.weight, h.start, model)
+    if not optimizer:
+        return
+    shapes = hf.shapes(model, vocab_size, seq_len)
     with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
-        for source in optimizer_sources(parameters, optimizer):
-            try:
-                source.get().copy_(get(source.name))
-            except KeyError:
-                raise UserError(
-                    f"{folder.name} lacks {source.name} of the optimizer; rule: resume with the same optimizer",
-                    BAD_CHECKPOINT,
-                ) from None
+        for h in held:
+            for key, values in {**h.state, **h.extra}.items():
+                name, shape = f"{h.name}.{key}", shapes[h.name]
+                try:
+                    if key in h.state:
+                        hf.import_part(hf.Entry(name, shape, h.name, (0, shape[0])), get, values, h.start, model)
+                    else:
+                        values.copy_(get(name)[...])
+                except (KeyError, UserError):
+                    raise UserError(
+                        f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
+                        BAD_CHECKPOINT,
+                    ) from None
 
 
 @contextlib.contextmanager
@@ -376,9 +618,8 @@ def _open_tensors(paths: list[Path]) -> Any:
                 raise UserError(f"{path}: not a whole safetensors file ({error})", BAD_CHECKPOINT) from error
             where.update(dict.fromkeys(file.keys(), file))
 
-        def get(name: str) -> Tensor:
-            tensor: Tensor = where[name].get_tensor(name)  # KeyError where there is none
-            return tensor
+        def get(name: str) -> Any:
+            return where[name].get_slice(name)  # KeyError where there is none
 
         yield get
 

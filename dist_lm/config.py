@@ -153,6 +153,7 @@ class RunConfig(Section):
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
     activation_checkpointing: bool = Field(False, description="Recompute each block in the backward to save memory.")
+    ema: float = Field(0.0, ge=0, lt=1, description="Decay of a moving average of the weights, kept beside; 0: none.")
     eval_every: NotNegative = Field(100, description="Steps between evaluations; 0: never.")
     eval_batches: Positive = Field(20, description="Global batches in an evaluation, always the same ones.")
     save_every: NotNegative = Field(200, description="Steps between checkpoints; 0: only the last.")
@@ -208,7 +209,7 @@ FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in sec
 FREE_ON_RESUME = frozenset(
     ["data.input", "data.text_column", "data.separator", "data.tokenizer", "data.val_fraction", "data.micro_batch"]
     + ["data.workers"]
-    + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "steps", "epochs")]
+    + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "ema", "steps", "epochs")]
 )
 
 

@@ -91,6 +91,7 @@ def command_line(argv: list[str]) -> argparse.Namespace:
         help="auto: cuda where there is one (default)")  # fmt: skip
     add("--dtype", type=one_of(*DTYPES), default="fp32", metavar="|".join(DTYPES),
         help="arithmetic of the model (default fp32)")  # fmt: skip
+    add("--ema", action="store_true", help="use the moving average of the weights that a run with run.ema kept")
     add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
     add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
     add("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
@@ -232,7 +233,7 @@ def main(argv: list[str]) -> None:
     cuda = torch.cuda.is_available()
     if args.device == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device is visible to torch; nearest: --device cpu")
-    model, tokenizer, _ = read_model(args.ckpt)
+    model, tokenizer, _ = read_model(args.ckpt, args.ema)
     dtype = getattr(torch, DTYPES[args.dtype])
     model.to("cuda" if cuda and args.device != "cpu" else "cpu", dtype)
     if model.embed.weight.device.type == "cpu" and dtype == torch.float32:

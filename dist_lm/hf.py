@@ -1,11 +1,12 @@
 """Our parameter names <-> transformers' layouts (GPT-2, Llama, openai-gpt), and the config.json beside them.
 
-A layout is data: a list of entries, each saying which rows of which parameter a tensor of the file holds. So writing,
-reading and (later) writing in slices follow one table. What a family has and our model lacks is written when a constant
-says exactly the same: absent biases and positions as zeros, sinusoidal positions as their table. transformers itself is
-never imported.
+A layout is data: a list of entries, each saying which rows of which parameter a tensor of the file holds. Reading and
+writing, whole or in slices, follow this table. What a family has and our model lacks is written when a constant says
+exactly the same: absent biases and positions as zeros, sinusoidal positions as their table. transformers is not
+imported.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dist_lm.config import ModelConfig, UserError, nearest
-from dist_lm.model import GPT, sinusoid
+from dist_lm.model import parameter_shapes, sinusoid, unpadded
 
 Json = dict[str, Any]
 
@@ -42,6 +43,17 @@ class Entry:
     transpose: bool = False
     constant: str = ""  # "zeros" or "sinusoid"
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Which elements of the flattened parameter these are."""
+        columns = math.prod(self.shape) // (self.rows[1] - self.rows[0])
+        return self.rows[0] * columns, self.rows[1] * columns
+
+    def from_flat(self, flat: Tensor) -> Tensor:
+        """The tensor of the file, from those elements: fp32, contiguous."""
+        tensor = flat.view(*(self.shape[::-1] if self.transpose else self.shape))
+        return (tensor.T if self.transpose else tensor).float().contiguous()
+
 
 def family(model: ModelConfig) -> str | None:
     """The transformers family that computes exactly this network, or None."""
@@ -59,12 +71,12 @@ def family(model: ModelConfig) -> str | None:
 
 def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
     """Every tensor of a saved model, in file order; our own names and layout where no family fits."""
-    ours = _shapes(model, vocab_size, seq_len)
+    ours = shapes(model, vocab_size, seq_len)
     kind = family(model)
     if kind is None:
-        return [Entry(name, shape, name, (0, shape[0])) for name, shape in ours.items()]
+        return own_layout(model, vocab_size, seq_len)
     # What the family has; what of it we lack is a constant.
-    full = ours if kind == "llama" else _shapes(
+    full = ours if kind == "llama" else shapes(
         model.model_copy(update={"bias": True, "positions": "learned"}), vocab_size, seq_len
     )  # fmt: skip
     entries = []
@@ -84,11 +96,17 @@ def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
     return entries
 
 
-def _shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "") -> list[Entry]:
+    """Each of our parameters as it is, or the optimizer's tensor `key` of it."""
+    suffix = f".{key}" if key else ""
+    found = shapes(model, vocab_size, seq_len).items()
+    return [Entry(name + suffix, shape, name, (0, shape[0])) for name, shape in found]
+
+
+def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters, the vocabulary unpadded."""
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(model, vocab_size, seq_len).named_parameters()}
-    return {n: (vocab_size, s[1]) if n in ("embed.weight", "head.weight") else s for n, s in shapes.items()}
+    padded = parameter_shapes(model, vocab_size, seq_len)
+    return {name: unpadded(name, shape, vocab_size) for name, shape in padded.items()}
 
 
 def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
@@ -117,41 +135,58 @@ def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
 
 
 def export_tensor(entry: Entry, params: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a file as it is written: fp32, contiguous."""
+    """The tensor of a file as it is written."""
     if entry.constant:
-        return _constant(entry)
-    tensor = params[entry.param].detach()[slice(*entry.rows)]
-    return (tensor.T if entry.transpose else tensor).float().contiguous()
+        return constant(entry)
+    return entry.from_flat(params[entry.param].detach().flatten()[slice(*entry.span)])
 
 
-def _constant(entry: Entry) -> Tensor:
+def constant(entry: Entry) -> Tensor:
     return sinusoid(*entry.shape) if entry.constant == "sinusoid" else torch.zeros(entry.shape)
 
 
 def import_tensors(
-    model: ModelConfig, vocab_size: int, seq_len: int, get: Callable[[str], Tensor]
+    model: ModelConfig, vocab_size: int, seq_len: int, get: Callable[[str], Any], entries: list[Entry] | None = None
 ) -> dict[str, Tensor]:
-    """Our state dict, fp32, from a file of `layout`. `get` reads a tensor by name, or raises KeyError."""
-    with torch.device("meta"):
-        padded = {name: p.shape for name, p in GPT(model, vocab_size, seq_len).named_parameters()}
-    state = {name: torch.zeros(shape) for name, shape in padded.items()}
-    for entry in layout(model, vocab_size, seq_len):
-        tensor = _find(entry.name, get)
-        if tuple(tensor.shape) != entry.shape:
-            raise UserError(
-                f"{entry.name} has shape {list(tensor.shape)}; rule: the config says {list(entry.shape)}", 66
-            )
-        if entry.param:
-            state[entry.param][slice(*entry.rows)] = tensor.T if entry.transpose else tensor
-        elif not torch.allclose(tensor.float(), _constant(entry), rtol=0, atol=1e-6):
+    """Our state dict, fp32, from a file of `layout`, or of other entries. `get` reads by name, or raises KeyError."""
+    state = {name: torch.zeros(shape) for name, shape in parameter_shapes(model, vocab_size, seq_len).items()}
+    for entry in entries or layout(model, vocab_size, seq_len):
+        import_part(entry, get, state[entry.param].view(-1) if entry.param else None, 0, model)
+    return state
+
+
+def import_part(entry: Entry, get: Callable[[str], Any], out: Tensor | None, start: int, model: ModelConfig) -> None:
+    """Copy what an entry's tensor says of elements [start, start + len(out)) of its flattened parameter.
+
+    `get` gives a tensor, or a slice of safetensors that reads only the rows asked for. Constants are compared.
+    """
+    begin, end = entry.span if entry.param else (0, 0)
+    first, last = (max(begin, start), min(end, start + len(out))) if out is not None else (0, 0)
+    if entry.param and first >= last:
+        return
+    tensor = _find(entry.name, get)
+    shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+    if shape != entry.shape:
+        raise UserError(f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}", 66)
+    if out is None:
+        if not torch.allclose(tensor[:].float(), constant(entry), rtol=0, atol=1e-6):
             field, good = ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
             raise UserError(
                 f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}", 66
             )
-    return state
+        return
+    skipped = 0
+    if entry.transpose:
+        flat = tensor[:].T.reshape(-1)
+    else:
+        columns = (end - begin) // shape[0]
+        row = (first - begin) // columns
+        skipped, flat = row * columns, tensor[row : -(-(last - begin) // columns)].reshape(-1)
+    at = first - begin - skipped
+    out[first - start : last - start] = flat[at : at + last - first]
 
 
-def _find(name: str, get: Callable[[str], Tensor]) -> Tensor:
+def _find(name: str, get: Callable[[str], Any]) -> Any:
     """Files of a bare model (openai-community/gpt2 is one) lack the first part of the names."""
     for candidate in (name, name.partition(".")[2]):
         try:

@@ -446,13 +446,24 @@ def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
     return value
 
 
+def parameter_shapes(config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters, the vocabulary padded, without memory for them."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(config, vocab_size, seq_len).named_parameters()}
+
+
+def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    """The shape of what is saved of a parameter."""
+    return (vocab_size, *shape[1:]) if name in ("embed.weight", "head.weight") else shape
+
+
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
     """Set every parameter to its initial value; padding rows of the vocabulary to zero."""
     for name, parameter in model.named_parameters():
-        rows = model.vocab_size if name in ("embed.weight", "head.weight") else parameter.shape[0]
-        parameter[rows:] = 0
-        parameter[:rows] = initial(model.config, seed, name, (rows, *parameter.shape[1:]))
+        shape = unpadded(name, tuple(parameter.shape), model.vocab_size)
+        parameter[shape[0] :] = 0
+        parameter[: shape[0]] = initial(model.config, seed, name, shape)
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:

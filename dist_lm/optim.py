@@ -6,7 +6,8 @@ create_state() brings those tensors into being for it to be loaded into.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,10 +52,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms, biases and both embeddings (embed, positions) do not."""
+    """Two groups: matrices decay; norms, biases and both embeddings (embed, positions) do not.
+
+    By name alone, because under ZeRO-3 a parameter does not show its shape.
+    """
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": wd} for wd in (weight_decay, 0.0)]
     for name, parameter in named_parameters:
-        keeps = parameter.ndim < 2 or name.startswith(("embed.", "positions."))
+        keeps = "norm" in name or name.endswith(".bias") or name.startswith(("embed.", "positions."))
         groups[keeps]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
@@ -75,7 +79,10 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
         return torch.optim.Adafactor(groups, lr=lr)
     if optim.name == "lion":
         return Lion(groups, lr=lr, betas=optim.betas)
-    blocks = {name: p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2}
+    blocks = {
+        name: p for name, p in model.named_parameters()
+        if name.startswith("blocks.") and "norm" not in name and name.endswith(".weight")
+    }  # fmt: skip
     rest = [(name, p) for name, p in model.named_parameters() if name not in blocks]
     groups = [
         {"params": [p for name, p in blocks.items() if name.endswith(".qkv.weight") == merged], "merged_qkv": merged,
@@ -107,6 +114,18 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What a rank's flat tensor holds of a matrix, and how many elements each rank does, in rank order."""
+
+    shape: tuple[int, ...]
+    at: int
+    lengths: tuple[int, ...]
+
+    def of(self, flat: Tensor, rank: int) -> Tensor:
+        return flat[self.at : self.at + self.lengths[rank]]
+
+
 class Lion(torch.optim.Optimizer):
     """Chen et al. 2023, arXiv 2302.06675, algorithm 2: the sign of an interpolated momentum."""
 
@@ -133,18 +152,47 @@ class Muon(torch.optim.Optimizer):
 
     Own class because torch.optim.Muon iterates in bf16 only (slow on CPUs, not reproducible across them) and knows
     neither merged matrices nor the rest of a model. A merged qkv matrix is orthogonalised as its three parts.
+
+    Under ZeRO a group is one flat tensor, in which `slices` says what this rank has of which matrix; then each matrix
+    is collected by one rank, orthogonalised there, and the update handed back by the same `exchange`.
     """
+
+    rank: int
+    slices: dict[Tensor, list["Slice"]]  # by flat tensor, the same matrices in the same order on all ranks
+    exchange: Callable[[list[Tensor], list[int]], list[Tensor]]  # a part for each rank, how much comes from each
 
     def __init__(
         self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, ns_dtype: torch.dtype
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self.ns_dtype = ns_dtype
+        self.ns_dtype, self.slices = ns_dtype, {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            (self._muon if "merged_qkv" in group else self._adamw)(group)
+            step = self._adamw if "merged_qkv" not in group else self._muon_sliced if self.slices else self._muon
+            step(group)
+
+    def _muon_sliced(self, group: dict[str, Any]) -> None:
+        for flat, grad in zip(*_with_grad(group), strict=True):
+            momentum = _state(self, flat, "momentum_buffer")
+            momentum.lerp_(grad, 1 - MUON_MOMENTUM)
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            nesterov, slices = grad.lerp(momentum, MUON_MOMENTUM), self.slices[flat]
+            world = len(slices[0].lengths)
+            for batch in (slices[i : i + world] for i in range(0, len(slices), world)):
+                # Rank r works on the batch's r-th matrix; the last batch may leave some ranks without.
+                parts = [s.of(nesterov, self.rank) for s in batch] + [flat[:0]] * (world - len(batch))
+                mine = batch[self.rank] if self.rank < len(batch) else None
+                lengths = list(mine.lengths) if mine else [0] * world
+                update = torch.cat(self.exchange(parts, lengths))
+                if mine:
+                    split = qkv_parts if group["merged_qkv"] else lambda matrix: [matrix]
+                    made = [muon_update(m[None], self.ns_dtype)[0].flatten() for m in split(update.view(mine.shape))]
+                    update = torch.cat(made)
+                back = self.exchange(list(torch.split(update, lengths)), [len(part) for part in parts])
+                for s, part in zip(batch, back, strict=False):
+                    s.of(flat, self.rank).add_(part, alpha=-group["lr"])
 
     def _muon(self, group: dict[str, Any]) -> None:
         params, grads = _with_grad(group)

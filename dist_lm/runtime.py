@@ -1,4 +1,4 @@
-"""The only home of Accelerate and torch.distributed: how one training step is spread over processes.
+"""The only home of Accelerate, torch.distributed and, with zero.py, DeepSpeed: how a step is spread over processes.
 
 `start()` finds out who we are and proves it with one exchange; `Runtime` wraps the model, makes `backward` and `update`
 true under every strategy, and carries what ranks must agree on. Nothing is ever unpickled from a peer: agreements are
@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,40 +27,154 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from dist_lm import metrics
-from dist_lm.config import Config, UserError, did_you_mean
+from dist_lm import metrics, zero
+from dist_lm.checkpoint import Held
+from dist_lm.config import Config, UserError, did_you_mean, plan
+from dist_lm.optim import Muon, create_state
+from dist_lm.zero import Strategy
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
 
 
+class Channel:
+    """Messages between ranks over one process group: JSON and tensors, never anything that is unpickled."""
+
+    def __init__(self, rank: int, world_size: int, device: torch.device):
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.group: Any = None  # None: the group of training
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. All ranks."""
+        if self.world_size == 1:
+            return [json.loads(json.dumps(value))]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device), group=self.group)
+        largest = int(max(int(size) for size in sizes))
+        assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
+        padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
+        padded[: len(message)] = message
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded, group=self.group)
+        return [json.loads(bytes(g[: int(n)].cpu().numpy())) for g, n in zip(gathered, sizes, strict=True)]
+
+    def send(self, tensor: Tensor, to: int, tag: int) -> Any:
+        """Start sending; the tensor must stay as it is until wait() on what this returns."""
+        return dist.isend(tensor, to, group=self.group, tag=tag)
+
+    def receive(self, tensor: Tensor, sender: int, tag: int) -> None:
+        dist.recv(tensor, sender, group=self.group, tag=tag)
+
+
 class Runtime:
     """Who this process is, and the few operations whose meaning depends on how many there are."""
 
-    def __init__(self, accelerator: Accelerator, precision: str):
+    def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy, settings: dict[str, Any] | None):
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.is_main = self.rank == 0
-        self.strategy = "single" if self.world_size == 1 else "ddp"
-        self.precision = precision
+        self.strategy = strategy.name(self.world_size)
+        self.precision = precision = config.run.precision
+        self.settings = settings  # DeepSpeed's, or None
+        self.engine: zero.Engine | None = None
+        self.channel = Channel(self.rank, self.world_size, self.device)
+        self.background = Channel(self.rank, self.world_size, torch.device("cpu"))
+        if self.world_size > 1:  # a group of its own: a checkpoint's messages never mix with training's
+            self.background.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.stop_requested = False
 
     # --- the model and one step
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, compile: bool) -> nn.Module:
-        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All ranks."""
-        self.optimizer = optimizer
+    def construction(self) -> contextlib.AbstractContextManager[Any]:
+        """Surrounds the building of the model, so that ZeRO-3 never has a whole one anywhere."""
+        return zero.construction(self.settings)
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[int, ...]], config: Config
+    ) -> nn.Module:
+        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All ranks.
+
+        The optimizer's state is there afterwards, all zero, and the weights are still those the model was built with.
+        """
+        self.bare, self.optimizer, self.ema_decay = model, optimizer, config.run.ema
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if compile:
+        if self.settings is None:
+            model.to(self.device)
+        if config.run.compile:
             model.compile()  # in place, so that parameter names stay
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            wrapped: nn.Module = self.accelerator.prepare_model(model)
-        self.model = wrapped
-        return wrapped
+            if self.settings is None:
+                self.model: Any = self.accelerator.prepare_model(model)
+            else:
+                self.model, _ = self.accelerator.prepare(model, optimizer)
+                self.engine = zero.Engine(self.model, self.settings)
+        with self.engine.whole_groups() if self.engine else contextlib.nullcontext():
+            if self.engine and isinstance(optimizer, Muon):
+                self._slice(optimizer, shapes)
+            create_state(optimizer)
+            for group in optimizer.param_groups if self.ema_decay else ():
+                for tensor in group["params"]:
+                    optimizer.state[tensor]["ema"] = torch.zeros_like(tensor)
+        return self.model  # type: ignore[no-any-return]
+
+    def _slice(self, optimizer: Muon, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Tell Muon which rank holds what of its matrices, and how to pass them around. All ranks."""
+        assert self.engine
+        lengths = {name: [0] * self.world_size for name in shapes}
+        for rank, held in enumerate(self.channel.gather([[h.name, h.stop - h.start] for h in self.held()])):
+            for name, length in held:
+                lengths[name][rank] = length
+        names = {parameter: name for name, parameter in self.bare.named_parameters()}
+        optimizer.rank, optimizer.slices = self.rank, self.engine.slices(shapes, names, lengths)
+        optimizer.exchange = self._exchange
+
+    def _exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
+        """Give parts[r] to rank r; what came from each rank, lengths[r] elements from rank r. All ranks."""
+        received = parts[0].new_empty(sum(lengths))
+        dist.all_to_all_single(received, torch.cat(parts), lengths, [len(part) for part in parts])
+        return list(torch.split(received, lengths))
+
+    def held(self) -> list[Held]:
+        """What this rank's optimizer works on: the weights themselves and what the optimizer remembers."""
+        if self.engine:
+            return list(self.engine.held(self.bare.named_parameters()))
+        found = []
+        for name, p in self.bare.named_parameters():
+            state = self.optimizer.state[p]
+            parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
+            others = {key: value for key, value in state.items() if value.shape != p.shape}
+            found.append(Held(name, 0, p.numel(), p.data.view(-1), parts, others))
+        return found
+
+    def spread(self) -> None:
+        """After a change of what is held: the model computes with it on every rank. All ranks."""
+        if self.engine:
+            self.engine.spread()
+
+    def start_average(self) -> None:
+        """The moving average of the weights begins where they are."""
+        for h in self.held() if self.ema_decay else ():
+            h.state["ema"].copy_(h.weight)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model computes with the moving average of its weights. All ranks."""
+        self._swap_average()
+        yield
+        self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for h in self.held():
+            weight = h.weight.clone()
+            h.weight.copy_(h.state["ema"])
+            h.state["ema"].copy_(weight)
+        self.spread()
 
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
         """Two backward passes of a zero loss. All ranks.
@@ -68,15 +182,18 @@ class Runtime:
         DDP reorders its gradient buckets after the first backward, which changes the order of sums in a ring of more
         than two ranks; having that behind us before step 1 makes a resumed run bit-identical to an undisturbed one.
         """
-        for _ in range(2 if self.world_size > 1 else 0):
-            with self.micro_step(last=True):
-                self.backward(loss_of_nothing())
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.world_size > 1 and not self.engine:
+            for _ in range(2):
+                with self.micro_step(last=True):
+                    self.backward(loss_of_nothing())
+            self.optimizer.zero_grad(set_to_none=True)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         """Surrounds forward and backward of one micro-batch: autocast, and gradient exchange only in the last one."""
-        quiet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        self._last = last
+        exchange = last or self.engine is not None  # ZeRO is told in backward()
+        quiet = contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model)
         with quiet, self.autocast():
             yield
 
@@ -87,12 +204,24 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradient. DDP averages over ranks, so the loss is multiplied by their number first."""
+        """Add this loss's gradient. Averaged over ranks later, so the loss is multiplied by their number first."""
         with torch.autocast(self.device.type, enabled=False):
-            self.accelerator.backward(self.scaler.scale(loss * self.world_size))
+            if self.engine:
+                self.engine.backward(loss * self.world_size, self._last)
+            else:
+                self.accelerator.backward(self.scaler.scale(loss * self.world_size))
 
     def update(self, clip: float) -> Tensor:
         """Clip by the global gradient norm, move the weights, forget the gradients; the norm before clipping."""
+        norm = self.engine.step() if self.engine else self._step(clip)
+        if self.ema_decay:
+            with self.engine.whole_groups() if self.engine else contextlib.nullcontext():
+                tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+            averages = [self.optimizer.state[tensor]["ema"] for tensor in tensors]
+            torch._foreach_lerp_(averages, [tensor.data for tensor in tensors], 1 - self.ema_decay)
+        return norm
+
+    def _step(self, clip: float) -> Tensor:
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf"), foreach=self.device.type == "cuda")
         self.scaler.step(self.optimizer)
@@ -110,21 +239,6 @@ class Runtime:
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
-
-    def gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. All ranks."""
-        if self.world_size == 1:
-            return [json.loads(json.dumps(value))]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device))
-        largest = int(max(int(size) for size in sizes))
-        assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
-        padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
-        padded[: len(message)] = message
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        return [json.loads(bytes(g[: int(n)].cpu().numpy())) for g, n in zip(gathered, sizes, strict=True)]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work, however long it takes; every rank gets its JSON result or its UserError. All ranks.
@@ -153,7 +267,7 @@ class Runtime:
             busy = torch.tensor([float(worker.is_alive()) if worker else 0.0], device=self.device)
             if not self.sum(busy).item():
                 break
-        said = self.gather_json(outcome)[0]
+        said = self.channel.gather(outcome)[0]
         if "error" in said:
             raise UserError(said["error"], said["code"])
         return said["result"]
@@ -165,7 +279,7 @@ class Runtime:
             result = work()
         except UserError as error:
             refusal = (str(error), error.code)
-        for rank, said in enumerate(self.gather_json(refusal)):
+        for rank, said in enumerate(self.channel.gather(refusal)):
             if said:
                 raise UserError(said[0] if rank == 0 else f"rank {rank}: {said[0]}", said[1])
         return result
@@ -205,7 +319,9 @@ class Runtime:
         last_sum = self.sum(torch.zeros(1, device=self.device))
         # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that frees a
         # tensor while Python shuts down aborts the process ("terminate called without an active exception").
-        self.__dict__.pop("model", None)
+        for name in ("model", "engine", "bare"):
+            self.__dict__.pop(name, None)
+        self.background.group = None
         self.accelerator.free_memory()
         gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run
@@ -295,31 +411,43 @@ def _process_is_gone(lock: str) -> bool:
     return False
 
 
-def start(config: Config, timeout: timedelta = timedelta(minutes=10)) -> Runtime:
-    """Join the other processes, check that they are the ones asked for and hold the same config. All ranks."""
+def start(config: Config, launch: str | None = None, timeout: timedelta = timedelta(minutes=10)) -> Runtime:
+    """Join the other processes, check that they are the ones asked for and hold the same config. All ranks.
+
+    `launch` names the strategy where accelerate did not start the ranks: a file of launch/.
+    """
     refuse_silent_single()
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
     _check_trackers(config.run.trackers)
+    strategy = zero.choose_strategy(launch)
     die_with_launcher()
-    cpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
+    process_group = InitProcessGroupKwargs(timeout=timeout)
+    settings, plugin = None, None
+    if strategy.stage:
+        zero.refuse_combinations(strategy, config)
+        settings = zero.engine_config(strategy, config, plan(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        plugin = zero.plugin(settings)
+        process_group.backend = "gloo" if no_gpu else "nccl"
     # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
     ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if cpu else 25
+        gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if no_gpu else 25
     )
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=no_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
         mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
         gradient_accumulation_steps=1,
-        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[ddp, process_group],
         log_with=list(config.run.trackers) or None,
         project_dir=os.path.join(config.run.dir, "tensorboard"),
     )
-    runtime = Runtime(accelerator, config.run.precision)
+    runtime = Runtime(accelerator, config, strategy, settings)
     _prove_world(runtime, config)
-    if cpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
+    if no_gpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
         torch.set_num_threads(threads)
     elif torch.cuda.device_count() > local_world:
         runtime.say(
@@ -370,7 +498,7 @@ def _prove_world(runtime: Runtime, config: Config) -> None:
         raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
     ranks = runtime.sum(torch.tensor([1.0, runtime.rank], device=runtime.device)).tolist()
     assert ranks == [asked, asked * (asked - 1) / 2], f"the exchange between {asked} ranks is broken: {ranks}"
-    hashes = runtime.gather_json(hashlib.sha256(config.to_yaml().encode()).hexdigest())
+    hashes = runtime.channel.gather(hashlib.sha256(config.to_yaml().encode()).hexdigest())
     different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
     if different:
         raise UserError(f"ranks {different} were started with other settings than rank 0; rule: the same everywhere")

@@ -15,7 +15,10 @@ from typing import Any
 from dist_lm.config import UserError, plan, resolve, run_entry, split_arguments
 from dist_lm.shards import find_prepared
 
-FLAGS = {"ckpt": "Run folder (its newest valid step), step folder, or folder in transformers' layout."}
+FLAGS = {
+    "ckpt": "Run folder (its newest valid step), step folder, or folder in transformers' layout.",
+    "ema": "true: score the moving average of the weights that a run with run.ema kept.",
+}
 OURS = ("data.tokenizer", "run.dir")  # decided by --ckpt
 
 
@@ -26,20 +29,22 @@ def main(argv: list[str]) -> None:
     given, settings = split_arguments(argv, FLAGS)
     if len(given.get("ckpt", [])) != 1:
         raise UserError("--ckpt must be given once: a run folder, a step folder or a folder in transformers' layout")
+    if given.get("ema", ["true"]) not in (["true"], ["false"]):
+        raise UserError(f"--ema {given['ema'][0]} must be true or false; nearest: true")
     for name in settings:
         if name in OURS or not name.startswith(("data.", "run.precision", "run.eval_batches")):
             raise UserError(f"--{name}: score takes it from --ckpt; rule: data.*, run.precision, run.eval_batches")
     with tempfile.TemporaryDirectory(prefix="dist_lm-score-") as scratch:
-        score(given["ckpt"][0], settings, scratch)
+        score(given["ckpt"][0], settings, scratch, average=given.get("ema") == ["true"])
 
 
-def score(ckpt: str, settings: dict[str, Any], scratch: str) -> None:
+def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> None:
     """Print the figures; raw text is prepared into `scratch` with the checkpoint's tokenizer."""
     from dist_lm import checkpoint, runtime  # these take seconds to import: after the command line
     from dist_lm.data import open_dataset
     from dist_lm.validate import validate
 
-    model, tokenizer, folder = checkpoint.read_model(ckpt)
+    model, tokenizer, folder = checkpoint.read_model(ckpt, average)
     config = resolve(
         (str(folder), settings_of_run(folder, model.seq_len)),
         ("--ckpt", {"data.tokenizer": str(folder), "run.dir": scratch, "run.eval_every": 0, "run.trackers": []}),

@@ -7,7 +7,10 @@ optimizer's tensors. Running the same command again goes on where the run folder
 
 from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
 
-FLAGS = {"allow_change": "Let FIELD differ from what the run was started with (repeatable)."}
+FLAGS = {
+    "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
+    "launch": "How torchrun's or srun's processes share the work: a file of launch/, e.g. zero3 (accelerate: its own).",
+}
 if __name__ == "__main__":  # a typing mistake is answered before the seconds that torch takes to import
     ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/train.py"))
 
@@ -15,7 +18,7 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ import torch
 from torch import Tensor
 
 from dist_lm import __version__, checkpoint, hf
+from dist_lm.checkpoint import Saver
 from dist_lm.data import NO_TARGET, Batches, Dataset, open_dataset
 from dist_lm.metrics import Metrics, draw_curves
-from dist_lm.model import GPT, flops_per_token, init_weights
+from dist_lm.model import GPT, flops_per_token, initial, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.runtime import RunLock, Runtime, start
 from dist_lm.sample import Sampling, sample
@@ -59,6 +63,7 @@ class Run:
     model: GPT
     optimizer: torch.optim.Optimizer
     metrics: Metrics
+    saver: Saver
     state: TrainState
 
     @property
@@ -79,7 +84,7 @@ class Pending:
 
 
 def main(config: Config, flags: Mapping[str, list[str]]) -> None:
-    runtime = start(config)
+    runtime = start(config, next(iter(flags.get("launch", [])), None))
     try:
         with RunLock(Path(config.run.dir), runtime):
             run = build(runtime, config)
@@ -96,7 +101,7 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
 def train(run: Run) -> None:
     """The loop. Every paragraph is run by all ranks, with the same outcome on each."""
     config, runtime, state = run.config, run.runtime, run.state
-    model = runtime.prepare(run.model, run.optimizer, config.run.compile)
+    model = runtime.model
     batches = training_batches(run)
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
@@ -121,9 +126,10 @@ def train(run: Run) -> None:
             evaluate(run)
 
         if saving:
-            save(run, must_succeed=leaving)
+            save(run, last=leaving)
         if leaving:
             break
+        report_saving(run, run.saver.poll)
 
         started = time.monotonic()
         # The rate is a function of the step, and set before the backward: DeepSpeed updates inside the last one.
@@ -193,6 +199,10 @@ def evaluate(run: Run) -> None:
         figures = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
         run.state.val_loss = figures["val_loss"]
         run.metrics.evaluation(run.state.step, "val", figures)
+        if config.run.ema:
+            with runtime.averaged():
+                averaged = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
+            run.metrics.evaluation(run.state.step, "val of ema", averaged)
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
         texts = [f"## step {run.state.step}, loss {figures['val_loss']:.4f}"]
         for temperature in SAMPLE_TEMPERATURES:
@@ -205,8 +215,8 @@ def evaluate(run: Run) -> None:
                 file.write("\n".join(texts) + "\n\n")
 
 
-def save(run: Run, must_succeed: bool) -> None:
-    """Write a checkpoint, then drop those no longer wanted. A failed one in mid-run is said, not fatal. All ranks."""
+def save(run: Run, last: bool) -> None:
+    """Begin a checkpoint, whose writing goes on beside training; the last one is waited for. All ranks."""
     config, runtime = run.config, run.runtime
     vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
     facts = {
@@ -219,20 +229,20 @@ def save(run: Run, must_succeed: bool) -> None:
         "generation_config.json": hf.generation_config_json(run.data.tokenizer.eot),
         "state.json": facts,
     }
+    texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    with run.metrics.pause():
+        report_saving(run, run.saver.finish)
+        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.held(), texts, run.data.tokenizer)
+        if last:
+            run.saver.finish()
+
+
+def report_saving(run: Run, look: Callable[[], None]) -> None:
+    """A checkpoint in mid-run that could not be written is said, not fatal."""
     try:
-        with run.metrics.pause():
-            checkpoint.save(
-                run.dir, run.state.step,
-                checkpoint.model_sources(config.model, vocab_size, seq_len, dict(run.model.named_parameters())),
-                checkpoint.optimizer_sources(run.model.named_parameters(), run.optimizer),
-                {name: json.dumps(content, indent=1) for name, content in contents.items()}, run.data.tokenizer,
-                rank=runtime.rank, world=runtime.world_size, gather=runtime.gather_json,
-            )  # fmt: skip
-            runtime.on_main(lambda: checkpoint.prune(run.dir, config.run.keep_last, config.run.keep_every))
+        look()
     except UserError as error:
-        if must_succeed:
-            raise
-        runtime.say(f"warning: {error}; training goes on")
+        run.runtime.say(f"warning: {error}; training goes on")
 
 
 def due(step: int, every: int) -> bool:
@@ -245,15 +255,16 @@ def build(runtime: Runtime, config: Config) -> Run:
     vocab_size, seq_len = data.tokenizer.vocab_size, config.data.seq_len
     layout = plan(config, runtime.world_size)
     steps = config.run.steps or -(-(config.run.epochs or 0) * data.train_sequences // config.data.global_batch)
-    model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
-    init_weights(model, config.run.seed)
-    model.to(runtime.device)
+    with runtime.construction():
+        model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
     optimizer = make_optimizer(model, config.optim, config.run.precision)
+    runtime.prepare(model, optimizer, parameter_shapes(config.model, vocab_size, seq_len), config)
     metrics = Metrics(
         config.run.dir, steps=steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
         device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
     )  # fmt: skip
-    return Run(config, runtime, data, layout, steps, model, optimizer, metrics, TrainState())
+    saver = Saver(Path(config.run.dir), runtime.background, config.run.keep_last, config.run.keep_every)
+    return Run(config, runtime, data, layout, steps, model, optimizer, metrics, saver, TrainState())
 
 
 def training_batches(run: Run) -> Batches:
@@ -291,13 +302,17 @@ def resume(run: Run, allowed: list[str]) -> bool:
     if chosen is None:
         if config.run.init_from:
             runtime.together(lambda: start_from(run, config.run.init_from or ""))
+        else:
+            initialise(run)
+        runtime.spread()
+        runtime.start_average()
         return True
     folder = Path(chosen)
     facts = checkpoint.read_state(folder)
     refuse_other_mathematics(run, facts, allowed)
-    weights = checkpoint.read_weights(folder, config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    run.model.load_state_dict(weights)
-    checkpoint.restore_optimizer(folder, list(run.model.named_parameters()), run.optimizer)
+    size = (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
+    runtime.together(lambda: checkpoint.restore(folder, *size, runtime.held(), optimizer=True))
+    runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"])
@@ -353,17 +368,26 @@ def start_from(run: Run, name: str) -> None:
         raise UserError(
             f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {context}"
         )
-    weights = checkpoint.read_weights(folder, described, vocab_size, context)
-    if "positions.weight" in weights:
-        weights["positions.weight"] = weights["positions.weight"][: run.config.data.seq_len]
-    run.model.load_state_dict(weights)
+    size = (run.config.model, vocab_size, run.config.data.seq_len)
+    checkpoint.restore(folder, *size, run.runtime.held(), optimizer=False)
+
+
+@torch.no_grad()
+def initialise(run: Run) -> None:
+    """Initial weights, a function of the seed and the parameter's name: each rank makes what it holds."""
+    config = run.config
+    shapes = hf.shapes(config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
+    for h in run.runtime.held():
+        value = initial(config.model, config.run.seed, h.name, shapes[h.name]).flatten()[h.start : h.stop]
+        h.weight[: len(value)] = value
 
 
 def describe(run: Run) -> None:
     """Say what is about to happen, and write the resolved settings into the run folder. Rank 0 speaks."""
     config, runtime, data = run.config, run.runtime, run.data
     batch, say = config.data.global_batch, runtime.say
-    parameters = sum(p.numel() for p in run.model.parameters())
+    shapes = hf.shapes(config.model, data.tokenizer.vocab_size, config.data.seq_len)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
     say(
         f"{parameters:,} parameters, {data.train_sequences:,} sequences of {config.data.seq_len} tokens to train on;"
         f" {run.plan.tokens_per_step:,} tokens a step, {run.steps:,} steps"

@@ -1,13 +1,20 @@
 """Fixtures: a small text, prepared once, and settings of a run that takes milliseconds a step."""
 
+import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dist_lm.checkpoint import Held, Saver
 from dist_lm.config import DataConfig
 from dist_lm.data import prepare_dataset
+from dist_lm.model import GPT
+from dist_lm.runtime import Channel
+from dist_lm.text import Tokenizer
 
 torch.set_num_threads(1)
 
@@ -40,3 +47,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataConfig(input=str(folder / "text.txt"), separator="\n\n", tokenizer="byte", val_fraction=0.1)
     prepare_dataset(data, folder / "shards", 1)
     return folder / "shards"
+
+
+def held(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[Held]:
+    """What one process alone holds: everything."""
+    found = []
+    for name, p in model.named_parameters():
+        state = optimizer.state[p] if optimizer else {}
+        parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
+        others = {key: value for key, value in state.items() if value.shape != p.shape}
+        found.append(Held(name, 0, p.numel(), p.data.view(-1), parts, others))
+    return found
+
+
+def write_step(
+    run: Path, step: int, model: GPT, texts: Mapping[str, Any], tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Path:  # fmt: skip
+    """A step folder as train writes it, by one process."""
+    saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last=100)
+    files = {name: json.dumps(content) for name, content in texts.items()}
+    saver.begin(step, model.config, tokenizer.vocab_size, model.seq_len, held(model, optimizer), files, tokenizer)
+    saver.finish()
+    return run / f"step-{step:08d}"

@@ -1,10 +1,17 @@
 """Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what they say."""
 
+import collections
+import itertools
 import json
+import math
 import os
+import queue
+import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,33 +22,36 @@ from safetensors.torch import load_file
 
 from dist_lm import checkpoint, hf
 from dist_lm.checkpoint import (
+    Held,
+    Saver,
     newest_valid,
     prune,
     read_model,
-    restore_optimizer,
-    save,
+    restore,
     set_aside_newer,
     step_folders,
     verify,
 )
 from dist_lm.config import ModelConfig, OptimConfig, UserError
 from dist_lm.model import GPT, init_weights
-from dist_lm.optim import make_optimizer
+from dist_lm.optim import create_state, make_optimizer
+from dist_lm.runtime import Channel
 from dist_lm.text import Tokenizer, train_tokenizer
+from tests.conftest import held, write_step
 from tests.procs import ROOT, clean_env
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
 
 
-def alone(value: Any) -> list[Any]:
-    return [json.loads(json.dumps(value))]
-
-
 @pytest.fixture(scope="module")
 def trained() -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
+    return training_of(MODEL)
+
+
+def training_of(config: ModelConfig) -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
     """A model after two updates of each parameter."""
     tokenizer = train_tokenizer("byte", [])
-    model = GPT(MODEL, tokenizer.vocab_size, SEQ_LEN)
+    model = GPT(config, tokenizer.vocab_size, SEQ_LEN)
     init_weights(model, 1)
     optimizer = make_optimizer(model, OptimConfig(), "fp32")
     for _ in range(2):
@@ -51,16 +61,13 @@ def trained() -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
     return model, optimizer, tokenizer
 
 
-def write(run: Path, step: int, trained: Any, val_loss: float | None = None, world: int = 1) -> Path:
-    """Save as `world` ranks would, one after another in one process."""
+def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> Path:
     model, optimizer, tokenizer = trained
-    weights = checkpoint.model_sources(MODEL, tokenizer.vocab_size, SEQ_LEN, dict(model.named_parameters()))
-    moments = checkpoint.optimizer_sources(model.named_parameters(), optimizer)
     texts = {
-        "config.json": json.dumps(hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)),
-        "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+        "config.json": hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot),
+        "state.json": {"step": step, "val_loss": val_loss},
     }
-    return save(run, step, weights, moments, texts, tokenizer, rank=0, world=world, gather=alone)
+    return write_step(run, step, model, texts, tokenizer, optimizer)
 
 
 def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
@@ -74,7 +81,8 @@ def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
     assert found == folder and tokenizer.vocab_size == 257
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     other = make_optimizer(again, OptimConfig(), "fp32")
-    restore_optimizer(folder, list(again.named_parameters()), other)
+    create_state(other)
+    restore(folder, MODEL, 257, SEQ_LEN, held(again, other), optimizer=True)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert all(torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p])
 
@@ -82,7 +90,7 @@ def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
 def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 4000)
+    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 4000, "optimizer": 4000})
     folder = write(tmp_path, 3, trained)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("model-*.safetensors"))
@@ -165,7 +173,7 @@ def count(event, arguments):
         if left < 0:
             os._exit(9)
 armed = False
-trained = t.trained.__wrapped__()
+trained = t.training_of(t.MODEL)
 sys.addaudithook(count)
 armed = True
 t.write(Path(sys.argv[1]), 2, trained)
@@ -233,12 +241,13 @@ def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="the model file lacks"):
         read_model(str(folder))
+    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
     (folder / "optimizer-00001-of-00001.safetensors").unlink()
-    model, _, _ = trained
+    model, optimizer, _ = trained
     with pytest.raises(
         UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"
     ):
-        restore_optimizer(folder, list(model.named_parameters()), make_optimizer(model, OptimConfig(), "fp32"))
+        restore(folder, MODEL, 257, SEQ_LEN, held(model, optimizer), optimizer=True)
 
 
 def test_a_torn_safetensors_file_is_refused(trained: Any, tmp_path: Path) -> None:
@@ -274,3 +283,154 @@ def test_only_safetensors_and_json_are_read(trained: Any, tmp_path: Path) -> Non
     )
     read_model(str(folder))
     assert not marker.exists()
+
+
+# --- many ranks
+
+
+class Messages:
+    """What ranks of one process, each a thread, have sent each other."""
+
+    def __init__(self, world: int):
+        self.world, self.barrier = world, threading.Barrier(world)
+        self.said: list[Any] = [None] * world
+        self.mail: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = collections.defaultdict(queue.Queue)
+
+
+class ThreadChannel:
+    """A Channel between threads: the same words, no processes."""
+
+    def __init__(self, rank: int, messages: Messages):
+        self.rank, self.world_size, self.messages = rank, messages.world, messages
+        self.sent = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        self.messages.said[self.rank] = json.loads(json.dumps(value))
+        self.messages.barrier.wait(timeout=20)
+        said = list(self.messages.said)
+        self.messages.barrier.wait(timeout=20)
+        return said
+
+    def send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
+        self.sent += tensor.numel()
+        self.messages.mail[self.rank, to, tag].put(tensor)
+        return self
+
+    def wait(self) -> None:
+        """What send() returns is over at once."""
+
+    def receive(self, tensor: torch.Tensor, sender: int, tag: int) -> None:
+        tensor.copy_(self.messages.mail[sender, self.rank, tag].get(timeout=20))
+
+
+def cut(everything: list[Held], world: int, cuts: random.Random) -> list[list[Held]]:
+    """Each parameter cut at random places among the ranks, in rank order; some ranks get nothing of it."""
+    by_rank: list[list[Held]] = [[] for _ in range(world)]
+    for h in everything:
+        places = [0, *sorted(cuts.choices(range(h.stop + 1), k=world - 1)), h.stop]
+        for rank, (start, stop) in enumerate(itertools.pairwise(places)):
+            if stop > start:
+                state = {key: value[start:stop] for key, value in h.state.items()}
+                by_rank[rank].append(Held(h.name, start, stop, h.weight[start:stop], state, h.extra))
+    return by_rank
+
+
+def save_together(run: Path, trained: Any, by_rank: list[list[Held]]) -> list[Any]:
+    """Save as many ranks; what each of them raised, or None."""
+    model, _, tokenizer = trained
+    messages = Messages(len(by_rank))
+    texts = {"config.json": json.dumps(hf.config_json(model.config, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)),
+             "state.json": "{}"}  # fmt: skip
+    outcome: list[Any] = [None] * len(by_rank)
+
+    def work(rank: int) -> None:
+        saver = Saver(run, ThreadChannel(rank, messages))
+        try:
+            saver.begin(7, model.config, tokenizer.vocab_size, SEQ_LEN, by_rank[rank], texts, tokenizer)
+            saver.finish()
+        except UserError as error:
+            outcome[rank] = str(error)
+
+    ranks = [threading.Thread(target=work, args=(rank,)) for rank in range(len(by_rank))]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(timeout=30)
+    return outcome
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "ours"])
+@pytest.mark.parametrize("world", [2, 5])
+def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, world: int
+) -> None:
+    """Held whole by each rank, or in slices: the same files, hashes included; and read back in slices again."""
+    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 3000})
+    gpt2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu"}  # biases are constants of the file
+    model_config = MODEL.model_copy(update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family])
+    model, optimizer, tokenizer = some = training_of(model_config)
+    everything = held(model, optimizer)
+    assert save_together(tmp_path / "alone", some, [everything]) == [None]
+    assert save_together(tmp_path / "replicas", some, [everything] * world) == [None] * world
+    sliced = cut(everything, world, random.Random(world))
+    assert save_together(tmp_path / "slices", some, sliced) == [None] * world
+    manifests = [verify(tmp_path / run / "step-00000007") for run in ("alone", "replicas", "slices")]
+    assert manifests[0] == manifests[1] == manifests[2]
+    assert len(manifests[0]["files"]) > 8
+    for h in itertools.chain(*cut(everything, 3, random.Random(1))):
+        state = {key: torch.full_like(value, 7.0) for key, value in h.state.items()}
+        extra = {key: torch.full_like(value, 7.0) for key, value in h.extra.items()}
+        blank = Held(h.name, h.start, h.stop, torch.full_like(h.weight, 7.0), state, extra)
+        restore(tmp_path / "slices/step-00000007", model_config, tokenizer.vocab_size, SEQ_LEN, [blank], optimizer=True)
+        columns = math.prod(dict(model.named_parameters())[h.name].shape[1:])
+        unpadded = (257 if h.name in ("embed.weight", "head.weight") else 10**9) * columns
+        kept = slice(0, max(0, unpadded - h.start))  # what pads the vocabulary is not saved
+        for ours, theirs in [(blank.weight, h.weight), *((state[key], h.state[key]) for key in state)]:
+            assert torch.equal(ours[kept], theirs[kept])
+        assert all(torch.equal(extra[key], h.extra[key]) for key in extra) and extra
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
+    model, optimizer, _ = trained
+    index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in held(model, optimizer)]
+    files, items, _ = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
+    sizes = {name: sum(items[n].bytes for n in numbers) for name, numbers in files.items()}
+    writers = checkpoint._divide(sizes, world)
+    loads = [sum(sizes[name] for name in sizes if writers[name] == rank) for rank in range(world)]
+    assert max(loads) <= sum(loads) / world + max(item.bytes for item in items)
+    assert min(loads) > 0.7 * sum(loads) / world
+
+
+def test_one_rank_without_disk_fails_all_and_blocks_none(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = checkpoint.write_tensors
+
+    def full(path: Path, *args: Any) -> Any:
+        if path.name.startswith("model"):
+            raise OSError(28, "No space left on device", str(path))
+        return write_all(path, *args)
+
+    model, optimizer, _ = trained
+    older = write(tmp_path, 1, trained)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    said = save_together(tmp_path, trained, cut(held(model, optimizer), 3, random.Random(3)))
+    assert len(set(said)) == 1 and "No space left on device (model.safetensors)" in said[0]
+    assert [p.name for p in tmp_path.iterdir()] == [older.name]
+
+
+def test_a_failed_write_is_raised_at_the_next_look(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, tokenizer = trained
+    saver = Saver(tmp_path, Channel(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, held(model, optimizer), {}, tokenizer)
+    deadline = time.monotonic() + 20
+    with pytest.raises(UserError, match="checkpoint of step 1 was not written: rank 0: Read-only file system"):
+        while time.monotonic() < deadline:
+            saver.poll()
+            time.sleep(0.01)
+    saver.poll()  # said once

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lm import checkpoint, generate, hf
+from dist_lm import generate, hf
 from dist_lm.config import ModelConfig, UserError
 from dist_lm.model import GPT, init_weights
 from dist_lm.text import Tokenizer, train_tokenizer
+from tests.conftest import write_step
 from tests.procs import ROOT, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
@@ -26,7 +27,7 @@ FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "openai-gpt": GPT2.model_copy(update={
 CONTEXT = 48
 
 
-def write_step(run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 10, seed: int = 9) -> Path:
+def write_random(run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 10, seed: int = 9) -> Path:
     """A step folder of a random model, as train writes it."""
     gpt, size = GPT(model, tokenizer.vocab_size, CONTEXT), (model, tokenizer.vocab_size, CONTEXT)
     init_weights(gpt, seed)
@@ -36,10 +37,7 @@ def write_step(run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 
         "config.json": hf.config_json(*size, tokenizer.eot), "state.json": {"step": step},
         "generation_config.json": hf.generation_config_json(tokenizer.eot),
     }  # fmt: skip
-    return checkpoint.save(
-        run, step, checkpoint.model_sources(*size, dict(gpt.named_parameters())), [],
-        {name: json.dumps(text) for name, text in texts.items()}, tokenizer, rank=0, world=1, gather=lambda x: [x],
-    )  # fmt: skip
+    return write_step(run, step, gpt, texts, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of each family with a byte tokenizer, and one with a char tokenizer."""
     folder = tmp_path_factory.mktemp("runs")
     for name, model in FAMILIES.items():
-        write_step(folder / name, model, train_tokenizer("byte", []))
-    write_step(folder / "ends", LLAMA, train_tokenizer("byte", []), seed=5)  # "hello" leads to end-of-text
-    write_step(folder / "char", LLAMA, train_tokenizer("char", ["abcdefgh \n"]))
+        write_random(folder / name, model, train_tokenizer("byte", []))
+    write_random(folder / "ends", LLAMA, train_tokenizer("byte", []), seed=5)  # "hello" leads to end-of-text
+    write_random(folder / "char", LLAMA, train_tokenizer("char", ["abcdefgh \n"]))
     return folder
 
 
@@ -244,10 +242,10 @@ def test_cuda_where_there_is_none(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_diverged_checkpoint(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_step(tmp_path / "nan", LLAMA, train_tokenizer("byte", []))
-    export = hf.export_tensor
-    monkeypatch.setattr(hf, "export_tensor", lambda *args: export(*args) * float("nan"))
-    write_step(tmp_path / "nan", LLAMA, train_tokenizer("byte", []), step=20)
+    write_random(tmp_path / "nan", LLAMA, train_tokenizer("byte", []))
+    export = hf.Entry.from_flat
+    monkeypatch.setattr(hf.Entry, "from_flat", lambda *args: export(*args) * float("nan"))
+    write_random(tmp_path / "nan", LLAMA, train_tokenizer("byte", []), step=20)
     assert cli("--prompt", "a", ckpt=tmp_path / "nan") == (
         66, "", "error: the model's logits for new token 1 are not finite; rule: use an earlier checkpoint, or fp32"
         " where another type overflows\n",
@@ -267,8 +265,8 @@ def test_run_step_and_transformers_folders_are_the_same_model(cli: Cli, runs: Pa
 
 
 def test_a_torn_checkpoint_is_passed_over_or_refused(cli: Cli, tmp_path: Path) -> None:
-    good = write_step(tmp_path, LLAMA, train_tokenizer("byte", []), step=10)
-    torn = write_step(tmp_path, LLAMA, train_tokenizer("byte", []), step=20, seed=6)
+    good = write_random(tmp_path, LLAMA, train_tokenizer("byte", []), step=10)
+    torn = write_random(tmp_path, LLAMA, train_tokenizer("byte", []), step=20, seed=6)
     newest = cli("--prompt", "hello", ckpt=tmp_path)
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-1])
     code, out, err = cli("--prompt", "hello", ckpt=tmp_path)
@@ -324,7 +322,8 @@ def test_help_names_every_flag(cli: Cli, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000")
+    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000",
+                    "--temperature", "0")  # fmt: skip  # greedy, it goes on for ever; sampled, it may end by itself
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
@@ -333,7 +332,8 @@ def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_error(runs: Path) -> None:
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000")
+    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000",
+                    "--temperature", "0")  # fmt: skip  # greedy, it goes on for ever; sampled, it may end by itself
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.stdout.close()
     assert child.stderr is not None

@@ -13,7 +13,8 @@ LEVELS = [
     {"config"},
     {"model", "text", "order", "optim", "hf"},
     {"shards", "sources", "sample", "checkpoint", "metrics"},
-    {"data", "runtime"},
+    {"data", "zero"},
+    {"runtime"},
     {"validate"},
     {"prepare", "train", "generate", "score", "show", "report"},
 ]
@@ -54,7 +55,8 @@ def test_imports_never_point_right() -> None:
 def test_accelerate_and_distributed_have_one_home() -> None:
     for module, path in MODULES.items():
         foreign = {n for n in imports(path) if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n}
-        assert module == "runtime" or not foreign, (module, foreign)
+        assert module in ("runtime", "zero") or not foreign, (module, foreign)
+    assert not {n for n in imports(CODE / "zero.py", top_level_only=True) if n.startswith("deepspeed")}  # optional
 
 
 def test_transformers_is_for_tests_only() -> None:

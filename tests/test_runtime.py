@@ -40,7 +40,7 @@ def agreements(folder: str) -> None:
     runtime = started(folder)
     rank, world = runtime.rank, runtime.world_size
     assert runtime.sum(torch.tensor([1.0 + rank])).item() == world * (world + 1) / 2
-    assert runtime.gather_json({"rank": rank, "text": "é" * rank}) == [
+    assert runtime.channel.gather({"rank": rank, "text": "é" * rank}) == [
         {"rank": other, "text": "é" * other} for other in range(world)
     ]
     assert runtime.on_main(lambda: {"who": rank}) == {"who": 0}

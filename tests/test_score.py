@@ -1,7 +1,6 @@
 """score.py: the same number as training's own evaluation, on its text and on any other."""
 
 import contextlib
-import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from dist_lm.score import main
 from dist_lm.shards import TokenShards
 from dist_lm.text import Tokenizer
 from dist_lm.validate import validate
-from tests.conftest import TINY, text_of
+from tests.conftest import TINY, text_of, write_step
 from tests.procs import entry, train
 
 ONE_PROCESS = SimpleNamespace(
@@ -39,9 +38,7 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config.json": hf.config_json(config.model, tokenizer.vocab_size, data.seq_len, tokenizer.eot),
         "state.json": {"step": 3, "config": config.model_dump(mode="json")},
     }
-    weights = checkpoint.model_sources(config.model, tokenizer.vocab_size, 32, dict(model.named_parameters()))
-    texts = {name: json.dumps(content) for name, content in texts.items()}
-    checkpoint.save(folder, 3, weights, [], texts, tokenizer, rank=0, world=1, gather=lambda value: [value])
+    write_step(folder, 3, model, texts, tokenizer)
     return folder
 
 

@@ -1,0 +1,81 @@
+"""What saving and resuming cost: the stall of training, the whole save against the disk's own speed, the first step.
+
+    torchrun --nproc-per-node 2 benchmarks/checkpoint.py zero3      # targets: stall <= 1.5 copies
+
+A model of 100 M parameters, fp32, AdamW. A copy is this rank's bytes of weights and moments copied once into memory that
+was used before; the disk's speed is that of all ranks writing and syncing the same number of bytes at the same time. The
+save measured is the second of the run (the first also allocates the memory that later ones reuse). What is printed is the
+slowest rank's time, the median of five rounds.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from dist_lm import train
+from dist_lm.config import resolve
+from dist_lm.runtime import start
+
+ROUNDS = 5
+SIZE = {"model.layers": 12, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}
+
+
+def main(strategy: str) -> None:
+    folder = Path(tempfile.gettempdir(), "dist_lm-benchmark-checkpoint")
+    settings = {**SIZE, "run.dir": str(folder), "run.trackers": [], "run.steps": 1, "run.eval_every": 0}
+    began = time.monotonic()
+    config = resolve(("benchmark", settings))
+    runtime = start(config, strategy)
+    run = train.build(runtime, config)
+    left = train.resume(run, [])
+    if not left:  # a second start of this script: the step of the first one is there
+        runtime.say(json.dumps({"resumed in s, from the start of the process": round(time.monotonic() - began, 2)}))
+        runtime.close()
+        return
+    train.describe(run)
+    train.train(run)
+
+    def slowest(seconds: float) -> float:
+        return max(runtime.channel.gather(seconds))
+
+    staged = run.saver._memory  # what this rank copied in the save just made
+    source, stalls, copies, saves, disk = torch.empty_like(staged).fill_(1), [], [], [], []
+    for n in range(ROUNDS):
+        runtime.barrier()
+        began = time.monotonic()
+        staged.copy_(source)
+        copies.append(slowest(time.monotonic() - began))
+        run.state.step = 2 + n
+        runtime.barrier()
+        began = time.monotonic()
+        train.save(run, last=False)
+        stalls.append(slowest(time.monotonic() - began))
+        run.saver.finish()
+        saves.append(slowest(time.monotonic() - began))
+        runtime.barrier()
+        began = time.monotonic()
+        with open(folder / f"plain-{runtime.rank}", "wb") as file:
+            file.write(staged.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        disk.append(slowest(time.monotonic() - began))
+        os.unlink(folder / f"plain-{runtime.rank}")
+    total = sum(runtime.channel.gather(staged.numel()))
+    stall, copy, save, plain = map(statistics.median, (stalls, copies, saves, disk))
+    runtime.say(json.dumps({
+        "strategy": runtime.strategy, "world": runtime.world_size, "checkpoint GB": round(total / 1e9, 3),
+        "copy s": round(copy, 3), "stall s": round(stall, 3), "stall / copy": round(stall / copy, 2),
+        "save s": round(save, 2), "plain write s": round(plain, 2), "save / plain write": round(save / plain, 2),
+        "stalls": [round(s, 3) for s in stalls], "copies": [round(s, 3) for s in copies],
+    }))  # fmt: skip
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

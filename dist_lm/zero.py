@@ -1,0 +1,268 @@
+"""DeepSpeed's half of the runtime: which strategy was asked for, the engine, and which part of what a rank holds.
+
+Launch files decide only how a run is spread over machines (stage and offload); batch, clipping and precision come from
+the run's config, and what the engine believes of them is read back. deepspeed is imported inside functions: it is an
+optional package, slow to import, and one process or DDP must do without it.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from dist_lm.checkpoint import Held
+from dist_lm.config import Config, Plan, UserError, did_you_mean
+from dist_lm.optim import Slice
+
+LAUNCH_FILES = Path(__file__).parents[1] / "launch"
+_BUCKET = 50_000_000  # elements reduced or gathered at once
+# What the optimizers need of a parameter: elementwise ones work on any slice, Muon collects its matrices.
+OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a run is spread over processes."""
+
+    stage: int = 0  # of ZeRO; 0 is DDP, or one process alone
+    optimizer_device: str = "none"  # where the optimizer's part is offloaded to: none, cpu or nvme
+    param_device: str = "none"  # ZeRO-3 only
+    nvme_path: str = "none"
+
+    def name(self, world_size: int) -> str:
+        """The launch file's name, as state.json carries it."""
+        if not self.stage:
+            return "single" if world_size == 1 else "ddp"
+        devices = (self.optimizer_device, self.param_device)
+        return f"zero{self.stage}" + ("-nvme" if "nvme" in devices else "-offload" if "cpu" in devices else "")
+
+
+def choose_strategy(launch: str | None) -> Strategy:
+    """What `accelerate launch` put into the environment, or else what --launch names; a contradiction is refused."""
+    given = _from_environment()
+    if launch is None:
+        return given
+    wanted = _from_file(launch)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and wanted != given:
+        raise UserError(
+            f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one of the two; leave"
+            " out --launch, or give that file to --config_file"
+        )
+    return wanted
+
+
+def _from_environment() -> Strategy:
+    variables = os.environ
+    if variables.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return Strategy()
+    if variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise UserError(
+            "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the launch file, as in"
+            " launch/zero3-offload.yaml"
+        )
+    paths = [variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{of}_NVME_PATH", "none") for of in ("OPTIMIZER", "PARAM")]
+    return Strategy(
+        int(variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
+        variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
+        next((path for path in paths if path != "none"), "none"),
+    )
+
+
+def _from_file(launch: str) -> Strategy:
+    """The strategy of a file of launch/, by name or path, where accelerate did not start the ranks."""
+    path = LAUNCH_FILES / f"{launch}.yaml" if "/" not in launch and not launch.endswith(".yaml") else Path(launch)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        names = [file.stem for file in sorted(LAUNCH_FILES.glob("*.yaml"))]
+        raise UserError(
+            f"--launch {launch}: no readable launch file; rule: one of {', '.join(names)}, or a path"
+            + did_you_mean(launch, names)
+        ) from error
+    kind = str(content.get("distributed_type"))
+    if kind != "DEEPSPEED":
+        return Strategy()
+    inside = content.get("deepspeed_config", {})
+    paths = [str(inside.get(f"offload_{of}_nvme_path", "none")) for of in ("optimizer", "param")]
+    return Strategy(
+        int(inside.get("zero_stage", 2)), str(inside.get("offload_optimizer_device", "none")),
+        str(inside.get("offload_param_device", "none")), next((path for path in paths if path != "none"), "none"),
+    )  # fmt: skip
+
+
+def refuse_combinations(strategy: Strategy, config: Config) -> None:
+    """What does not work under ZeRO is refused by name, before anything is built."""
+    name, optimizer = strategy.name(2), config.optim.name
+    if strategy.stage not in (1, 2, 3):
+        raise UserError(f"zero_stage={strategy.stage} of the launch file must be 1, 2 or 3; nearest: 2")
+    if config.run.precision == "fp16":
+        raise UserError(
+            f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients before it unscales them;"
+            " rule: fp16 with one process or DDP; nearest: bf16"
+        )
+    if optimizer not in OPTIMIZERS:
+        raise UserError(
+            f"optim.name={optimizer} is not available under {name}: it keeps statistics of whole matrices, which ZeRO"
+            f" cuts to pieces; rule: one of {', '.join(OPTIMIZERS)}; nearest: adamw"
+        )
+    if optimizer != "adamw" and (strategy.optimizer_device, strategy.param_device) != ("none", "none"):
+        raise UserError(
+            f"optim.name={optimizer} is not available under {name}: only AdamW was tried with offload; nearest: adamw"
+        )
+
+
+def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's settings: stage and offload from the launch file, everything else from the run's config."""
+    zero: dict[str, Any] = {
+        "stage": strategy.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET,
+        "stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": 10 * config.model.width,
+    }  # fmt: skip
+    for of, device in (("optimizer", strategy.optimizer_device), ("param", strategy.param_device)):
+        if device != "none":
+            zero[f"offload_{of}"] = {"device": device, "nvme_path": strategy.nvme_path}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": plan.micro_batch, "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "gradient_clipping": config.optim.clip, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW, on whatever device: no extension to compile
+    }  # fmt: skip
+    if config.run.precision == "bf16":  # as DDP does it: fp32 weights and gradients, no module in bf16 for good
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return settings
+
+
+def plugin(settings: dict[str, Any]) -> Any:
+    """Accelerate's handle on the settings."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found none
+    # torch 2.13 renames what DeepSpeed calls in each step.
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            'DeepSpeed is not installed; rule: pip install -e ".[deepspeed]", or launch/ddp.yaml'
+        ) from error
+    from accelerate.utils import DeepSpeedPlugin
+
+    # Its shared-memory reduction for CPUs is compiled at the first use, sums in another order, and is not needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+
+
+def construction(settings: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
+    """Surrounds the building of a model: under ZeRO-3 each parameter is cut to slices as soon as it exists."""
+    if settings is None or settings["zero_optimization"]["stage"] != 3:
+        return nullcontext()
+    import deepspeed
+
+    # No dtype: given one, DeepSpeed 0.19 takes fp16 or bf16 whatever it is; without, what the settings say, fp32.
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=dict(settings))
+    return context
+
+
+class Engine:
+    """A DeepSpeed engine, in the words of the runtime."""
+
+    def __init__(self, wrapped: Any, settings: Mapping[str, Any]):
+        self.wrapped, self.stage = wrapped, settings["zero_optimization"]["stage"]
+        self.zero = wrapped.optimizer  # DeepSpeed's ZeRO optimizer, around ours
+        believed = {
+            "stage": wrapped.zero_optimization_stage(),
+            "train_micro_batch_size_per_gpu": wrapped.train_micro_batch_size_per_gpu(),
+            "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
+            "gradient_clipping": wrapped.gradient_clipping(),
+            "optimizer": type(self.zero).__name__,
+        }
+        kind = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
+        asked = {**settings, "stage": self.stage, "optimizer": kind}
+        different = [f"{key}: {value!r}, not {asked[key]!r}" for key, value in believed.items() if value != asked[key]]
+        assert not different, f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        self.wrapped.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> Tensor:
+        """Clip, update, forget the gradients; the norm before clipping, infinite if the update was left out."""
+        self.wrapped.step()
+        norm = self.wrapped.get_global_grad_norm()
+        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm), device=self.wrapped.device)
+
+    def flats(self) -> list[Tensor]:
+        """The fp32 pieces of this rank that the optimizer works on, one a group."""
+        found: list[Tensor]
+        found = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        return found
+
+    def whole_groups(self) -> AbstractContextManager[None]:
+        """While ZeRO-3 empties the optimizer's groups between updates, show what they are made of."""
+        return _FilledGroups(self.zero) if self.stage == 3 else nullcontext()
+
+    def slices(
+        self, shapes: Mapping[str, tuple[int, ...]], names: Mapping[nn.Parameter, str], lengths: Mapping[str, list[int]]
+    ) -> dict[Tensor, list[Slice]]:
+        """What each flat piece holds of which parameter, for an optimizer that needs whole ones."""
+        groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
+        places = {name: at for name, _, at, _ in self._places((name, p) for p, name in names.items())}
+        return {
+            flat: [Slice(shapes[names[p]], places.get(names[p], 0), tuple(lengths[names[p]])) for p in group]
+            for flat, group in zip(self.flats(), groups, strict=True)
+        }
+
+    def spread(self) -> None:
+        """Make the model's weights those of the pieces that the ranks hold. All ranks."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()  # small ones are whole between steps, and would stay as they were
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def held(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Held]:
+        """What this rank holds of each parameter: a slice of it under ZeRO-3, of some of them under 1 and 2."""
+        for name, (group, start), at, size in self._places(named_parameters):
+            flat = self.flats()[group]
+            state = self.zero.optimizer.state.get(flat, {})
+            parts = {key: value[at : at + size] for key, value in state.items() if value.shape == flat.shape}
+            others = {key: value for key, value in state.items() if value.shape != flat.shape}
+            yield Held(name, start, start + size, flat.data[at : at + size], parts, others)
+
+    def _places(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    ) -> Iterator[tuple[str, tuple[int, int], int, int]]:
+        """What we hold of each parameter: name, (group, first element), place in the group's flat piece, elements."""
+        rank = torch.distributed.get_rank()
+        for name, parameter in named_parameters:
+            if self.stage == 3:
+                group, at, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
+                start = rank * share
+                size = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+                group, start = mapping.param_group_index, mapping.lp_fragment_address.start
+                at, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            else:
+                continue
+            if size > 0:
+                yield name, (group, start), at, size
+
+
+class _FilledGroups:
+    def __init__(self, zero: Any):
+        self.zero = zero
+
+    def __enter__(self) -> None:
+        self.zero._set_fp32_optimizer_param_groups()
+
+    def __exit__(self, *_: object) -> None:
+        self.zero._clear_fp32_optimizer_param_groups()

@@ -1,0 +1,289 @@
+"""ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from and to anything."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_lm.checkpoint import read_model, step_folders
+from dist_lm.config import UserError, resolve
+from dist_lm.zero import Strategy, choose_strategy, refuse_combinations
+from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
+from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
+
+MUON = ("--optim.name", "muon", "--optim.lr", "2e-3")
+
+
+def spread(run: Path, strategy: str, world: int, *arguments: str) -> str:
+    """Train under a strategy; `single` and `ddp` need no --launch."""
+    launch = ("--launch", strategy) if strategy.startswith("zero") else ()
+    return train(run, *arguments, *launch, world=world)
+
+
+# --- one curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "world"), [("zero1", 2), ("zero2", 2), ("zero3", 3), ("zero2-offload", 2), ("zero3-offload", 2)]
+)
+def test_the_curve_does_not_know_the_strategy(
+    prepared: Path, tmp_path: Path, one_process: Path, strategy: str, world: int
+) -> None:
+    """With dropout and accumulation, evaluations and samples in between; DeepSpeed says which engine it is."""
+    spread(tmp_path / "run", strategy, world, *tiny(prepared, *CURVE), "--data.micro_batch", "2")
+    assert_same_curve(tmp_path / "run", one_process, 1e-5)
+    assert [e["val_loss"] for e in evaluations(tmp_path / "run")] == pytest.approx(
+        [e["val_loss"] for e in evaluations(one_process)], rel=1e-5
+    )
+    assert (tmp_path / "run/samples.md").read_text() == (one_process / "samples.md").read_text()
+    folder, reference = step_folders(tmp_path / "run")[-1], step_folders(one_process)[-1]
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["strategy"], state["world_size"]) == (strategy, world)
+    names = {path.name: path.stat().st_size for path in reference.glob("*.safetensors")}
+    assert {path.name: path.stat().st_size for path in folder.glob("*.safetensors")} == names
+    for name in names:  # the same layout whatever wrote it
+        assert header(folder / name) == header(reference / name)
+    assert all(path.suffix in (".json", ".safetensors") for path in folder.iterdir())
+
+
+CURVE = ("--run.steps", "50", "--model.dropout", "0.1", "--run.eval_every", "25", "--run.eval_batches", "2")
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one") / "run"
+    train(run, *tiny(prepared, *CURVE))
+    return run
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "val_loss" in line]
+
+
+def header(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[: 8 + int.from_bytes(data[:8], "little")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_muon_and_others_give_the_update_of_one_process(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    for optimizer in (MUON, ("--optim.name", "lion"), ("--optim.name", "sgd", "--optim.lr", "0.5")):
+        common = tiny(prepared, *optimizer)
+        train(tmp_path / optimizer[1] / "one", *common)
+        spread(tmp_path / optimizer[1] / "spread", strategy, 3, *common)
+        assert_same_curve(tmp_path / optimizer[1] / "spread", tmp_path / optimizer[1] / "one", 1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_means_the_same(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--run.precision", "bf16")
+    train(tmp_path / "one", *common)
+    for strategy in ("zero2", "zero3"):
+        spread(tmp_path / strategy, strategy, 2, *common)
+        ours, alone = losses(tmp_path / strategy), losses(tmp_path / "one")
+        assert [s["loss"] for s in ours] == pytest.approx([s["loss"] for s in alone], rel=1e-3)
+        assert {t.dtype for t in tensors(step_folders(tmp_path / strategy)[-1]).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--model.dropout", "0.1", "--data.document_mask", "true", "--model.layers", "1")
+    train(tmp_path / "one", *common)
+    more = ("--run.activation_checkpointing", "true", "--data.micro_batch", "2")
+    for strategy in ("zero1", "zero2", "zero3"):
+        spread(tmp_path / strategy, strategy, 2, *common, *more)
+        assert_same_curve(tmp_path / strategy, tmp_path / "one", 1e-5)
+    spread(tmp_path / "compiled", "zero3", 2, *common, "--run.compile", "true")
+    assert_same_curve(tmp_path / "compiled", tmp_path / "one", 1e-5)
+
+
+# --- one checkpoint
+
+
+@pytest.mark.slow
+def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> None:
+    """One save under each of DDP and ZeRO-1, 2, 3, continued under all four."""
+    common = tiny(prepared, "--run.steps", "8")
+    train(tmp_path / "one", *common)
+    worlds = {"ddp": 2, "zero1": 3, "zero2": 2, "zero3": 3}
+    for strategy, world in worlds.items():
+        spread(tmp_path / strategy, strategy, world, *common, "--run.stop_after", "4")
+    for before, after in itertools.product(worlds, worlds):
+        run = tmp_path / f"{before}-{after}"
+        run.mkdir()
+        for path in (tmp_path / before).iterdir():
+            (run / path.name).symlink_to(path) if path.is_dir() else (run / path.name).write_bytes(path.read_bytes())
+        output = spread(run, after, worlds[after], *common)
+        assert f"resuming step-00000004, written by {before} x {worlds[before]}" in output
+        assert_same_curve(run, tmp_path / "one", 1e-5, first_step=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [(), MUON], ids=["adamw", "muon"])
+def test_a_chain_of_strategies_is_one_run(prepared: Path, tmp_path: Path, optimizer: tuple[str, ...]) -> None:
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1", *optimizer)
+    train(tmp_path / "one", *common)
+    chain = [("single", 1), ("zero3", 4), ("zero1", 2), ("ddp", 2), ("zero2", 4)]
+    for part, (strategy, world) in enumerate(chain, 1):
+        spread(tmp_path / "chain", strategy, world, *common, "--run.stop_after", str(10 * part))
+    assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2-offload", "zero3-offload"])
+def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    common = tiny(prepared, "--run.steps", "9")
+    train(tmp_path / "one", *common)
+    spread(tmp_path / "chain", "ddp", 2, *common, "--run.stop_after", "3")
+    spread(tmp_path / "chain", strategy, 2, *common, "--run.stop_after", "6")
+    spread(tmp_path / "chain", "zero1", 2, *common)
+    assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "world"), [("zero1", 4), ("zero2", 2), ("zero3", 4)])
+def test_resumed_in_place_it_is_bit_identical(prepared: Path, tmp_path: Path, strategy: str, world: int) -> None:
+    common = tiny(prepared, "--model.dropout", "0.1", "--run.ema", "0.9")
+    spread(tmp_path / "whole", strategy, world, *common)
+    spread(tmp_path / "parts", strategy, world, *common, "--run.stop_after", "5")
+    spread(tmp_path / "parts", strategy, world, *common)
+    assert_same_bits(step_folders(tmp_path / "parts")[-1], step_folders(tmp_path / "whole")[-1])
+
+
+@pytest.mark.slow
+def test_the_average_of_the_weights(prepared: Path, tmp_path: Path) -> None:
+    """The same under every strategy; evaluated beside the weights, read by generate and score when asked."""
+    common = tiny(
+        prepared, "--run.ema", "0.9", "--run.eval_every", "12", "--run.save_every", "1", "--run.keep_last", "12"
+    )
+    train(tmp_path / "one", *common)
+    spread(tmp_path / "zero3", "zero3", 2, *common)
+    spread(tmp_path / "zero1", "zero1", 2, *common)
+    average, vocab = None, 257
+    start = read_model(str(step_folders(tmp_path / "one")[0]))[0].state_dict()
+    for folder in step_folders(tmp_path / "one"):
+        now = read_model(str(folder))[0].state_dict()
+        kept = read_model(str(folder), average=True)[0].state_dict()
+        if average is not None:
+            average = {name: 0.9 * average[name] + 0.1 * now[name] for name in now}
+            assert all(torch.allclose(average[name], kept[name], atol=1e-6) for name in now)
+        average = kept
+    assert start.keys() == average.keys() and vocab
+    assert not torch.equal(average["embed.weight"], now["embed.weight"])
+    for strategy in ("zero1", "zero3"):
+        other = read_model(str(tmp_path / strategy), average=True)[0].state_dict()
+        assert all(torch.allclose(average[name], other[name], atol=1e-5) for name in average)
+        figures = evaluations(tmp_path / strategy)
+        assert [e["val_set"] for e in figures] == ["val", "val of ema"]
+        assert [e["val_loss"] for e in figures] == pytest.approx(
+            [e["val_loss"] for e in evaluations(tmp_path / "one")], rel=1e-5
+        )
+    scored = entry("score", "--ckpt", str(tmp_path / "zero3"), "--ema")
+    assert float(scored.split("val_loss ")[1].split()[0]) == pytest.approx(figures[1]["val_loss"], rel=1e-5)
+    entry("generate", "--ckpt", str(tmp_path / "zero3"), "--ema", "--prompt", "a", "--max_new_tokens", "3")
+    train(tmp_path / "none", *tiny(prepared, "--run.steps", "1"))
+    said = entry("generate", "--ckpt", str(tmp_path / "none"), "--ema", "--prompt", "a", code=66)
+    assert "holds no average of its weights; rule: trained with run.ema > 0" in said
+
+
+@pytest.mark.slow
+def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Path) -> None:
+    """GPT-2's layout, whose matrices are transposed; and one process generates from it."""
+    from transformers import AutoModelForCausalLM
+
+    gpt2 = (
+        "--model.positions",
+        "learned",
+        "--model.norm",
+        "layernorm",
+        "--model.activation",
+        "gelu",
+        "--model.bias",
+        "true",
+    )
+    common = tiny(prepared, *gpt2, "--run.steps", "3")
+    train(tmp_path / "one", *common)
+    spread(tmp_path / "zero3", "zero3", 3, *common)
+    ours, _, folder = read_model(str(tmp_path / "zero3"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
+    a, b = (load_file(step_folders(tmp_path / run)[-1] / "model.safetensors") for run in ("one", "zero3"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    assert entry("generate", "--ckpt", str(tmp_path / "zero3"), "--prompt", "the ", "--max_new_tokens", "5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_divergence_stops_all_ranks(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    output = train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30"), "--launch", strategy, world=2, code=76)
+    assert "error: diverged at step" in output and not step_folders(tmp_path / "run")
+
+
+# --- choosing a strategy
+
+
+@pytest.mark.slow
+def test_accelerate_launch_reads_the_same_files(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--run.steps", "3")
+
+    def launch(*more: str) -> tuple[int, str]:
+        launcher = (
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            "launch/zero2-offload.yaml",
+            "--num_processes",
+            "2",
+        )
+        port = ("--main_process_port", str(free_port()))
+        return finish(
+            start_ranks(1, *launcher, *port, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *common, *more)
+        )
+
+    code, output = launch("--launch", "zero3")
+    assert code == 1 and "--launch zero3 is not what accelerate launch started (zero2-offload); rule: one" in output
+    code, output = launch()
+    assert code == 0 and "zero2-offload on 2 process(es)" in output, output
+
+
+def test_launch_files_name_their_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in clean_env().keys() ^ __import__("os").environ.keys():
+        monkeypatch.delenv(name, raising=False)
+    found = {path.stem: choose_strategy(path.stem) for path in sorted((ROOT / "launch").glob("*.yaml"))}
+    assert {name: strategy.name(1 if name == "single" else 2) for name, strategy in found.items()} == {
+        name: name for name in found
+    }
+    assert choose_strategy(str(ROOT / "launch/zero3.yaml")) == found["zero3"] == Strategy(stage=3)
+    assert found["zero3-nvme"].nvme_path == "/tmp"
+    with pytest.raises(UserError, match=r"--launch zero4: no readable launch file; rule: one of ddp, .*did you mean"):
+        choose_strategy("zero4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "message"),
+    [
+        ({"run.precision": "fp16"}, Strategy(2), "run.precision=fp16 is not available under zero2: .*nearest: bf16"),
+        (
+            {"optim.name": "adafactor"},
+            Strategy(1),
+            "optim.name=adafactor is not available under zero1: .*nearest: adamw",
+        ),
+        (
+            {"optim.name": "muon"},
+            Strategy(2, "cpu"),
+            "optim.name=muon is not available under zero2-offload: only AdamW",
+        ),
+        ({}, Strategy(4), "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2"),
+    ],
+)
+def test_what_does_not_work_is_refused_by_name(settings: dict[str, str], strategy: Strategy, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        refuse_combinations(strategy, resolve(("test", settings)))

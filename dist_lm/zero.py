@@ -153,7 +153,9 @@ def plugin(settings: dict[str, Any]) -> Any:
         ) from error
     from accelerate.utils import DeepSpeedPlugin
 
-    # Its shared-memory reduction for CPUs is compiled at the first use, sums in another order, and is not needed.
+    # Accelerate refuses settings from here beside those of its own file, which name the strategy; both are ours.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    # DeepSpeed's shared-memory reduction for CPUs is compiled at the first use, sums in another order, and is not needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 

@@ -4,6 +4,7 @@ pytest -m campaign -s tests/test_campaign.py
 """
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from tests.procs import finish, start_ranks, train
 from tests.test_train import losses, tensors, tiny, wait_for_step
+from tests.test_zero import spread
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
@@ -73,4 +75,54 @@ def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> N
     print(
         f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |", flush=True
     )
+    assert different == []
+
+
+STRATEGIES = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3", 4),
+              ("zero2-offload", 2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_strategies_table(prepared: Path, tmp_path: Path, dropout: str, optimizer: str) -> None:
+    print(f"\n50 steps, fp32, {optimizer} at a peak of 1e-3, dropout {dropout}, against one process:")
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout, "--optim.name", optimizer)
+    train(tmp_path / "one", *common)
+    for strategy, world in STRATEGIES:
+        if optimizer == "adamw" or "offload" not in strategy:
+            spread(tmp_path / f"{strategy}-{world}", strategy, world, *common)
+            report(f"{strategy} x {world}", worst(tmp_path / f"{strategy}-{world}", tmp_path / "one"))
+
+
+def test_strategies_in_bf16(prepared: Path, tmp_path: Path) -> None:
+    print("\n50 steps, bf16, AdamW at a peak of 1e-3, dropout 0.1, against one process in bf16 (loss alone is held):")
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1", "--run.precision", "bf16")
+    train(tmp_path / "one", *common)
+    for strategy, world in STRATEGIES:
+        spread(tmp_path / f"{strategy}-{world}", strategy, world, *common)
+        loss, norm = worst(tmp_path / f"{strategy}-{world}", tmp_path / "one")
+        print(f"| {strategy} x {world} | {loss:.1e} | {norm:.1e} |", flush=True)
+        assert loss < 1e-3
+
+
+def test_chain_with_adamw(prepared: Path, tmp_path: Path) -> None:
+    common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1")
+    train(tmp_path / "one", *common)
+    for part, (strategy, world) in enumerate([("single", 1), ("zero3", 4), ("zero1", 2), ("ddp", 2), ("zero2", 4)], 1):
+        spread(tmp_path / "chain", strategy, world, *common, "--run.stop_after", str(10 * part))
+    report("single, zero3 x 4, zero1 x 2, ddp x 2, zero2 x 4", worst(tmp_path / "chain", tmp_path / "one"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_in_place(prepared: Path, tmp_path: Path, strategy: str, world: int, optimizer: str) -> None:
+    common = tiny(prepared, "--model.dropout", "0.1", "--optim.name", optimizer, "--run.save_every", "5",
+                  "--run.keep_last", "3")  # fmt: skip
+    spread(tmp_path / "whole", strategy, world, *common)
+    shutil.copytree(tmp_path / "whole/step-00000005", tmp_path / "again/step-00000005")
+    spread(tmp_path / "again", strategy, world, *common)
+    a, b = (tensors(tmp_path / run / "step-00000012") for run in ("again", "whole"))
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    print(f"| {strategy} x {world}, {optimizer} | {len(a)} tensors | {len(different)} differ |", flush=True)
     assert different == []

@@ -117,17 +117,20 @@ class Saver:
         self._error: BaseException | None = None
 
     def begin(
-        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, held: Sequence[Held],
+        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, held: Callable[[], Iterable[Held]],
         texts: Mapping[str, str], tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
-        own = [[h.name, h.start, h.stop, sorted(h.state), {k: list(v.shape) for k, v in h.extra.items()}] for h in held]
+        own = [
+            [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
+            for h in held()
+        ]
         files, items, holders = _plan(model, vocab_size, seq_len, self.channel.gather(own))
         writers = _divide({name: sum(items[n].bytes for n in file) for name, file in files.items()},
                           self.channel.world_size)  # fmt: skip
         sources = {n: _cover(items[n], holders, writers[name]) for name, file in files.items() for n in file}
-        staged = self._stage(items, sources, held)
+        staged = self._stage(items, sources, held())
         texts = {**texts, **_index({name: [items[n] for n in file] for name, file in files.items()})}
         work = _Work(self.run_dir, step, files, items, writers, sources, staged, texts, tokenizer, self.channel)
 
@@ -135,12 +138,19 @@ class Saver:
             try:
                 work.write()
                 if self.channel.rank == 0:
-                    prune(self.run_dir, *self._keep)
+                    self._prune()
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)  # ends with a crash elsewhere
         self._thread.start()
+
+    def _prune(self) -> None:
+        """What cannot be deleted stays; the checkpoint just written is not worse for it."""
+        try:
+            prune(self.run_dir, *self._keep)
+        except (OSError, UserError) as error:
+            print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
 
     def poll(self) -> None:
         """Raise what went wrong with a checkpoint that has ended."""
@@ -155,26 +165,28 @@ class Saver:
         if error:
             raise error
 
-    def _stage(self, items: list[Item], sources: Mapping[int, list[Piece]], held: Sequence[Held]) -> list[Staged]:
-        ours = {h.name: h for h in held}
-        pieces = [
-            (n, piece) for n, cover in sorted(sources.items()) for piece in cover if piece.rank == self.channel.rank
-        ]
-        size = 4 * sum(piece.stop - piece.start for _, piece in pieces)
+    def _stage(self, items: list[Item], sources: Mapping[int, list[Piece]], held: Iterable[Held]) -> list[Staged]:
+        ours: dict[str, list[tuple[int, Piece]]] = {}  # by parameter
+        for n, cover in sources.items():
+            for piece in cover:
+                if piece.rank == self.channel.rank:
+                    ours.setdefault(items[n].entry.param, []).append((n, piece))
+        size = 4 * sum(piece.stop - piece.start for pieces in ours.values() for _, piece in pieces)
         if size > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         staged, at, values = [], 0, self._memory[:size].view(torch.float32)
-        for n, piece in pieces:
-            h, item, length = ours[items[n].entry.param], items[n], piece.stop - piece.start
-            if item.extra:
-                tensor = h.extra[item.key].reshape(-1)
-            else:
-                whole = h.state[item.key] if item.key else h.weight
-                tensor = whole[piece.start - h.start : piece.stop - h.start]
-            assert tensor.dtype == torch.float32, f"{item.entry.name} is {tensor.dtype}; checkpoints hold fp32"
-            staged.append(Staged(n, piece, values[at : at + length].copy_(tensor.detach(), non_blocking=True)))
-            at += length
+        for h in held:
+            for n, piece in ours.get(h.name, ()):
+                item, length = items[n], piece.stop - piece.start
+                if item.extra:
+                    tensor = h.extra[item.key].reshape(-1)
+                else:
+                    whole = h.state[item.key] if item.key else h.weight
+                    tensor = whole[piece.start - h.start : piece.stop - h.start]
+                assert tensor.dtype == torch.float32, f"{item.entry.name} is {tensor.dtype}; checkpoints hold fp32"
+                staged.append(Staged(n, piece, values[at : at + length].copy_(tensor.detach(), non_blocking=True)))
+                at += length
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
@@ -574,31 +586,34 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
 
 @torch.no_grad()
 def restore(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Sequence[Held], optimizer: bool
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Iterable[Held], optimizer: bool
 ) -> None:
     """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
 
     What a longer context of the folder has beyond `seq_len` is left out.
     """
-    context, by_name = read_description(folder)[2], {h.name: h for h in held}
-    with _open_tensors(sorted(folder.glob("model*.safetensors"))) as get:
-        for entry in hf.layout(model, vocab_size, context):
-            if not entry.param:
-                hf.import_part(entry, get, None, 0, model)
-            elif h := by_name.get(entry.param):
-                hf.import_part(entry, get, h.weight, h.start, model)
-    if not optimizer:
-        return
+    context = read_description(folder)[2]
+    entries: dict[str, list[hf.Entry]] = {}
+    for entry in hf.layout(model, vocab_size, context):
+        entries.setdefault(entry.param, []).append(entry)
     shapes = hf.shapes(model, vocab_size, seq_len)
-    with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
+    with (
+        _open_tensors(sorted(folder.glob("model*.safetensors"))) as get,
+        _open_tensors(sorted(folder.glob("optimizer-*.safetensors")) if optimizer else []) as get_of_optimizer,
+    ):
+        for constant in entries.get("", ()):
+            hf.import_part(constant, get, None, 0, model)
         for h in held:
-            for key, values in {**h.state, **h.extra}.items():
+            for entry in entries[h.name]:
+                hf.import_part(entry, get, h.weight, h.start, model)
+            for key, values in {**h.state, **h.extra}.items() if optimizer else ():
                 name, shape = f"{h.name}.{key}", shapes[h.name]
                 try:
                     if key in h.state:
-                        hf.import_part(hf.Entry(name, shape, h.name, (0, shape[0])), get, values, h.start, model)
+                        entry = hf.Entry(name, shape, h.name, (0, shape[0]))
+                        hf.import_part(entry, get_of_optimizer, values, h.start, model)
                     else:
-                        values.copy_(get(name)[...])
+                        values.copy_(get_of_optimizer(name)[...])
                 except (KeyError, UserError):
                     raise UserError(
                         f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",

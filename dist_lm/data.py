@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import Config, DataConfig, Plan, UserError
+from dist_lm.model import NO_TARGET
 from dist_lm.order import Ints, rank_places, row_keys, sequence_ids
 from dist_lm.shards import (
     FORMAT,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-NO_TARGET = -100
 BAD_DATA = 65
 _ORDER_STEPS = 64  # steps whose order is computed at once: one numpy call costs as much as thousands of positions
 _AHEAD = 4  # batches read ahead per worker

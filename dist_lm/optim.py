@@ -99,8 +99,8 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
     One update at rate 0 with zero gradients, whatever the optimizer; gradients and rates are put back.
     """
-    assert not optimizer.state, "create_state() would erase the state this optimizer has"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not any(optimizer.state.get(p) for p in parameters), "create_state() would erase this optimizer's state"
     grads, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
     for p in parameters:
         p.grad = torch.zeros_like(p)

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -113,13 +113,12 @@ class Runtime:
             else:
                 self.model, _ = self.accelerator.prepare(model, optimizer)
                 self.engine = zero.Engine(self.model, self.settings)
-        with self.engine.whole_groups() if self.engine else contextlib.nullcontext():
-            if self.engine and isinstance(optimizer, Muon):
-                self._slice(optimizer, shapes)
+        if self.engine and isinstance(optimizer, Muon):
+            self._slice(optimizer, shapes)
+        for _ in self._opened():
             create_state(optimizer)
-            for group in optimizer.param_groups if self.ema_decay else ():
-                for tensor in group["params"]:
-                    optimizer.state[tensor]["ema"] = torch.zeros_like(tensor)
+            for tensor in self._tensors() if self.ema_decay else ():
+                optimizer.state[tensor]["ema"] = torch.zeros_like(tensor)
         return self.model  # type: ignore[no-any-return]
 
     def _slice(self, optimizer: Muon, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -139,17 +138,23 @@ class Runtime:
         dist.all_to_all_single(received, torch.cat(parts), lengths, [len(part) for part in parts])
         return list(torch.split(received, lengths))
 
-    def held(self) -> list[Held]:
-        """What this rank's optimizer works on: the weights themselves and what the optimizer remembers."""
+    def _opened(self) -> Iterable[Any]:
+        """Turns in which the optimizer's groups can be worked on: one, or one for each piece of ZeRO-3. All ranks."""
+        return self.engine.opened() if self.engine else [None]
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
+    def held(self) -> Iterator[Held]:
+        """What this rank's optimizer works on, to be used one by one: weights and what the optimizer remembers."""
         if self.engine:
-            return list(self.engine.held(self.bare.named_parameters()))
-        found = []
+            yield from self.engine.held(self.bare.named_parameters())
+            return
         for name, p in self.bare.named_parameters():
             state = self.optimizer.state[p]
             parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
             others = {key: value for key, value in state.items() if value.shape != p.shape}
-            found.append(Held(name, 0, p.numel(), p.data.view(-1), parts, others))
-        return found
+            yield Held(name, 0, p.numel(), p.data.view(-1), parts, others)
 
     def spread(self) -> None:
         """After a change of what is held: the model computes with it on every rank. All ranks."""
@@ -214,9 +219,8 @@ class Runtime:
     def update(self, clip: float) -> Tensor:
         """Clip by the global gradient norm, move the weights, forget the gradients; the norm before clipping."""
         norm = self.engine.step() if self.engine else self._step(clip)
-        if self.ema_decay:
-            with self.engine.whole_groups() if self.engine else contextlib.nullcontext():
-                tensors = [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+        for _ in self._opened() if self.ema_decay else ():
+            tensors = self._tensors()
             averages = [self.optimizer.state[tensor]["ema"] for tensor in tensors]
             torch._foreach_lerp_(averages, [tensor.data for tensor in tensors], 1 - self.ema_decay)
         return norm
@@ -439,7 +443,7 @@ def start(config: Config, launch: str | None = None, timeout: timedelta = timede
     accelerator = Accelerator(
         cpu=no_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
         mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=settings["gradient_accumulation_steps"] if settings else 1,
         deepspeed_plugin=plugin,
         kwargs_handlers=[ddp, process_group],
         log_with=list(config.run.trackers) or None,

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from dist_lm import __version__, checkpoint, hf
 from dist_lm.checkpoint import Saver
-from dist_lm.data import NO_TARGET, Batches, Dataset, open_dataset
+from dist_lm.data import Batches, Dataset, open_dataset
 from dist_lm.metrics import Metrics, draw_curves
-from dist_lm.model import GPT, flops_per_token, initial, parameter_shapes
+from dist_lm.model import GPT, NO_TARGET, flops_per_token, initial, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.runtime import RunLock, Runtime, start
 from dist_lm.sample import Sampling, sample
@@ -90,7 +90,11 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
             run = build(runtime, config)
             if resume(run, flags.get("allow_change", [])):
                 describe(run)
-                train(run)
+                try:
+                    train(run)
+                except UserError:
+                    report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
+                    raise
                 finish(run)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
@@ -232,7 +236,7 @@ def save(run: Run, last: bool) -> None:
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
     with run.metrics.pause():
         report_saving(run, run.saver.finish)
-        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.held(), texts, run.data.tokenizer)
+        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.held, texts, run.data.tokenizer)
         if last:
             run.saver.finish()
 

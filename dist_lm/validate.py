@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from dist_lm.config import Config, Plan
-from dist_lm.data import NO_TARGET, Batches
+from dist_lm.data import Batches
+from dist_lm.model import NO_TARGET
 from dist_lm.runtime import Runtime
 from dist_lm.shards import TokenShards
 from dist_lm.text import Tokenizer

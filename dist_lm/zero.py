@@ -5,10 +5,14 @@ the run's config, and what the engine believes of them is read back. deepspeed i
 optional package, slow to import, and one process or DDP must do without it.
 """
 
+import ctypes
+import fcntl
 import os
+import sys
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,22 +157,64 @@ def plugin(settings: dict[str, Any]) -> Any:
         ) from error
     from accelerate.utils import DeepSpeedPlugin
 
+    if "nvme" in str(settings["zero_optimization"]):
+        _build_async_io()
     # Accelerate refuses settings from here beside those of its own file, which name the strategy; both are ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # DeepSpeed's shared-memory reduction for CPUs is compiled at the first use, sums in another order, and is not needed.
+    # DeepSpeed's reduction in shared memory is compiled at its first use, sums in another order, and is not needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 
 
-def construction(settings: Mapping[str, Any] | None) -> AbstractContextManager[Any]:
+def _build_async_io(wait_seconds: float = 900.0) -> None:
+    """Compile DeepSpeed's reader and writer for NVMe, one process of a host at a time; later ones find it made."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils import cpp_extension
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UserError(
+            "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt install libaio-dev;"
+            " nearest: zero3-offload"
+        )
+    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
+    if not any(folder.glob("*.so")):
+        print("building DeepSpeed's async I/O, once on this host: some minutes", file=sys.stderr, flush=True)
+    with open(folder / "builder", "w") as file:
+        began = time.monotonic()
+        while True:  # the system drops this lock with the process that holds it
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() - began > wait_seconds:
+                raise UserError(f"{folder}: another process builds for {wait_seconds:.0f} s already; rule: end it", 70)
+            time.sleep(0.2)
+        # torch's own lock outlives a builder that was killed, and every later start would wait for it for ever.
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
+
+
+@contextmanager
+def construction(settings: Mapping[str, Any] | None) -> Iterator[None]:
     """Surrounds the building of a model: under ZeRO-3 each parameter is cut to slices as soon as it exists."""
     if settings is None or settings["zero_optimization"]["stage"] != 3:
-        return nullcontext()
+        yield
+        return
     import deepspeed
 
+    # Whole parameters that were cut up must go back to the system: as holes in the heap they nearly doubled the peak.
+    _tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
     # No dtype: given one, DeepSpeed 0.19 takes fp16 or bf16 whatever it is; without, what the settings say, fp32.
-    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=dict(settings))
-    return context
+    with deepspeed.zero.Init(config_dict_or_path=dict(settings)):
+        yield
+    _tune_malloc(mmap_threshold=2**25, trim_threshold=2**26)  # where glibc's own adjustment ends
+
+
+def _tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
+    with suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, mmap_threshold)
+        libc.mallopt(-1, trim_threshold)
 
 
 class Engine:
@@ -205,9 +251,24 @@ class Engine:
         found = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         return found
 
-    def whole_groups(self) -> AbstractContextManager[None]:
-        """While ZeRO-3 empties the optimizer's groups between updates, show what they are made of."""
-        return _FilledGroups(self.zero) if self.stage == 3 else nullcontext()
+    def opened(self) -> Iterator[Sequence[int]]:
+        """Numbers of the flat pieces that can be worked on in this turn, all of them once. All ranks.
+
+        ZeRO-3 shows the optimizer a piece only during its update, and what lies on NVMe is in memory only for its turn.
+        """
+        if self.stage < 3:
+            yield range(len(self.flats()))
+            return
+        for number, flat in enumerate(self.flats()):
+            group = self.zero.optimizer.param_groups[self.zero.sub_group_to_group_id[number]]
+            swapped = self.zero._swappable_optimizer_subgroup(number)
+            if swapped:
+                self.zero._optimizer_states_and_gradient_swap_in(number)
+            group["params"] = [flat]
+            yield [number]
+            group["params"] = []
+            if swapped:
+                self.zero._optimizer_states_and_gradient_swap_out(number)
 
     def slices(
         self, shapes: Mapping[str, tuple[int, ...]], names: Mapping[nn.Parameter, str], lengths: Mapping[str, list[int]]
@@ -226,19 +287,23 @@ class Engine:
             self.zero.update_lp_params()
             return
         self.zero._partition_all_parameters()  # small ones are whole between steps, and would stay as they were
-        for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        for numbers in self.opened():
+            for number in numbers:
+                self.zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def held(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Held]:
         """What this rank holds of each parameter: a slice of it under ZeRO-3, of some of them under 1 and 2."""
-        for name, (group, start), at, size in self._places(named_parameters):
-            flat = self.flats()[group]
-            state = self.zero.optimizer.state.get(flat, {})
-            parts = {key: value[at : at + size] for key, value in state.items() if value.shape == flat.shape}
-            others = {key: value for key, value in state.items() if value.shape != flat.shape}
-            yield Held(name, start, start + size, flat.data[at : at + size], parts, others)
+        places = list(self._places(named_parameters))
+        for numbers in self.opened():
+            for name, (number, start), at, size in places:
+                if number in numbers:
+                    flat = self.flats()[number]
+                    state = self.zero.optimizer.state.get(flat, {})
+                    parts = {key: value[at : at + size] for key, value in state.items() if value.shape == flat.shape}
+                    others = {key: value for key, value in state.items() if value.shape != flat.shape}
+                    yield Held(name, start, start + size, flat.data[at : at + size], parts, others)
 
     def _places(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]]
@@ -257,14 +322,3 @@ class Engine:
                 continue
             if size > 0:
                 yield name, (group, start), at, size
-
-
-class _FilledGroups:
-    def __init__(self, zero: Any):
-        self.zero = zero
-
-    def __enter__(self) -> None:
-        self.zero._set_fp32_optimizer_param_groups()
-
-    def __exit__(self, *_: object) -> None:
-        self.zero._clear_fp32_optimizer_param_groups()

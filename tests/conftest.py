@@ -67,6 +67,8 @@ def write_step(
     """A step folder as train writes it, by one process."""
     saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last=100)
     files = {name: json.dumps(content) for name, content in texts.items()}
-    saver.begin(step, model.config, tokenizer.vocab_size, model.seq_len, held(model, optimizer), files, tokenizer)
+    saver.begin(
+        step, model.config, tokenizer.vocab_size, model.seq_len, lambda: held(model, optimizer), files, tokenizer
+    )
     saver.finish()
     return run / f"step-{step:08d}"

@@ -346,7 +346,7 @@ def save_together(run: Path, trained: Any, by_rank: list[list[Held]]) -> list[An
     def work(rank: int) -> None:
         saver = Saver(run, ThreadChannel(rank, messages))
         try:
-            saver.begin(7, model.config, tokenizer.vocab_size, SEQ_LEN, by_rank[rank], texts, tokenizer)
+            saver.begin(7, model.config, tokenizer.vocab_size, SEQ_LEN, lambda: by_rank[rank], texts, tokenizer)
             saver.finish()
         except UserError as error:
             outcome[rank] = str(error)
@@ -427,7 +427,7 @@ def test_a_failed_write_is_raised_at_the_next_look(
     model, optimizer, tokenizer = trained
     saver = Saver(tmp_path, Channel(0, 1, torch.device("cpu")))
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, held(model, optimizer), {}, tokenizer)
+    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: held(model, optimizer), {}, tokenizer)
     deadline = time.monotonic() + 20
     with pytest.raises(UserError, match="checkpoint of step 1 was not written: rank 0: Read-only file system"):
         while time.monotonic() < deadline:

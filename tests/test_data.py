@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import Config, DataConfig, RunConfig, UserError, plan
-from dist_lm.data import NO_TARGET, Batch, Batches, Dataset, open_dataset
+from dist_lm.data import Batch, Batches, Dataset, open_dataset
+from dist_lm.model import NO_TARGET
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dist_lm.config import OptimConfig
+from dist_lm.config import ModelConfig, OptimConfig
+from dist_lm.model import GPT
 from dist_lm.optim import (
     create_state,
     lr_at,
@@ -291,3 +292,18 @@ def test_parameters_without_gradient_stay(name):
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_by_name_are_those_by_shape(bias: bool) -> None:
+    """ZeRO-3 hides shapes, so names decide: matrices but embeddings decay, matrices inside blocks are Muon's."""
+    config = ModelConfig(layers=2, heads=2, width=16, bias=bias, qk_norm=True, positions="learned", norm="layernorm",
+                         tie_embeddings=False)  # fmt: skip
+    model = GPT(config, 50, 8)
+    shape = {id(p): (p.ndim, name) for name, p in model.named_parameters()}
+    for group in param_groups(model.named_parameters(), 0.1):
+        for ndim, name in (shape[id(p)] for p in group["params"]):
+            assert (group["weight_decay"] > 0) == (ndim == 2 and not name.startswith(("embed", "positions"))), name
+    for group in make_optimizer(model, OptimConfig(name="muon"), "fp32").param_groups:
+        for ndim, name in (shape[id(p)] for p in group["params"]):
+            assert ("merged_qkv" in group) == (ndim == 2 and name.startswith("blocks.")), name

@@ -1,5 +1,6 @@
 """ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from and to anything."""
 
+import ctypes.util
 import json
 import os
 import shutil
@@ -167,6 +168,21 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
     train(tmp_path / "one", *common)
     for part, strategy in enumerate(["ddp", "zero2-offload", "zero3-offload", "zero1"], 1):
         spread(tmp_path / "chain", strategy, 2, *common, "--run.stop_after", str(3 * part))
+    assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev")
+def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
+    """Large enough that pieces do go to disk; takes over DDP's checkpoint and hands one on."""
+    launch = tmp_path / "nvme.yaml"
+    launch.write_text((ROOT / "launch/zero3-nvme.yaml").read_text().replace("/tmp", str(tmp_path / "disk")))
+    common = tiny(prepared, "--model.width", "256", "--model.layers", "3", "--run.steps", "9")
+    train(tmp_path / "one", *common)
+    spread(tmp_path / "chain", "ddp", 2, *common, "--run.stop_after", "3")
+    train(tmp_path / "chain", *common, "--launch", str(launch), "--run.stop_after", "6", world=2)
+    assert len(list((tmp_path / "disk").rglob("*.swp"))) > 20
+    spread(tmp_path / "chain", "zero1", 2, *common)
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
 
 

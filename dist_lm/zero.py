@@ -191,6 +191,8 @@ def _build_async_io(wait_seconds: float = 900.0) -> None:
             time.sleep(0.2)
         # torch's own lock outlives a builder that was killed, and every later start would wait for it for ever.
         (folder / "lock").unlink(missing_ok=True)
+        # ninja lies beside Python where an environment is used without being activated.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         builder.load(verbose=False)
 
 

@@ -82,7 +82,7 @@ STRATEGIES = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), 
               ("zero2-offload", 2)]  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "sgd"])
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
 def test_strategies_table(prepared: Path, tmp_path: Path, dropout: str, optimizer: str) -> None:
     print(f"\n50 steps, fp32, {optimizer} at a peak of 1e-3, dropout {dropout}, against one process:")

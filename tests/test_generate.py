@@ -322,8 +322,9 @@ def test_help_names_every_flag(cli: Cli, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000",
-                    "--temperature", "0")  # fmt: skip  # greedy, it goes on for ever; sampled, it may end by itself
+    # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is ignored.
+    words = ("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000", "--temperature", "0")
+    child = process(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)

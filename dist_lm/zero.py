@@ -231,9 +231,14 @@ class Engine:
             "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
             "gradient_clipping": wrapped.gradient_clipping(),
             "optimizer": type(self.zero).__name__,
+            "weights cast to bf16 or fp16": wrapped.bfloat16_enabled() or wrapped.fp16_enabled(),
+            "torch_autocast": wrapped.torch_autocast_enabled(),
         }
         kind = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
-        asked = {**settings, "stage": self.stage, "optimizer": kind}
+        asked = {
+            **settings, "stage": self.stage, "optimizer": kind, "weights cast to bf16 or fp16": False,
+            "torch_autocast": "torch_autocast" in settings,
+        }  # fmt: skip
         different = [f"{key}: {value!r}, not {asked[key]!r}" for key, value in believed.items() if value != asked[key]]
         assert not different, f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
 

@@ -295,6 +295,7 @@ class Messages:
         self.world, self.barrier = world, threading.Barrier(world)
         self.said: list[Any] = [None] * world
         self.mail: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = collections.defaultdict(queue.Queue)
+        self.sent = 0
 
 
 class ThreadChannel:
@@ -302,7 +303,6 @@ class ThreadChannel:
 
     def __init__(self, rank: int, messages: Messages):
         self.rank, self.world_size, self.messages = rank, messages.world, messages
-        self.sent = 0
 
     def gather(self, value: Any) -> list[Any]:
         self.messages.said[self.rank] = json.loads(json.dumps(value))
@@ -312,8 +312,8 @@ class ThreadChannel:
         return said
 
     def send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
-        self.sent += tensor.numel()
-        self.messages.mail[self.rank, to, tag].put(tensor)
+        self.messages.sent += tensor.numel()
+        self.messages.mail[self.rank, to, tag].put(tensor.clone())
         return self
 
     def wait(self) -> None:
@@ -324,21 +324,23 @@ class ThreadChannel:
 
 
 def cut(everything: list[Held], world: int, cuts: random.Random) -> list[list[Held]]:
-    """Each parameter cut at random places among the ranks, in rank order; some ranks get nothing of it."""
+    """Each parameter cut at random places among the ranks, in any order; some ranks get nothing of it."""
     by_rank: list[list[Held]] = [[] for _ in range(world)]
     for h in everything:
         places = [0, *sorted(cuts.choices(range(h.stop + 1), k=world - 1)), h.stop]
-        for rank, (start, stop) in enumerate(itertools.pairwise(places)):
+        for rank, (start, stop) in zip(cuts.sample(range(world), world), itertools.pairwise(places), strict=True):
             if stop > start:
                 state = {key: value[start:stop] for key, value in h.state.items()}
                 by_rank[rank].append(Held(h.name, start, stop, h.weight[start:stop], state, h.extra))
     return by_rank
 
 
-def save_together(run: Path, trained: Any, by_rank: list[list[Held]]) -> list[Any]:
-    """Save as many ranks; what each of them raised, or None."""
+def save_together(
+    run: Path, trained: Any, by_rank: list[list[Held]], step: int = 7, messages: Messages | None = None
+) -> tuple[list[Any], int]:
+    """Save as many ranks; what each of them raised, or None, and how many elements they sent."""
     model, _, tokenizer = trained
-    messages = Messages(len(by_rank))
+    messages = messages or Messages(len(by_rank))
     texts = {"config.json": json.dumps(hf.config_json(model.config, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)),
              "state.json": "{}"}  # fmt: skip
     outcome: list[Any] = [None] * len(by_rank)
@@ -346,7 +348,7 @@ def save_together(run: Path, trained: Any, by_rank: list[list[Held]]) -> list[An
     def work(rank: int) -> None:
         saver = Saver(run, ThreadChannel(rank, messages))
         try:
-            saver.begin(7, model.config, tokenizer.vocab_size, SEQ_LEN, lambda: by_rank[rank], texts, tokenizer)
+            saver.begin(step, model.config, tokenizer.vocab_size, SEQ_LEN, lambda: by_rank[rank], texts, tokenizer)
             saver.finish()
         except UserError as error:
             outcome[rank] = str(error)
@@ -356,7 +358,7 @@ def save_together(run: Path, trained: Any, by_rank: list[list[Held]]) -> list[An
         rank.start()
     for rank in ranks:
         rank.join(timeout=30)
-    return outcome
+    return outcome, messages.sent
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "ours"])
@@ -370,10 +372,10 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     model_config = MODEL.model_copy(update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family])
     model, optimizer, tokenizer = some = training_of(model_config)
     everything = held(model, optimizer)
-    assert save_together(tmp_path / "alone", some, [everything]) == [None]
-    assert save_together(tmp_path / "replicas", some, [everything] * world) == [None] * world
-    sliced = cut(everything, world, random.Random(world))
-    assert save_together(tmp_path / "slices", some, sliced) == [None] * world
+    assert save_together(tmp_path / "alone", some, [everything]) == ([None], 0)
+    assert save_together(tmp_path / "replicas", some, [everything] * world) == ([None] * world, 0)  # all have all
+    outcome, sent = save_together(tmp_path / "slices", some, cut(everything, world, random.Random(world)))
+    assert outcome == [None] * world and sent > 0
     manifests = [verify(tmp_path / run / "step-00000007") for run in ("alone", "replicas", "slices")]
     assert manifests[0] == manifests[1] == manifests[2]
     assert len(manifests[0]["files"]) > 8
@@ -403,7 +405,7 @@ def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.Monkey
     assert min(loads) > 0.7 * sum(loads) / world
 
 
-def test_one_rank_without_disk_fails_all_and_blocks_none(
+def test_one_rank_without_disk_fails_all_and_the_next_save_is_whole(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_all = checkpoint.write_tensors
@@ -413,12 +415,19 @@ def test_one_rank_without_disk_fails_all_and_blocks_none(
             raise OSError(28, "No space left on device", str(path))
         return write_all(path, *args)
 
-    model, optimizer, _ = trained
+    model, optimizer, tokenizer = some = training_of(MODEL)
     older = write(tmp_path, 1, trained)
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    said = save_together(tmp_path, trained, cut(held(model, optimizer), 3, random.Random(3)))
+    messages, slices = Messages(3), cut(held(model, optimizer), 3, random.Random(3))
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "write_tensors", full)
+        said, _ = save_together(tmp_path, some, slices, messages=messages)
     assert len(set(said)) == 1 and "No space left on device (model.safetensors)" in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
+    for parameter in model.parameters():  # what was sent for the failed file must not end up in the next
+        parameter.data += 1
+    assert save_together(tmp_path, some, slices, step=8, messages=messages)[0] == [None] * 3
+    again = checkpoint.read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
+    assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
 
 
 def test_a_failed_write_is_raised_at_the_next_look(

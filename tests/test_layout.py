@@ -2,8 +2,11 @@
 
 import ast
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.procs import ROOT
 
@@ -87,3 +90,10 @@ def test_launch_files_hold_no_mathematics() -> None:
     for path in (ROOT / "launch").glob("*.yaml"):
         text = path.read_text()
         assert not [w for w in ("mixed_precision", "batch", "clip", "accumulation", "dtype") if w in text], path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["ruff check .", "ruff format --check .", "mypy"])
+def test_linter_and_type_checker_are_clean(check: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *check.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -116,12 +116,10 @@ def train(run: Run) -> None:
 
     while True:
         # Is this the last turn? It only evaluates and saves. Pending figures come first, so that no NaN is ever saved.
-        ended = state.step == run.steps
+        moved, ended = state.step > first_step, state.step == run.steps
         leaving = ended or stopping or state.step == config.run.stop_after
-        evaluating = (
-            state.step > first_step and config.run.eval_every and (ended or due(state.step, config.run.eval_every))
-        )
-        saving = state.step > first_step and (leaving or due(state.step, config.run.save_every))
+        evaluating = moved and due(state.step, config.run.eval_every, at_the_end=ended)
+        saving = moved and (leaving or due(state.step, config.run.save_every))
         if pending and (evaluating or saving or leaving):
             stopping |= settle(run, pending)
             pending = None
@@ -136,7 +134,6 @@ def train(run: Run) -> None:
         report_saving(run, run.saver.poll)
 
         started = time.monotonic()
-        # The rate is a function of the step, and set before the backward: DeepSpeed updates inside the last one.
         lr = lr_at(config.optim, state.step, run.steps)
         set_lr(run.optimizer, lr)
 
@@ -249,8 +246,8 @@ def report_saving(run: Run, look: Callable[[], None]) -> None:
         run.runtime.say(f"warning: {error}; training goes on")
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def due(step: int, every: int, at_the_end: bool = False) -> bool:
+    return every > 0 and (at_the_end or step % every == 0)
 
 
 def build(runtime: Runtime, config: Config) -> Run:

@@ -131,7 +131,7 @@ def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, A
     }  # fmt: skip
     for of, device in (("optimizer", strategy.optimizer_device), ("param", strategy.param_device)):
         if device != "none":
-            zero[f"offload_{of}"] = {"device": device, "nvme_path": strategy.nvme_path}
+            zero[f"offload_{of}"] = {"device": device} | ({"nvme_path": strategy.nvme_path} if device == "nvme" else {})
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch, "gradient_accumulation_steps": plan.accumulation,
         "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,

@@ -36,6 +36,7 @@ _FORMAT = 1
 _FILES = {"model": 16, "optimizer": 32}
 _SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
 _CHUNK = 16 * 2**20
+_FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then answer for; torch's memory is the second
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -113,6 +114,7 @@ class Saver:
         self.run_dir, self.channel = run_dir, channel
         self._keep = (keep_last, keep_every)
         self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
+        self._plan: Any = None  # files, items, writers, sources: the same for all checkpoints of a run
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -122,14 +124,17 @@ class Saver:
     ) -> None:  # fmt: skip
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
-        own = [
-            [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
-            for h in held()
-        ]
-        files, items, holders = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-        writers = _divide({name: sum(items[n].bytes for n in file) for name, file in files.items()},
-                          self.channel.world_size)  # fmt: skip
-        sources = {n: _cover(items[n], holders, writers[name]) for name, file in files.items() for n in file}
+        if self._plan is None:
+            own = [
+                [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
+                for h in held()
+            ]
+            files, items, holders = _plan(model, vocab_size, seq_len, self.channel.gather(own))
+            sizes = {name: sum(items[n].bytes for n in file) for name, file in files.items()}
+            writers = _divide(sizes, self.channel.world_size)
+            sources = {n: _cover(items[n], holders, writers[name]) for name, file in files.items() for n in file}
+            self._plan = files, items, writers, sources
+        files, items, writers, sources = self._plan
         staged = self._stage(items, sources, held())
         texts = {**texts, **_index({name: [items[n] for n in file] for name, file in files.items()})}
         work = _Work(self.run_dir, step, files, items, writers, sources, staged, texts, tokenizer, self.channel)
@@ -212,7 +217,7 @@ def _plan(
     weights = [Item(entry) for entry in hf.layout(model, vocab_size, seq_len)]
     moments = []
     for name, shape in hf.shapes(model, vocab_size, seq_len).items():
-        moments += [Item(hf.Entry(f"{name}.{key}", shape, name, (0, shape[0])), key) for key in sorted(keys[name])]
+        moments += [Item(hf.own_entry(name, shape, key), key) for key in sorted(keys[name])]
         moments += [
             Item(hf.Entry(f"{name}.{key}", size, name), key, extra=True)
             for (owner, key), size in sorted(extras.items()) if owner == name
@@ -292,7 +297,7 @@ class _Work:
                 chunks = ((self.items[n].entry, self._assemble(n, own)) for n in file)
                 try:
                     written[name] = write_tensors(aside / name, [self.items[n].entry for n in file], chunks)
-                except OSError as error:
+                except _FAILURES as error:
                     failure = error
                     for _ in chunks:  # senders wait for what is theirs to be taken
                         pass
@@ -336,15 +341,15 @@ class _Work:
     def _agreed(self, work: Callable[[], dict[str, Any]], aside: Path) -> dict[str, Any]:
         """Do the work; the union of what all ranks made, or one error on all of them. All ranks."""
         try:
-            said = self.channel.gather({"made": work()})
-        except OSError as error:
-            said = self.channel.gather(
-                {"error": f"{error.strerror or error} ({Path(str(error.filename or aside)).name})"}
-            )
+            outcome: dict[str, Any] = {"made": work()}
+        except _FAILURES as error:
+            where = Path(str(getattr(error, "filename", None) or aside)).name
+            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})"}
+        said = self.channel.gather(outcome)
         failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
         if failed:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(aside)
+            if self.channel.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
             raise UserError(
                 f"checkpoint of step {self.step} was not written: {failed[0]}; older checkpoints are untouched", 70
             )
@@ -563,7 +568,7 @@ def read_weights(
     with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
         try:
             return hf.import_tensors(model, vocab_size, seq_len, get, entries)
-        except UserError as error:
+        except hf.MissingTensor as error:
             raise UserError(
                 f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
             ) from error
@@ -607,14 +612,14 @@ def restore(
             for entry in entries[h.name]:
                 hf.import_part(entry, get, h.weight, h.start, model)
             for key, values in {**h.state, **h.extra}.items() if optimizer else ():
-                name, shape = f"{h.name}.{key}", shapes[h.name]
+                name = f"{h.name}.{key}"
                 try:
                     if key in h.state:
-                        entry = hf.Entry(name, shape, h.name, (0, shape[0]))
+                        entry = hf.own_entry(h.name, shapes[h.name], key)
                         hf.import_part(entry, get_of_optimizer, values, h.start, model)
                     else:
                         values.copy_(get_of_optimizer(name)[...])
-                except (KeyError, UserError):
+                except (KeyError, hf.MissingTensor):
                     raise UserError(
                         f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
                         BAD_CHECKPOINT,

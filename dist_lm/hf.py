@@ -32,6 +32,10 @@ LLAMA_BLOCK = {"input_layernorm": "norm1", "self_attn.q_proj": "attn.qkv", "self
                "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down"}  # fmt: skip
 
 
+class MissingTensor(UserError):
+    """A file lacks a tensor that its config implies."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a model file: rows [start, stop) of a parameter, transposed or not, or a constant."""
@@ -98,9 +102,11 @@ def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
 
 def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "") -> list[Entry]:
     """Each of our parameters as it is, or the optimizer's tensor `key` of it."""
-    suffix = f".{key}" if key else ""
-    found = shapes(model, vocab_size, seq_len).items()
-    return [Entry(name + suffix, shape, name, (0, shape[0])) for name, shape in found]
+    return [own_entry(name, shape, key) for name, shape in shapes(model, vocab_size, seq_len).items()]
+
+
+def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
+    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]))
 
 
 def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
@@ -193,7 +199,7 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
             return get(candidate)
         except KeyError:
             continue
-    raise UserError(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies", 66)
+    raise MissingTensor(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies", 66)
 
 
 # --- config.json

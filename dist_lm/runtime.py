@@ -104,6 +104,8 @@ class Runtime:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if self.settings is None:
             model.to(self.device)
+        for table in model.buffers():  # DeepSpeed leaves them where a model built in slices has them
+            table.data = table.data.to(self.device)
         if config.run.compile:
             model.compile()  # in place, so that parameter names stay
         with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
@@ -206,7 +208,9 @@ class Runtime:
         """bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast arithmetic."""
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision])
+        # Under ZeRO-3 the cache would keep a whole bf16 copy of weights that are held in slices.
+        sliced = self.engine is not None and self.engine.stage == 3
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision], cache_enabled=not sliced)
 
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient. Averaged over ranks later, so the loss is multiplied by their number first."""
@@ -432,6 +436,11 @@ def start(config: Config, launch: str | None = None, timeout: timedelta = timede
     process_group = InitProcessGroupKwargs(timeout=timeout)
     settings, plugin = None, None
     if strategy.stage:
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError(
+                f"--launch {launch} needs ranks that a launcher started; nearest: torchrun --nproc-per-node 1"
+                f" dist_lm/train.py --launch {launch} ..."
+            )
         zero.refuse_combinations(strategy, config)
         settings = zero.engine_config(strategy, config, plan(config, int(os.environ.get("WORLD_SIZE", "1"))))
         plugin = zero.plugin(settings)

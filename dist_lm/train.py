@@ -9,7 +9,7 @@ from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, 
 
 FLAGS = {
     "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
-    "launch": "How torchrun's or srun's processes share the work: a file of launch/, e.g. zero3 (accelerate: its own).",
+    "launch": "How the processes share the work, where torchrun started them: a file of launch/, e.g. zero3.",
 }
 if __name__ == "__main__":  # a typing mistake is answered before the seconds that torch takes to import
     ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/train.py"))

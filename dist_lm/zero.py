@@ -7,6 +7,7 @@ optional package, slow to import, and one process or DDP must do without it.
 
 import ctypes
 import fcntl
+import hashlib
 import os
 import sys
 import time
@@ -27,6 +28,9 @@ from dist_lm.optim import Slice
 
 LAUNCH_FILES = Path(__file__).parents[1] / "launch"
 _BUCKET = 50_000_000  # elements reduced or gathered at once
+# All that a launch file says of DeepSpeed.
+_KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path",
+         "offload_param_nvme_path")  # fmt: skip
 # What the optimizers need of a parameter: elementwise ones work on any slice, Muon collects its matrices.
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
 
@@ -85,20 +89,25 @@ def _from_file(launch: str) -> Strategy:
     path = LAUNCH_FILES / f"{launch}.yaml" if "/" not in launch and not launch.endswith(".yaml") else Path(launch)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        kind, inside = str(content["distributed_type"]), content.get("deepspeed_config", {})
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         names = [file.stem for file in sorted(LAUNCH_FILES.glob("*.yaml"))]
         raise UserError(
             f"--launch {launch}: no readable launch file; rule: one of {', '.join(names)}, or a path"
             + did_you_mean(launch, names)
         ) from error
-    kind = str(content.get("distributed_type"))
+    kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")
+    if kind not in kinds:
+        raise UserError(f"{path}: distributed_type={kind} must be one of {', '.join(kinds)}{did_you_mean(kind, kinds)}")
+    for key in set(inside) - set(_KEYS):
+        raise UserError(f"{path}: deepspeed_config.{key} is not read; rule: only {', '.join(_KEYS)}"
+                        f"{did_you_mean(key, _KEYS)}")  # fmt: skip
     if kind != "DEEPSPEED":
         return Strategy()
-    inside = content.get("deepspeed_config", {})
-    paths = [str(inside.get(f"offload_{of}_nvme_path", "none")) for of in ("optimizer", "param")]
+    stage, optimizer_device, param_device, *paths = (str(inside.get(key, "none")) for key in _KEYS)
     return Strategy(
-        int(inside.get("zero_stage", 2)), str(inside.get("offload_optimizer_device", "none")),
-        str(inside.get("offload_param_device", "none")), next((path for path in paths if path != "none"), "none"),
+        int(stage) if stage.isdecimal() else 0, optimizer_device, param_device,
+        next((path for path in paths if path != "none"), "none"),
     )  # fmt: skip
 
 
@@ -129,9 +138,13 @@ def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, A
         "stage": strategy.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET,
         "stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": 10 * config.model.width,
     }  # fmt: skip
+    # DeepSpeed's files have fixed names: two runs in one folder would write over each other's.
+    folder = f"dist_lm-{hashlib.sha256(os.path.abspath(config.run.dir).encode()).hexdigest()[:12]}"
     for of, device in (("optimizer", strategy.optimizer_device), ("param", strategy.param_device)):
         if device != "none":
-            zero[f"offload_{of}"] = {"device": device} | ({"nvme_path": strategy.nvme_path} if device == "nvme" else {})
+            zero[f"offload_{of}"] = {"device": device}
+        if device == "nvme":
+            zero[f"offload_{of}"]["nvme_path"] = os.path.join(strategy.nvme_path, folder)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch, "gradient_accumulation_steps": plan.accumulation,
         "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
@@ -172,6 +185,8 @@ def _build_async_io(wait_seconds: float = 900.0) -> None:
     from torch.utils import cpp_extension
 
     builder = AsyncIOBuilder()
+    if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+        raise UserError("zero3-nvme compiles an extension; rule: the CUDA toolkit is installed; nearest: zero3-offload")
     if not builder.is_compatible(verbose=False):
         raise UserError(
             "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt install libaio-dev;"
@@ -189,8 +204,9 @@ def _build_async_io(wait_seconds: float = 900.0) -> None:
             if time.monotonic() - began > wait_seconds:
                 raise UserError(f"{folder}: another process builds for {wait_seconds:.0f} s already; rule: end it", 70)
             time.sleep(0.2)
-        # torch's own lock outlives a builder that was killed, and every later start would wait for it for ever.
-        (folder / "lock").unlink(missing_ok=True)
+        # torch's own locks outlive a builder that was killed, and every later start would wait for them for ever.
+        for name in (builder.name, "pin_memory"):  # DeepSpeed builds the second with the first
+            Path(cpp_extension._get_build_directory(name, verbose=False), "lock").unlink(missing_ok=True)
         # ninja lies beside Python where an environment is used without being activated.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         builder.load(verbose=False)
@@ -227,6 +243,7 @@ class Engine:
         self.zero = wrapped.optimizer  # DeepSpeed's ZeRO optimizer, around ours
         believed = {
             "stage": wrapped.zero_optimization_stage(),
+            "train_batch_size": wrapped.train_batch_size(),
             "train_micro_batch_size_per_gpu": wrapped.train_micro_batch_size_per_gpu(),
             "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
             "gradient_clipping": wrapped.gradient_clipping(),
@@ -250,7 +267,7 @@ class Engine:
         """Clip, update, forget the gradients; the norm before clipping, infinite if the update was left out."""
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm()
-        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm), device=self.wrapped.device)
+        return torch.as_tensor(norm, device=self.wrapped.device).detach()  # with offload it comes on the CPU
 
     def flats(self) -> list[Tensor]:
         """The fp32 pieces of this rank that the optimizer works on, one a group."""

@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what they say."""
 
-import collections
 import itertools
 import json
 import math
@@ -294,8 +293,13 @@ class Messages:
     def __init__(self, world: int):
         self.world, self.barrier = world, threading.Barrier(world)
         self.said: list[Any] = [None] * world
-        self.mail: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = collections.defaultdict(queue.Queue)
+        self.mail: dict[tuple[int, int, int], queue.Queue[torch.Tensor]] = {}
+        self.lock = threading.Lock()
         self.sent = 0
+
+    def box(self, sender: int, receiver: int, tag: int) -> "queue.Queue[torch.Tensor]":
+        with self.lock:
+            return self.mail.setdefault((sender, receiver, tag), queue.Queue())
 
 
 class ThreadChannel:
@@ -313,14 +317,14 @@ class ThreadChannel:
 
     def send(self, tensor: torch.Tensor, to: int, tag: int) -> Any:
         self.messages.sent += tensor.numel()
-        self.messages.mail[self.rank, to, tag].put(tensor.clone())
+        self.messages.box(self.rank, to, tag).put(tensor.clone())
         return self
 
     def wait(self) -> None:
         """What send() returns is over at once."""
 
     def receive(self, tensor: torch.Tensor, sender: int, tag: int) -> None:
-        tensor.copy_(self.messages.mail[sender, self.rank, tag].get(timeout=20))
+        tensor.copy_(self.messages.box(sender, self.rank, tag).get(timeout=20))
 
 
 def cut(everything: list[Held], world: int, cuts: random.Random) -> list[list[Held]]:
@@ -405,14 +409,22 @@ def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.Monkey
     assert min(loads) > 0.7 * sum(loads) / world
 
 
-def test_one_rank_without_disk_fails_all_and_the_next_save_is_whole(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (lambda path: OSError(28, "No space left on device", str(path)), "No space left on device (model.safetensors)"),
+        (lambda path: RuntimeError("not enough memory"), "not enough memory (.step-00000007.tmp)"),
+    ],
+    ids=["disk", "memory"],
+)
+def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[Path], Exception], message: str
 ) -> None:
     write_all = checkpoint.write_tensors
 
     def full(path: Path, *args: Any) -> Any:
         if path.name.startswith("model"):
-            raise OSError(28, "No space left on device", str(path))
+            raise failure(path)
         return write_all(path, *args)
 
     model, optimizer, tokenizer = some = training_of(MODEL)
@@ -421,7 +433,7 @@ def test_one_rank_without_disk_fails_all_and_the_next_save_is_whole(
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "write_tensors", full)
         said, _ = save_together(tmp_path, some, slices, messages=messages)
-    assert len(set(said)) == 1 and "No space left on device (model.safetensors)" in said[0]
+    assert len(set(said)) == 1 and message in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
     for parameter in model.parameters():  # what was sent for the failed file must not end up in the next
         parameter.data += 1

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py zero3      # targets: stall <= 1.5 copies
 
-A model of 100 M parameters, fp32, AdamW. A copy is this rank's bytes of weights and moments copied once into memory that
+A model of 86 M parameters, fp32, AdamW. A copy is this rank's bytes of weights and moments copied once into memory that
 was used before; the disk's speed is that of all ranks writing and syncing the same number of bytes at the same time. The
 save measured is not the run's first, which also allocates the memory that later ones reuse. What is printed is the slowest
 rank's time, the median of five rounds; `beyond it` is the largest peak of memory during a save, without the staged share.

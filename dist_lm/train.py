@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -426,6 +427,7 @@ def finish(run: Run) -> None:
         )
 
 
+@cache
 def git_commit() -> str | None:
     """The commit of the code that runs, where it runs from a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -87,7 +87,9 @@ def main() -> None:
 def write_folder(folder: str, model: GPT) -> None:
     """The model as transformers reads it."""
     weights, size = model.state_dict(), (model.config, model.vocab_size, model.seq_len)
-    tensors = {entry.name: hf.export_tensor(entry, weights) for entry in hf.layout(*size)}
+    tensors = {
+        entry.name: entry.from_flat(weights[entry.param].flatten()[slice(*entry.span)]) for entry in hf.layout(*size)
+    }
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(hf.config_json(*size, eot_id=None)))
 

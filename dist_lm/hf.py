@@ -140,13 +140,6 @@ def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
     return parts.get(name.split(".")[-2], (0, rows))
 
 
-def export_tensor(entry: Entry, params: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a file as it is written."""
-    if entry.constant:
-        return constant(entry)
-    return entry.from_flat(params[entry.param].detach().flatten()[slice(*entry.span)])
-
-
 def constant(entry: Entry) -> Tensor:
     return sinusoid(*entry.shape) if entry.constant == "sinusoid" else torch.zeros(entry.shape)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_lm import hf
 from dist_lm.checkpoint import Held, Saver
 from dist_lm.config import DataConfig
 from dist_lm.data import prepare_dataset
@@ -72,3 +73,10 @@ def write_step(
     )
     saver.finish()
     return run / f"step-{step:08d}"
+
+
+def export_tensor(entry: hf.Entry, params: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor of a model file, from whole parameters."""
+    if entry.constant:
+        return hf.constant(entry)
+    return entry.from_flat(params[entry.param].detach().flatten()[slice(*entry.span)])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OpenAIGP
 from dist_lm import hf
 from dist_lm.config import ModelConfig, UserError, load
 from dist_lm.model import GPT, init_weights, sinusoid
+from tests.conftest import export_tensor
 from tests.procs import ROOT
 
 V, T, EOT = 101, 24, 100
@@ -79,7 +80,7 @@ def make(config: ModelConfig) -> GPT:
 def write(model: GPT, folder: Path) -> None:
     weights = dict(model.named_parameters())
     entries = hf.layout(model.config, V, T)
-    save_file({entry.name: hf.export_tensor(entry, weights) for entry in entries}, folder / "model.safetensors")
+    save_file({entry.name: export_tensor(entry, weights) for entry in entries}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf.config_json(model.config, V, T, EOT)))
     (folder / "generation_config.json").write_text(json.dumps(hf.generation_config_json(EOT)))
 
@@ -104,7 +105,7 @@ def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
     entries = [entry for entry in hf.layout(ours.config, V, T) if entry.param]
     assert {entry.param for entry in entries} == set(own)
     for entry in entries:
-        assert (hf.export_tensor(entry, own) - their[entry.name]).abs().max() < 1e-5 * largest, entry.name
+        assert (export_tensor(entry, own) - their[entry.name]).abs().max() < 1e-5 * largest, entry.name
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -126,7 +127,7 @@ def test_a_folder_of_ours_is_read_back(name: str, tmp_path: Path) -> None:
     ours = make(config_of(name))
     write(ours, tmp_path)
     weights = dict(ours.named_parameters())
-    tensors = {entry.name: hf.export_tensor(entry, weights) for entry in hf.layout(ours.config, V, T)}
+    tensors = {entry.name: export_tensor(entry, weights) for entry in hf.layout(ours.config, V, T)}
     for name_of_tensor, value in hf.import_tensors(ours.config, V, T, tensors.__getitem__).items():
         assert torch.equal(value, weights[name_of_tensor])
     read, vocab_size, seq_len = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
@@ -174,7 +175,7 @@ def test_names_without_their_first_part_are_found() -> None:
     ours = make(config_of("gpt2"))
     weights = dict(ours.named_parameters())
     entries = hf.layout(ours.config, V, T)
-    bare = {entry.name.removeprefix("transformer."): hf.export_tensor(entry, weights).bfloat16() for entry in entries}
+    bare = {entry.name.removeprefix("transformer."): export_tensor(entry, weights).bfloat16() for entry in entries}
     for name, value in hf.import_tensors(ours.config, V, T, bare.__getitem__).items():
         assert value.dtype == torch.float32 and torch.equal(value, weights[name].bfloat16().float())
 
@@ -187,7 +188,7 @@ def test_other_combinations_keep_our_names(name: str) -> None:
     weights = dict(ours.named_parameters())
     entries = hf.layout(config, V, T)
     assert [entry.name for entry in entries] == list(weights)
-    tensors = {entry.name: hf.export_tensor(entry, weights) for entry in entries}
+    tensors = {entry.name: export_tensor(entry, weights) for entry in entries}
     assert tensors["embed.weight"].shape == (V, 32)  # unpadded
     back = hf.import_tensors(config, V, T, tensors.__getitem__)
     assert all(torch.equal(back[name], value) for name, value in weights.items())
@@ -217,7 +218,7 @@ def test_layout_is_data() -> None:
         128,
     )
     assert post["transformer.positions_embed.weight"].constant == "sinusoid"
-    assert torch.equal(hf.export_tensor(post["transformer.positions_embed.weight"], {}), sinusoid(T, 32))
+    assert torch.equal(export_tensor(post["transformer.positions_embed.weight"], {}), sinusoid(T, 32))
     assert post["transformer.h.0.attn.c_attn.bias"] == hf.Entry(
         "transformer.h.0.attn.c_attn.bias", (96,), constant="zeros"
     )
@@ -262,7 +263,7 @@ def test_what_we_cannot_compute_is_refused(config: dict[str, Any], message: str)
 @pytest.fixture
 def tensors() -> Iterator[dict[str, Tensor]]:
     weights = dict(make(config_of("gpt2")).named_parameters())
-    yield {entry.name: hf.export_tensor(entry, weights) for entry in hf.layout(config_of("gpt2"), V, T)}
+    yield {entry.name: export_tensor(entry, weights) for entry in hf.layout(config_of("gpt2"), V, T)}
 
 
 def refusal(config: ModelConfig, tensors: dict[str, Tensor]) -> str:

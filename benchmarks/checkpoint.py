@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py zero3      # targets: stall <= 1.5 copies
 
-A model of 86 M parameters, fp32, AdamW. A copy is this rank's bytes of weights and moments copied once into memory that
+A model of 100 M parameters, fp32, AdamW. A copy is this rank's bytes of weights and moments copied once into memory that
 was used before; the disk's speed is that of all ranks writing and syncing the same number of bytes at the same time. The
 save measured is not the run's first, which also allocates the memory that later ones reuse. What is printed is the slowest
 rank's time, the median of five rounds; `beyond it` is the largest peak of memory during a save, without the staged share.
@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from memory import forget_peak, resident
 
@@ -24,23 +25,25 @@ from dist_lm.config import resolve
 from dist_lm.runtime import start
 
 ROUNDS = 5
-SIZE = {"model.layers": 12, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}
+SIZE = {"model.layers": 14, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}
 
 
 def main(strategy: str) -> None:
     folder = Path(tempfile.gettempdir(), "dist_lm-benchmark-checkpoint")
-    settings = {**SIZE, "run.dir": str(folder), "run.trackers": [], "run.steps": 1, "run.eval_every": 0}
-    began = time.monotonic()
+    steps = [int(path.name[5:]) for path in folder.glob("step-*")]  # a second start measures resuming instead
+    settings = {**SIZE, "run.dir": str(folder), "run.trackers": [], "run.steps": 1000, "run.eval_every": 0,
+                "run.save_every": 0, "run.stop_after": max(steps, default=0) + 1}  # fmt: skip
     config = resolve(("benchmark", settings))
-    runtime = start(config, strategy)
+    runtime = start(config, strategy if strategy.startswith("zero") else None)
     run = train.build(runtime, config)
-    left = train.resume(run, [])
-    if not left:  # a second start of this script: the step of the first one is there
-        runtime.say(json.dumps({"resumed in s, from the start of the process": round(time.monotonic() - began, 2)}))
-        runtime.close()
-        return
+    train.resume(run, [])
     train.describe(run)
     train.train(run)
+    if steps:  # a step's line is written before the checkpoint that follows it
+        seconds = (folder / "metrics.jsonl").stat().st_mtime - psutil.Process().create_time()
+        runtime.say(json.dumps({"strategy": runtime.strategy, "first step after s, from the process's start": seconds}))
+        runtime.close()
+        return
 
     def slowest(seconds: float) -> float:
         return max(runtime.channel.gather(seconds))

@@ -105,14 +105,12 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
 
 def train(run: Run) -> None:
     """The loop. Every paragraph is run by all ranks, with the same outcome on each."""
-    config, runtime, state = run.config, run.runtime, run.state
-    model = runtime.model
+    config, runtime, state, model = run.config, run.runtime, run.state, run.runtime.model
     batches = training_batches(run)
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
     targets = runtime.sum(torch.tensor(float(batch.targets), dtype=torch.float64, device=runtime.device))
     first_step, stopping, pending = state.step, False, None
-    hashing = config.run.log_batch_hash
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
     while True:
@@ -127,7 +125,6 @@ def train(run: Run) -> None:
 
         if evaluating:
             evaluate(run)
-
         if saving:
             save(run, last=leaving)
         if leaving:
@@ -158,6 +155,7 @@ def train(run: Run) -> None:
         if pending:
             stopping = settle(run, pending)
         figures = torch.stack([loss_sum / targets, norm.double(), targets, stop])
+        hashing = config.run.log_batch_hash
         batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
         pending = Pending(state.step + 1, lr, figures, time.monotonic() - started, waited, batch_hash)
         batch, targets = next_batch, next_targets

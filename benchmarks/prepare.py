@@ -21,7 +21,7 @@ from pathlib import Path
 import tokenizers
 
 from dist_lm.config import DataConfig
-from dist_lm.data import prepare_dataset
+from dist_lm.preparing import prepare_dataset
 from dist_lm.sources import find_sources, read_documents
 from dist_lm.text import train_tokenizer
 

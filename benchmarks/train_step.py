@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dist_lm import train
 from dist_lm.config import Config, DataConfig, resolve
-from dist_lm.data import prepare_dataset
+from dist_lm.preparing import prepare_dataset
 from dist_lm.model import GPT, init_weights
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round

@@ -87,10 +87,47 @@ class ModelConfig(Section):
         return self
 
 
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class SourceConfig(Section):
+    """One named source of data.sources or data.validation."""
+
+    input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
+    weight: float = Field(1.0, gt=0, description="Share of the tokens, relative to the other sources'.")
+    text_column: str = Field("text", description="Column of the text in rows.")
+    separator: str | None = Field(None, min_length=1, description="Text that ends a document inside a .txt file.")
+    template: str | None = Field(None, description="Text made of several columns, e.g. '{title}: {body}'.")
+    filter: dict[str, str | int | float | bool | None] = Field({}, description="Column: the value that rows must have.")
+    subset: str | None = Field(None, description="Configuration of a hub dataset.")
+    split: str = Field("train", description="Split of a hub dataset.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
+    at_end: Literal["repeat", "stop", "hand_on"] = Field(
+        "repeat", description="After a pass: begin again, end the run, or leave the share to the others."
+    )
+
+
+class Stage(Section):
+    """From a step on, other weights; a source that is not named has none."""
+
+    from_step: Positive = Field(description="Updates made before this stage.")
+    weights: dict[SourceName, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Source: its share.")
+
+
 class DataConfig(Section):
     """Which text, as which tokens, in which order."""
 
     input: str = Field("stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib.")
+    sources: dict[SourceName, SourceConfig] = Field({}, description="Several inputs by name, instead of input.")
+    stages: tuple[Stage, ...] = Field((), description="Other weights of the sources from a step on.")
+    validation: dict[SourceName, SourceConfig] = Field({}, description="Validation sets by name, never trained on.")
+    stream: bool = Field(False, description="Read raw text while training, instead of preparing it first.")
+    lanes: Positive = Field(8, description="Parts of a stream that are read side by side.")
+    packing: Literal["concat", "best_fit"] = Field(
+        "concat", description="Streams: cut the tokens every seq_len, or keep documents whole and fill up."
+    )
+    bad_rows: Literal["error", "skip"] = Field("error", description="What to do with rows that are not text.")
+    cache_gb: float = Field(20.0, gt=0, description="Largest local copy of prepared shards that lie at a URL.")
     text_column: str = Field("text", description="Column of the text in .jsonl, .json, .csv and .parquet.")
     separator: str | None = Field(None, description="Text that ends a document inside a .txt file.")
     tokenizer: str = Field("bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name.")
@@ -111,8 +148,30 @@ class DataConfig(Section):
             )
         if self.separator == "":
             raise ValueError("data.separator='' must not be empty; nearest: null (each file is one document)")
+        if self.sources and self.input != DataConfig.model_fields["input"].default:
+            raise ValueError(f"data.input={self.input!r} and data.sources exclude each other; rule: give one")
+        for name in self.validation.keys() & self.named_sources().keys():
+            raise ValueError(f"data.validation.{name} has the name of a source; rule: names of their own")
+        for stage in self.stages:
+            for name in stage.weights.keys() - self.sources.keys():
+                raise ValueError(f"data.stages: {name!r} is none of data.sources{did_you_mean(name, self.sources)}")
+        if [stage.from_step for stage in self.stages] != sorted({stage.from_step for stage in self.stages}):
+            raise ValueError("data.stages must be in the order of from_step, each given once")
         self._derive(stride=self.stride or self.seq_len)
+        if self.stream and self.stride != self.seq_len:
+            raise ValueError(
+                f"data.stride={self.stride} is for prepared shards; nearest with data.stream: {self.seq_len}"
+            )
+        if self.packing == "best_fit" and not self.stream:
+            raise ValueError("data.packing=best_fit needs data.stream=true; nearest: concat")
         return self
+
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources by name; `input` alone is called `text`."""
+        return self.sources or {"text": self.as_source()}
+
+    def as_source(self) -> SourceConfig:
+        return SourceConfig(input=self.input, text_column=self.text_column, separator=self.separator)
 
 
 class OptimConfig(Section):
@@ -189,6 +248,13 @@ class Config(Section):
                 f"data.micro_batch={self.data.micro_batch} must be at most data.global_batch={self.data.global_batch};"
                 f" nearest: {self.data.global_batch}"
             )
+        if self.run.epochs and len(self.data.sources) > 1:
+            raise ValueError(f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps")
+        if self.run.epochs and self.data.stream and self.optim.schedule not in ("constant", "inverse_sqrt"):
+            raise ValueError(
+                f"run.epochs={self.run.epochs} of a stream has no length that optim.schedule={self.optim.schedule}"
+                " could end at; rule: run.steps, or optim.schedule=constant or inverse_sqrt"
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -203,12 +269,17 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig
 }  # fmt: skip
 FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()}
+NESTED: dict[str, type[Section]] = {
+    "data.sources": SourceConfig,
+    "data.validation": SourceConfig,
+    "data.stages": Stage,
+}
 
 # What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
 # is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
 FREE_ON_RESUME = frozenset(
-    ["data.input", "data.text_column", "data.separator", "data.tokenizer", "data.val_fraction", "data.micro_batch"]
-    + ["data.workers"]
+    ["data.input", "data.sources", "data.text_column", "data.separator", "data.tokenizer", "data.val_fraction"]
+    + ["data.micro_batch", "data.workers", "data.cache_gb", "data.validation"]
     + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "ema", "steps", "epochs")]
 )
 
@@ -370,7 +441,7 @@ def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=config, args=["--help"], prog=usage, description=_flags_text(flags),
+        tyro.cli(Config, default=config, args=["--help"], prog=usage, description=_flags_text(flags) + _nested_text(),
                  config=(tyro.conf.FlagConversionOff,))  # fmt: skip
     return out.getvalue()
 
@@ -442,26 +513,30 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         text = str(first["ctx"]["error"])
         where = next((origin[name] for name in re.findall(r"\w+\.\w+", text) if name in origin), "")
         return f"{where}: {text}" if where else text
-    name = ".".join(str(part) for part in first["loc"][:2])
+    name, whole = (".".join(str(part) for part in first["loc"][:end] if part != "[key]") for end in (2, None))
+    whole = whole if name in NESTED else name
     rule, context, value = first["msg"], first.get("ctx", {}), first["input"]
     good: Any = ""
     if first["type"] == "literal_error":
-        options = get_args(FIELDS[name].annotation)
+        options = re.findall(r"'(.*?)'", context["expected"])
         rule, good = "must be one of " + ", ".join(options), nearest(str(value), options)
+    elif first["type"] == "extra_forbidden":
+        near = did_you_mean(str(first["loc"][-1]), NESTED[name].model_fields)
+        return f"{origin.get(name, 'defaults')}: unknown field {whole}{near}"
     elif first["type"] in ("greater_than_equal", "less_than_equal"):
         good = context.get("ge", context.get("le"))
     elif first["type"] in ("greater_than", "less_than", "finite_number"):
-        good = FIELDS[name].default
+        good = FIELDS[name].default if whole == name else ""
     elif first["type"].startswith("int_") and isinstance(value, float):
         good = round(value)
     elif first["type"].startswith("bool_"):
         good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"
-    else:
+    elif whole == name:
         good = FIELDS[name].default
     rule = rule.removeprefix("Input ").removeprefix("should ").removeprefix("must ")
     rule = rule if rule.startswith("be ") else f"be right: {rule}"
     nearest_text = f"; nearest: {good}" if good not in ("", None) else ""
-    return f"{origin.get(name, 'defaults')}: {name}={value!r} must {rule}{nearest_text}"
+    return f"{origin.get(name, 'defaults')}: {whole}={value!r} must {rule}{nearest_text}"
 
 
 def parse_value(name: str, words: list[str]) -> Any:
@@ -485,6 +560,15 @@ def _wanted(name: str) -> str:
 
 def _reason(error: Exception) -> str:
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not UTF-8"
+
+
+def _nested_text() -> str:
+    """What tyro leaves out: fields that hold others, which are given in YAML."""
+    lines = []
+    for name, section in NESTED.items():
+        lines.append(f"--{name}: {FIELDS[name].description} In YAML, each with:")
+        lines += [f"    {field}: {info.description}" for field, info in section.model_fields.items()]
+    return "\n" + "\n".join(lines)
 
 
 def _flags_text(flags: Mapping[str, str]) -> str:

@@ -42,8 +42,8 @@ class Metrics:
     """Takes the figures of each step and evaluation. Every rank may call it; only the main one records and prints."""
 
     def __init__(
-        self, run_dir: str | Path, *, steps: int, flops_per_token: float, device: "torch.device", world_size: int,
-        is_main: bool, track: Callable[[dict[str, float], int], None] | None = None,
+        self, run_dir: str | Path, *, steps: int | None, flops_per_token: float, device: "torch.device",
+        world_size: int, is_main: bool, track: Callable[[dict[str, float], int], None] | None = None,
     ):  # fmt: skip
         self.path, self.steps, self.is_main, self._track = Path(run_dir, FILE), steps, is_main, track
         self._mfu_per_rate = 0.0  # MFU of one token/s, where the device's peak is known
@@ -164,8 +164,8 @@ class Metrics:
         last = self._last
         self._printed_at, self._printed_step = now, last["step"]
         rate = 1 / self._seconds_per_token
-        parts = [f"step {last['step']}/{self.steps}"]
-        if self._done > 1:  # the first step's time says little about the others
+        parts = [f"step {last['step']}" + (f"/{self.steps}" if self.steps else "")]
+        if self.steps and self._done > 1:  # the first step's time says little about the others
             seconds_a_step = (now - self._first_done_at) / (self._done - 1)  # evaluations and saves included
             parts.append(f"eta {duration((self.steps - last['step']) * seconds_a_step)}")
         parts += [f"loss {last['loss']:.4f}", f"lr {last['lr']:.1e}", f"norm {last['grad_norm']:.3g}"]

@@ -8,6 +8,10 @@ Reads stay local: a pass takes the sequences in groups of GROUP random blocks of
 within a group. So at any moment only a few places of a large dataset are read, and a small dataset is one group.
 """
 
+from collections.abc import Sequence
+from fractions import Fraction
+from math import lcm
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,6 +21,7 @@ Words = NDArray[np.uint64]
 BLOCK = 4096  # neighbouring sequences that travel together
 GROUP = 8  # blocks that are shuffled into each other
 _FEISTEL_ROUNDS = 4
+LONGEST_PERIOD = 1000  # positions over which the shares of a mixture are exact
 
 
 def hash_words(first: int | Words, *more: int | Words) -> Words:
@@ -35,6 +40,65 @@ def rank_places(rank: int, world: int, global_batch: int) -> Ints:
 def row_keys(seed: int, positions: Ints) -> Ints:
     """A hash per row from which dropout masks follow: the same wherever and with whomever the row is computed."""
     return hash_words(seed, 1, positions.astype(np.uint64)).view(np.int64)
+
+
+def period_of(weights: Sequence[float]) -> list[int]:
+    """How many sequences of each source make up a period: exact for weights like .7, .2, .1, else to a thousandth."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    parts = [weight / sum(exact) for weight in exact]
+    size = lcm(*(part.denominator for part in parts))
+    if size > LONGEST_PERIOD:
+        size = LONGEST_PERIOD
+    counts = [int(part * size) for part in parts]
+    by_rest = sorted(range(len(parts)), key=lambda i: (counts[i] - parts[i] * size, i))
+    for i in by_rest[: size - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+class Mixture:
+    """Which source each position reads: shares exact over a period, evenly spread in it, stage after stage."""
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):
+        """`stages`: (first position, weight of each source), the first one from position 0."""
+        self.starts = np.array([start for start, _ in stages], np.int64)
+        self._patterns: list[Ints] = []  # the sources of a period
+        self._ranks: list[Ints] = []  # how many earlier places of the period have the same source
+        self._before: list[Ints] = []  # positions of each source before the stage
+        before = np.zeros(len(stages[0][1]), np.int64)
+        for number, (_, weights) in enumerate(stages):
+            counts = period_of(weights)
+            sources = np.repeat(np.arange(len(counts)), counts)
+            ranks = np.concatenate([np.arange(n) for n in counts])
+            due = (2 * ranks + 1) / np.array(counts)[sources]  # the middle of its share of the period
+            by_time = np.lexsort((sources, due))
+            self._patterns.append(sources[by_time])
+            self._ranks.append(ranks[by_time])
+            self._before.append(before)
+            if number + 1 < len(stages):
+                before = self.before(stages[number + 1][0], number)
+
+    def before(self, position: int, stage: int | None = None) -> Ints:
+        """How many positions before this one each source has."""
+        stage = int(np.searchsorted(self.starts, position, "right")) - 1 if stage is None else stage
+        pattern, before = self._patterns[stage], self._before[stage]
+        rounds, rest = divmod(position - int(self.starts[stage]), len(pattern))
+        each, begun = (np.bincount(part, minlength=len(before)) for part in (pattern, pattern[:rest]))
+        total: Ints = before + rounds * each + begun
+        return total
+
+    def at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The source of each position, and how many earlier positions of the run had that source."""
+        sources, earlier = np.empty_like(positions), np.empty_like(positions)
+        stages = np.searchsorted(self.starts, positions, "right") - 1
+        for stage in np.unique(stages).tolist():
+            here, pattern = stages == stage, self._patterns[stage]
+            rounds, place = np.divmod(positions[here] - self.starts[stage], len(pattern))
+            sources[here] = pattern[place]
+            a_round = np.bincount(pattern, minlength=len(self._before[stage]))
+            earlier[here] = (self._before[stage] + rounds[:, None] * a_round)[np.arange(len(place)), pattern[place]]
+            earlier[here] += self._ranks[stage][place]
+        return sources, earlier
 
 
 def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:

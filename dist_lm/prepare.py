@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--processes={arguments.processes} must be a whole number of 1 or more; nearest: 1")
     given = {f"data.{name}": value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     config = resolve(("command line", {name: parse_value(name, [value]) for name, value in given.items()}))
-    from dist_lm import data, shards  # only now: a mistake in the command line is answered at once
+    from dist_lm import preparing, shards  # only now: a mistake in the command line is answered at once
 
     if arguments.verify is not None:
         damaged = shards.verify(arguments.verify)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
         print(f"{arguments.verify}: every hash is right")
         return
     try:
-        data.prepare_dataset(config.data, Path(arguments.output), int(arguments.processes))
+        preparing.prepare_dataset(config.data, Path(arguments.output), int(arguments.processes))
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

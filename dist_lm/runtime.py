@@ -66,6 +66,13 @@ class Channel:
     def receive(self, tensor: Tensor, sender: int, tag: int) -> None:
         dist.recv(tensor, sender, group=self.group, tag=tag)
 
+    def exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
+        """Give parts[r] to rank r; what came from each rank, lengths[r] elements from rank r. All ranks."""
+        received = parts[0].new_empty(sum(lengths))
+        lengths_sent = [len(part) for part in parts]
+        dist.all_to_all_single(received, torch.cat(parts), lengths, lengths_sent, group=self.group)
+        return list(torch.split(received, lengths))
+
 
 class Runtime:
     """Who this process is, and the few operations whose meaning depends on how many there are."""
@@ -81,8 +88,10 @@ class Runtime:
         self.engine: zero.Engine | None = None
         self.channel = Channel(self.rank, self.world_size, self.device)
         self.background = Channel(self.rank, self.world_size, torch.device("cpu"))
-        if self.world_size > 1:  # a group of its own: a checkpoint's messages never mix with training's
+        self.reading = Channel(self.rank, self.world_size, torch.device("cpu"))
+        if self.world_size > 1:  # groups of their own: messages of checkpoints and of data never mix with training's
             self.background.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+            self.reading.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.stop_requested = False
@@ -132,13 +141,7 @@ class Runtime:
                 lengths[name][rank] = length
         names = {parameter: name for name, parameter in self.bare.named_parameters()}
         optimizer.rank, optimizer.slices = self.rank, self.engine.slices(shapes, names, lengths)
-        optimizer.exchange = self._exchange
-
-    def _exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
-        """Give parts[r] to rank r; what came from each rank, lengths[r] elements from rank r. All ranks."""
-        received = parts[0].new_empty(sum(lengths))
-        dist.all_to_all_single(received, torch.cat(parts), lengths, [len(part) for part in parts])
-        return list(torch.split(received, lengths))
+        optimizer.exchange = self.channel.exchange
 
     def _opened(self) -> Iterable[Any]:
         """Turns in which the optimizer's groups can be worked on: one, or one for each piece of ZeRO-3. All ranks."""
@@ -329,7 +332,7 @@ class Runtime:
         # tensor while Python shuts down aborts the process ("terminate called without an active exception").
         for name in ("model", "engine", "bare"):
             self.__dict__.pop(name, None)
-        self.background.group = None
+        self.background.group = self.reading.group = None
         self.accelerator.free_memory()
         gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run

@@ -60,8 +60,8 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
     data = open_dataset(config, world.on_main)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s", 65)
-    held_out, length = sum(data.val.sizes) > 0, config.data.seq_len
-    shards = data.val if held_out else data.train
+    held_out, length = sum(data.val["val"].sizes) > 0, config.data.seq_len
+    shards = data.val["val"] if held_out else data.train
     sequences = sum(shards.counts(length, config.data.stride or length))
     if not sequences:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_lm.config import UserError
+from dist_lm.config import DataConfig, UserError
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -146,6 +146,10 @@ class TokenShards:
     def counts(self, seq_len: int, stride: int) -> list[int]:
         """How many sequences each shard has."""
         return [(size - 1 - seq_len) // stride + 1 if size > seq_len else 0 for size in self.sizes]
+
+    def count(self, data: DataConfig) -> int:
+        """How many sequences there are in an epoch."""
+        return sum(self.counts(data.seq_len, data.stride))
 
     def tail_tokens(self, seq_len: int, stride: int) -> int:
         """Tokens at the shards' ends that are no sequence's target."""

@@ -1,25 +1,39 @@
-"""What a step trained on: `python -m dist_lm.show RUN --step N [--world W [--rank R]]`.
+"""What a step trained on, and whether a run has seen a text.
 
-Prints, for each sequence of the global batch of update N (as in metrics.jsonl, from 1), the shard and the tokens it was
-read from, the documents in it (source and row) with their token spans, and their text, from the run's config.yaml and
-data alone. With --world, also which rank of so many processes trains on it; --rank shows only that one's.
+    python -m dist_lm.show RUN --step N [--world W [--rank R]]
+    python -m dist_lm.show RUN --find "a passage"
+
+Prints, for each sequence of the global batch of update N (as in metrics.jsonl, from 1), where it was read from, the
+documents in it (file and row) with their token spans, and their text, from the run's folder and data alone; streams are
+read again from the nearest checkpoint on. With --world, also which rank of so many processes trains on it; --rank shows
+only that one's. --find prints the steps so far whose sequences held the passage, or a part of it.
 """
 
 import json
 import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_lm.config import Config, UserError, read_yaml, resolve, run_entry, split_arguments
-from dist_lm.data import BAD_DATA, Dataset, open_dataset
+from dist_lm.data import Dataset, Mix, open_dataset
+from dist_lm.metrics import read_metrics
 from dist_lm.order import sequence_ids
-from dist_lm.shards import find_prepared
+from dist_lm.preparing import BAD_DATA
+from dist_lm.shards import TokenShards
+from dist_lm.stream import Recipe, Row
 from dist_lm.text import printable
 
 BAD_CHECKPOINT = 66
-FLAGS = {"step": "The update, from 1.", "world": "Number of processes.", "rank": "Show only this one's share."}
+RULE = "rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT"
+FLAGS = {"step": "The update, from 1.", "world": "Number of processes.", "rank": "Show only this one's share.",
+         "find": "A passage to look for."}  # fmt: skip
+
+Step = dict[int, tuple[str, int | Row]]  # place: source, and its sequence
 
 
 def main(argv: list[str]) -> None:
@@ -27,16 +41,26 @@ def main(argv: list[str]) -> None:
         print(__doc__, end="")
         return
     given, settings = split_arguments([] if argv[0].startswith("--") else argv[1:], FLAGS)
-    if not given or settings or any(len(values) > 1 for values in given.values()):
-        raise UserError(f"{' '.join(argv)}: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]]")
+    if (
+        not given
+        or settings
+        or any(len(values) > 1 for values in given.values())
+        or ("find" in given and len(given) > 1)
+    ):
+        raise UserError(f"{' '.join(argv)}: {RULE}")
     run_dir, settings_file = argv[0], Path(argv[0], "config.yaml")
     if not settings_file.is_file():
         raise UserError(f"{run_dir}: has no config.yaml; rule: the folder of a run", BAD_CHECKPOINT)
-    config = resolve((str(settings_file), read_yaml(settings_file)), ("RUN", {"run.dir": run_dir}))
+    config = resolve((str(settings_file), read_yaml(settings_file)), ("RUN", {"run.dir": run_dir, "data.workers": 0}))
     data = open_data(config)
+    if "find" in given:
+        find(config, data, given["find"][0])
+        return
     batch = config.data.global_batch
-    steps = config.run.steps or -(-(config.run.epochs or 0) * data.train_sequences // batch)
-    step = _number(given, "step", 1, steps)
+    steps = config.run.steps or (
+        config.run.epochs and data.sequences and -(-config.run.epochs * data.sequences // batch)
+    )
+    step = _number(given, "step", 1, steps or sys.maxsize)
     world = _number(given, "world", 1, batch) if "world" in given else 1
     rank = _number(given, "rank", 0, world - 1) if "rank" in given else None
     show(config, data, step, world, rank)
@@ -45,46 +69,143 @@ def main(argv: list[str]) -> None:
 def open_data(config: Config) -> Dataset:
     """The run's data as it was prepared; never prepares anything, and refuses what is not what the run trained on."""
 
-    def no_preparing(_: Any) -> None:
-        if not find_prepared(Path(config.run.dir, "data")):
+    def only_if_prepared(look: Callable[[], Any]) -> Any:
+        if not Path(config.run.dir, "data", "tokenizer.json").is_file():
             raise UserError(
                 f"{config.run.dir}: its data is neither in {config.run.dir}/data nor prepared at data.input="
                 f"{config.data.input} (seen from here); rule: run this where the run was started", BAD_DATA
             )  # fmt: skip
+        return look()
 
-    data = open_dataset(config, no_preparing)
-    for state in sorted(Path(config.run.dir).glob("step-*/state.json"))[-1:]:
-        try:
-            trained_on = json.loads(state.read_text(encoding="utf-8"))["data"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{state}: cannot be read ({type(error).__name__})", BAD_CHECKPOINT) from error
-        if trained_on != data.identity:
-            raise UserError(f"{data.train.folder}: its hashes are not those that {state.parent} trained on", BAD_DATA)
+    data = open_dataset(config, only_if_prepared, say=lambda _: None)
+    for state in _checkpoints(config)[-1:]:
+        if _read_state(state)["data"] != data.identity:
+            raise UserError(
+                f"{_where(config, data)}: its hashes are not those that {state.parent} trained on", BAD_DATA
+            )
     return data
 
 
 def show(config: Config, data: Dataset, step: int, world: int, rank: int | None) -> None:
     """Print the sequences of update `step`; its global batch is that of index step - 1."""
-    length, stride, batch = config.data.seq_len, config.data.stride or config.data.seq_len, config.data.global_batch
-    positions = (step - 1) * batch + np.arange(batch, dtype=np.int64)
-    if config.run.epochs:  # what is beyond the last epoch fills up the last step, without targets
-        positions = positions[positions < config.run.epochs * data.train_sequences]
-    sequences = sequence_ids(positions, data.train_sequences, config.run.seed)
-    print(f"step {step}: {len(positions)} sequences of {length} inputs and their targets ({length + 1} tokens)")
-    for place, (position, sequence) in enumerate(zip(positions.tolist(), sequences.tolist(), strict=True)):
-        if rank not in (None, place % world):
-            continue
-        shard, first = data.train.find(sequence, length, stride)
-        on_rank = f", rank {place % world}" if world > 1 else ""
-        print(
-            f"\nplace {place}{on_rank}: sequence {sequence} of epoch {position // data.train_sequences + 1},"
-            f" {data.train.files[shard]} tokens {first} to {first + length}"
-        )
-        (tokens,) = data.train.read([sequence], length, stride)
-        for span in data.train.documents_of(sequence, length, stride):
-            print(f"  {printable(span.source)} row {span.row}, tokens {span.start} to {span.stop - 1} of the sequence")
-            for line in data.tokenizer.decode(tokens[span.start : span.stop], skip_special=False).split("\n"):
-                print(f"    | {printable(line)}")
+    length = config.data.seq_len
+    made = next(read_steps(config, data, step - 1))
+    if not made:
+        raise UserError(f"--step={step} is behind the end of the data")
+    print(f"step {step}: {len(made)} sequences of {length} inputs and their targets ({length + 1} tokens)")
+    for place, (name, sequence) in sorted(made.items()):
+        if rank in (None, place % world):
+            on_rank = f", rank {place % world}" if world > 1 else ""
+            source = data.sources[name]
+            if isinstance(source, TokenShards):
+                position = (step - 1) * config.data.global_batch + place
+                _show_shards(config, data, source, sequence, f"place {place}{on_rank}", position)
+            else:
+                _show_stream(data, source, name, sequence, f"place {place}{on_rank}")
+
+
+def _show_shards(config: Config, data: Dataset, shards: TokenShards, sequence: Any, place: str, position: int) -> None:
+    length, stride = config.data.seq_len, config.data.stride
+    shard, first = shards.find(sequence, length, stride)
+    epoch = f" of epoch {position // data.sequences + 1}" if data.sequences else ""
+    print(f"\n{place}: sequence {sequence}{epoch}, {shards.files[shard]} tokens {first} to {first + length}")
+    (tokens,) = shards.read([sequence], length, stride)
+    for span in shards.documents_of(sequence, length, stride):
+        _print_span(data, span.source, span.row, tokens, span.start, span.stop)
+
+
+def _show_stream(data: Dataset, recipe: Recipe, name: str, row: Any, place: str) -> None:
+    print(f"\n{place}: source {name}, pass {row.passed + 1}, {len(row.tokens)} tokens")
+    number = cache(recipe.reader.row_number)
+    for span in row.spans:
+        file = recipe.reader.sources[span.file].name
+        _print_span(data, file, number(span.file, span.row), row.tokens, span.start, span.stop)
+
+
+def _print_span(data: Dataset, file: str, row: int, tokens: np.ndarray, start: int, stop: int) -> None:
+    print(f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence")
+    for line in data.tokenizer.decode(tokens[start:stop], skip_special=False).split("\n"):
+        print(f"    | {printable(line)}")
+
+
+def read_steps(config: Config, data: Dataset, first: int) -> Iterator[Step]:
+    """The sequences of steps `first`, `first` + 1, ... (from 0), as one process would read them."""
+    batch, length = config.data.global_batch, config.data.seq_len
+    if data.sequences is not None:
+        (name,), epochs = data.sources, config.run.epochs
+        while True:
+            positions = first * batch + np.arange(batch, dtype=np.int64)
+            if epochs:  # what is beyond the last epoch fills up the last step, without targets
+                positions = positions[positions < epochs * data.sequences]
+            ids = sequence_ids(positions, data.sequences, config.run.seed).tolist()
+            yield {place: (name, sequence) for place, sequence in enumerate(ids)}
+            first += 1
+    states = [{"step": 0, "streams": None}, *(_read_state(path) for path in _checkpoints(config))]
+    near: dict[str, Any] = max((s for s in states if s["step"] <= first), key=lambda s: s["step"])
+    mix = Mix(data, config.data, config.run.seed, state=near["streams"])
+    for step in range(near["step"], sys.maxsize):
+        mix.read(step, np.zeros((batch, length + 1), np.int64), np.zeros(batch, np.int64))
+        if step >= first:
+            yield mix.origins
+
+
+def find(config: Config, data: Dataset, text: str) -> None:
+    """Print the steps of the run so far that had the passage, by following its whole order again."""
+    last = max((figures["step"] for figures in read_metrics(config.run.dir)[0]), default=0)
+    holding = {name: _holding(config, data, source, text) for name, source in data.sources.items()
+               if isinstance(source, TokenShards)}  # fmt: skip
+    seen: dict[int, set[str]] = {}
+    ends: dict[tuple[str, int, int], tuple[int, np.ndarray]] = {}  # of documents that go on: step and tokens of one end
+    for step, made in zip(range(1, last + 1), read_steps(config, data, 0), strict=False):
+        for name, sequence in made.values():
+            source = data.sources[name]
+            if not isinstance(source, Recipe):
+                if sequence in holding[name]:
+                    seen.setdefault(step, set()).add(f"{name}: sequence {sequence}")
+                continue
+            assert isinstance(sequence, Row)
+            for file, row, start, stop in sequence.spans:
+                tokens, where = sequence.tokens[start:stop], f"{source.reader.sources[file].name} row {row}"
+                earlier, begin = ends.pop((name, file, row), (step, tokens[:0]))
+                if text in data.tokenizer.decode(np.concatenate([begin, tokens[min(1, len(begin)) :]])):
+                    for at in {step} if text in data.tokenizer.decode(tokens) else {earlier, step}:
+                        seen.setdefault(at, set()).add(where)
+                if stop == len(sequence.tokens):  # its last token is the next sequence's first
+                    ends[name, file, row] = step, tokens
+    for step in sorted(seen):
+        print(f"step {step}: {', '.join(sorted(seen[step]))}")
+    print(f"{printable(text)!r}: in {len(seen)} of the {last} steps so far")
+
+
+def _holding(config: Config, data: Dataset, shards: TokenShards, text: str) -> set[int]:
+    """The sequences of prepared shards that hold a passage, or a part of one that goes on in their successor."""
+    found, before = set[int](), np.empty(0, np.int64)
+    length, stride = config.data.seq_len, config.data.stride or config.data.seq_len
+    for sequence in range(shards.count(config.data)):
+        (tokens,) = shards.read([sequence], length, stride)
+        if text in data.tokenizer.decode(tokens):
+            found.add(sequence)
+        elif text in data.tokenizer.decode(np.concatenate([before[:stride], tokens])):
+            found |= {sequence - 1, sequence}
+        before = tokens
+    return found
+
+
+def _checkpoints(config: Config) -> list[Path]:
+    return sorted(Path(config.run.dir).glob("step-*/state.json"))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"step": state.get("step", 0), "data": state["data"], "streams": state.get("streams")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({type(error).__name__})", BAD_CHECKPOINT) from error
+
+
+def _where(config: Config, data: Dataset) -> str:
+    source = next(iter(data.sources.values()))
+    return str(source.folder) if isinstance(source, TokenShards) else f"the text of {config.run.dir}"
 
 
 def _number(given: dict[str, list[str]], name: str, low: int, high: int) -> int:

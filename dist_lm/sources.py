@@ -1,12 +1,12 @@
-"""Raw text: the documents of a file, glob, folder, hub dataset or the Python standard library, in a fixed order.
+"""Raw text: the documents of a file, glob, folder, URL, hub dataset or the Python standard library, in a fixed order.
 
-A .txt file is one document, or several that `data.separator` ends; a row of .jsonl, .json, .csv and .parquet is one.
-Invariant: the same input gives the same documents in the same order, in bounded memory; text that is not Unicode is
-refused by file and row (rows count from 1).
+A .txt file is one document, or several that `separator` ends; a row of .jsonl, .json, .csv, .parquet and .arrow is one.
+Invariant: the same input gives the same documents in the same order, in bounded memory, and a `Part` of it can be read
+from any of its documents on. What is not text is refused by file and row (rows count from 1), or left out and counted.
 
-Hub datasets are streamed by `datasets`. Local files are read here, because its readers were seen to drop
-newlines (.txt), refuse rows whose keys differ and turn texts into dates (.json), into null or numbers (.csv), and to
-hold a whole row group (.parquet: 1.8 GB for 0.9 GB of text, against 0.1 GB here).
+Hub datasets are streamed by `datasets`. Files are read here, because its readers were seen to drop newlines (.txt),
+refuse rows whose keys differ and turn texts into dates (.json), into null or numbers (.csv), and to hold a whole row
+group (.parquet: 1.8 GB for 0.9 GB of text, against 0.1 GB here).
 """
 
 import codecs
@@ -18,43 +18,66 @@ import io
 import json
 import re
 import shutil
+import string
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain, count, groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
-from dist_lm.config import DataConfig, UserError, nearest
+from dist_lm import remote
+from dist_lm.config import SourceConfig, UserError, nearest
 
 CHUNK = 2**20  # bytes read at once
 LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+SMALLEST_RANGE = 2**16  # bytes of a .jsonl file that are read apart from the rest
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _PACKINGS = (".gz", ".zst")
 _NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
 _TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt file, which is read piece by piece"
 _BATCH = 64  # rows taken from Parquet or the hub at once
 
-T = TypeVar("T")
 Rows = Iterator[tuple[int, str | None]]  # (row, stretch of its text); None is a null
 
 
 class Source(NamedTuple):
-    """A file, or a hub dataset (no path); `size` in bytes as stored."""
+    """A file, or a hub dataset (no path); `size` in bytes as stored, `mark` changes when the content does."""
 
     name: str
     path: str
     size: int
+    mark: str = ""
 
 
-def find_sources(data: DataConfig) -> list[Source]:
-    """The files of `data.input` in a fixed order, named relative to where they were looked for."""
-    path = Path(data.input)
-    if data.input == "stdlib":
+class Part(NamedTuple):
+    """What a stream reads in one go: a file, row groups or bytes of it, or shards of a hub dataset, from `begin` on."""
+
+    file: int
+    begin: int = 0
+    end: int = 0  # 0: the whole file
+
+
+class FilteredError(Exception):
+    """A row that the source's filter leaves out."""
+
+
+_DAMAGE = (ValueError, OSError, RecursionError, csv.Error)  # what readers raise over a file's content
+_END: Any = object()
+
+
+def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
+    """The files of `spec.input` in a fixed order, named relative to where they were looked for."""
+    path, said = Path(spec.input), f"{label}={spec.input!r}"
+    if spec.input == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [file for file in root.rglob("*.py") if not _NOT_STDLIB.intersection(file.relative_to(root).parts)]
+    elif remote.is_remote(spec.input):
+        endings = tuple(ending + packing for ending in FORMATS for packing in ("", *_PACKINGS))
+        return [Source(*found) for found in remote.find(spec.input, endings)]
     elif path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
@@ -62,64 +85,254 @@ def find_sources(data: DataConfig) -> list[Source]:
         files = [f for f in path.rglob("[!.]*") if _format(f.name) and f.is_file()]
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not files:
-            raise UserError(f"data.input={data.input!r}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)", 65)
-    elif glob.has_magic(data.input):
-        root = Path(re.split(r"[^/]*[*?[]", data.input)[0] or ".")
-        files = [Path(name) for name in glob.glob(data.input, recursive=True) if Path(name).is_file()]
+            raise UserError(f"{said}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)", 65)
+    elif glob.has_magic(spec.input):
+        root = Path(re.split(r"[^/]*[*?[]", spec.input)[0] or ".")
+        files = [Path(name) for name in glob.glob(spec.input, recursive=True) if Path(name).is_file()]
         if not files:
-            raise UserError(f"data.input={data.input!r}: no file matches", 65)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data.input) and not (_format(data.input) or path.parent.is_dir()):
-        return [Source(data.input, "", 0)]
+            raise UserError(f"{said}: no file matches", 65)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.input) and not (_format(spec.input) or path.parent.is_dir()):
+        return [Source(spec.input, "", 0, _hub_revision(spec))]
     else:
-        near = _near(data.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
-        raise UserError(f"data.input={data.input!r}: no such file{near} (a hub dataset is owner/name)", 65)
-    named = sorted((file.relative_to(root).as_posix(), file) for file in files)
-    return [Source(name, str(file), file.stat().st_size) for name, file in named]
+        near = _near(spec.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
+        raise UserError(f"{said}: no such file{near} (a hub dataset is owner/name)", 65)
+    named = sorted((file.relative_to(root).as_posix(), file, file.stat()) for file in files)
+    return [Source(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named]
 
 
-def read_documents(
-    sources: list[Source], data: DataConfig, skipped: Counter[str]
-) -> Iterator[tuple[int, int, Iterator[str]]]:
-    """(number of the source, row, stretches of its text) of each document, used up in turn; counts what has no text."""
-    for number, source in enumerate(sources):
-        for row, stretches in groupby(_read(source, data), key=itemgetter(0)):
-            texts: Iterator[Any] = (text for _, text in stretches if text != "")
-            head = next(texts, "")
-            if head is None:
-                skipped["null rows"] += 1
-                continue
-            while (not head or head.isspace()) and (more := next(texts, "")):
-                head += more
-            if head and not head.isspace():
-                yield number, row, chain([head], texts)
-            else:
-                skipped["empty documents"] += 1
+class Reader:
+    """The documents of one source, whole or part by part; `skipped` counts what has no text or was left out."""
 
+    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error"):
+        self.spec, self.sources, self.bad_rows = spec, sources, bad_rows
+        self.fields = _Fields(spec)
 
-def _read(source: Source, data: DataConfig) -> Rows:
-    """The rows of one source; what is wrong with it is said with its name."""
-    try:
+    def documents(
+        self, skipped: Counter[str], parts: Iterable[Part] | None = None, start: int = 0
+    ) -> Iterator[tuple[int, int, Iterator[str]]]:
+        """(number of the part, row, stretches of its text) of each document, used up in turn.
+
+        The first part is read from the row `start` on. The row of a byte range is the byte where it begins.
+        """
+        for number, part in enumerate(parts if parts is not None else map(Part, range(len(self.sources)))):
+            for row, stretches in groupby(self._read(part, start, skipped), key=itemgetter(0)):
+                texts: Iterator[Any] = (text for _, text in stretches if text != "")
+                head = next(texts, "")
+                if head is None:
+                    skipped["null rows"] += 1
+                    continue
+                while (not head or head.isspace()) and (more := next(texts, "")):
+                    head += more
+                if head and not head.isspace():
+                    yield number, row, chain([head], texts)
+                else:
+                    skipped["empty documents"] += 1
+            start = 0
+
+    def parts(self, lanes: int) -> list[Part]:
+        """Row groups of Parquet, byte ranges of plain .jsonl (at least as many as `lanes`), shards of a hub dataset,
+        or else files: a property of the source and of `lanes`, not of the machine."""
+        found = []
+        plain = sum(source.size for source in self.sources if source.name.endswith(".jsonl"))
+        step = max(SMALLEST_RANGE, plain // lanes)
+        for number, source in enumerate(self.sources):
+            pieces = [Part(number)]
+            with self._naming(source):
+                if not source.path:
+                    pieces = [Part(number, n, n + 1) for n in range(_hub_stream(source, self.spec).num_shards)]
+                elif source.name.endswith(".jsonl"):
+                    cuts = -(-source.size // step) or 1
+                    ends = [source.size * n // cuts for n in range(cuts + 1)]
+                    pieces = [Part(number, *ends[n : n + 2]) for n in range(cuts)]
+                elif source.name.endswith(".parquet"):
+                    import pyarrow.parquet  # slow, and needed for these files only
+
+                    with _open(source) as file, _at_head():
+                        groups = pyarrow.parquet.ParquetFile(file).num_row_groups
+                        pieces = [Part(number, n, n + 1) for n in range(groups)]
+            found += pieces
+        return found
+
+    def row_number(self, file: int, row: int) -> int:
+        """The row as a reader of the file counts: of a byte range, its lines with something in them."""
+        source = self.sources[file]
+        if not source.name.endswith(".jsonl"):
+            return row
+        with _open(source) as lines:
+            return 1 + sum(bool(line.strip()) for at, line in _lines(lines) if at < row)
+
+    def _read(self, part: Part, start: int, skipped: Counter[str]) -> Rows:
+        """The rows of one part; what is wrong with it is said with its name, or left out and counted."""
+        source = self.sources[part.file]
+        try:
+            with self._naming(source):
+                yield from self._rows(source, part, start, skipped)
+        except UserError as error:
+            if self.bad_rows == "error" or not _is_damage(error):
+                raise
+            skipped["rests of damaged files"] += 1
+
+    @contextlib.contextmanager
+    def _naming(self, source: Source) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{source.path or source.name}: {error}", 65) from error
+        except OSError as error:
+            raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
+
+    def _rows(self, source: Source, part: Part, start: int, skipped: Counter[str]) -> Rows:
+        fields, numbered = self.fields, partial(self._numbered, skipped=skipped)
         if not source.path:
-            yield from _read_hub(source.name, data.text_column)
+            arrays = _hub_batches(_hub_stream(source, self.spec), part, fields.names)
+            yield from _from(start, numbered(enumerate(fields.values(arrays), 1), fields.of_value))
             return
-        with _open(source.path) as file:
-            if _format(source.name) == ".parquet":
-                yield from _read_parquet(file, data.text_column)
-            elif _format(source.name) == ".csv":
-                yield from _read_csv(file, data.text_column)
-            elif _format(source.name) in (".json", ".jsonl"):
-                is_array = file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["  # type: ignore[attr-defined]
-                chunks = _decode(iter(lambda: file.read(CHUNK), b""))
-                values = (
-                    _json_array(chunks) if is_array else (json.loads(line) for line in _lines(file) if line.strip())
-                )
-                yield from _read_rows(_field(value, data.text_column) for value in values)
+        with _open(source) as file:
+            kind = _format(source.name)
+            if kind == ".parquet":
+                yield from self._parquet(file, part, start, numbered)
+            elif kind == ".arrow":
+                values = fields.values(_arrow_batches(file, fields))
+                yield from _from(start, numbered(enumerate(values, 1), fields.of_value))
+            elif kind == ".csv":
+                csv.field_size_limit(LONGEST_ROW)
+                reader = csv.reader((fields.of_bytes(line) for _, line in _lines(file)), strict=True)
+                with _at_head():
+                    header = next(reader, [])
+                    fields.check(header) if header else None
+                rows = (dict(zip(header, row, strict=False)) for row in reader if row)
+                yield from _from(start, numbered(enumerate(rows, 1), fields.of_cells))
+            elif kind == ".jsonl" and part.end:
+                yield from numbered(_range(file, max(part.begin, start), part.end), fields.of_line, label="at byte")
+            elif kind in (".json", ".jsonl"):
+                convert: Callable[[Any], str | None] = fields.of_line
+                values = (line for _, line in _lines(file) if line.strip())
+                if file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+                    values, convert = _json_array(_decode(iter(lambda: file.read(CHUNK), b""))), fields.of_row
+                yield from _from(start, numbered(enumerate(values, 1), convert))
             else:
-                yield from _split(_decode(iter(lambda: file.read(CHUNK), b"")), data.separator)
-    except UserError as error:
-        raise UserError(f"{source.path or source.name}: {error}", 65) from error
-    except OSError as error:
-        raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
+                yield from _from(start, _split(_decode(iter(lambda: file.read(CHUNK), b"")), self.spec.separator))
+
+    def _numbered(
+        self, rows: Iterator[tuple[int, Any]], convert: Callable[[Any], str | None], *, skipped: Counter[str],
+        label: str = "row",
+    ) -> Rows:  # fmt: skip
+        """Rows as text in stretches; an unreadable one is refused, or left out and counted."""
+        row = 0
+        while True:
+            row += 1  # should reading it fail
+            try:
+                row, raw = next(rows, (row, _END))
+                if raw is _END:
+                    return
+                text = convert(raw)
+            except FilteredError:
+                skipped["filtered rows"] += 1
+                continue
+            except _DAMAGE as error:
+                if self.bad_rows == "error" or isinstance(error, OSError):
+                    raise UserError(f"{label} {row}: {_one_line(error)}", 65) from error
+                skipped["bad rows"] += 1
+                continue
+            if not text:
+                yield row, text
+            else:
+                yield from ((row, text[at : at + CHUNK]) for at in range(0, len(text), CHUNK))
+
+    def _parquet(self, file: BinaryIO, part: Part, start: int, numbered: Callable[..., Rows]) -> Rows:
+        import pyarrow.parquet  # slow, and needed for these files only
+
+        names = self.fields.names
+        with contextlib.ExitStack() as stack:
+            if not file.seekable():  # packed once more around its own packing
+                packed, file = file, stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(packed, file)
+            with _at_head():
+                table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as needed
+                self.fields.check(table.schema_arrow.names)
+                average = sum(_average_row(table, name) for name in names)
+            groups = list(range(part.begin, part.end or table.num_row_groups))
+            before = sum(table.metadata.row_group(n).num_rows for n in range(part.begin))
+            first = max(start, before + 1)
+            batches = table.iter_batches(
+                max(1, min(_BATCH, 2**24 // average)), groups, columns=names, use_threads=False
+            )
+            columns = _behind(first - before - 1, batches, names)
+            yield from numbered(enumerate(self.fields.values(columns), first), self.fields.of_value)
+
+
+class _Fields:
+    """What of a row becomes text: one column, or a template of several, where the filter lets the row through."""
+
+    def __init__(self, spec: SourceConfig):
+        self.spec = spec
+        in_template = [name for _, name, _, _ in string.Formatter().parse(spec.template or "") if name]
+        self.names = list(dict.fromkeys([*(in_template if spec.template else [spec.text_column]), *spec.filter]))
+
+    def check(self, columns: Iterable[str]) -> None:
+        for name in self.names:
+            _find_column(name, list(columns))
+
+    def of_row(self, row: Any) -> str | None:
+        """The text of a JSON row."""
+        if not isinstance(row, Mapping):
+            raise ValueError(f"must be an object with data.text_column={self.names[0]!r}, not {type(row).__name__}")
+        self.check(row)
+        return self.of_cells(row)
+
+    def of_line(self, line: bytes) -> str | None:
+        return self.of_row(json.loads(self.of_bytes(line)))
+
+    def of_bytes(self, line: bytes) -> str:
+        if len(line) > LONGEST_ROW:
+            raise ValueError(_TOO_LONG)
+        return line.decode()
+
+    def of_cells(self, row: Mapping[str, Any]) -> str | None:
+        for name, wanted in self.spec.filter.items():
+            if row.get(name) != wanted:
+                raise FilteredError(f"{name}={row.get(name)!r} is not {wanted!r}")
+        if self.spec.template:
+            return self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
+        text = row.get(self.spec.text_column)
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"data.text_column={self.spec.text_column!r} holds {type(text).__name__}, not text")
+        (text or "").encode()  # refuses lone surrogates
+        return text
+
+    def values(self, batches: Iterable[list[Any]]) -> Iterator[Any]:
+        """Rows of Arrow columns, which come in the order of `names`: what of_value() takes."""
+        if self.spec.template or self.spec.filter:
+            return chain.from_iterable(zip(*(c.to_pylist() for c in columns), strict=True) for columns in batches)
+        return chain.from_iterable(self._texts(*columns) for columns in batches)
+
+    def of_value(self, value: Any) -> str | None:
+        if isinstance(value, tuple):
+            return self.of_cells(dict(zip(self.names, value, strict=True)))
+        raw = value.as_buffer() if value.is_valid else b""
+        if len(raw) > LONGEST_ROW:
+            raise ValueError(_TOO_LONG)
+        return str(raw, "utf-8") if value.is_valid else None  # decoded here: Parquet's text is not checked
+
+    def _texts(self, array: Any) -> Any:
+        import pyarrow as pa  # loaded by the callers
+
+        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+        if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+            raise ValueError(f"data.text_column={self.spec.text_column!r} holds {array.type}, not text")
+        return array
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether the content of a file is at fault, not the disk or the network."""
+    while error.__cause__:
+        error = error.__cause__
+    return not isinstance(error, OSError) or "Truncated compressed stream" in str(error)
+
+
+def _from(start: int, rows: Rows) -> Rows:
+    """Rows from number `start` on."""
+    return (row for row in rows if row[0] >= start) if start > 1 else rows
 
 
 def _split(chunks: Iterator[str], separator: str | None) -> Rows:
@@ -127,8 +340,10 @@ def _split(chunks: Iterator[str], separator: str | None) -> Rows:
     row = 1
     waiting, keep = "", len(separator or " ") - 1  # at the end of a chunk may stand the beginning of a separator
     while True:
-        with _at(row):
+        try:
             text = next(chunks, None)
+        except _DAMAGE as error:
+            raise UserError(f"row {row}: {_one_line(error)}", 65) from error
         if text is None:
             break
         waiting += text
@@ -158,14 +373,27 @@ def _decode(chunks: Iterable[bytes]) -> Iterator[str]:
             yield text
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    for n in count():
-        line = file.readline(LONGEST_ROW)
-        if len(line) == LONGEST_ROW:
-            raise ValueError(_TOO_LONG)
-        if not line:
+def _lines(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Lines with the byte where each begins; one longer than LONGEST_ROW is cut short there, so as to be refused."""
+    while line := file.readline(LONGEST_ROW + 1):
+        begin, at = at, at + len(line)
+        while len(line) > LONGEST_ROW and not line.endswith(b"\n") and (more := file.readline(LONGEST_ROW)):
+            at += len(more)
+            if more.endswith(b"\n"):
+                break
+        yield begin, line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+
+
+def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin at the bytes begin..end-1, and where each does."""
+    if begin:
+        file.seek(begin - 1)
+        begin += len(file.readline()) - 1
+    for at, line in _lines(file, begin):
+        if at >= end:
             return
-        yield line.decode("utf-8" if n else "utf-8-sig")
+        if line.strip():
+            yield at, line
 
 
 def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
@@ -190,38 +418,6 @@ def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
             yield value
 
 
-def _read_rows(texts: Iterator[str | None]) -> Rows:
-    for row, text in _numbered(texts):
-        if not text:
-            yield row, text
-        else:
-            yield from ((row, text[at : at + CHUNK]) for at in range(0, len(text), CHUNK))
-
-
-def _read_csv(file: BinaryIO, column: str) -> Rows:
-    csv.field_size_limit(LONGEST_ROW)
-    reader = csv.reader(_lines(file), strict=True)
-    with _at(0):
-        header = next(reader, [])
-        place = _find_column(column, header) if header else 0
-    return _read_rows(row[place] if place < len(row) else None for row in reader if row)
-
-
-def _read_parquet(file: BinaryIO, column: str) -> Rows:
-    import pyarrow.parquet  # slow, and needed for these files only
-
-    with contextlib.ExitStack() as stack:
-        if not file.seekable():  # packed once more around its own packing
-            packed, file = file, stack.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(packed, file)
-        with _at(0):
-            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as they are needed
-            _find_column(column, table.schema_arrow.names)
-            average = _average_row(table, column)
-        batches = table.iter_batches(max(1, min(_BATCH, 2**24 // average)), columns=[column], use_threads=False)
-        yield from _read_rows(_arrow_texts((batch.column(0) for batch in batches), column))
-
-
 def _average_row(table: Any, column: str) -> int:
     """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
     paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
@@ -232,80 +428,92 @@ def _average_row(table: Any, column: str) -> int:
     return max(sizes, default=0) + 1
 
 
-def _read_hub(name: str, column: str) -> Rows:
+def _behind(rows: int, batches: Iterator[Any], names: list[str]) -> Iterator[list[Any]]:
+    """The columns of record batches without so many rows at their beginning."""
+    for batch in batches:
+        passed = min(rows, len(batch))
+        rows -= passed
+        if passed < len(batch):
+            yield [batch.column(name)[passed:] for name in names]
+
+
+def _arrow_batches(file: BinaryIO, fields: _Fields) -> Iterator[list[Any]]:
+    """The columns of an Arrow file, in either of its two forms."""
+    import pyarrow as pa  # slow, and needed for these files only
+
+    if file.peek()[:6] == b"ARROW1":  # type: ignore[attr-defined]
+        table = pa.ipc.open_file(file)
+        batches = (table.get_batch(n) for n in range(table.num_record_batches))
+    else:
+        table = batches = pa.ipc.open_stream(file)
+    with _at_head():
+        fields.check(table.schema.names)
+    return _behind(0, batches, fields.names)
+
+
+def _hub_stream(source: Source, spec: SourceConfig) -> Any:
+    """A hub dataset as `datasets` streams it, in as many shards as it can be cut into."""
     import datasets  # slow, and needed for hub names only
 
     try:
-        stream = datasets.load_dataset(name, split="train", streaming=True).with_format("arrow")
+        stream = datasets.load_dataset(
+            source.name, name=spec.subset, split=spec.split, revision=source.mark or spec.revision, streaming=True
+        )
     except (ValueError, OSError) as error:
         raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
+    with contextlib.suppress(NotImplementedError):  # only Parquet can be cut finer than files
+        stream = stream.reshard()
+    return stream.with_format("arrow")
+
+
+def _hub_batches(stream: Any, part: Part, names: list[str]) -> Iterator[list[Any]]:
+    if part.end:
+        stream = stream.shard(stream.num_shards, part.begin)
     batches = stream.iter(_BATCH)
     try:
-        tables = (table for table in batches if _find_column(column, table.column_names) >= 0)
-        yield from _read_rows(_arrow_texts((table[column].combine_chunks() for table in tables), column))
+        for table in batches:
+            for name in names:
+                _find_column(name, table.column_names)
+            yield [table[name].combine_chunks() for name in names]
     finally:
-        del stream, batches, tables  # an abandoned streamed iterator can abort the process at its exit
+        del stream, batches  # an abandoned streamed iterator can abort the process at its exit
         gc.collect()
 
 
-def _arrow_texts(arrays: Iterator[Any], column: str) -> Iterator[str | None]:
-    import pyarrow as pa  # loaded by the callers
+def _hub_revision(spec: SourceConfig) -> str:
+    """The commit that a revision stands for, so that a resumed run reads the same; "" where no hub is reached."""
+    import huggingface_hub  # slow, and needed for hub names only
 
-    for array in arrays:
-        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-        if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise ValueError(f"data.text_column={column!r} holds {array.type}, not text")
-        for value in array:
-            raw = value.as_buffer() if value.is_valid else b""
-            if len(raw) > LONGEST_ROW:
-                raise ValueError(_TOO_LONG)
-            yield str(raw, "utf-8") if value.is_valid else None  # decoded here: Parquet's text is not checked
+    try:
+        return huggingface_hub.HfApi().dataset_info(spec.input, revision=spec.revision, timeout=10).sha or ""
+    except Exception:  # offline, or another host's dataset: `datasets` says what is wrong, or has a copy
+        return ""
 
 
-def _field(value: Any, column: str) -> str | None:
-    """The text of a JSON row."""
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object with data.text_column={column!r}, not {type(value).__name__}")
-    _find_column(column, value)
-    text = value[column]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"data.text_column={column!r} holds {type(text).__name__}, not text")
-    (text or "").encode()  # refuses lone surrogates
-    return text
-
-
-def _find_column(column: str, columns: Iterable[str]) -> int:
+def _find_column(column: str, columns: Iterable[str]) -> None:
     columns = list(columns)
     if column not in columns:
         raise ValueError(f"no data.text_column={column!r} among {', '.join(columns)}{_near(column, columns)}")
-    return columns.index(column)
-
-
-def _numbered(items: Iterator[T]) -> Iterator[tuple[int, T]]:
-    for row in count(1):
-        with _at(row):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield row, item
 
 
 @contextlib.contextmanager
-def _at(row: int) -> Iterator[None]:
-    """Whatever fails inside is said with its row."""
+def _at_head() -> Iterator[None]:
+    """Whatever is wrong with a file as a whole."""
     try:
         yield
-    except (ValueError, OSError, RecursionError, csv.Error) as error:
-        raise UserError(f"row {row}: {_one_line(error)}" if row else _one_line(error), 65) from error
+    except _DAMAGE as error:
+        raise UserError(_one_line(error), 65) from error
 
 
-def _open(path: str) -> BinaryIO:
-    if not path.endswith(_PACKINGS):
-        return open(path, "rb")
+def _open(source: Source) -> BinaryIO:
+    far = remote.is_remote(source.path)
+    file = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
+    if not source.path.endswith(_PACKINGS):
+        return file
     import pyarrow  # slow, and needed for packed files only
 
-    return io.BufferedReader(pyarrow.input_stream(path, compression="detect"))  # raises if cut short
+    packing = "gzip" if source.path.endswith(".gz") else "zstd"
+    return io.BufferedReader(pyarrow.input_stream(file, compression=packing))  # raises if cut short
 
 
 def _format(name: str) -> str:

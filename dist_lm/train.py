@@ -17,9 +17,10 @@ if __name__ == "__main__":  # a typing mistake is answered before the seconds th
 import json
 import math
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from torch import Tensor
 
 from dist_lm import __version__, checkpoint, hf
 from dist_lm.checkpoint import Saver
-from dist_lm.data import Batches, Dataset, open_dataset
+from dist_lm.data import Batches, Dataset, Mix, merge_after, open_dataset
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import GPT, NO_TARGET, flops_per_token, initial, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.runtime import RunLock, Runtime, start
 from dist_lm.sample import Sampling, sample
+from dist_lm.stream import Recipe
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURES = 96, (0.0, 0.8)  # what each evaluation writes to samples.md
@@ -50,6 +52,7 @@ class TrainState:
     tokens: int = 0  # targets trained on
     skipped_updates: int = 0  # fp16 overflows
     val_loss: float | None = None  # of the newest evaluation
+    streams: dict[str, Any] = field(default_factory=dict)  # where raw sources stand, as far as this rank reads them
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Run:
     runtime: Runtime
     data: Dataset
     plan: Plan
-    steps: int
+    steps: int | None  # None: the data says when it ends
     model: GPT
     optimizer: torch.optim.Optimizer
     metrics: Metrics
@@ -82,6 +85,7 @@ class Pending:
     seconds: float
     seconds_waiting: float  # for data
     batch_hash: Tensor | None
+    shares: dict[str, float]  # of a mixture
 
 
 def main(config: Config, flags: Mapping[str, list[str]]) -> None:
@@ -115,7 +119,7 @@ def train(run: Run) -> None:
 
     while True:
         # Is this the last turn? It only evaluates and saves. Pending figures come first, so that no NaN is ever saved.
-        moved, ended = state.step > first_step, state.step == run.steps
+        moved, ended = state.step > first_step, batch.end or state.step == run.steps
         leaving = ended or stopping or state.step == config.run.stop_after
         evaluating = moved and due(state.step, config.run.eval_every, at_the_end=ended)
         saving = moved and (leaving or due(state.step, config.run.save_every))
@@ -132,7 +136,7 @@ def train(run: Run) -> None:
         report_saving(run, run.saver.poll)
 
         started = time.monotonic()
-        lr = lr_at(config.optim, state.step, run.steps)
+        lr = lr_at(config.optim, state.step, run.steps or 0)
         set_lr(run.optimizer, lr)
 
         # The loss is the sum over the global batch divided by its number of targets, however it is cut up.
@@ -157,9 +161,10 @@ def train(run: Run) -> None:
         figures = torch.stack([loss_sum / targets, norm.double(), targets, stop])
         hashing = config.run.log_batch_hash
         batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
-        pending = Pending(state.step + 1, lr, figures, time.monotonic() - started, waited, batch_hash)
+        seconds = time.monotonic() - started
+        pending = Pending(state.step + 1, lr, figures, seconds, waited, batch_hash, batch.shares)
+        state.step, state.val_loss, state.streams = state.step + 1, None, batch.after
         batch, targets = next_batch, next_targets
-        state.step, state.val_loss = state.step + 1, None
         profiler.step()
 
     profiler.stop()
@@ -180,7 +185,7 @@ def settle(run: Run, pending: Pending) -> bool:
             )  # fmt: skip
         state.skipped_updates += 1
     state.tokens += int(targets)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {**pending.shares}
     if pending.batch_hash is not None:
         extra["batch_hash"] = f"{int(pending.batch_hash) % 2**64:016x}"
     if runtime.scaler.is_enabled():
@@ -196,15 +201,18 @@ def evaluate(run: Run) -> None:
     """Held-out figures, and samples to watch the text become coherent. All ranks, in step."""
     config, runtime, data = run.config, run.runtime, run.data
     with run.metrics.pause():
-        figures = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
-        run.state.val_loss = figures["val_loss"]
-        run.metrics.evaluation(run.state.step, "val", figures)
-        if config.run.ema:
-            with runtime.averaged():
-                averaged = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
-            run.metrics.evaluation(run.state.step, "val of ema", averaged)
+        losses = []
+        for name, shards in data.val.items():
+            figures = validate(runtime, runtime.model, shards, config, run.plan, data.tokenizer)
+            run.metrics.evaluation(run.state.step, name, figures)
+            losses.append(figures["val_loss"])
+            if config.run.ema:
+                with runtime.averaged():
+                    averaged = validate(runtime, runtime.model, shards, config, run.plan, data.tokenizer)
+                run.metrics.evaluation(run.state.step, f"{name} of ema", averaged)
+        run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
-        texts = [f"## step {run.state.step}, loss {figures['val_loss']:.4f}"]
+        texts = [f"## step {run.state.step}, loss {losses[0]:.4f}"]
         for temperature in SAMPLE_TEMPERATURES:
             settings = Sampling(SAMPLE_TOKENS, temperature)
             with runtime.autocast():
@@ -219,8 +227,9 @@ def save(run: Run, last: bool) -> None:
     """Begin a checkpoint, whose writing goes on beside training; the last one is waited for. All ranks."""
     config, runtime = run.config, run.runtime
     vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
+    streams = merge_after(runtime.channel.gather(run.state.streams))
     facts = {
-        **asdict(run.state), "strategy": runtime.strategy, "world_size": runtime.world_size,
+        **asdict(run.state), "streams": streams, "strategy": runtime.strategy, "world_size": runtime.world_size,
         "scaler": runtime.scaler.state_dict(), "config": config.model_dump(mode="json"), "data": run.data.identity,
         "versions": {"dist_lm": __version__, "torch": torch.__version__}, "commit": git_commit(),
     }  # fmt: skip
@@ -254,7 +263,9 @@ def build(runtime: Runtime, config: Config) -> Run:
     data = open_dataset(config, runtime.on_main)
     vocab_size, seq_len = data.tokenizer.vocab_size, config.data.seq_len
     layout = plan(config, runtime.world_size)
-    steps = config.run.steps or -(-(config.run.epochs or 0) * data.train_sequences // config.data.global_batch)
+    steps = config.run.steps
+    if config.run.epochs and data.sequences:
+        steps = -(-config.run.epochs * data.sequences // config.data.global_batch)
     with runtime.construction():
         model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
     optimizer = make_optimizer(model, config.optim, config.run.precision)
@@ -268,12 +279,16 @@ def build(runtime: Runtime, config: Config) -> Run:
 
 
 def training_batches(run: Run) -> Batches:
-    config, data = run.config.data, run.data
-    end = run.config.run.epochs and run.config.run.epochs * data.train_sequences
+    config, data, runtime = run.config.data, run.data, run.runtime
+    source: Any = next(iter(data.sources.values()))
+    if data.sequences is None:
+        source = Mix(data, config, run.config.run.seed, state=run.state.streams, rank=runtime.rank,
+                     world=runtime.world_size, channel=runtime.reading)  # fmt: skip
     return Batches(
-        data.train, config, run.plan, run.runtime.rank, run.runtime.device, seed=run.config.run.seed,
-        eot=data.tokenizer.eot, first_step=run.state.step, end_position=end, dropout=run.config.model.dropout > 0,
-        hash_rows=run.config.run.log_batch_hash,
+        source, config, run.plan, runtime.rank, runtime.device, seed=run.config.run.seed,
+        eot=data.tokenizer.eot, first_step=run.state.step,
+        end_position=run.config.run.epochs and data.sequences and run.config.run.epochs * data.sequences,
+        dropout=run.config.model.dropout > 0, hash_rows=run.config.run.log_batch_hash,
     )  # fmt: skip
 
 
@@ -315,8 +330,8 @@ def resume(run: Run, allowed: list[str]) -> bool:
     runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
-    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"])
-    if run.state.step >= min(run.steps, config.run.stop_after or run.steps):
+    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"], streams=facts.get("streams", {}))
+    if run.state.step >= min(run.steps or sys.maxsize, config.run.stop_after or sys.maxsize):
         runtime.say(
             f"{run.dir} is finished at step {run.state.step}; to go on raise run.steps={run.steps} or run.stop_after,"
             " to start anew choose another run.dir"
@@ -388,12 +403,22 @@ def describe(run: Run) -> None:
     batch, say = config.data.global_batch, runtime.say
     shapes = hf.shapes(config.model, data.tokenizer.vocab_size, config.data.seq_len)
     parameters = sum(math.prod(shape) for shape in shapes.values())
+    length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
     say(
-        f"{parameters:,} parameters, {data.train_sequences:,} sequences of {config.data.seq_len} tokens to train on;"
-        f" {run.plan.tokens_per_step:,} tokens a step, {run.steps:,} steps"
-        f" ({run.steps * batch / data.train_sequences:.2f} epochs);"
-        f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends of shards are left out"
+        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens; {run.plan.tokens_per_step:,} tokens a"
+        f" step, {length}"
     )
+    if data.sequences and run.steps:
+        say(
+            f"{data.sequences:,} sequences to train on, for {run.steps * batch / data.sequences:.2f} epochs;"
+            f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends of shards are"
+            " left out"
+        )
+    for name, source in data.sources.items() if data.sequences is None else ():
+        kind = (
+            f"{len(source.parts):,} parts in {source.lanes} lanes" if isinstance(source, Recipe) else "prepared shards"
+        )
+        say(f"source {name}: {kind}, weight {config.data.named_sources()[name].weight}")
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
         f" step {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"
@@ -403,7 +428,7 @@ def describe(run: Run) -> None:
             "warning: rows without targets even out the processes and cost"
             f" {run.plan.filler_percent:.1f} % of each step"
         )
-    if config.optim.warmup_steps > run.steps:
+    if run.steps and config.optim.warmup_steps > run.steps:
         say(f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps")
     if hf.family(config.model) is None:
         say("warning: no transformers family has this model; only dist_lm reads its checkpoints")

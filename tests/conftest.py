@@ -12,8 +12,8 @@ import torch
 from dist_lm import hf
 from dist_lm.checkpoint import Held, Saver
 from dist_lm.config import DataConfig
-from dist_lm.data import prepare_dataset
 from dist_lm.model import GPT
+from dist_lm.preparing import prepare_dataset
 from dist_lm.runtime import Channel
 from dist_lm.text import Tokenizer
 

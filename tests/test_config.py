@@ -35,7 +35,8 @@ def test_fields() -> None:
     model.layers model.heads model.kv_heads model.width model.ffn_width model.positions model.norm model.norm_placement
     model.activation model.bias model.qk_norm model.dropout model.tie_embeddings model.init model.norm_eps
     model.rope_theta
-    data.input data.text_column data.separator data.tokenizer data.val_fraction data.seq_len data.stride
+    data.input data.sources data.stages data.validation data.stream data.lanes data.packing data.bad_rows data.cache_gb
+    data.text_column data.separator data.tokenizer data.val_fraction data.seq_len data.stride
     data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps optim.weight_decay optim.clip
     run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing run.ema run.eval_every

@@ -65,11 +65,11 @@ def test_reading_ahead_changes_nothing(prepared: Path, tmp_path: Path, workers: 
 
 def test_an_epoch_has_every_target_once_and_then_ends(prepared: Path, tmp_path: Path) -> None:
     config, dataset = opened(prepared, tmp_path, global_batch=7)
-    made = batches(config, dataset, end_position=dataset.train_sequences)
-    steps = -(-dataset.train_sequences // 7)
+    made = batches(config, dataset, end_position=dataset.sequences)
+    steps = -(-dataset.sequences // 7)
     seen = np.concatenate([rows(made.read(step))[:, 16:] for step in range(steps)])
     assert made.read(steps).targets == 0
-    in_place = dataset.train.read(np.arange(dataset.train_sequences), 16, 16)[:, 1:]
+    in_place = dataset.train.read(np.arange(dataset.sequences), 16, 16)[:, 1:]
     assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, in_place.tolist()))
 
 

@@ -15,15 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import data as data_module
 from dist_lm import prepare, text
+from dist_lm import preparing as data_module
 from dist_lm.config import DataConfig, UserError
-from dist_lm.data import held_out, prepare_dataset
+from dist_lm.preparing import document_hash, held_out, prepare_dataset
 from dist_lm.shards import MANIFEST, TokenShards, map_shard
 from dist_lm.sources import Source
 from dist_lm.text import Tokenizer
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    return held_out(document_hash(iter([text]))[0], fraction)
 
 
 def write_documents(path: Path, number: int, seed: int = 0, longest: int = 60) -> list[str]:
@@ -66,7 +70,7 @@ def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
     )
     loaded = Tokenizer.load(tmp_path / "d")
     for split in ("train", "val"):
-        chosen = [text for text in documents if held_out(text, 0.1) == (split == "val")]
+        chosen = [text for text in documents if is_held_out(text, 0.1) == (split == "val")]
         expected = [i for text in chosen for i in [*loaded.encode(text), loaded.eot]]
         assert tokens_of(tmp_path / "d", split) == expected
         entry = manifest["splits"][split]
@@ -164,7 +168,7 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(tmp_path: Path, mo
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
-        "import sys; from dist_lm import data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
+        "import sys; from dist_lm import preparing as data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
         "data.JOB = 2000; data.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
@@ -209,10 +213,10 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
 def test_a_document_stays_where_it_is(tmp_path: Path) -> None:
     """More documents, another order and another fraction: none moves from validation into training."""
     documents = [f"document {n}" for n in range(2000)]
-    small, large = ({text for text in documents if held_out(text, fraction)} for fraction in (0.05, 0.1))
+    small, large = ({text for text in documents if is_held_out(text, fraction)} for fraction in (0.05, 0.1))
     assert small < large and 60 < len(small) < 140 and 150 < len(large) < 250
-    assert not any(held_out(text, 0.0) for text in documents)
-    assert held_out("x" * 2**20 + "a", 0.5) == held_out("x" * 2**20 + "b", 0.5)
+    assert not any(is_held_out(text, 0.0) for text in documents)
+    assert document_hash(iter(["x" * 2**20, "a"]))[0] == document_hash(iter(["x" * 2**20 + "b"]))[0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm import sources
-from dist_lm.config import DataConfig, UserError
-from dist_lm.sources import find_sources, read_documents
+from dist_lm.config import DataConfig, SourceConfig, UserError
+from dist_lm.sources import Reader, find_sources
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
 def read(path: Any, skipped: Counter[str] | None = None, **settings: Any) -> list[tuple[str, int, str]]:
-    data = DataConfig(input=str(path), **settings)
-    found = find_sources(data)
-    documents = read_documents(found, data, Counter() if skipped is None else skipped)
+    source = SourceConfig(input=str(path), **settings)
+    found = find_sources(source)
+    documents = Reader(source, found).documents(Counter() if skipped is None else skipped)
     return [(found[source].name, row, "".join(texts)) for source, row, texts in documents]
 
 
@@ -155,7 +155,7 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
 
 
 def test_stdlib_is_the_corpus_of_the_quickstart() -> None:
-    found = find_sources(DataConfig())
+    found = find_sources(DataConfig().as_source())
     assert [source.name for source in found] == sorted(source.name for source in found)
     names = {part for source in found for part in source.name.split("/")[:-1]}
     assert not names & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
@@ -185,7 +185,7 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     import datasets
 
     real, folder = datasets.load_dataset, hub_folder(tmp_path)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **kwargs: real(folder, **kwargs))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: real(folder, **kwargs))
     monkeypatch.chdir(tmp_path)
     rows = [(1, "0 one"), (3, "0 two"), (4, "1 one"), (6, "1 two")]
     assert read("someone/words") == [("someone/words", row, text) for row, text in rows]
@@ -196,8 +196,8 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def unreachable(name: str, **_: Any) -> None:
-        raise ConnectionError(f"Couldn't reach '{name}'\non the Hub")
+    def unreachable(path: str, **_: Any) -> None:
+        raise ConnectionError(f"Couldn't reach '{path}'\non the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.chdir(tmp_path)
@@ -284,16 +284,17 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
         "empty/shakespeare": r"'empty/shakespeare': no such file \(a hub dataset is owner/name\)",
         "no/such/file.txt": r"'no/such/file.txt': no such file \(a hub dataset is owner/name\)",
         "*.csv": "'\\*.csv': no file matches",
-        "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet \(or .gz, .zst\)",
+        "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet .arrow \(or .gz, .zst\)",
     }.items():
         with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
-            find_sources(DataConfig(input=name))
+            find_sources(SourceConfig(input=name))
         assert raised.value.code == 65
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("x")
-    found = find_sources(DataConfig(input=str(tmp_path)))
+    source = SourceConfig(input=str(tmp_path))
+    found = find_sources(source)
     os.remove(tmp_path / "a.txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/a.txt: .*No such file"):
-        list(read_documents(found, DataConfig(), Counter()))
+        list(Reader(source, found).documents(Counter()))

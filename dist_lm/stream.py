@@ -1,0 +1,369 @@
+"""A raw source as a row of sequences: lanes that read, shuffle in blocks, tokenize and pack, dealt out in turns.
+
+Invariant: the sequences and their order are a function of the source, the seed and the config, never of the machine.
+Turn by turn each lane gives its next sequence; a lane whose pass has ended is left out until all have ended it, then
+the next pass begins, in another order. A rank reads the lanes it owns and tells the others how many sequences those
+have ready, so that all ranks deal alike. Where a lane stands is a small JSON cursor; going on from it reads one block
+again.
+"""
+
+import threading
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_lm.config import UserError
+from dist_lm.order import Words, hash_words, permute
+from dist_lm.sources import Part, Reader
+from dist_lm.text import NoCutError, Tokenizer
+
+BLOCK = 1024, 2**22  # documents or characters that fill a block: what is shuffled into each other
+BATCH = 128, 2**18  # ... and what is tokenized at once
+START: dict[str, Any] = {"pass": 0, "block": 0, "part": 0, "row": 0, "document": 0, "offset": 0}
+
+
+class Span(NamedTuple):
+    """A part of a document in a sequence: tokens[start:stop] of its T+1."""
+
+    file: int
+    row: int
+    start: int
+    stop: int
+
+
+class Row(NamedTuple):
+    """At most T+1 tokens, all but the first of them targets."""
+
+    tokens: np.ndarray
+    spans: list[Span]
+    passed: int  # the pass in which the lane completed it
+    after: tuple["Document", int] | None  # the document and place in it where the lane stands then; None: at its end
+
+
+@dataclass
+class Block:
+    """Where a block begins: what a cursor needs to read it again."""
+
+    cursor: dict[str, Any]
+    documents: Iterator["Document"] = field(default_factory=lambda: iter(()))
+
+
+class Document(NamedTuple):
+    block: Block
+    number: int  # in the block
+    file: int
+    row: int
+    text: list[str]
+    tokens: np.ndarray
+
+
+@dataclass
+class Recipe:
+    """What makes the sequences of a stream, the same for all its lanes and on all ranks."""
+
+    reader: Reader
+    parts: list[Part]
+    tokenizer: Tokenizer
+    seq_len: int
+    lanes: int  # at most as many as parts
+    key: Words  # of the permutations: the run's seed and the source
+    keep: Callable[[Iterator[str]], Iterator[str] | None]  # a document's text if training may see it
+    best_fit: bool = False
+    passes: int | None = None  # None: for ever
+    block: tuple[int, int] = BLOCK
+
+    def parts_of(self, lane: int, passed: int) -> list[Part]:
+        """The parts that a lane reads in a pass: dealt out anew in each."""
+        order = shuffled(len(self.parts), hash_words(self.key, 6, passed))
+        return [self.parts[n] for n in order[lane :: self.lanes]]
+
+
+def shuffled(count: int, key: Words) -> list[int]:
+    """A permutation of range(count)."""
+    order: list[int] = permute(np.arange(count), np.full(count, count), key.repeat(count)).tolist()
+    return order
+
+
+class Lane:
+    """One sub-stream of a source: its documents pass after pass, as sequences. One thread at a time reads it."""
+
+    def __init__(self, recipe: Recipe, number: int, cursor: dict[str, Any] | None = None):
+        cursor = cursor or START
+        self.recipe, self.number = recipe, number
+        self.ready: deque[Row] = deque()
+        self.ended = cursor["pass"] - 1  # the newest pass of which nothing is left to read
+        self.is_empty = True  # no document was found so far
+        self._cursor, self._pass, self._block = cursor, cursor["pass"], cursor["block"]
+        self._skipped = Counter[str](cursor.get("skipped", {}))
+        self._found = self._open(cursor["part"], cursor["row"])
+        self._documents: Iterator[Document] = iter(())
+        self._pending: deque[Document] = deque()  # tokens that no sequence begins behind
+        self._offset = self._rewind = cursor["offset"]
+        self._passed_over = cursor["document"]
+        self._lock = threading.Lock()
+        self._failure: UserError | None = None
+
+    @property
+    def cursor(self) -> dict[str, Any]:
+        """Where the lane stands after what was taken from it; what was only read ahead does not count."""
+        return self._cursor
+
+    def count(self, passed: int) -> int:
+        """How many sequences of a pass are ready."""
+        return sum(made.passed == passed for made in tuple(self.ready))
+
+    def fill(self, passed: int, wanted: int) -> None:
+        """Read until so many sequences of a pass are ready, or all that it has."""
+        with self._lock:
+            while self.ended < passed and self.count(passed) < wanted:
+                self._read()
+
+    def read_ahead(self, most: int) -> None:
+        """Read a little more in the background; what goes wrong is said when it is needed."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if len(self.ready) < most and self.ended + 1 != self.recipe.passes and not self._failure:
+                    self._read()
+            except UserError as error:
+                self._failure = error
+            finally:
+                self._lock.release()
+
+    def take(self) -> Row:
+        taken = self.ready.popleft()
+        if taken.after:
+            document, offset = taken.after
+            self._cursor = {**document.block.cursor, "document": document.number, "offset": offset}
+        else:
+            self._cursor = {**START, "pass": taken.passed + 1}
+        return taken
+
+    def _open(self, part: int = 0, row: int = 0) -> Iterator[tuple[int, int, int, list[str]]]:
+        """(number of the part in this pass, file, row, text) of the documents that training may see."""
+        recipe, parts = self.recipe, self.recipe.parts_of(self.number, self._pass)[part:]
+        for number, at, texts in recipe.reader.documents(self._skipped, parts, row):
+            if (kept := recipe.keep(texts)) is None:
+                continue
+            file = parts[number].file
+            try:
+                yield part + number, file, at, list(recipe.tokenizer.pieces(kept))
+            except NoCutError as error:
+                raise UserError(f"{recipe.reader.sources[file].name}: row {at}: {error}", 65) from error
+
+    def _read(self) -> None:
+        """Tokenize the next few documents and make sequences of them; at the end of the pass begin the next one."""
+        if self._failure:
+            raise self._failure
+        documents = _few(self._documents, BATCH) or _few(self._next_block(), BATCH)
+        if documents:
+            self.is_empty = False
+            self._encode(documents)
+            return
+        self.ended = self._pass
+        if self.ended + 1 == self.recipe.passes and self._left() > 1:  # nothing follows: what is left is filled up
+            self.ready.append(self._cut(None))
+        self._pass, self._block = self._pass + 1, 0
+        self._found = self._open()
+
+    def _next_block(self) -> Iterator[Document]:
+        """The documents of the next block in their new order; none where the pass has ended."""
+        found: list[tuple[int, int, list[str]]] = []
+        size, block = 0, Block({})
+        for part, file, row, text in self._found:
+            if not found:
+                block.cursor = {"pass": self._pass, "block": self._block, "part": part, "row": row}
+                block.cursor |= {"skipped": dict(self._skipped)} if self._skipped else {}
+            found.append((file, row, text))
+            size += sum(map(len, text))
+            if len(found) >= self.recipe.block[0] or size >= self.recipe.block[1]:
+                break
+        order = shuffled(len(found), hash_words(self.recipe.key, 7, self.number, self._pass, self._block))
+        nothing = np.empty(0, self.recipe.tokenizer.dtype)
+        made = (Document(block, n, *found[place], nothing) for n, place in enumerate(order))
+        self._documents = islice(made, self._passed_over, None)
+        self._block, self._passed_over = self._block + bool(found), 0
+        return self._documents
+
+    def _encode(self, documents: list[Document]) -> None:
+        tokenizer, length = self.recipe.tokenizer, self.recipe.seq_len
+        encoded = iter(tokenizer.encode_batch([document.text[0] for document in documents]))
+        for n, document in enumerate(documents):
+            parts = [np.array(next(encoded), tokenizer.dtype)]
+            for piece in document.text[1:]:  # a long document comes in pieces: no list of all its tokens
+                parts.append(np.array(tokenizer.encode(piece), tokenizer.dtype))
+            parts.append(np.array([tokenizer.eot], tokenizer.dtype))
+            documents[n] = document._replace(text=[], tokens=np.concatenate(parts))
+        if self.recipe.best_fit:
+            self._pack(documents)
+            return
+        self._pending.extend(documents)
+        for _ in range((self._left() - 1) // length):
+            self.ready.append(self._cut(length))
+
+    def _left(self) -> int:
+        """Tokens that are in no sequence yet."""
+        return sum([len(document.tokens) for document in self._pending], -self._offset)
+
+    def _cut(self, length: int | None) -> Row:
+        """The next length + 1 tokens, the last of which also begins the next sequence; None: all that is left."""
+        parts, spans, place, skip = list[np.ndarray](), list[Span](), 0, self._offset
+        for document in self._pending:
+            parts.append(document.tokens[skip : None if length is None else skip + length + 1 - place])
+            spans.append(Span(document.file, document.row, place, place + len(parts[-1])))
+            place, skip = spans[-1].stop, 0
+            if length is not None and place > length:
+                break
+        if length is None:
+            self._pending.clear()
+            return Row(np.concatenate(parts), spans, self._pass, None)
+        self._offset += length
+        while self._offset >= len(self._pending[0].tokens):
+            self._offset -= len(self._pending.popleft().tokens)
+        return Row(np.concatenate(parts), spans, self._pass, (self._pending[0], self._offset))
+
+    def _pack(self, documents: list[Document]) -> None:
+        """Sequences of whole documents of these few; the offset of a cursor counts sequences."""
+        rows = best_fit([len(document.tokens) for document in documents], self.recipe.seq_len)
+        first = documents[0]
+        order = shuffled(len(rows), hash_words(self.recipe.key, 8, self.number, *map(int, _place(first))))
+        for n, row in enumerate(order):
+            parts, spans, place = list[np.ndarray](), list[Span](), 0
+            for number, begin, end in rows[row]:
+                document = documents[number]
+                parts.append(document.tokens[begin:end])
+                spans.append(Span(document.file, document.row, place, place + len(parts[-1])))
+                place = spans[-1].stop
+            if n >= self._rewind:
+                self.ready.append(Row(np.concatenate(parts), spans, self._pass, (first, n + 1)))
+        self._rewind = 0
+
+
+def _place(document: Document) -> tuple[int, ...]:
+    return document.block.cursor["pass"], document.block.cursor["block"], document.number
+
+
+def _few(documents: Iterator[Document], most: tuple[int, int]) -> list[Document]:
+    """The next documents, up to a number or an amount of text."""
+    few, size = list[Document](), 0
+    while len(few) < most[0] and size < most[1] and (document := next(documents, None)):
+        few.append(document)
+        size += sum(map(len, document.text))
+    return few
+
+
+def best_fit(sizes: Sequence[int], length: int) -> list[list[tuple[int, int, int]]]:
+    """Sequences as (document, begin, end): whole documents, each put where it leaves the least room.
+
+    Only those longer than a sequence are cut; every token is an input once. A sequence that a document fills and does
+    not end in has its next token too, as a target.
+    """
+    rows, parts = list[list[tuple[int, int, int]]](), list[tuple[int, int, int]]()
+    for number, size in enumerate(sizes):
+        begin = 0
+        while size - begin > length:
+            rows.append([(number, begin, begin + length + 1)])
+            begin += length
+        parts.append((number, begin, size))
+    rooms: list[tuple[int, int]] = []  # (inputs left, row), sorted
+    for part in sorted(parts, key=lambda part: part[1] - part[2]):
+        size = part[2] - part[1]
+        at = bisect_left(rooms, (size, -1))
+        if at == len(rooms):
+            rows.append([])
+            rooms.append((length, len(rows) - 1))
+        room, row = rooms.pop(at)
+        rows[row].append(part)
+        insort(rooms, (room - size, row))
+    return rows
+
+
+class Stream:
+    """The lanes of a source, dealt out in turns. All ranks hold one and deal alike; each reads the lanes it owns."""
+
+    def __init__(
+        self, recipe: Recipe, state: dict[str, Any] | None = None, *, rank: int = 0, world: int = 1,
+        gather: Callable[[Any], list[Any]] = lambda value: [value], pool: Executor | None = None, shift: int = 0,
+    ):  # fmt: skip
+        begun, state = bool(state), state or {"pass": 0, "turn": 0, "done": [], "lanes": {}}
+        self.recipe, self.rank, self.world, self.gather, self.pool, self.shift = (
+            recipe,
+            rank,
+            world,
+            gather,
+            pool,
+            shift,
+        )
+        self.passed, self.turn, self.done = state["pass"], state["turn"], set(state["done"])
+        own = [n for n in range(recipe.lanes) if self.owner(n) == rank]
+        self.lanes = {n: Lane(recipe, n, state["lanes"].get(str(n))) for n in own}
+        self._forget()
+        self._empty = not begun
+
+    def owner(self, lane: int) -> int:
+        """The rank that reads a lane; `shift` lays the first lanes of several sources on different ranks."""
+        return (lane + self.shift) % self.world
+
+    @property
+    def over(self) -> bool:
+        return bool(self.recipe.passes == self.passed)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where the stream stands, with the cursors of this rank's lanes."""
+        return {"pass": self.passed, "turn": self.turn, "done": sorted(self.done),
+                "lanes": {str(number): lane.cursor for number, lane in self.lanes.items()}}  # fmt: skip
+
+    def deal(self, count: int) -> list[tuple[int, Row | None]]:
+        """The lanes of the next `count` sequences, and own ones themselves; fewer at the last pass's end. All ranks."""
+        dealt: list[tuple[int, Row | None]] = []
+        while len(dealt) < count and not self.over:
+            waiting = [n for n in range(self.recipe.lanes) if n not in self.done]
+            if not waiting:
+                self._next_pass()
+                continue
+            lane = next((n for n in waiting if n >= self.turn), waiting[0])
+            if self._known[lane]:
+                self._known[lane] -= 1
+                self.turn = lane + 1
+                dealt.append((lane, self.lanes[lane].take() if lane in self.lanes else None))
+            elif lane in self._closed:
+                self.done.add(lane)
+            else:
+                self._look(waiting, -(-(count - len(dealt)) // len(waiting)))
+        if self.pool:
+            for own in self.lanes.values():
+                if len(own.ready) < 2 * count:
+                    self.pool.submit(own.read_ahead, 2 * count)
+        return dealt
+
+    def _next_pass(self) -> None:
+        if self._empty:  # else some document in some lane ends in a sequence, if only after many passes
+            raise UserError(f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one", 65)
+        self.passed, self.turn, self.done = self.passed + 1, 0, set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._known, self._closed, self._empty = [0] * self.recipe.lanes, set[int](), True
+
+    def _look(self, lanes: Sequence[int], wanted: int) -> None:
+        """Read on, and exchange how many sequences of this pass the lanes have ready. All ranks."""
+        own = {n: self.lanes[n] for n in lanes if n in self.lanes}
+        refusal = None
+        try:
+            each: Any = self.pool.map if self.pool else map
+            list(each(lambda lane: lane.fill(self.passed, wanted), own.values()))
+        except UserError as error:
+            refusal = [str(error), error.code]
+        found = [[n, lane.count(self.passed), lane.ended >= self.passed, lane.is_empty] for n, lane in own.items()]
+        for rank, (said, theirs) in enumerate(self.gather([refusal, found])):
+            if said:
+                raise UserError(said[0] if self.world == 1 else f"rank {rank}: {said[0]}", said[1])
+            for lane, ready, ended, empty in theirs:
+                self._known[lane] = ready
+                self._closed |= {lane} if ended else set()
+                self._empty &= empty

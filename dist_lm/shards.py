@@ -10,8 +10,8 @@ import json
 import mmap
 import os
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import UserError
+from dist_lm.remote import CacheFullError, ShardCache, exists, fetch_small, is_remote
 
 MANIFEST = "dataset.json"
 FORMAT = 1
+MAPPED = 64  # shards of a split that are mapped at once
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -93,14 +95,15 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
 
 
 def find_prepared(path: str | Path) -> bool:
-    """Whether a path is a prepared folder."""
-    return Path(path, MANIFEST).is_file()
+    """Whether a path or URL is a prepared folder."""
+    return exists(f"{path}/{MANIFEST}") if is_remote(str(path)) else Path(path, MANIFEST).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    file = Path(folder, MANIFEST)
+    file = f"{folder}/{MANIFEST}"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        content = fetch_small(file) if is_remote(file) else Path(file).read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again", 65) from error
     if manifest.get("format") != FORMAT:
@@ -126,22 +129,51 @@ def verify(folder: str | Path) -> list[str]:
 
 
 class TokenShards:
-    """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence."""
+    """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence.
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder, self.manifest = Path(folder), read_manifest(folder)
-        entries = self.manifest["splits"][split]["shards"]
-        self.files: list[str] = [entry["file"] for entry in entries]
-        self.sizes: list[int] = [entry["tokens"] for entry in entries]
-        for entry in entries:
-            path = self.folder / entry["file"]
+    A folder at a URL is read through a cache of local copies, each checked by its hash when it is first mapped.
+    """
+
+    def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
+        assert (cache is not None) == is_remote(str(folder)), "a folder at a URL, and no other, has a cache"
+        self.folder, self.cache, self.manifest = folder, cache, read_manifest(folder)
+        self.entries: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
+        self.files: list[str] = [entry["file"] for entry in self.entries]
+        self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
+        for entry in self.entries if cache is None else []:
+            path = Path(folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
                 raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
-        # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
-        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(self.folder / self.files[shard]))
+        self._mapped: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()  # least recently used first
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self._ends: dict[tuple[int, int], list[int]] = {}
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        if shard not in self._mapped:
+            # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
+            if len(self._mapped) == MAPPED:
+                self._drop()
+            self._mapped[shard] = map_shard(self._path(shard))
+        self._mapped.move_to_end(shard)
+        return self._mapped[shard]
+
+    def _path(self, shard: int) -> Path:
+        if self.cache is None:
+            return Path(self.folder, self.files[shard])
+        entry = self.entries[shard]
+        while True:
+            try:
+                return self.cache.get(entry["file"], entry["bytes"], entry["sha256"])
+            except CacheFullError:
+                if not self._mapped:
+                    raise
+                self._drop()
+
+    def _drop(self) -> None:
+        shard, _ = self._mapped.popitem(last=False)
+        if self.cache is not None:
+            self.cache.release(self.files[shard])
 
     def counts(self, seq_len: int, stride: int) -> list[int]:
         """How many sequences each shard has."""

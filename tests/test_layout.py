@@ -14,7 +14,7 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports an entry.
 LEVELS = [
     {"config"},
-    {"model", "text", "order", "optim", "hf"},
+    {"model", "text", "order", "optim", "hf", "remote"},
     {"shards", "sources", "sample", "checkpoint", "metrics"},
     {"data", "zero"},
     {"runtime"},

@@ -20,6 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -79,12 +81,12 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
         found = []
         for path_, info in infos.items():
             name = path_.removeprefix(root).lstrip("/")
-            hidden = f"/{name}".find("/.") >= 0 and "/." not in pattern
+            hidden = "/." in f"/{name}" and "/." not in path[len(root) :]
             other = root == path.rstrip("/") and not name.endswith(endings)  # a folder's
             if info["type"] != "file" or name.endswith("/") or hidden or other:
                 continue
             if info.get("size") is None:  # a web server's list has names only
-                info = _retry(path_, lambda path_=path_: fs.info(path_))
+                info = _retry(path_, partial(fs.info, path_))
             if info.get("size") is None:
                 raise OSError(f"{path_}: the server does not say its size; nearest: download it")
             found.append(Found(name, fs.unstrip_protocol(path_), info["size"], _mark(info)))
@@ -193,7 +195,9 @@ def _connect(url: str) -> tuple[Any, str]:
         scheme, extra = url.partition("://")[0], " (pip install 'dist_lm[s3]')" if url.startswith("s3") else ""
         raise UserError(f"{url}: {scheme}:// needs a package: {_one_line(error)}{extra}") from error
     except ValueError as error:
-        raise UserError(f"{url}: {_one_line(error)}; rule: a scheme that fsspec knows, like s3, gs, hf, https") from error
+        raise UserError(
+            f"{url}: {_one_line(error)}; rule: a scheme that fsspec knows, like s3, gs, hf, https"
+        ) from error
     return fs, path
 
 
@@ -222,7 +226,8 @@ def _retry(url: str, action: Callable[[], T]) -> T:
 
 
 def _mark(info: Mapping[str, Any]) -> str:
-    return next((str(info[key]).strip('"') for key in _MARKS if info.get(key)), "")
+    value = next((info[key] for key in _MARKS if info.get(key)), "")
+    return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')  # lists and files differ in form
 
 
 def _one_line(error: BaseException) -> str:

@@ -29,9 +29,7 @@ class ObjectStore:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.objectstore", str(self.folder), str(self.port)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | KEYS, stdout=subprocess.DEVNULL
-        )
+        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | KEYS, stdout=subprocess.DEVNULL)
         for _ in range(600):
             assert self.process.poll() is None, "the server ended"
             try:

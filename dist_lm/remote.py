@@ -17,13 +17,13 @@ import os
 import random
 import re
 import sys
-import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
 
 from dist_lm.config import UserError
 
@@ -53,16 +53,12 @@ class ChangedError(OSError):
     """A file is not what it was when it was found or first opened."""
 
 
-class CacheFullError(UserError):
-    """The cache has no room because every copy in it is in use."""
-
-
 def is_remote(path: str) -> bool:
     return re.match(r"[a-zA-Z][\w+.-]+://", path) is not None
 
 
 def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
-    """The files of a URL that is a file, a folder (all below with such an ending) or a glob, in order of their names."""
+    """The files of a URL that is a file, a folder (all below with such an ending) or a glob, ordered by name."""
     fs, path = _connect(pattern)
     magic = "[*[]" if pattern.startswith("http") else "[*?[]"  # what follows a ? in a web address is a query
     is_glob = re.search(magic, path) is not None
@@ -104,9 +100,11 @@ def exists(url: str) -> bool:
     """Whether there is a file."""
     fs, path = _connect(url)
     try:
-        return bool(_retry(url, lambda: fs.info(path))["type"] == "file")
+        return bool(_retry(url, partial(fs.info, path))["type"] == "file")
     except FileNotFoundError:
         return False
+    except OSError as error:
+        raise UserError(str(error), _BAD_DATA) from error
 
 
 def open_file(path: str, size: int | None = None, mark: str | None = None) -> BinaryIO:
@@ -116,8 +114,11 @@ def open_file(path: str, size: int | None = None, mark: str | None = None) -> Bi
 
 def fetch_small(url: str) -> bytes:
     """A whole small file."""
-    with open_file(url) as file:
-        content = file.read(SMALL_FILE + 1)
+    try:
+        with open_file(url) as file:
+            content = file.read(SMALL_FILE + 1)
+    except OSError as error:
+        raise UserError(str(error), _BAD_DATA) from error
     if len(content) > SMALL_FILE:
         raise UserError(f"{url}: larger than the {SMALL_FILE // 2**20} MB that such a file may have", _BAD_DATA)
     return content
@@ -239,35 +240,28 @@ class ShardCache:
 
     def __init__(self, url: str, folder: Path, limit_bytes: int):
         self.url, self.folder, self.limit = url.rstrip("/"), folder, limit_bytes
-        self.held: dict[str, int] = {}  # file descriptors of the copies in use, locked
+        self.held: defaultdict[str, list[int]] = defaultdict(list)  # locked file descriptors, one for each `get`
         self.checked: set[str] = set()  # copies whose hash this process has seen to be right
-        self.mutex = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._sweep()
 
     def get(self, name: str, size: int, sha256: str) -> Path:
-        """The copy of a file, in use until released."""
+        """The copy of a file, in use until released; any thread may call."""
         path = self.folder / f"{sha256[:16]}-{Path(name).name}"
         if size > self.limit:
             self._refuse(name, size, size)
-        with self.mutex:
-            deadline = time.monotonic() + ROOM_WAIT
-            while name not in self.held:
-                descriptor = self._take(path, size, sha256)
-                if descriptor is None and (aside := self._begin(name, path, size, deadline)) is not None:
-                    descriptor = self._download(name, aside, path, size, sha256)
-                if descriptor is not None:
-                    self.held[name] = descriptor
-            os.utime(path)
+        deadline = time.monotonic() + ROOM_WAIT
+        while (descriptor := self._take(path, size, sha256)) is None:
+            if (aside := self._begin(name, path, size, deadline)) is not None:
+                self._download(name, aside, path, size, sha256)
+        os.utime(descriptor)
+        self.held[name].append(descriptor)
         return path
 
     def release(self, name: str) -> None:
-        """Let others delete the copy; who still maps it drops the mapping first."""
-        with self.mutex:
-            descriptor = self.held.pop(name)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # of forked children too
-            os.close(descriptor)
+        """Let others delete the copy, once for each `get`; who still maps it drops the mapping first."""
+        os.close(self.held[name].pop())
 
     def _take(self, path: Path, size: int, sha256: str) -> int | None:
         """Lock a copy as in use, if there is a good one."""
@@ -313,27 +307,24 @@ class ShardCache:
         if other >= 0:
             fcntl.flock(other, fcntl.LOCK_SH)  # until its writer is done, or dead
             os.close(other)
-        elif self.held or time.monotonic() > deadline:  # who holds copies may let one go and ask again
+        elif time.monotonic() > deadline:
             self._refuse(name, size, in_use + size)
         else:
             time.sleep(0.05)
         return None
 
-    def _download(self, name: str, descriptor: int, path: Path, size: int, sha256: str) -> int | None:
-        """Fill the file, check it and give it its name; still locked, now as in use."""
+    def _download(self, name: str, descriptor: int, path: Path, size: int, sha256: str) -> None:
+        """Fill the file, check it and give it its name."""
         aside, url = path.with_name(f"tmp-{path.name}"), f"{self.url}/{name}"
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, descriptor)
-            stack.callback(aside.unlink, missing_ok=True)
+        try:
             for _ in range(2):
                 digest, at = hashlib.sha256(), 0
                 with open_file(url) as file:
-                    while block := file.read(min(BLOCK, size + 1 - at)):
+                    while at <= size and (block := file.read(min(BLOCK, size + 1 - at))):
                         digest.update(block)
                         at += len(block)
-                        if at > size:
-                            break
-                        os.pwrite(descriptor, block, at - len(block))
+                        if at <= size:
+                            os.pwrite(descriptor, block, at - len(block))
                 if at == size and digest.hexdigest() == sha256:
                     break
             else:
@@ -342,11 +333,11 @@ class ShardCache:
             with self._locked():
                 os.replace(aside, path)
             self.checked.add(path.name)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not _is_at(descriptor, path):  # deleted between the two locks
-                return None
-            stack.pop_all()
-            return descriptor
+        except BaseException:
+            aside.unlink()
+            raise
+        finally:
+            os.close(descriptor)
 
     def _make_room(self, size: int) -> int:
         """Delete what was used least recently until `size` more fits; else how much is in use. Under the lock."""
@@ -370,9 +361,9 @@ class ShardCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _refuse(self, name: str, size: int, needed: int) -> None:
+    def _refuse(self, name: str, size: int, needed: int) -> NoReturn:
         gigabytes = math.ceil(needed / 1e7) / 100
-        raise CacheFullError(
+        raise UserError(
             f"data.cache_gb={self.limit / 1e9:g} has no room for {name} of {size / 1e9:.3g} GB;"
             f" rule: the shards in use at once fit; nearest: {gigabytes:g}"
         )

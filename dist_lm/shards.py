@@ -5,25 +5,25 @@ starts), the tokenizer, and `dataset.json`, the manifest, which is written last:
 Invariant: every file is written aside, fsynced and renamed; sizes are checked when opened, hashes by `verify`.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_lm.config import UserError
-from dist_lm.remote import CacheFullError, ShardCache, exists, fetch_small, is_remote
+from dist_lm.remote import ShardCache, exists, fetch_small, is_remote
 
 MANIFEST = "dataset.json"
 FORMAT = 1
-MAPPED = 64  # shards of a split that are mapped at once
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -104,6 +104,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         content = fetch_small(file) if is_remote(file) else Path(file).read_bytes()
         manifest: dict[str, Any] = json.loads(content)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again", 65) from error
     if manifest.get("format") != FORMAT:
@@ -131,7 +133,7 @@ def verify(folder: str | Path) -> list[str]:
 class TokenShards:
     """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence.
 
-    A folder at a URL is read through a cache of local copies, each checked by its hash when it is first mapped.
+    A folder at a URL is read through a cache of local copies, one shard at a time.
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
@@ -145,35 +147,23 @@ class TokenShards:
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
                 raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
-        self._mapped: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()  # least recently used first
+        # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
+        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(Path(folder, self.files[shard])))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self._ends: dict[tuple[int, int], list[int]] = {}
 
-    def _map(self, shard: int) -> dict[str, np.ndarray]:
-        if shard not in self._mapped:
-            # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
-            if len(self._mapped) == MAPPED:
-                self._drop()
-            self._mapped[shard] = map_shard(self._path(shard))
-        self._mapped.move_to_end(shard)
-        return self._mapped[shard]
-
-    def _path(self, shard: int) -> Path:
+    @contextlib.contextmanager
+    def _shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of a shard, to be used inside."""
         if self.cache is None:
-            return Path(self.folder, self.files[shard])
+            yield self._map(shard)
+            return
         entry = self.entries[shard]
-        while True:
-            try:
-                return self.cache.get(entry["file"], entry["bytes"], entry["sha256"])
-            except CacheFullError:
-                if not self._mapped:
-                    raise
-                self._drop()
-
-    def _drop(self) -> None:
-        shard, _ = self._mapped.popitem(last=False)
-        if self.cache is not None:
-            self.cache.release(self.files[shard])
+        path = self.cache.get(entry["file"], entry["bytes"], entry["sha256"])
+        try:
+            yield map_shard(path)
+        finally:
+            self.cache.release(entry["file"])
 
     def counts(self, seq_len: int, stride: int) -> list[int]:
         """How many sequences each shard has."""
@@ -197,22 +187,26 @@ class TokenShards:
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        for row, sequence in enumerate(np.asarray(sequences).tolist()):
-            shard, start = self.find(sequence, seq_len, stride)
-            out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
+        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
+        rows = sorted(range(len(places)), key=places.__getitem__)
+        for shard, here in groupby(rows, key=lambda row: places[row][0]):
+            with self._shard(shard) as arrays:
+                for row in here:
+                    start = places[row][1]
+                    out[row] = arrays["tokens"][start : start + seq_len + 1]
         return out
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
         """The documents that a sequence's T+1 tokens come from."""
         shard, first = self.find(sequence, seq_len, stride)
-        arrays, names = self._map(shard), self.manifest["sources"]
-        starts = arrays["document_start"]
-        n = int(np.searchsorted(starts, first, "right")) - 1
-        spans, end = [], first + seq_len + 1
-        while n < len(starts) and starts[n] < end:
-            stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
-            name = names[int(arrays["document_source"][n])]["name"]
-            begin = max(int(starts[n]), first) - first
-            spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
-            n += 1
+        names, spans, end = self.manifest["sources"], [], first + seq_len + 1
+        with self._shard(shard) as arrays:
+            starts = arrays["document_start"]
+            n = int(np.searchsorted(starts, first, "right")) - 1
+            while n < len(starts) and starts[n] < end:
+                stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
+                name = names[int(arrays["document_source"][n])]["name"]
+                begin = max(int(starts[n]), first) - first
+                spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
+                n += 1
         return spans

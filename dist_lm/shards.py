@@ -5,20 +5,22 @@ starts), the tokenizer, and `dataset.json`, the manifest, which is written last:
 Invariant: every file is written aside, fsynced and renamed; sizes are checked when opened, hashes by `verify`.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_lm.config import DataConfig, UserError
+from dist_lm.remote import ShardCache, exists, fetch_small, is_remote
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -93,14 +95,17 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
 
 
 def find_prepared(path: str | Path) -> bool:
-    """Whether a path is a prepared folder."""
-    return Path(path, MANIFEST).is_file()
+    """Whether a path or URL is a prepared folder."""
+    return exists(f"{path}/{MANIFEST}") if is_remote(str(path)) else Path(path, MANIFEST).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    file = Path(folder, MANIFEST)
+    file = f"{folder}/{MANIFEST}"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        content = fetch_small(file) if is_remote(file) else Path(file).read_bytes()
+        manifest: dict[str, Any] = json.loads(content)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again", 65) from error
     if manifest.get("format") != FORMAT:
@@ -126,22 +131,39 @@ def verify(folder: str | Path) -> list[str]:
 
 
 class TokenShards:
-    """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence."""
+    """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence.
 
-    def __init__(self, folder: str | Path, split: str):
-        self.folder, self.manifest = Path(folder), read_manifest(folder)
-        entries = self.manifest["splits"][split]["shards"]
-        self.files: list[str] = [entry["file"] for entry in entries]
-        self.sizes: list[int] = [entry["tokens"] for entry in entries]
-        for entry in entries:
-            path = self.folder / entry["file"]
+    A folder at a URL is read through a cache of local copies, one shard at a time.
+    """
+
+    def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
+        assert (cache is not None) == is_remote(str(folder)), "a folder at a URL, and no other, has a cache"
+        self.folder, self.cache, self.manifest = folder, cache, read_manifest(folder)
+        self.entries: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
+        self.files: list[str] = [entry["file"] for entry in self.entries]
+        self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
+        for entry in self.entries if cache is None else []:
+            path = Path(folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
                 raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
         # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
-        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(self.folder / self.files[shard]))
+        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(Path(folder, self.files[shard])))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self._ends: dict[tuple[int, int], list[int]] = {}
+
+    @contextlib.contextmanager
+    def _shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of a shard, to be used inside."""
+        if self.cache is None:
+            yield self._map(shard)
+            return
+        entry = self.entries[shard]
+        path = self.cache.get(entry["file"], entry["bytes"], entry["sha256"])
+        try:
+            yield map_shard(path)
+        finally:
+            self.cache.release(entry["file"])
 
     def counts(self, seq_len: int, stride: int) -> list[int]:
         """How many sequences each shard has."""
@@ -169,22 +191,26 @@ class TokenShards:
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        for row, sequence in enumerate(np.asarray(sequences).tolist()):
-            shard, start = self.find(sequence, seq_len, stride)
-            out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
+        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
+        rows = sorted(range(len(places)), key=places.__getitem__)
+        for shard, here in groupby(rows, key=lambda row: places[row][0]):
+            with self._shard(shard) as arrays:
+                for row in here:
+                    start = places[row][1]
+                    out[row] = arrays["tokens"][start : start + seq_len + 1]
         return out
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
         """The documents that a sequence's T+1 tokens come from."""
         shard, first = self.find(sequence, seq_len, stride)
-        arrays, names = self._map(shard), self.manifest["sources"]
-        starts = arrays["document_start"]
-        n = int(np.searchsorted(starts, first, "right")) - 1
-        spans, end = [], first + seq_len + 1
-        while n < len(starts) and starts[n] < end:
-            stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
-            name = names[int(arrays["document_source"][n])]["name"]
-            begin = max(int(starts[n]), first) - first
-            spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
-            n += 1
+        names, spans, end = self.manifest["sources"], [], first + seq_len + 1
+        with self._shard(shard) as arrays:
+            starts = arrays["document_start"]
+            n = int(np.searchsorted(starts, first, "right")) - 1
+            while n < len(starts) and starts[n] < end:
+                stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
+                name = names[int(arrays["document_source"][n])]["name"]
+                begin = max(int(starts[n]), first) - first
+                spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
+                n += 1
         return spans

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from dist_lm.config import Config, DataConfig, Plan, UserError
 from dist_lm.model import NO_TARGET
 from dist_lm.order import Ints, Mixture, hash_words, rank_places, row_keys, sequence_ids
 from dist_lm.preparing import BAD_DATA, document_hash, held_out, keep_validation, learn_tokenizer, prepare_dataset
+from dist_lm.remote import ShardCache, fetch_small, is_remote
 from dist_lm.shards import TokenShards, find_prepared, write_json
 from dist_lm.sources import Part, Reader, Source, find_sources
 from dist_lm.stream import Recipe, Row, Stream
@@ -346,19 +348,18 @@ def open_dataset(
     data, folder = config.data, Path(config.run.dir) / "data"
     specs = data.named_sources()
     if len(specs) == 1 and not data.stream and not data.validation:
-        where = Path(data.input) if find_prepared(data.input) else folder
+        where = data.input if find_prepared(data.input) else str(folder)
         ((name, spec),) = specs.items()
-        if where is folder:
+        if where == str(folder):
             on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, spec) and None)
-        return _check(
-            config, {name: TokenShards(where, "train")}, {"val": TokenShards(where, "val")}, Tokenizer.load(where)
-        )
+        train, val = (_open_shards(where, split, data) for split in ("train", "val"))
+        return _check(config, {name: train}, {"val": val}, _tokenizer_of(where))
     streams = on_main(lambda: _make_ready(config, folder, say))
-    prepared = {n: Path(s.input) for n, s in (specs | data.validation).items() if find_prepared(s.input)}
-    tokenizer = Tokenizer.load(next(iter(prepared.values()), folder))
+    prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
+    tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
     sources: dict[str, TokenShards | Recipe] = {}
-    val = {name: TokenShards(prepared.get(name, folder / "val" / name), "val") for name in data.validation}
+    val = {n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data) for n in data.validation}
     for name, spec in specs.items():
         if name in streams:
             found = streams[name]
@@ -369,13 +370,30 @@ def open_dataset(
                 hash_words(config.run.seed, 5, zlib.crc32(name.encode())), partial(_keep, data.val_fraction, excluded),
                 data.packing == "best_fit", config.run.epochs or (None if spec.at_end == "repeat" else 1),
             )  # fmt: skip
-            own = folder / "val" / name
+            own = str(folder / "val" / name)
         else:
-            own = prepared.get(name, folder / "sources" / name)
-            sources[name] = TokenShards(own, "train")
+            own = prepared.get(name, str(folder / "sources" / name))
+            sources[name] = _open_shards(own, "train", data)
         if config.run.eval_every and find_prepared(own):
-            val["val" if len(specs) == 1 else name] = TokenShards(own, "val")
+            val["val" if len(specs) == 1 else name] = _open_shards(own, "val", data)
     return _check(config, sources, {name: shards for name, shards in val.items() if shards.count(data)}, tokenizer)
+
+
+def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
+    """A prepared folder, or one at a URL through this machine's cache."""
+    if not is_remote(where):
+        return TokenShards(where, split)
+    kept = Path(os.environ.get("DIST_LM_CACHE") or Path.home() / ".cache" / "dist_lm")
+    return TokenShards(where, split, ShardCache(where, kept, round(data.cache_gb * 1e9)))
+
+
+def _tokenizer_of(folder: str) -> Tokenizer:
+    if not is_remote(folder):
+        return Tokenizer.load(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            Path(scratch, name).write_bytes(fetch_small(f"{folder}/{name}"))
+        return Tokenizer.load(scratch)
 
 
 def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -388,12 +406,12 @@ def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dic
     }  # fmt: skip
     prepared = [spec.input for spec in [*specs.values(), *data.validation.values()] if find_prepared(spec.input)]
     for other in prepared[1:]:
-        if Tokenizer.load(other).sha256 != Tokenizer.load(prepared[0]).sha256:
+        if _tokenizer_of(other).sha256 != _tokenizer_of(prepared[0]).sha256:
             raise UserError(f"{other} has another tokenizer than {prepared[0]}; rule: one for all; nearest: prepare it"
                             f" with --tokenizer {prepared[0]}", BAD_DATA)  # fmt: skip
     if not prepared:
         learn_tokenizer(data, [readers[name] for name in specs], folder, say)
-    tokenizer = Tokenizer.load(prepared[0] if prepared else folder)
+    tokenizer = _tokenizer_of(prepared[0] if prepared else str(folder))
     wanted = config.run.eval_batches * data.global_batch * data.seq_len + 1
     for name in data.validation.keys() & readers.keys():
         keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True)

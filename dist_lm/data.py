@@ -352,8 +352,8 @@ def open_dataset(
         ((name, spec),) = specs.items()
         if where == str(folder):
             on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, spec) and None)
-        train, val = (_open_shards(where, split, data) for split in ("train", "val"))
-        return _check(config, {name: train}, {"val": val}, _tokenizer_of(where))
+        train, kept = (_open_shards(where, split, data) for split in ("train", "val"))
+        return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where))
     streams = on_main(lambda: _make_ready(config, folder, say))
     prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))

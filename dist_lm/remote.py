@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dist_lm.config import UserError
 
@@ -71,7 +71,7 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
             return re.split(rf"[^/]*{magic}", path)[0].rstrip("/"), fs.glob(path, detail=True)
         info = fs.info(path)
         if info["type"] == "file" and not path.endswith("/"):  # a web server's folder looks like a file
-            return path.rpartition("/")[0], {path: info}
+            return path.partition("?")[0].rpartition("/")[0], {path: info}
         return path.rstrip("/"), fs.find(path, detail=True)
 
     try:
@@ -110,9 +110,9 @@ def exists(url: str) -> bool:
         raise UserError(str(error), _BAD_DATA) from error
 
 
-def open_file(path: str, size: int | None = None, mark: str | None = None) -> BinaryIO:
+def open_file(path: str, size: int | None = None, mark: str | None = None) -> io.BufferedReader:
     """A seekable reader that outlives failures; of the version with this size and mark, or of what is there now."""
-    return cast(BinaryIO, io.BufferedReader(_Reader(path, size, mark), BLOCK))
+    return io.BufferedReader(_Reader(path, size, mark), BLOCK)
 
 
 def fetch_small(url: str) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import UserError
-from dist_lm.remote import ShardCache, exists, fetch_small, is_remote
+from dist_lm.remote import ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -114,17 +114,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Check every file of a prepared folder against its manifest; the damaged ones, each with what is wrong."""
-    folder, manifest = Path(folder), read_manifest(folder)
+    """Check every file of a prepared folder or URL against its manifest; the damaged ones, each with what is wrong."""
+    manifest = read_manifest(folder)
     files = {"tokenizer.json": manifest["tokenizer"]["sha256"]}
     files |= {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
     damaged = []
     for name, sha256 in files.items():
         try:
-            with open(folder / name, "rb") as file:
+            with open_file(f"{folder}/{name}") if is_remote(str(folder)) else open(Path(folder, name), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            damaged.append(f"{name} ({error.strerror})")
+            damaged.append(f"{name} ({error.strerror or error})")
         else:
             damaged += [f"{name} (sha256 {found[:12]}, not {sha256[:12]})"] if found != sha256 else []
     return damaged

@@ -31,7 +31,7 @@ import s3fs
 from dist_lm import remote
 from dist_lm.config import UserError
 from dist_lm.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
-from dist_lm.shards import TokenShards, find_prepared, read_manifest
+from dist_lm.shards import TokenShards, find_prepared, read_manifest, verify
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env
 from tests.test_shards import make
@@ -137,6 +137,10 @@ def test_files_on_disk_and_in_memory(tmp_path: Path) -> None:
         fsspec.filesystem("memory").pipe(f"/r/{name}", content)
     check_find(f"file://{tmp_path}/.cache")
     before = check_find("memory://r")
+    shared = fsspec.filesystem("memory").store["/r/d/b.txt"]
+    file = open_file("memory://r/d/b.txt")
+    shared.seek(1)
+    assert file.read() == b"bb" and shared.tell() == 1  # another thread may be reading it
     fsspec.filesystem("memory").pipe("/r/d/a.txt", b"A")
     assert {f.name for f in find("memory://r/d", TEXTS) if f.mark != before[f.name]} == {"a.txt"}
 
@@ -379,7 +383,8 @@ def test_the_cache_keeps_what_was_used_last(shards: Any, tmp_path: Path) -> None
     second = ShardCache(f"file://{tmp_path}/far", folder, 3 * SIZE)
     second.get(*shards["5"])  # 3 and 4 are in use, so the more recent 1 goes
     assert copies(folder) == {"3", "4", "5"}
-    (tmp_path / "cache" / "note").write_text("not ours")  # counted, never deleted
+    (folder / "note").write_text("not ours")  # counted, never deleted
+    os.utime(folder / "note", (0, 0))
     cache.release("4")
     cache.release("3")
     second.get(*shards["6"])
@@ -586,6 +591,11 @@ def test_token_shards_at_a_url(tmp_path: Path) -> None:
         assert shards.cache and not any(shards.cache.held.values())
     with pytest.raises(UserError, match=r"^data\.cache_gb=1e-06 has no room for train-0"):
         TokenShards(url, "train", ShardCache(url, tmp_path / "small", 1000)).read(order, 9, 9)
+    assert verify(url) == []
+    (tmp_path / "far" / "tokenizer.json").write_text("{ }")
+    (tmp_path / "far" / "train-00002.safetensors").unlink()
+    no_file = f"train-00002.safetensors ({url}/train-00002.safetensors: no such file)"
+    assert verify(url)[0].startswith("tokenizer.json (sha256 ") and verify(url)[1:] == [no_file]
     (tmp_path / "far" / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=rf"^{url}/dataset\.json: not a readable manifest \(JSONDecodeError\)"):
         read_manifest(url)

@@ -430,6 +430,26 @@ def test_a_damaged_copy_is_fetched_again(shards: Any, tmp_path: Path) -> None:
     assert fetch() == path and copies(folder) == {"0"} and not list(folder.glob("tmp-*"))
 
 
+def test_a_copy_that_another_process_has_just_finished_is_taken(
+    shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking for a copy and beginning one."""
+    cache, take, looks = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), ShardCache._take, []
+
+    def look(self: ShardCache, *wanted: Any) -> int | None:
+        found = take(self, *wanted)
+        looks.append(found)
+        if len(looks) == 1:
+            ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
+            monkeypatch.setattr(remote, "open_file", Mock(side_effect=AssertionError("fetched again")))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardCache, "_take", look)
+        cache.get(*shards["0"])
+    assert looks[0] is None and None not in looks[2:]
+
+
 def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, folder, opened = f"file://{tmp_path}/far", tmp_path / "cache", []
     monkeypatch.setattr(remote, "open_file", lambda url: opened.append(url) or open_file(url))

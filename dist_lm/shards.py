@@ -133,7 +133,7 @@ def verify(folder: str | Path) -> list[str]:
 class TokenShards:
     """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence.
 
-    A folder at a URL is read through a cache of local copies, one shard at a time.
+    A folder at a URL is read through a cache of local copies, each in use only while it is read: one at a time.
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
@@ -187,7 +187,13 @@ class TokenShards:
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
+        numbers = np.asarray(sequences).tolist()
+        if self.cache is None:
+            for row, sequence in enumerate(numbers):
+                shard, start = self.find(sequence, seq_len, stride)
+                out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
+            return out
+        places = [self.find(sequence, seq_len, stride) for sequence in numbers]
         rows = sorted(range(len(places)), key=places.__getitem__)
         for shard, here in groupby(rows, key=lambda row: places[row][0]):
             with self._shard(shard) as arrays:

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -320,6 +320,15 @@ def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+def count_left_out(after: Mapping[str, Any]) -> dict[str, int]:
+    """What the streams left out before the blocks they stand in: filtered and bad rows, empty documents."""
+    total = Counter[str]()
+    for stream in after.get("streams", {}).values():
+        for cursor in stream["lanes"].values():
+            total.update(cursor.get("skipped", {}))
+    return dict(sorted(total.items()))
+
+
 # --- a run's data
 
 
@@ -404,6 +413,7 @@ def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dic
         for kind, named in (("sources", specs), ("validation", data.validation))
         for name, spec in named.items() if not find_prepared(spec.input)
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     prepared = [spec.input for spec in [*specs.values(), *data.validation.values()] if find_prepared(spec.input)]
     for other in prepared[1:]:
         if _tokenizer_of(other).sha256 != _tokenizer_of(prepared[0]).sha256:

@@ -173,6 +173,9 @@ class Metrics:
         if self._mfu_per_rate:
             parts.append(f"mfu {rate * self._mfu_per_rate:.1%}")
         parts.append(f"wait {self._data_wait:.0%}")  # for data
+        for name in [key.removeprefix("share_") for key in last if key.startswith("share_")]:  # of a mixture
+            passes = last[f"passes_{name}"]
+            parts.append(f"{name} {last[f'share_{name}']:.1%} of {last[f'asked_{name}']:.1%}, pass {int(passes) + 1}")
         text = "  ".join(parts)
         if self._terminal and len(text) >= (columns := shutil.get_terminal_size().columns):
             text = " ".join(parts)[: columns - 1]

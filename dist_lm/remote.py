@@ -9,6 +9,7 @@ and locked by its writer, so a half-written file without a lock is a crash's. `l
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dist_lm.config import UserError
 
@@ -60,7 +61,8 @@ def is_remote(path: str) -> bool:
 def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
     """The files of a URL that is a file, a folder (all below with such an ending) or a glob, ordered by name."""
     fs, path = _connect(pattern)
-    magic = "[*[]" if pattern.startswith("http") else "[*?[]"  # what follows a ? in a web address is a query
+    is_web = pattern.startswith(("http://", "https://"))  # what follows a ? in a web address is a query
+    magic = "[*[]" if is_web else "[*?[]"
     is_glob = re.search(magic, path) is not None
 
     def look() -> tuple[str, dict[str, dict[str, Any]]]:
@@ -69,7 +71,7 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
             return re.split(rf"[^/]*{magic}", path)[0].rstrip("/"), fs.glob(path, detail=True)
         info = fs.info(path)
         if info["type"] == "file" and not path.endswith("/"):  # a web server's folder looks like a file
-            return path.rpartition("/")[0], {path: info}
+            return path.partition("?")[0].rpartition("/")[0], {path: info}
         return path.rstrip("/"), fs.find(path, detail=True)
 
     try:
@@ -77,6 +79,7 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
         found = []
         for path_, info in infos.items():
             name = path_.removeprefix(root).lstrip("/")
+            name = name.partition("?")[0] if is_web else name
             hidden = "/." in f"/{name}" and "/." not in path[len(root) :]
             other = root == path.rstrip("/") and not name.endswith(endings)  # a folder's
             if info["type"] != "file" or name.endswith("/") or hidden or other:
@@ -107,9 +110,9 @@ def exists(url: str) -> bool:
         raise UserError(str(error), _BAD_DATA) from error
 
 
-def open_file(path: str, size: int | None = None, mark: str | None = None) -> BinaryIO:
+def open_file(path: str, size: int | None = None, mark: str | None = None) -> io.BufferedReader:
     """A seekable reader that outlives failures; of the version with this size and mark, or of what is there now."""
-    return cast(BinaryIO, io.BufferedReader(_Reader(path, size, mark), BLOCK))
+    return io.BufferedReader(_Reader(path, size, mark), BLOCK)
 
 
 def fetch_small(url: str) -> bytes:
@@ -138,10 +141,14 @@ class _Reader(io.RawIOBase):
         file = fs.open(path, "rb", block_size=BLOCK, cache_type="none")  # s3fs then asks for the version it found here
         if isinstance(file, io.BytesIO):
             file = io.BytesIO(file.getvalue())  # memory:// gives every reader the same object
-        info = getattr(file, "details", None) or fs.info(path)
+        info = getattr(file, "details", None) or {}
+        if not _mark(info):
+            info = fs.info(path)
         now, before = (info["size"], _mark(info)), (self.size, self.mark)
         if any(old is not None and old != new for old, new in zip(before, now, strict=True)):
-            raise ChangedError(f"{self.url}: changed while it was read: size and mark were {before}, now {now}")
+            raise ChangedError(
+                f"{self.url.partition('?')[0]}: changed while it was read: size and mark were {before}, now {now}"
+            )
         self.file, (self.size, self.mark) = file, now
 
     def _fetch(self, count: int) -> bytes:
@@ -205,6 +212,7 @@ def _connect(url: str) -> tuple[Any, str]:
 def _retry(url: str, action: Callable[[], T]) -> T:
     """Do it; on failures that may pass, again and again for about a minute."""
     begin, wait, tries = 0.0, FIRST_WAIT, 0
+    url = url.partition("?")[0]  # what follows may be a signature: not for a message
     while True:
         try:
             return action()
@@ -212,9 +220,11 @@ def _retry(url: str, action: Callable[[], T]) -> T:
             raise
         except Exception as error:  # botocore's and aiohttp's are not all OSErrors
             reason = _one_line(error)
-            if isinstance(error, FileNotFoundError):
+            status = getattr(error.__cause__, "status", 0)  # fsspec calls whatever fails at a web server not found
+            is_web = type(error.__cause__).__module__.startswith("aiohttp") and not 400 <= status < 429
+            if isinstance(error, FileNotFoundError) and not is_web:
                 raise FileNotFoundError(f"{url}: no such file") from error
-            if isinstance(error, _FINAL) or type(error).__name__ in _NO_CREDENTIALS:
+            if (isinstance(error, _FINAL) and not is_web) or type(error).__name__ in _NO_CREDENTIALS:
                 raise OSError(f"{url}: {reason}") from error
             tries += 1
             if tries == 1:
@@ -333,8 +343,11 @@ class ShardCache:
             with self._locked():
                 os.replace(aside, path)
             self.checked.add(path.name)
-        except BaseException:
+        except BaseException as error:
             aside.unlink()
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                limit = f"data.cache_gb={self.limit / 1e9:g}"
+                raise UserError(f"{self.folder}: the disk is full before {limit} is; rule: it has that much") from error
             raise
         finally:
             os.close(descriptor)

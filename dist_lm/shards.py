@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import DataConfig, UserError
-from dist_lm.remote import ShardCache, exists, fetch_small, is_remote
+from dist_lm.remote import ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -114,17 +114,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(folder: str | Path) -> list[str]:
-    """Check every file of a prepared folder against its manifest; the damaged ones, each with what is wrong."""
-    folder, manifest = Path(folder), read_manifest(folder)
+    """Check every file of a prepared folder or URL against its manifest; the damaged ones, each with what is wrong."""
+    manifest = read_manifest(folder)
     files = {"tokenizer.json": manifest["tokenizer"]["sha256"]}
     files |= {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
     damaged = []
     for name, sha256 in files.items():
         try:
-            with open(folder / name, "rb") as file:
+            with open_file(f"{folder}/{name}") if is_remote(str(folder)) else open(Path(folder, name), "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            damaged.append(f"{name} ({error.strerror})")
+            damaged.append(f"{name} ({error.strerror or error})")
         else:
             damaged += [f"{name} (sha256 {found[:12]}, not {sha256[:12]})"] if found != sha256 else []
     return damaged
@@ -133,7 +133,7 @@ def verify(folder: str | Path) -> list[str]:
 class TokenShards:
     """The shards of one split ('train' or 'val') as sequences of T+1 tokens, the last shared with the next sequence.
 
-    A folder at a URL is read through a cache of local copies, one shard at a time.
+    A folder at a URL is read through a cache of local copies, each in use only while it is read: one at a time.
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
@@ -191,7 +191,13 @@ class TokenShards:
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
+        numbers = np.asarray(sequences).tolist()
+        if self.cache is None:
+            for row, sequence in enumerate(numbers):
+                shard, start = self.find(sequence, seq_len, stride)
+                out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
+            return out
+        places = [self.find(sequence, seq_len, stride) for sequence in numbers]
         rows = sorted(range(len(places)), key=places.__getitem__)
         for shard, here in groupby(rows, key=lambda row: places[row][0]):
             with self._shard(shard) as arrays:

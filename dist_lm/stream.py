@@ -7,6 +7,7 @@ have ready, so that all ranks deal alike. Where a lane stands is a small JSON cu
 again.
 """
 
+import contextlib
 import threading
 from bisect import bisect_left, insort
 from collections import Counter, deque
@@ -122,16 +123,15 @@ class Lane:
         """Read until so many sequences of a pass are ready, or all that it has."""
         with self._lock:
             while self.ended < passed and self.count(passed) < wanted:
-                self._read()
+                self._read_some()
 
     def read_ahead(self, most: int) -> None:
         """Read a little more in the background; what goes wrong is said when it is needed."""
         if self._lock.acquire(blocking=False):
             try:
-                if len(self.ready) < most and self.ended + 1 != self.recipe.passes and not self._failure:
-                    self._read()
-            except UserError as error:
-                self._failure = error
+                if len(self.ready) < most and self.ended + 1 != self.recipe.passes:
+                    with contextlib.suppress(UserError):
+                        self._read_some()
             finally:
                 self._lock.release()
 
@@ -156,10 +156,17 @@ class Lane:
             except NoCutError as error:
                 raise UserError(f"{recipe.reader.sources[file].name}: row {at}: {error}", 65) from error
 
+    def _read_some(self) -> None:
+        if self._failure:  # its readers are spent: what they would give now is not the rest
+            raise self._failure
+        try:
+            self._read()
+        except UserError as error:
+            self._failure = error
+            raise
+
     def _read(self) -> None:
         """Tokenize the next few documents and make sequences of them; at the end of the pass begin the next one."""
-        if self._failure:
-            raise self._failure
         documents = _few(self._documents, BATCH) or _few(self._next_block(), BATCH)
         if documents:
             self.is_empty = False

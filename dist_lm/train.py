@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dist_lm import __version__, checkpoint, hf
 from dist_lm.checkpoint import Saver
-from dist_lm.data import Batches, Dataset, Mix, merge_after, open_dataset
+from dist_lm.data import Batches, Dataset, Mix, count_left_out, merge_after, open_dataset
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import GPT, NO_TARGET, flops_per_token, initial, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
@@ -70,6 +70,11 @@ class Run:
     saver: Saver
     state: TrainState
 
+    @cached_property
+    def batches(self) -> Batches:
+        """Of training, from where the run stands."""
+        return training_batches(self)
+
     @property
     def dir(self) -> Path:
         return Path(self.config.run.dir)
@@ -100,6 +105,8 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
                 except UserError:
                     report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
                     raise
+                finally:
+                    run.batches.close()
                 finish(run)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
@@ -110,7 +117,7 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
 def train(run: Run) -> None:
     """The loop. Every paragraph is run by all ranks, with the same outcome on each."""
     config, runtime, state, model = run.config, run.runtime, run.state, run.runtime.model
-    batches = training_batches(run)
+    batches = run.batches
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
     targets = runtime.sum(torch.tensor(float(batch.targets), dtype=torch.float64, device=runtime.device))
@@ -168,7 +175,6 @@ def train(run: Run) -> None:
         profiler.step()
 
     profiler.stop()
-    batches.close()
 
 
 def settle(run: Run, pending: Pending) -> bool:
@@ -228,6 +234,8 @@ def save(run: Run, last: bool) -> None:
     config, runtime = run.config, run.runtime
     vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
     streams = merge_after(runtime.channel.gather(run.state.streams))
+    if left_out := count_left_out(streams):
+        runtime.say("left out so far: " + ", ".join(f"{number:,} {kind}" for kind, number in left_out.items()))
     facts = {
         **asdict(run.state), "streams": streams, "strategy": runtime.strategy, "world_size": runtime.world_size,
         "scaler": runtime.scaler.state_dict(), "config": config.model_dump(mode="json"), "data": run.data.identity,

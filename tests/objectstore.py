@@ -45,15 +45,15 @@ class ObjectStore:
         path.write_bytes(content)
         if self.process is not None:
             bucket, _, key = name.partition("/")
-            self._client().put_object(Bucket=bucket, Key=key, Body=content)
+            self.client().put_object(Bucket=bucket, Key=key, Body=content)
 
     def delete(self, name: str) -> None:
         (self.folder / name).unlink()
         if self.process is not None:
             bucket, _, key = name.partition("/")
-            self._client().delete_object(Bucket=bucket, Key=key)
+            self.client().delete_object(Bucket=bucket, Key=key)
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
         import boto3
 
         keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}

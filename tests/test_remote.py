@@ -1,8 +1,11 @@
 """Files at URLs are found and read through failures; the cache is bounded, shared, checked, and survives kill -9."""
 
+import errno
 import hashlib
+import http.server
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -13,8 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import numpy as np
@@ -26,7 +31,7 @@ import s3fs
 from dist_lm import remote
 from dist_lm.config import UserError
 from dist_lm.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
-from dist_lm.shards import TokenShards, find_prepared, read_manifest
+from dist_lm.shards import TokenShards, find_prepared, read_manifest, verify
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env
 from tests.test_shards import make
@@ -109,7 +114,13 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
     with pytest.raises(UserError, match=r"^data\.input='s3://other/d': nothing is there$"):
         find("s3://other/d", TEXTS)
     assert [f.name for f in find("s3://bkt", TEXTS)] == ["d/a.txt", "d/b.txt", "d/e/c.txt", "d2/z.txt"]
+    address = store.client().generate_presigned_url("get_object", Params={"Bucket": "bkt", "Key": "d/b.txt"})
+    (web,) = find(address, TEXTS)
+    assert "?" in address and web.name == "b.txt" and open_file(web.path, web.size, web.mark).read() == b"bb"
     store.kill()
+    with pytest.raises(OSError, match=r"^http://127\.0\.0\.1:\d+/bkt/d/b\.txt: given up after"):
+        open_file(address)
+    capsys.readouterr()
     time.sleep(1.1)  # an object's time is in seconds
     store.start()
     assert check_find("s3://bkt") == before  # written again with the same content
@@ -126,6 +137,10 @@ def test_files_on_disk_and_in_memory(tmp_path: Path) -> None:
         fsspec.filesystem("memory").pipe(f"/r/{name}", content)
     check_find(f"file://{tmp_path}/.cache")
     before = check_find("memory://r")
+    shared = fsspec.filesystem("memory").store["/r/d/b.txt"]
+    file = open_file("memory://r/d/b.txt")
+    shared.seek(1)
+    assert file.read() == b"bb" and shared.tell() == 1  # another thread may be reading it
     fsspec.filesystem("memory").pipe("/r/d/a.txt", b"A")
     assert {f.name for f in find("memory://r/d", TEXTS) if f.mark != before[f.name]} == {"a.txt"}
 
@@ -143,6 +158,32 @@ def test_what_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             find(url, TEXTS)
         with pytest.raises(UserError, match=said):
             open_file(url)
+
+
+def test_a_web_server_without_ranges_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(100))
+    (tmp_path / "no.bin").touch()
+    (tmp_path / ".b.txt").touch()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            (found,) = find(f"http://127.0.0.1:{server.server_port}/", TEXTS)
+            assert found.name == "a.txt" and found.size == 100
+            with pytest.raises(OSError, match=rf"^{found.path}: ValueError: The HTTP server doesn't .* support range"):
+                file = open_file(found.path)
+                file.seek(50)
+                file.read()
+            with pytest.raises(FileNotFoundError):
+                open_file(f"{found.path}.gz")
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def check_reads(url: str, content: bytes) -> None:
@@ -194,9 +235,11 @@ def test_a_server_restart_is_read_through(
     again = threading.Timer(3, store.start)
     again.start()
     begin = time.monotonic()
-    got += file.read()
+    try:
+        got += file.read()
+    finally:
+        again.join()
     assert got == content and 2 < time.monotonic() - begin < 20
-    again.join()
     for batch in batches:
         texts += batch.column(0).to_pylist()
     assert texts == table.column(0).to_pylist()
@@ -257,27 +300,28 @@ def test_failures_of_every_kind_are_tried_again(
     """Also those that are no OSErrors, and an answer that ends early."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/a.txt", b"0123456789" * 100)
-    opened = type(memory)._open
+    opened, turns = type(memory)._open, itertools.count()
     monkeypatch.setattr(remote, "BLOCK", 100)
 
     class Flaky(io.RawIOBase):
         def __init__(self, raw: io.BytesIO):
-            self.raw, self.calls = raw, 0
+            self.raw = raw
 
         def seek(self, *place: int) -> int:
             return self.raw.seek(*place)
 
         def read(self, size: int = -1) -> bytes:
-            self.calls += 1
-            if self.calls == 2:
+            turn = next(turns) % 4
+            if turn == 1:
                 raise RuntimeError("no\nOSError")
-            return self.raw.read(size)[: 5 if self.calls == 3 else None]
+            return self.raw.read(size)[: 5 if turn == 3 else None]
 
     monkeypatch.setattr(type(memory), "_open", lambda *a, **k: Flaky(io.BytesIO(opened(*a, **k).getvalue())))
     with open_file("memory://a.txt") as file:
         assert b"".join(iter(lambda: file.read(7), b"")) == b"0123456789" * 100
     said = set(capsys.readouterr().err.splitlines())
-    assert said == {"memory://a.txt: RuntimeError: no OSError; trying again for 1 s"}
+    reasons = ("RuntimeError: no OSError", "OSError: 5 bytes came of 100")
+    assert said == {f"memory://a.txt: {reason}; trying again for 1 s" for reason in reasons}
 
     def refuse(*_: Any, **__: Any) -> None:
         nonlocal calls
@@ -339,7 +383,8 @@ def test_the_cache_keeps_what_was_used_last(shards: Any, tmp_path: Path) -> None
     second = ShardCache(f"file://{tmp_path}/far", folder, 3 * SIZE)
     second.get(*shards["5"])  # 3 and 4 are in use, so the more recent 1 goes
     assert copies(folder) == {"3", "4", "5"}
-    (tmp_path / "cache" / "note").write_text("not ours")  # counted, never deleted
+    (folder / "note").write_text("not ours")  # counted, never deleted
+    os.utime(folder / "note", (0, 0))
     cache.release("4")
     cache.release("3")
     second.get(*shards["6"])
@@ -385,6 +430,26 @@ def test_a_damaged_copy_is_fetched_again(shards: Any, tmp_path: Path) -> None:
     assert fetch() == path and copies(folder) == {"0"} and not list(folder.glob("tmp-*"))
 
 
+def test_a_copy_that_another_process_has_just_finished_is_taken(
+    shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looking for a copy and beginning one."""
+    cache, take, looks = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), ShardCache._take, []
+
+    def look(self: ShardCache, *wanted: Any) -> int | None:
+        found = take(self, *wanted)
+        looks.append(found)
+        if len(looks) == 1:
+            ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
+            monkeypatch.setattr(remote, "open_file", Mock(side_effect=AssertionError("fetched again")))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardCache, "_take", look)
+        cache.get(*shards["0"])
+    assert looks[0] is None and None not in looks[2:]
+
+
 def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, folder, opened = f"file://{tmp_path}/far", tmp_path / "cache", []
     monkeypatch.setattr(remote, "open_file", lambda url: opened.append(url) or open_file(url))
@@ -403,6 +468,11 @@ def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, mo
     (tmp_path / "far" / "0").write_bytes(good)
     with pytest.raises(FileNotFoundError, match=rf"^{url}/gone: no such file$"):
         cache.get("gone", SIZE, "0" * 64)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as raised:
+        patch.setattr(os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        cache.get(*shards["0"])
+    assert str(raised.value) == f"{folder}: the disk is full before data.cache_gb=0.0003 is; rule: it has that much"
+    assert copies(folder) == set()
     assert cache.get(*shards["0"]).read_bytes() == good
 
 
@@ -541,6 +611,11 @@ def test_token_shards_at_a_url(tmp_path: Path) -> None:
         assert shards.cache and not any(shards.cache.held.values())
     with pytest.raises(UserError, match=r"^data\.cache_gb=1e-06 has no room for train-0"):
         TokenShards(url, "train", ShardCache(url, tmp_path / "small", 1000)).read(order, 9, 9)
+    assert verify(url) == []
+    (tmp_path / "far" / "tokenizer.json").write_text("{ }")
+    (tmp_path / "far" / "train-00002.safetensors").unlink()
+    no_file = f"train-00002.safetensors ({url}/train-00002.safetensors: no such file)"
+    assert verify(url)[0].startswith("tokenizer.json (sha256 ") and verify(url)[1:] == [no_file]
     (tmp_path / "far" / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=rf"^{url}/dataset\.json: not a readable manifest \(JSONDecodeError\)"):
         read_manifest(url)

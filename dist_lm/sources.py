@@ -137,7 +137,7 @@ class Reader:
         step = max(SMALLEST_RANGE, plain // lanes)
         for number, source in enumerate(self.sources):
             pieces = [Part(number)]
-            with self._naming(source):
+            with self._leaving_damage(Counter()), self._naming(source):
                 if not source.path:
                     pieces = [Part(number, n, n + 1) for n in range(_hub_stream(source, self.spec).num_shards)]
                 elif source.name.endswith(".jsonl"):
@@ -164,9 +164,13 @@ class Reader:
     def _read(self, part: Part, start: int, skipped: Counter[str]) -> Rows:
         """The rows of one part; what is wrong with it is said with its name, or left out and counted."""
         source = self.sources[part.file]
+        with self._leaving_damage(skipped), self._naming(source):
+            yield from self._rows(source, part, start, skipped)
+
+    @contextlib.contextmanager
+    def _leaving_damage(self, skipped: Counter[str]) -> Iterator[None]:
         try:
-            with self._naming(source):
-                yield from self._rows(source, part, start, skipped)
+            yield
         except UserError as error:
             if self.bad_rows == "error" or not _is_damage(error):
                 raise

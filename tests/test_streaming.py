@@ -1,0 +1,299 @@
+"""Training from streams, with real processes: one run in every world, cut anywhere, and what is refused."""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from dist_lm import show
+from dist_lm.config import Config, UserError, plan
+from dist_lm.data import Batches, Dataset, Mix, open_dataset
+from dist_lm.preparing import document_hash, held_out
+from dist_lm.stream import Recipe, Stream
+from tests.conftest import text_of
+from tests.objectstore import ObjectStore
+from tests.procs import start_ranks, train
+from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny, wait_for_step
+from tests.test_zero import spread
+
+CPU = torch.device("cpu")
+STREAM = ("--data.tokenizer", "byte", "--data.lanes", "4", "--run.eval_batches", "2")
+
+
+def documents(count: int, seed: int) -> list[str]:
+    return [f"{seed} {text}" for text in text_of(count, seed).split("\n\n")]
+
+
+def write_rows(path: Path, texts: list[Any], rows: int = 20) -> Path:
+    """Parquet, or .jsonl, or that packed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=rows)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Parquet, and rows in .jsonl."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(2):
+        write_rows(folder / "parquet" / f"{number}.parquet", documents(150, number))
+    write_rows(folder / "rows.jsonl", documents(300, 7))
+    return folder
+
+
+def mixed(folder: Path, corpus: Path, *more: str) -> list[str]:
+    """Flags of a run over two sources."""
+    sources = {"web": {"input": str(corpus / "parquet"), "weight": 0.7},
+               "rows": {"input": str(corpus / "rows.jsonl"), "weight": 0.3}}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mix.yaml").write_text(yaml.safe_dump({"data": {"stream": True, "sources": sources}}))
+    return ["--config", str(folder / "mix.yaml"), *tiny(Path("unused"), *STREAM, *more)[2:]]
+
+
+def single(path: Any, *more: str) -> list[str]:
+    return tiny(Path(path), "--data.stream", "true", *STREAM, *more)
+
+
+def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
+    fields = {"input": str(path), "stream": True, "tokenizer": "byte", "seq_len": 16, "global_batch": 4, "workers": 0}
+    run = {"dir": str(folder), "eval_batches": 2} | data.pop("run", {})
+    config = Config.model_validate({"data": fields | data, "run": run}, strict=False)
+    return config, open_dataset(config, lambda work: work(), say=print)
+
+
+def recipe(data: Dataset) -> Recipe:
+    (source,) = data.sources.values()
+    assert isinstance(source, Recipe)
+    return source
+
+
+def read_through(data: Dataset, passes: int = 1) -> list[str]:
+    """The documents of one pass, by the text of their sequences."""
+    whole = recipe(data)
+    whole.passes = passes
+    rows = [row for _, row in Stream(whole).deal(10**6) if row]
+    ends = data.tokenizer.decode([token for row in rows for token in row.tokens[:16]], skip_special=False)
+    return ends.split("<|endoftext|>")
+
+
+# --- one run
+
+
+@pytest.mark.slow
+def test_a_chain_of_strategies_over_two_streams(corpus: Path, tmp_path: Path) -> None:
+    """DDP x 2, ZeRO-2 x 4, ZeRO-3 x 3 and one process make the batches and the losses of the undisturbed run."""
+    flags = mixed(tmp_path, corpus, "--run.steps", "40", "--model.dropout", "0.1")
+    train(tmp_path / "whole", *flags)
+    for strategy, world, stop in (("ddp", 2, 9), ("zero2", 4, 18), ("zero3", 3, 27), ("single", 1, 40)):
+        spread(tmp_path / "chain", strategy, world, *flags, "--run.stop_after", str(stop))
+    assert_same_curve(tmp_path / "chain", tmp_path / "whole", 1e-5)
+    last = losses(tmp_path / "chain")[-1]
+    assert (round(last["share_web"], 9), round(last["share_rows"], 9)) == (0.7, 0.3)
+
+
+@pytest.mark.slow
+def test_whole_passes_end_the_run_wherever_it_is_killed(corpus: Path, tmp_path: Path) -> None:
+    flags = single(corpus / "parquet", "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0",
+                   "--run.save_every", "5", "--data.lanes", "3", "--data.global_batch", "16")  # fmt: skip
+    del flags[flags.index("--run.steps") : flags.index("--run.steps") + 2]
+    train(tmp_path / "whole", *flags, world=2)
+    ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *flags)
+    wait_for_step(tmp_path / "killed", 12, ranks)
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+    train(tmp_path / "killed", *flags, world=2)
+    assert_same_bits(tmp_path / "killed", tmp_path / "whole")
+    train(tmp_path / "other", *flags, "--run.stop_after", "7", world=3)
+    train(tmp_path / "other", *flags, "--data.workers", "0")
+    assert_same_curve(tmp_path / "other", tmp_path / "whole", 1e-5)
+    tokens = 2 * sum(len(text.encode()) + 1 for n in range(2) for text in documents(150, n) if not is_held_out(text))
+    assert losses(tmp_path / "whole")[-1]["tokens"] == tokens - 3  # the first token of each lane has no predecessor
+
+
+def is_held_out(text: str) -> bool:
+    return held_out(document_hash(iter([text]))[0], 0.1)
+
+
+@pytest.mark.slow
+def test_a_killed_object_store_changes_nothing(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "parquet", tmp_path / "store/bucket/parquet")
+    store = ObjectStore(tmp_path / "store")
+    store.start()
+    flags = single("s3://bucket/parquet", "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0")
+    del flags[flags.index("--run.steps") : flags.index("--run.steps") + 2]
+    train(tmp_path / "whole", *flags, **store.env)
+    (rank,) = start_ranks(1, "dist_lm/train.py", "--run.dir", str(tmp_path / "cut"), *flags, **store.env)
+    wait_for_step(tmp_path / "cut", 5, [rank])
+    store.kill()
+    time.sleep(3)
+    store.start()
+    output, _ = rank.communicate(timeout=200)
+    assert rank.returncode == 0, output
+    assert "s3://bucket/parquet" in output, "no read met the missing server"
+    assert_same_curve(tmp_path / "cut", tmp_path / "whole", 0.0)
+    store.kill()
+
+
+@pytest.mark.slow
+def test_packing_by_best_fit_with_document_masks(corpus: Path, tmp_path: Path) -> None:
+    flags = single(corpus / "rows.jsonl", "--data.packing", "best_fit", "--data.document_mask", "true")
+    train(tmp_path / "one", *flags)
+    train(tmp_path / "three", *flags, world=3)
+    assert_same_curve(tmp_path / "three", tmp_path / "one", 1e-5)
+
+
+# --- what is trained on, and what is not
+
+
+def test_validation_is_never_trained_on(corpus: Path, tmp_path: Path) -> None:
+    """Documents of a named validation source that are in the stream as well are left out there."""
+    own = documents(150, 0)
+    shared = [text for text in own if not is_held_out(text)][:5]
+    write_rows(tmp_path / "asked.jsonl", [*shared, "only here " * 40])
+    asked = {"asked": {"input": str(tmp_path / "asked.jsonl")}}
+    _, data = opened(tmp_path / "run", corpus / "parquet", validation=asked, lanes=1, run={"eval_batches": 20})
+    trained = read_through(data)[:-1]
+    assert set(data.val) == {"asked", "val"}
+    assert not set(trained) & set(shared) and not any(map(is_held_out, trained))
+    both = [text for n in range(2) for text in documents(150, n)]
+    assert set(trained) == {text for text in both if not is_held_out(text)} - set(shared)
+    kept = [data.val["val"].read([n], 16, 16)[0] for n in range(8)]
+    text = data.tokenizer.decode([token for row in kept for token in row[:16]], skip_special=False)
+    first = [text for text in both if is_held_out(text)]
+    assert "<|endoftext|>".join(first).startswith(text[:-1])  # in source order, the first ones
+
+
+def test_a_stream_without_validation_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [f"{n} words" for n in range(3000)])
+    with pytest.raises(UserError, match=r"data.val_fraction=1e-09 holds out none of the first 1000 documents of .*a.jsonl;"
+                       r" rule: a stream's first .*; nearest: prepare it, a larger data.val_fraction, a source in"):  # fmt: skip
+        opened(tmp_path / "run", path, val_fraction=1e-9)
+    opened(tmp_path / "run", path, val_fraction=1e-9, run={"eval_every": 0})
+
+
+def test_a_changed_file_is_named(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "parquet", tmp_path / "text")
+    opened(tmp_path / "run", tmp_path / "text")
+    opened(tmp_path / "run", tmp_path / "text")
+    os.utime(tmp_path / "text/1.parquet", (1, 1))
+    with pytest.raises(UserError, match=r"text/1.parquet of text changed or vanished since the run began"):
+        opened(tmp_path / "run", tmp_path / "text")
+    (tmp_path / "text/1.parquet").unlink()
+    with pytest.raises(UserError, match=r"text/1.parquet of text changed or vanished since the run began"):
+        opened(tmp_path / "run", tmp_path / "text")
+    shutil.copy2(corpus / "parquet/1.parquet", tmp_path / "text/1.parquet")
+    shutil.copy2(corpus / "parquet/1.parquet", tmp_path / "text/2.parquet")
+    with pytest.raises(UserError, match=r"2.parquet of text was not there when the run began"):
+        shutil.rmtree(tmp_path / "run/data")
+        (tmp_path / "text/2.parquet").rename(tmp_path / "2.parquet")
+        opened(tmp_path / "run", tmp_path / "text")
+        (tmp_path / "2.parquet").rename(tmp_path / "text/2.parquet")
+        opened(tmp_path / "run", tmp_path / "text")
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "cut.parquet", "cut.jsonl.gz", "bytes.txt"])
+def test_bad_rows_are_refused_or_counted(tmp_path: Path, kind: str) -> None:
+    texts = documents(200, 3)
+    path = tmp_path / "text" / kind
+    if kind == "rows.jsonl":
+        write_rows(path, texts)
+        path.write_bytes(path.read_bytes() + b'{"text": 5}\n{"text": "\xff"}\n{"text": null}\n' + b'{"text": "good"}\n')
+    elif kind == "bytes.txt":
+        write_rows(path.with_name("good.jsonl"), texts)
+        path.write_bytes(b"one " * 10 + b"\xff")
+    else:
+        write_rows(path.with_name("good.jsonl"), texts)
+        write_rows(path, documents(200, 4), 200)
+        raw = path.read_bytes()
+        path.write_bytes(raw[: len(raw) // 2] if kind.endswith("gz") else raw[:-7] + b"garbage")
+    options = {"val_fraction": 0.05, "run": {"eval_every": 0}}
+    with pytest.raises(UserError, match=rf"text/{kind}: ") as refusal:
+        read_through(opened(tmp_path / "a", tmp_path / "text", **options)[1])
+    assert refusal.value.code == 65
+    _, data = opened(tmp_path / "b", tmp_path / "text", bad_rows="skip", lanes=1, **options)
+    stream = Stream(recipe(data))
+    recipe(data).passes = 1
+    assert stream.deal(10**6)
+    skipped = dict(stream.lanes[0]._skipped)
+    assert skipped == ({"bad rows": 2, "null rows": 1} if kind == "rows.jsonl" else {"rests of damaged files": 1})
+
+
+def test_templates_and_filters(tmp_path: Path) -> None:
+    rows = [{"title": f"t{n}", "body": f"b{n}", "lang": "en" if n % 3 else "de"} for n in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "a.arrow", pa.Table.from_pylist(rows).schema) as file:
+        file.write(pa.Table.from_pylist(rows))
+    for name in ("a.jsonl", "a.parquet", "a.arrow"):
+        source = {"input": str(tmp_path / name), "template": "{title}: {body}", "filter": {"lang": "en"}}
+        _, data = opened(tmp_path / name[2:], "stdlib", sources={"s": source}, lanes=1, val_fraction=0.0,
+                              run={"eval_every": 0})  # fmt: skip
+        assert sorted(read_through(data)[:-1])[:3] == ["t10: b10", "t11: b11", "t13: b13"], name
+
+
+def test_one_long_document_among_fewer_than_lanes(tmp_path: Path) -> None:
+    write_rows(tmp_path / "text/a.jsonl", ["short", "row"])
+    (tmp_path / "text/long.txt").write_text("word " * 10**5)
+    _, data = opened(tmp_path / "run", tmp_path / "text", seq_len=1000, lanes=8, val_fraction=0.0,
+                          run={"eval_every": 0})  # fmt: skip
+    assert recipe(data).lanes == 2
+    recipe(data).passes = 1
+    tokens = [len(row.tokens) - 1 for _, row in Stream(recipe(data)).deal(10**6) if row]
+    assert sum(tokens) == 5 * 10**5 + len("short") + len("row") + 3 - 2
+
+
+def test_an_empty_source(tmp_path: Path) -> None:
+    write_rows(tmp_path / "text/a.jsonl", [])
+    with pytest.raises(UserError, match="text: no document to train on; rule: at least one"):
+        read_through(opened(tmp_path / "run", tmp_path / "text", run={"eval_every": 0})[1])
+
+
+# --- provenance
+
+
+@pytest.mark.slow
+def test_show_and_find_read_a_stream_again(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = mixed(tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9")
+    train(tmp_path / "run", *flags)
+    config, data = show_config(tmp_path / "run")
+    mix = Mix(data, config.data, config.run.seed)
+    batches = Batches(mix, config.data, plan(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot)
+    rows = [batches.read(step).micros[0] for step in range(7)][-1]
+    capsys.readouterr()
+    show.main([str(tmp_path / "run"), "--step", "7", "--world", "2", "--rank", "1"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 7: 8 sequences of 32 inputs") and printed.count("\nplace ") == 4
+    shown = printed.split("\nplace ")[1:]
+    for place, text in zip((1, 3, 5, 7), shown, strict=True):
+        bars = "".join(line[6:] for line in text.splitlines() if line.startswith("    | "))
+        tokens = [*rows.tokens_BT[place].tolist(), int(rows.targets_BT[place, -1])]
+        assert bars == data.tokenizer.decode(tokens, skip_special=False).replace("\n", "")
+        name, row = re.search(r"  (\S+) row (\d+), tokens 0 to", text).groups()  # type: ignore[union-attr]
+        source = documents(300, 7) if name == "rows.jsonl" else documents(150, int(name[0]))
+        assert bars.split("<|endoftext|>")[0] in source[int(row) - 1]
+    passage = data.tokenizer.decode(rows.tokens_BT[3, :14].tolist())
+    show.main([str(tmp_path / "run"), "--find", passage])
+    assert "step 7: " in capsys.readouterr().out
+    show.main([str(tmp_path / "run"), "--find", "nobody wrote this"])
+    assert capsys.readouterr().out == "'nobody wrote this': in 0 of the 9 steps so far\n"
+
+
+def show_config(run: Path) -> tuple[Config, Dataset]:
+    settings = show.read_yaml(run / "config.yaml")
+    config = show.resolve(("run", settings), ("test", {"run.dir": str(run), "data.workers": 0}))
+    return config, show.open_data(config)

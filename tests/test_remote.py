@@ -117,6 +117,8 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
     address = store.client().generate_presigned_url("get_object", Params={"Bucket": "bkt", "Key": "d/b.txt"})
     (web,) = find(address, TEXTS)
     assert "?" in address and web.name == "b.txt" and open_file(web.path, web.size, web.mark).read() == b"bb"
+    with pytest.raises(UserError, match=r"nix\.txt\?.*: nothing is there$"):
+        find(address.replace("b.txt", "nix.txt"), TEXTS)
     store.kill()
     with pytest.raises(OSError, match=r"^http://127\.0\.0\.1:\d+/bkt/d/b\.txt: given up after"):
         open_file(address)

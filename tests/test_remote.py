@@ -1,6 +1,7 @@
 """Files at URLs are found and read through failures; the cache is bounded, shared, checked, and survives kill -9."""
 
 import errno
+import fcntl
 import hashlib
 import http.server
 import importlib
@@ -117,6 +118,8 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
     address = store.client().generate_presigned_url("get_object", Params={"Bucket": "bkt", "Key": "d/b.txt"})
     (web,) = find(address, TEXTS)
     assert "?" in address and web.name == "b.txt" and open_file(web.path, web.size, web.mark).read() == b"bb"
+    with pytest.raises(UserError, match=r"nix\.txt\?.*: nothing is there$"):
+        find(address.replace("b.txt", "nix.txt"), TEXTS)
     store.kill()
     with pytest.raises(OSError, match=r"^http://127\.0\.0\.1:\d+/bkt/d/b\.txt: given up after"):
         open_file(address)
@@ -127,6 +130,7 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
     store.put("bkt/d/a.txt", b"A")
     after = {f.name: f.mark for f in find("s3://bkt/d", TEXTS)}
     assert {name for name in after if after[name] != before[name]} == {"a.txt"}
+    assert find("s3://bkt/d/*.txt", TEXTS)[0].mark == after["a.txt"]  # no list is remembered
     assert capsys.readouterr().err == ""
 
 
@@ -448,6 +452,28 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
         patch.setattr(ShardCache, "_take", look)
         cache.get(*shards["0"])
     assert looks[0] is None and None not in looks[2:]
+
+
+def test_deleting_and_beginning_wait_for_the_lock(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, flock = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), fcntl.flock
+    with ThreadPoolExecutor(1) as pool:
+        with cache._locked():
+            got = pool.submit(cache.get, *shards["0"])
+            time.sleep(0.2)
+            assert copies(tmp_path / "cache") == set()
+        path = got.result(10)
+
+    def delete_first(descriptor: int, how: int) -> None:
+        """As a process may between this one's opening and locking a copy."""
+        if how == fcntl.LOCK_SH and path.exists():
+            path.unlink()
+        flock(descriptor, how)
+
+    cache.release("0")
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", delete_first)
+        assert cache._take(path, *shards["0"][1:]) is None
+    assert cache.get(*shards["0"]).is_file()
 
 
 def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,17 +181,11 @@ class Mix:
         self, dataset: Dataset, data: DataConfig, seed: int, *, state: Mapping[str, Any] | None = None, rank: int = 0,
         world: int = 1, channel: Exchange | None = None,
     ):  # fmt: skip
-        self.dataset, self.data, self.seed, self.rank, self.world, self.channel = (
-            dataset,
-            data,
-            seed,
-            rank,
-            world,
-            channel,
-        )
-        state = state or {"streams": {}, "ended": [], "over": False}
+        self.dataset, self.data, self.seed = dataset, data, seed
+        self.rank, self.world, self.channel = rank, world, channel
+        state = state or {"streams": {}, "ended": [], "end": None}
         self.ended: list[list[int]] = [list(event) for event in state["ended"]]  # [first position without it, source]
-        self.over: bool = state["over"]
+        self.end: int | None = state["end"]  # the first position that no source fills, once it is known
         self._pool = ThreadPoolExecutor(data.workers, "lanes") if data.workers else None
         gather = channel.gather if channel and world > 1 else lambda value: [value]
         self.streams = {
@@ -204,18 +198,19 @@ class Mix:
 
     def _plan_mixture(self) -> None:
         specs, batch = self.data.named_sources(), self.data.global_batch
-        changes = [
-            (stage.from_step * batch, [stage.weights.get(name, 0.0) for name in specs]) for stage in self.data.stages
-        ]
-        changes = [(0, [spec.weight for spec in specs.values()]), *changes]
+        changes = [(0, [spec.weight for spec in specs.values()])]
+        for stage in self.data.stages:
+            changes.append((stage.from_step * batch, [stage.weights.get(name, 0.0) for name in specs]))
         starts = sorted({start for start, _ in changes} | {start for start, _ in self.ended})
         self.stages: list[tuple[int, list[float]]] = []
         for start in starts:
             weights = max((change for change in changes if change[0] <= start), key=lambda change: change[0])[1]
             gone = {source for at, source in self.ended if at <= start}
-            self.stages.append((start, [0.0 if n in gone else weight for n, weight in enumerate(weights)]))
-        if not sum(self.stages[-1][1]):
-            self.over, self.stages = True, self.stages[:-1]
+            left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
+            if not sum(left):
+                self.end = start if self.end is None else min(start, self.end)
+                break
+            self.stages.append((start, left))
         self.mixture = Mixture(self.stages)
 
     def read(self, step: int, table: Ints, row_targets: Ints) -> dict[str, Any]:
@@ -223,8 +218,9 @@ class Mix:
         batch, length = self.data.global_batch, self.data.seq_len
         sources, earlier = self.mixture.at(step * batch + np.arange(batch))
         moves: list[tuple[int, int, Row | None]] = []  # (place, rank that has read it, row)
-        given, closing, self.origins = 0, self.over, {}
-        for number, (name, source) in enumerate(self.dataset.sources.items() if not self.over else ()):
+        given, following, self.origins = 0, (step + 1) * batch, {}
+        over = self.end is not None and step * batch >= self.end
+        for number, (name, source) in enumerate(self.dataset.sources.items() if not over else ()):
             wanted = np.flatnonzero(sources == number)
             if isinstance(source, TokenShards):
                 count = source.count(self.data)
@@ -245,14 +241,14 @@ class Mix:
                 dealt = len(rows)
             given += dealt
             if dealt < len(wanted):  # its last pass has ended; the other places of this step stay without targets
-                self.ended.append([(step + 1) * batch, number])
-                closing |= self.data.named_sources()[name].at_end != "hand_on"
+                self.ended.append([following, number])
+                if self.data.named_sources()[name].at_end != "hand_on":
+                    self.end = following
         self._deliver(moves, table, row_targets)
-        if closing or (self.ended and self.ended[-1][0] == (step + 1) * batch):
-            self.over = closing
+        if self.ended and self.ended[-1][0] == following:
             self._plan_mixture()
         after = {"streams": {name: stream.snapshot() for name, stream in self.streams.items()}, "ended": [*self.ended],
-                 "over": self.over}  # fmt: skip
+                 "end": self.end}  # fmt: skip
         return {"end": not given, "after": after, "shares": self.shares(step) if len(sources) > 1 else {}}
 
     def passes(self, name: str) -> int | None:
@@ -294,9 +290,8 @@ class Mix:
             import torch  # slow, and preparing needs none of it
 
             lengths = [len(rows) * width for rows in wanted]
-            received = [
-                t.numpy() for t in self.channel.exchange([torch.from_numpy(part) for part in received], lengths)
-            ]
+            tensors = [torch.from_numpy(part) for part in received]
+            received = [tensor.numpy() for tensor in self.channel.exchange(tensors, lengths)]
         for rows, values_of_rank in zip(wanted, received, strict=True):
             for row, values in zip(rows, values_of_rank.reshape(-1, width), strict=True):
                 row_targets[row], table[row] = values[0], values[1:]
@@ -351,8 +346,9 @@ class Dataset:
 
 
 def open_dataset(
-    config: Config, on_main: Callable[[Callable[[], Any]], Any], say: Callable[[str], None] = print
-) -> Dataset:
+    config: Config, on_main: Callable[[Callable[[], Any]], Any], say: Callable[[str], None] = print,
+    training: bool = True,
+) -> Dataset:  # fmt: skip
     """Open the sources; what has to be prepared or looked up is, once, in the run folder, by rank 0. All ranks."""
     data, folder = config.data, Path(config.run.dir) / "data"
     specs = data.named_sources()
@@ -362,7 +358,7 @@ def open_dataset(
         if where == str(folder):
             on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, spec) and None)
         train, kept = (_open_shards(where, split, data) for split in ("train", "val"))
-        return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where))
+        return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where), training)
     streams = on_main(lambda: _make_ready(config, folder, say))
     prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
@@ -483,8 +479,9 @@ def _keep(val_fraction: float, excluded: frozenset[int], texts: Iterator[str]) -
 
 
 def _check(
-    config: Config, sources: dict[str, TokenShards | Recipe], val: dict[str, TokenShards], tokenizer: Tokenizer
-) -> Dataset:
+    config: Config, sources: dict[str, TokenShards | Recipe], val: dict[str, TokenShards], tokenizer: Tokenizer,
+    training: bool = True,
+) -> Dataset:  # fmt: skip
     """Refuse what is too small; the identity of it all."""
     data, specs, marks = config.data, config.data.named_sources(), [tokenizer.sha256]
     for name, source in sources.items():
@@ -493,7 +490,7 @@ def _check(
             files = [[file.name, file.size, file.mark if not file.path else ""] for file in source.reader.sources]
             marks.append(json.dumps([name, options, files, data.val_fraction]))
         else:
-            if not source.count(data):
+            if not source.count(data) and (training or not sum(shards.count(data) for shards in val.values())):
                 raise UserError(
                     f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, data.input="
                     f"{specs[name].input} has {sum(source.sizes)} to train on; nearest:"

@@ -57,7 +57,7 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
     world = runtime.start(config)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing has to be saved
         signal.signal(number, signal.SIG_DFL)
-    data = open_dataset(config, world.on_main)
+    data = open_dataset(config, world.on_main, training=False)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s", 65)
     held_out, length = sum(data.val["val"].sizes) > 0, config.data.seq_len
@@ -85,9 +85,11 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
     settings = {f"{section}.{field}": value for section, fields in nested.items() for field, value in fields.items()}
     if settings["data.stride"] == settings["data.seq_len"]:  # it followed, and goes on following a new seq_len
         del settings["data.stride"]
-    if find_prepared(folder.parent / "data"):
-        settings["data.input"] = str(folder.parent / "data")
-    return settings
+    for name in ("stream", "sources", "stages", "validation", "packing"):  # of training only
+        del settings[f"data.{name}"]
+    kept = sorted(path.parent for path in (folder.parent / "data").glob("val/*/dataset.json"))  # of streams
+    found = [place for place in (folder.parent / "data", *kept) if find_prepared(place)]
+    return settings | ({"data.input": str(found[0])} if found else {})
 
 
 if __name__ == "__main__":

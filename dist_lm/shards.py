@@ -171,19 +171,23 @@ class TokenShards:
 
     def count(self, data: DataConfig) -> int:
         """How many sequences there are in an epoch."""
-        return sum(self.counts(data.seq_len, data.stride))
+        return (self._ends_of(data.seq_len, data.stride) or [0])[-1]
 
     def tail_tokens(self, seq_len: int, stride: int) -> int:
         """Tokens at the shards' ends that are no sequence's target."""
         counts = zip(self.sizes, self.counts(seq_len, stride), strict=True)
         return sum(size - 1 - ((n - 1) * stride + seq_len if n else 0) for size, n in counts)
 
-    def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
-        """The shard of a sequence, and where in it its first token is."""
+    def _ends_of(self, seq_len: int, stride: int) -> list[int]:
+        """How many sequences there are up to the end of each shard."""
         key = (seq_len, stride)
         if key not in self._ends:
             self._ends[key] = list(accumulate(self.counts(seq_len, stride)))
-        ends = self._ends[key]
+        return self._ends[key]
+
+    def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
+        """The shard of a sequence, and where in it its first token is."""
+        ends = self._ends_of(seq_len, stride)
         assert 0 <= sequence < (ends[-1] if ends else 0), f"sequence {sequence} is none of {ends[-1] if ends else 0}"
         shard = bisect_right(ends, sequence)
         return shard, (sequence - (ends[shard - 1] if shard else 0)) * stride

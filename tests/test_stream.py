@@ -285,11 +285,11 @@ LETTERS = {"c": "xyz", "a": "abc \n."}  # a and b are written with the same lett
 def test_what_happens_when_a_source_ends(tmp_path: Path) -> None:
     config, data = dataset_of(tmp_path / "x", b={"at_end": "stop"})
     stopped, state, _ = global_batches(config, data, range(60), 2)
-    assert state["over"] and not any((step[:, 0] > 0).any() for step in stopped[-1:])
+    assert state["end"] and not any((step[:, 0] > 0).any() for step in stopped[-1:])
     ended = max(n for n, step in enumerate(stopped) if (step[:, 0] > 0).any())
     config, data = dataset_of(tmp_path / "x", b={"at_end": "hand_on"})
     handed, state, shares = global_batches(config, data, range(60), 3)
-    assert not state["over"] and state["ended"] == [[(ended + 1) * 7, 1]]
+    assert state["end"] is None and state["ended"] == [[(ended + 1) * 7, 1]]
     assert (np.array([step[:, 0] for step in handed[ended + 1 :]]) == LENGTH).all()
     assert shares[-1]["asked_b"] == shares[-1]["share_b"] == 0 and round(shares[-1]["asked_a"], 9) == 0.875
     assert np.array_equal(stopped[:ended], handed[:ended])

@@ -19,11 +19,12 @@ from dist_lm import show
 from dist_lm.checkpoint import step_folders
 from dist_lm.config import Config, UserError, plan
 from dist_lm.data import Batches, Dataset, Mix, open_dataset
+from dist_lm.metrics import read_metrics
 from dist_lm.preparing import document_hash, held_out
 from dist_lm.stream import Recipe, Stream
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore
-from tests.procs import start_ranks, train
+from tests.procs import entry, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny, wait_for_step
 from tests.test_zero import spread
 
@@ -269,7 +270,7 @@ def test_an_empty_source(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_show_and_find_read_a_stream_again(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = mixed(tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9")
+    flags = mixed(tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9", "--run.eval_every", "9")
     train(tmp_path / "run", *flags)
     config, data = show_config(tmp_path / "run")
     mix = Mix(data, config.data, config.run.seed)
@@ -292,6 +293,11 @@ def test_show_and_find_read_a_stream_again(corpus: Path, tmp_path: Path, capsys:
     assert "step 7: " in capsys.readouterr().out
     show.main([str(tmp_path / "run"), "--find", "nobody wrote this"])
     assert capsys.readouterr().out == "'nobody wrote this': in 0 of the 9 steps so far\n"
+
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    (loss,) = re.findall(r"val_loss (\S+)", entry("score", "--ckpt", str(tmp_path / "moved")))
+    evaluations = [e for e in read_metrics(tmp_path / "moved")[1] if e["val_set"] == "rows"]
+    assert float(loss) == pytest.approx(evaluations[-1]["val_loss"], rel=1e-6)
 
 
 def show_config(run: Path) -> tuple[Config, Dataset]:

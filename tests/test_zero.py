@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dist_lm import runtime as runtime_module
 from dist_lm import train as train_module
 from dist_lm.checkpoint import Saver, read_model, step_folders
-from dist_lm.config import UserError, load, resolve
+from dist_lm.config import UserError, load, resolve, run_entry
 from dist_lm.metrics import Metrics
 from dist_lm.zero import Strategy, choose_strategy, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
@@ -265,9 +265,41 @@ def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_divergence_stops_all_ranks(prepared: Path, tmp_path: Path) -> None:
-    output = train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30"), "--launch", "zero2", world=2, code=76)
-    assert "error: diverged at step" in output and not step_folders(tmp_path / "run")
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_a_gradient_that_is_not_finite_stops_all_ranks(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is nobody's checkpoint."""
+    config = ("--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.save_every", "2", "--run.ema", "0.9"))
+    launch = () if strategy == "ddp" else ("--launch", strategy)
+    ranks = start_ranks(2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch)
+    _, output = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [76, 76], output
+    for rank in (0, 1):
+        assert f"rank {rank}: diverged at step 4: loss=" in output and "loss=nan" not in output, output
+    assert [step["step"] for step in losses(tmp_path / "run")] == [1, 2, 3]
+    assert [folder.name for folder in step_folders(tmp_path / "run")] == ["step-00000002"]
+    assert all(t.isfinite().all() for t in tensors(tmp_path / "run/step-00000002").values())
+
+
+def train_with_a_nan() -> None:
+    """As a rank: train.py's main(), but for one number of one gradient."""
+    trained = train_module.train
+
+    def train_spoilt(run: train_module.Run) -> None:
+        def spoil(grad: torch.Tensor) -> torch.Tensor:
+            grad = grad.clone()
+            if run.state.step == 3 and run.runtime.rank == 1:
+                grad.view(-1)[7] = torch.nan
+            return grad
+
+        run.model.blocks[1].ffn.up.weight.register_hook(spoil)
+        try:
+            trained(run)
+        except UserError as error:
+            print(f"rank {run.runtime.rank}: {error}")
+            raise
+
+    train_module.train = train_spoilt
+    run_entry(lambda argv: train_module.main(*load(argv, train_module.FLAGS, "")))
 
 
 # --- choosing a strategy

@@ -4,6 +4,8 @@ import ctypes.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from dist_lm import train as train_module
 from dist_lm.checkpoint import Saver, read_model, step_folders
 from dist_lm.config import UserError, load, resolve, run_entry
 from dist_lm.metrics import Metrics
-from dist_lm.zero import Strategy, choose_strategy, refuse_combinations
+from dist_lm.zero import Strategy, choose_strategy, only_builder, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 
@@ -185,6 +187,32 @@ def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "disk").rglob("exp_avg*.swp"))) >= 4  # both moments, both ranks
     spread(tmp_path / "chain", "zero1", 2, *common)
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
+
+
+def test_one_process_builds_and_a_killed_one_blocks_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is removed."""
+    monkeypatch.setenv("RANK", "0")
+    code = (  # without dist_lm, whose import takes longer than all the rest
+        "import fcntl, os, sys, time\n"
+        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX); file.write(str(os.getpid()))\n"
+        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "building\n"
+            with pytest.raises(UserError, match=f"process {other.pid} builds for 0 s already; rule: end it") as refused:
+                only_builder([tmp_path], wait_seconds=0.3).__enter__()
+        finally:
+            other.kill()
+    assert refused.value.code == 70
+    assert capfd.readouterr().err == f"waiting until process {other.pid} has built in {tmp_path}\n"
+    with only_builder([tmp_path], wait_seconds=2.0):
+        assert not (tmp_path / "lock").exists()
+        assert (tmp_path / "builder").read_text() == str(os.getpid())
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -191,7 +191,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(prepared: Path, tmp_path: Pa
 def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
     train(run, *common)
-    assert "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in train(run, *common)
+    unbuildable = "import runpy; from dist_lm import runtime; runtime.Runtime.prepare = None; "
+    script = (unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')", "--run.dir", str(run), *common)
+    code, output = finish(start_ranks(1, "-c", *script))  # it says so before it builds anything
+    assert code == 0 and "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in output, output
     output = train(run, *tiny(prepared, "--optim.lr", "2e-3", "--model.dropout", "0.5"), code=2)
     assert (
         f"error: run.dir={run} was started with other settings (model.dropout: 0.0 -> 0.5, optim.lr: 0.001 -> 0.002);"

@@ -215,12 +215,14 @@ def evaluate(run: Run) -> None:
                 averaged = validate(runtime, runtime.model, data.val, config, run.plan, data.tokenizer)
             run.metrics.evaluation(run.state.step, "val of ema", averaged)
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
+        rows = len(SAMPLE_TEMPERATURES)  # as one batch: half the forwards, in each of which ZeRO-3 gathers weights
+        settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
+        with runtime.autocast():
+            *_, made = sample(run.model, data.tokenizer, [prompt] * rows, settings, [0] * rows, stop_early=False)
         texts = [f"## step {run.state.step}, loss {figures['val_loss']:.4f}"]
-        for temperature in SAMPLE_TEMPERATURES:
-            settings = Sampling(SAMPLE_TOKENS, temperature)
-            with runtime.autocast():
-                *_, (made,) = sample(run.model, data.tokenizer, [prompt], settings, [0], stop_early=False)
-            texts.append(f"temperature {temperature}\n```\n{config.run.sample_prompt}{made.text}\n```")
+        for temperature, continuation in zip(SAMPLE_TEMPERATURES, made, strict=True):
+            text = config.run.sample_prompt + continuation.text
+            texts.append(f"temperature {temperature}\n```\n{text}\n```")
         if runtime.is_main:
             with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
                 file.write("\n".join(texts) + "\n\n")

@@ -35,8 +35,9 @@ def main(strategy: str) -> None:
                 "run.save_every": 0, "run.stop_after": max(steps, default=0) + 1}  # fmt: skip
     config = resolve(("benchmark", settings))
     runtime = start(config, strategy if strategy.startswith("zero") else None)
-    run = train.build(runtime, config)
-    train.resume(run, [])
+    place = train.find_place(runtime, config, [])
+    assert place, f"{folder} is finished"
+    run = train.build(runtime, config, place)
     train.describe(run)
     train.train(run)
     if steps:  # a step's line is written before the checkpoint that follows it

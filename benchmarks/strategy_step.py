@@ -28,8 +28,9 @@ def main(strategy: str) -> None:
     config = resolve(("benchmark", {"run.dir": str(folder), "run.trackers": [], "run.eval_every": 0,
                                     "run.save_every": 0, "run.steps": 1000, "run.resume": "never"}))  # fmt: skip
     runtime = start(config, strategy if strategy.startswith("zero") else None)
-    run = train.build(runtime, config)
-    train.resume(run, [])
+    place = train.find_place(runtime, config, [])
+    assert place, f"{folder} is finished"
+    run = train.build(runtime, config, place)
     batch = train.training_batches(run).take()
     targets = runtime.sum(torch.tensor(float(batch.targets)))
     bare: list[float] = []

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor
 from dist_lm import hf
 from dist_lm.config import ModelConfig, UserError
 from dist_lm.model import GPT
+from dist_lm.shards import safetensors_head, sync_folder, write_parts
 from dist_lm.text import Tokenizer
 
 BAD_CHECKPOINT = 66
@@ -35,7 +35,6 @@ _FORMAT = 1
 # Files are what ranks divide among them: so many at most, but none is closed before it has this many bytes.
 _FILES = {"model": 16, "optimizer": 32}
 _SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
-_CHUNK = 16 * 2**20
 _FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then answer for; torch's memory is the second
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -324,14 +323,10 @@ class _Work:
         return flat if item.extra else item.entry.from_flat(flat)
 
     def _commit(self, aside: Path, final: Path, written: dict[str, Any]) -> dict[str, Any]:
-        self.tokenizer.save(aside)
-        for name, text in self.texts.items():
-            (aside / name).write_text(text, encoding="utf-8")
-        for path in set(aside.iterdir()) - {aside / name for name in written}:
-            written[path.name] = _finish_small(path)
+        for name, text in {**self.tokenizer.files(), **self.texts}.items():
+            written[name] = _write(aside / name, [text.encode()])
         manifest = {"format": _FORMAT, "step": self.step, "files": dict(sorted(written.items()))}
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _finish_small(aside / "manifest.json")
+        _write(aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         sync_folder(aside)
         remove(final)  # only a folder that was passed over as damaged can be here
         aside.rename(final)
@@ -383,44 +378,19 @@ def _index(files: Mapping[str, list[Item]]) -> dict[str, str]:
 
 def write_tensors(path: Path, entries: list[hf.Entry], tensors: Iterable[tuple[hf.Entry, Tensor]]) -> dict[str, Any]:
     """Write one safetensors file, hashing on the way and holding one tensor at a time; its size and hash."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for entry in entries:
-        offsets = [at, at := at + 4 * math.prod(entry.shape)]
-        header[entry.name] = {"dtype": "F32", "shape": entry.shape, "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-        head = memoryview(len(text).to_bytes(8, "little") + text)
-        for chunk in itertools.chain([head], (_bytes_of(tensor) for _, tensor in tensors)):
-            for begin in range(0, len(chunk), _CHUNK):  # hashing and writing leave Python alone while they work
-                part = chunk[begin : begin + _CHUNK]
-                digest.update(part)
-                while part:
-                    part = part[file.write(part) :]
-        os.fsync(file.fileno())
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    sizes = ((entry.name, "F32", entry.shape, 4 * math.prod(entry.shape)) for entry in entries)
+    head = safetensors_head(sizes, __metadata__={"format": "pt"})
+    return _write(path, itertools.chain([head], (_bytes_of(tensor) for _, tensor in tensors)))
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file; what the manifest says of it."""
+    size, sha256 = write_parts(path, parts)
+    return {"size": size, "sha256": sha256}
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _finish_small(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        content = file.read()
-        os.fsync(file.fileno())
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(folder: Path) -> None:

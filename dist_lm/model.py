@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -446,6 +446,7 @@ def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
     return value
 
 
+@cache  # a GPT is built for it
 def parameter_shapes(config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, the vocabulary padded, without memory for them."""
     with torch.device("meta"):

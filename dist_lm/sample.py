@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Sampling:
     """How tokens are chosen and when to end; top-k, top-p, min-p and the penalty mean what they do in transformers."""
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: the likeliest token
+    temperature: float | tuple[float, ...] = 1.0  # 0: the likeliest token; several: one for each row
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
@@ -154,6 +154,10 @@ def choose(
         penalty = settings.repetition_penalty
         penalised_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
         logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+    if isinstance(settings.temperature, tuple):
+        rows = zip(torch.split(logits_BV, 1), settings.temperature, streams, strict=True)
+        chosen = [choose(row, replace(settings, temperature=temperature), [own]) for row, temperature, own in rows]
+        return torch.cat([token for token, _ in chosen]), torch.cat([health.double() for _, health in chosen])
     if settings.temperature == 0:
         best_B, tokens_B = logits_BV.max(-1)
         return tokens_B, best_B
@@ -168,6 +172,7 @@ def choose(
 
 def cut(logits_BV: Tensor, settings: Sampling) -> Tensor:
     """fp64 log-probabilities up to a constant (the largest is 0), -inf for what top-k, top-p and min-p leave out."""
+    assert not isinstance(settings.temperature, tuple), "rows of several temperatures are cut one by one"
     scores_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / settings.temperature
     floor: Tensor | float = math.log(settings.min_p) if settings.min_p else -math.inf
     V = scores_BV.shape[-1]

@@ -24,6 +24,7 @@ from dist_lm.remote import ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1
+_CHUNK = 16 * 2**20
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -37,23 +38,49 @@ class Span(NamedTuple):
     stop: int
 
 
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
+    """Write, hash and fsync a file; its size and sha256."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file:
+        for whole in parts:
+            part = memoryview(whole)
+            for begin in range(0, len(part), _CHUNK):  # hashing and writing leave Python alone while they work
+                chunk = part[begin : begin + _CHUNK]
+                digest.update(chunk)
+                size += len(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     """Write aside, fsync, rename, fsync the folder; the sha256 of what was written."""
-    digest = hashlib.sha256()
     aside = path.with_name(f"tmp-{path.name}")
-    with open(aside, "wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-        file.flush()
-        os.fsync(file.fileno())
+    _, sha256 = write_parts(aside, parts)
     os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return digest.hexdigest()
+    sync_folder(path.parent)
+    return sha256
+
+
+def safetensors_head(tensors: Iterable[tuple[str, str, Sequence[int], int]], **more: Any) -> bytes:
+    """How a safetensors file begins: the name, type, shape and bytes of each tensor that follows."""
+    end = 0
+    for name, dtype, shape, size in tensors:
+        begin, end = end, end + size
+        more[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(more).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -70,15 +97,10 @@ def write_shard(
         "document_row": np.array(rows, "<i8"),
         "tokens": tokens,
     }
-    header, end = {}, 0
-    for name, array in arrays.items():
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the arrays stay aligned
-    head = len(text).to_bytes(8, "little") + text
+    head = safetensors_head((name, _NAMES[a.dtype], a.shape, a.nbytes) for name, a in arrays.items())
     sha256 = write_file(path, [head, *(array.view(np.uint8).data for array in arrays.values())])
-    return {"file": path.name, "tokens": len(tokens), "bytes": len(head) + end, "sha256": sha256}
+    size = len(head) + sum(array.nbytes for array in arrays.values())
+    return {"file": path.name, "tokens": len(tokens), "bytes": size, "sha256": sha256}
 
 
 def map_shard(path: Path) -> dict[str, np.ndarray]:

@@ -55,6 +55,16 @@ class TrainState:
     streams: dict[str, Any] = field(default_factory=dict)  # where raw sources stand, as far as this rank reads them
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: known before anything is built, so that a finished one says so at once."""
+
+    data: Dataset
+    steps: int | None  # None: the data says when it ends
+    folder: Path | None  # the checkpoint to go on from
+    facts: Mapping[str, Any]  # its state.json
+
+
 @dataclass
 class Run:
     """What the phases of main() build and train() uses."""
@@ -97,8 +107,9 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
     runtime = start(config, next(iter(flags.get("launch", [])), None))
     try:
         with RunLock(Path(config.run.dir), runtime):
-            run = build(runtime, config)
-            if resume(run, flags.get("allow_change", [])):
+            place = find_place(runtime, config, flags.get("allow_change", []))
+            if place:
+                run = build(runtime, config, place)
                 describe(run)
                 try:
                     train(run)
@@ -218,12 +229,14 @@ def evaluate(run: Run) -> None:
                 run.metrics.evaluation(run.state.step, f"{name} of ema", averaged)
         run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
+        rows = len(SAMPLE_TEMPERATURES)  # as one batch: half the forwards, in each of which ZeRO-3 gathers weights
+        settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
+        with runtime.autocast():
+            *_, made = sample(run.model, data.tokenizer, [prompt] * rows, settings, [0] * rows, stop_early=False)
         texts = [f"## step {run.state.step}, loss {losses[0]:.4f}"]
-        for temperature in SAMPLE_TEMPERATURES:
-            settings = Sampling(SAMPLE_TOKENS, temperature)
-            with runtime.autocast():
-                *_, (made,) = sample(run.model, data.tokenizer, [prompt], settings, [0], stop_early=False)
-            texts.append(f"temperature {temperature}\n```\n{config.run.sample_prompt}{made.text}\n```")
+        for temperature, continuation in zip(SAMPLE_TEMPERATURES, made, strict=True):
+            text = config.run.sample_prompt + continuation.text
+            texts.append(f"temperature {temperature}\n```\n{text}\n```")
         if runtime.is_main:
             with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
                 file.write("\n".join(texts) + "\n\n")
@@ -266,24 +279,82 @@ def due(step: int, every: int, at_the_end: bool = False) -> bool:
     return every > 0 and (at_the_end or step % every == 0)
 
 
-def build(runtime: Runtime, config: Config) -> Run:
-    """Data, model and optimizer on this rank's device, the weights as they start. All ranks."""
-    data = open_dataset(config, runtime.on_main)
-    vocab_size, seq_len = data.tokenizer.vocab_size, config.data.seq_len
-    layout = plan(config, runtime.world_size)
-    steps = config.run.steps
+def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | None:
+    """Where the run folder stands, or None if nothing is left to do, which is said. All ranks."""
+    data, run_dir = open_dataset(config, runtime.on_main), Path(config.run.dir)
+    steps, batch = config.run.steps, config.data.global_batch
     if config.run.epochs and data.sequences:
-        steps = -(-config.run.epochs * data.sequences // config.data.global_batch)
+        steps = -(-config.run.epochs * data.sequences // batch)
+
+    def choose() -> str | None:  # rank 0 decides; others may see the folder otherwise for a while
+        if config.run.resume == "never":
+            if (run_dir / "metrics.jsonl").exists() or checkpoint.step_folders(run_dir):
+                raise UserError(
+                    f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or run.resume=auto"
+                )
+            return None
+        if config.run.resume != "auto":
+            folder = Path(config.run.resume)
+            checkpoint.verify(folder)
+            checkpoint.set_aside_newer(run_dir, folder, runtime.say)
+            return str(folder)
+        newest, passed_over = checkpoint.newest_valid(run_dir)
+        for why in passed_over:
+            runtime.say(f"warning: passed over a damaged checkpoint: {why}")
+        return str(newest) if newest else None
+
+    chosen = runtime.on_main(choose)
+    if chosen is None:
+        return Place(data, steps, None, {})
+    facts = checkpoint.read_state(Path(chosen))
+    refuse_other_mathematics(runtime, config, data, facts, allowed)
+    used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
+    last = min(steps or sys.maxsize, config.run.stop_after or sys.maxsize, -(-(used_up or sys.maxsize) // batch))
+    if facts["step"] >= last:
+        runtime.say(
+            f"{run_dir} is finished at step {facts['step']}; to go on raise run.steps={steps} or run.stop_after,"
+            " to start anew choose another run.dir"
+        )
+        return None
+    return Place(data, steps, Path(chosen), facts)
+
+
+def build(runtime: Runtime, config: Config, place: Place) -> Run:
+    """Model and optimizer on this rank's device, standing where the run does. All ranks."""
+    data, vocab_size, seq_len = place.data, place.data.tokenizer.vocab_size, config.data.seq_len
     with runtime.construction():
         model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
     optimizer = make_optimizer(model, config.optim, config.run.precision)
     runtime.prepare(model, optimizer, parameter_shapes(config.model, vocab_size, seq_len), config)
     metrics = Metrics(
-        config.run.dir, steps=steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
+        config.run.dir, steps=place.steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
         device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
     )  # fmt: skip
     saver = Saver(Path(config.run.dir), runtime.background, config.run.keep_last, config.run.keep_every)
-    return Run(config, runtime, data, layout, steps, model, optimizer, metrics, saver, TrainState())
+    layout = plan(config, runtime.world_size)
+    run = Run(config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState())
+    put(run, place)
+    return run
+
+
+def put(run: Run, place: Place) -> None:
+    """Weights, moments and state as they were at its place, or as they start. All ranks."""
+    config, runtime, facts = run.config, run.runtime, place.facts
+    if place.folder is None:
+        if config.run.init_from:
+            runtime.together(lambda: start_from(run, config.run.init_from or ""))
+        else:
+            initialise(run)
+        runtime.spread()
+        runtime.start_average()
+        return
+    folder, size = place.folder, (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
+    runtime.together(lambda: checkpoint.restore(folder, *size, runtime.held(), optimizer=True))
+    runtime.spread()
+    if runtime.scaler.is_enabled():
+        runtime.scaler.load_state_dict(facts["scaler"])
+    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"], streams=facts.get("streams", {}))
+    runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
 
 
 def training_batches(run: Run) -> Batches:
@@ -300,74 +371,25 @@ def training_batches(run: Run) -> Batches:
     )  # fmt: skip
 
 
-def resume(run: Run, allowed: list[str]) -> bool:
-    """Put the run where its folder stands, or at its start; whether there is anything left to do. All ranks."""
-    config, runtime = run.config, run.runtime
-
-    def choose() -> str | None:  # rank 0 decides; others may see the folder otherwise for a while
-        if config.run.resume == "never":
-            if (run.dir / "metrics.jsonl").exists() or checkpoint.step_folders(run.dir):
-                raise UserError(
-                    f"run.dir={run.dir} has a history and run.resume=never; rule: an empty folder; or run.resume=auto"
-                )
-            return None
-        if config.run.resume != "auto":
-            folder = Path(config.run.resume)
-            checkpoint.verify(folder)
-            checkpoint.set_aside_newer(run.dir, folder, runtime.say)
-            return str(folder)
-        newest, passed_over = checkpoint.newest_valid(run.dir)
-        for why in passed_over:
-            runtime.say(f"warning: passed over a damaged checkpoint: {why}")
-        return str(newest) if newest else None
-
-    chosen = runtime.on_main(choose)
-    if chosen is None:
-        if config.run.init_from:
-            runtime.together(lambda: start_from(run, config.run.init_from or ""))
-        else:
-            initialise(run)
-        runtime.spread()
-        runtime.start_average()
-        return True
-    folder = Path(chosen)
-    facts = checkpoint.read_state(folder)
-    refuse_other_mathematics(run, facts, allowed)
-    size = (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    runtime.together(lambda: checkpoint.restore(folder, *size, runtime.held(), optimizer=True))
-    runtime.spread()
-    if runtime.scaler.is_enabled():
-        runtime.scaler.load_state_dict(facts["scaler"])
-    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"], streams=facts.get("streams", {}))
-    if run.state.step >= min(run.steps or sys.maxsize, config.run.stop_after or sys.maxsize):
-        runtime.say(
-            f"{run.dir} is finished at step {run.state.step}; to go on raise run.steps={run.steps} or run.stop_after,"
-            " to start anew choose another run.dir"
-        )
-        return False
-    runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
-    return True
-
-
-def refuse_other_mathematics(run: Run, facts: Mapping[str, Any], allowed: list[str]) -> None:
+def refuse_other_mathematics(
+    runtime: Runtime, config: Config, data: Dataset, facts: Mapping[str, Any], allowed: list[str]
+) -> None:
     """A resumed run has the settings it was started with, but for those that do not touch its mathematics."""
     old = {f"{s}.{f}": value for s, fields in facts["config"].items() for f, value in fields.items()}
     old["data (its tokens, by hash)"] = facts["data"]
-    new = {**run.config.flat(), "data (its tokens, by hash)": run.data.identity}
+    new = {**config.flat(), "data (its tokens, by hash)": data.identity}
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
     for name in ("run.steps", "run.epochs"):
         before, after = changed.get(name, (None, None))
         if before is not None and after is not None and after > before:
-            run.runtime.say(
-                f"{name} grows from {before} to {after}: from here on the schedule is that of the longer run"
-            )
+            runtime.say(f"{name} grows from {before} to {after}: from here on the schedule is that of the longer run")
             del changed[name]
     refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
     if refused:
         both = ", ".join(f"{name}: {changed[name][0]!r} -> {changed[name][1]!r}" for name in refused)
         raise UserError(
-            f"run.dir={run.dir} was started with other settings ({both}); rule: a resumed run keeps its mathematics;"
-            f" choose another run.dir, or --allow_change {refused[0]}"
+            f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed run keeps its"
+            f" mathematics; choose another run.dir, or --allow_change {refused[0]}"
         )
 
 

@@ -179,7 +179,7 @@ def plugin(settings: dict[str, Any]) -> Any:
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 
 
-def _build_async_io(wait_seconds: float = 900.0) -> None:
+def _build_async_io() -> None:
     """Compile DeepSpeed's reader and writer for NVMe, one process of a host at a time; later ones find it made."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
     from torch.utils import cpp_extension
@@ -192,24 +192,40 @@ def _build_async_io(wait_seconds: float = 900.0) -> None:
             "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt install libaio-dev;"
             " nearest: zero3-offload"
         )
-    folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-    if not any(folder.glob("*.so")):
-        print("building DeepSpeed's async I/O, once on this host: some minutes", file=sys.stderr, flush=True)
-    with open(folder / "builder", "w") as file:
-        began = time.monotonic()
+    # DeepSpeed builds the second with the first.
+    folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (builder.name, "pin_memory")]
+    with only_builder(folders):
+        if not any(folders[0].glob("*.so")):
+            print("building DeepSpeed's async I/O, once on this host: some minutes", file=sys.stderr, flush=True)
+        # ninja lies beside Python where an environment is used without being activated.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        builder.load(verbose=False)
+
+
+@contextmanager
+def only_builder(folders: Sequence[Path], wait_seconds: float = 900.0) -> Iterator[None]:
+    """Surrounds the building of extensions in `folders`: one process of a host at a time, the others wait so long."""
+    with open(folders[0] / "builder", "a+") as file:
+        began, told = time.monotonic(), os.environ.get("RANK", "0") != "0"
         while True:  # the system drops this lock with the process that holds it
             with suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
+            file.seek(0)
+            who = f"process {file.read()}"
             if time.monotonic() - began > wait_seconds:
-                raise UserError(f"{folder}: another process builds for {wait_seconds:.0f} s already; rule: end it", 70)
+                raise UserError(f"{folders[0]}: {who} builds for {wait_seconds:.0f} s already; rule: end it", 70)
+            if not told:
+                print(f"waiting until {who} has built in {folders[0]}", file=sys.stderr, flush=True)
+            told = True
             time.sleep(0.2)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
         # torch's own locks outlive a builder that was killed, and every later start would wait for them for ever.
-        for name in (builder.name, "pin_memory"):  # DeepSpeed builds the second with the first
-            Path(cpp_extension._get_build_directory(name, verbose=False), "lock").unlink(missing_ok=True)
-        # ninja lies beside Python where an environment is used without being activated.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        builder.load(verbose=False)
+        for folder in folders:
+            (folder / "lock").unlink(missing_ok=True)
+        yield
 
 
 @contextmanager

@@ -227,9 +227,11 @@ def test_what_is_free_on_resume_exists() -> None:
     assert not mathematics & FREE_ON_RESUME
 
 
-def test_configs_cannot_be_changed() -> None:
+def test_configs_cannot_be_changed_or_given_more() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().model.layers = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        Config.model_validate({"model": {"layer": 3}})
 
 
 def test_yaml_round_trip() -> None:

@@ -80,6 +80,15 @@ def test_a_row_of_a_batch_has_the_logits_and_the_text_it_has_alone(name: str) ->
     assert [row.tokens for row in turned[::-1]] == [row.tokens for row in together]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_may_have_temperatures_of_their_own(name: str) -> None:
+    model, prompts, each = make(name), [prompt_of(3), prompt_of(3), prompt_of(9)], (0.0, 0.8, 1.3)
+    together = run(model, prompts, Sampling(40, each, top_k=50, repetition_penalty=1.1))
+    for n, temperature in enumerate(each):
+        (alone,) = run(model, [prompts[n]], Sampling(40, temperature, top_k=50, repetition_penalty=1.1), [n])
+        assert together[n].tokens == alone.tokens
+
+
 def test_a_seed_repeats_and_another_differs(model: GPT) -> None:
     how, prompt = Sampling(30), prompt_of(5)
     rows = run(model, [prompt] * 4, how, [1, 2, "1", 1])

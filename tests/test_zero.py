@@ -3,7 +3,10 @@
 import ctypes.util
 import json
 import os
+import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,8 @@ from dist_lm import train as train_module
 from dist_lm.checkpoint import Saver, read_model, step_folders
 from dist_lm.config import UserError, load, resolve
 from dist_lm.metrics import Metrics
-from dist_lm.zero import Strategy, choose_strategy, refuse_combinations
+from dist_lm.runtime import Runtime
+from dist_lm.zero import Strategy, choose_strategy, only_builder, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 
@@ -141,13 +145,18 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
     """As a rank under `after`: finish each of the runs in turn, with one engine that takes over their checkpoints."""
     config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], {}, "")
     runtime = runtime_module.start(config, after if after.startswith("zero") else None)
-    run = train_module.build(runtime, config)
+    run = None
     for strategy in before:
-        run.config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], {}, "")
-        run.metrics = Metrics(run.config.run.dir, steps=8, flops_per_token=1.0, device=runtime.device,
-                              world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track)  # fmt: skip
-        run.saver = Saver(run.dir, runtime.background)
-        assert train_module.resume(run, [])
+        config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], {}, "")
+        place = train_module.find_place(runtime, config, [])
+        assert place and place.folder
+        if run is None:
+            run = train_module.build(runtime, config, place)
+        else:
+            run.config, run.saver = config, Saver(Path(config.run.dir), runtime.background)
+            run.metrics = Metrics(config.run.dir, steps=8, flops_per_token=1.0, device=runtime.device,
+                                  world_size=runtime.world_size, is_main=runtime.is_main, track=None)  # fmt: skip
+            train_module.put(run, place)
         train_module.train(run)
         run.metrics.close()
     runtime.close()
@@ -185,6 +194,32 @@ def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "disk").rglob("exp_avg*.swp"))) >= 4  # both moments, both ranks
     spread(tmp_path / "chain", "zero1", 2, *common)
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
+
+
+def test_one_process_builds_and_a_killed_one_blocks_nobody(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is removed."""
+    monkeypatch.setenv("RANK", "0")
+    code = (  # without dist_lm, whose import takes longer than all the rest
+        "import fcntl, os, sys, time\n"
+        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX); file.write(str(os.getpid()))\n"
+        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "building\n"
+            with pytest.raises(UserError, match=f"process {other.pid} builds for 0 s already; rule: end it") as refused:
+                only_builder([tmp_path], wait_seconds=0.3).__enter__()
+        finally:
+            other.kill()
+    assert refused.value.code == 70
+    assert capfd.readouterr().err == f"waiting until process {other.pid} has built in {tmp_path}\n"
+    with only_builder([tmp_path], wait_seconds=2.0):
+        assert not (tmp_path / "lock").exists()
+        assert (tmp_path / "builder").read_text() == str(os.getpid())
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.slow
@@ -265,9 +300,39 @@ def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_divergence_stops_all_ranks(prepared: Path, tmp_path: Path) -> None:
-    output = train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30"), "--launch", "zero2", world=2, code=76)
-    assert "error: diverged at step" in output and not step_folders(tmp_path / "run")
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_a_gradient_that_is_not_finite_stops_all_ranks(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is nobody's checkpoint."""
+    config = ("--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.save_every", "2", "--run.ema", "0.9"))
+    launch = () if strategy == "ddp" else ("--launch", strategy)
+    ranks = start_ranks(2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch)
+    _, output = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [76, 76], output
+    assert "error: diverged at step 4: loss=" in output and "loss=nan" not in output, output
+    assert [step["step"] for step in losses(tmp_path / "run")] == [1, 2, 3]
+    assert [folder.name for folder in step_folders(tmp_path / "run")] == ["step-00000002"]
+    assert all(t.isfinite().all() for t in tensors(tmp_path / "run/step-00000002").values())
+
+
+def train_with_a_nan() -> None:
+    """As a rank: train.py, but for one number of one gradient."""
+    update, updates = Runtime.update, 0
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone()
+        grad.view(-1)[7] = torch.nan
+        return grad
+
+    def update_counted(runtime: Runtime, clip: float) -> torch.Tensor:
+        nonlocal updates
+        updates += 1
+        norm = update(runtime, clip)
+        if updates == 3 and runtime.rank == 1:
+            runtime.bare.blocks[1].ffn.up.weight.register_hook(spoil)
+        return norm
+
+    Runtime.update = update_counted
+    runpy.run_path("dist_lm/train.py", run_name="__main__")
 
 
 # --- choosing a strategy

@@ -79,10 +79,11 @@ class Attempt:
     def record(self, kind: str, reason: str) -> dict[str, Any]:
         """Write the ending. One process at a time; a later one of the same attempt replaces it."""
         saved = [int(file.parent.name[5:]) for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")]
-        step, failures, before = max(saved, default=0), 0, self.before
-        if kind == "retryable":
-            again = before.get("class") == kind and before.get("step") == step
-            failures = 1 + (before.get("failures", 0) if again else 0)
+        step, failures = max(saved, default=0), self.before.get("failures", 0)
+        if step != self.before.get("step", 0):
+            failures = 0
+        if kind == "retryable" or (kind == "preempted" and reason != "SIGTERM" and step == self.before.get("step", 0)):
+            failures += 1  # being preempted is nobody's fault; a job too short for one new step is
         outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
@@ -129,13 +130,13 @@ def in_a_line(error: BaseException) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt.
+    """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the run folder.
     after NUMBER CODE ARGUMENTS: say how it ended, and exit with its class's code: 70 and 75 may be started again."""
     when, words = argv[0], argv[1 if argv[0] == "before" else 3 :]
     config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
     folder = Path(config.run.dir)
     if when == "before":
-        print(Attempt(folder).number)
+        print(Attempt(folder).number, folder.absolute())
         return
     attempt = Attempt(folder, int(argv[1]))
     outcome = attempt.before
@@ -143,7 +144,7 @@ def main(argv: list[str]) -> None:
         outcome = attempt.record("done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})")
     print(f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
           file=sys.stderr)  # fmt: skip
-    if outcome["failures"] >= PATIENCE:
+    if outcome["failures"] >= PATIENCE and outcome["class"] in ("retryable", "preempted"):
         print(f"{folder}: failed {outcome['failures']} times without a new step; not started again", file=sys.stderr)
         sys.exit(1)
     sys.exit(CODES[outcome["class"]])

@@ -136,10 +136,12 @@ def main(argv: list[str]) -> None:
     config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
     folder = Path(config.run.dir)
     if when == "before":
-        print(Attempt(folder).number, folder.absolute())
+        print(read(folder).get("attempt", 0) + 1, folder.absolute())
         return
-    attempt = Attempt(folder, int(argv[1]))
-    outcome = attempt.before
+    attempt, patience = Attempt(folder, int(argv[1])), time.monotonic() + 10
+    while argv[2] != "0" and not attempt.is_recorded and time.monotonic() < patience:
+        time.sleep(0.5)  # another node may be about to say it
+    outcome = read(folder)
     if not attempt.is_recorded:  # nobody was left to say it
         outcome = attempt.record("done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})")
     print(f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",

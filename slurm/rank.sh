@@ -1,8 +1,8 @@
 #!/bin/bash
 # One rank of a job step: who it is, in torch's words, and the network interface that leads to the other nodes.
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
-# shellcheck source=launch/interface.sh
-source "$(dirname "$0")/../launch/interface.sh"
+# shellcheck source=launch/net.sh
+source "$(dirname "$0")/../launch/net.sh"
 for host in $DIST_LM_HOSTS; do
     [[ $host == "$SLURMD_NODENAME" ]] || { use_interface_to "$host" && break; }
 done

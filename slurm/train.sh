@@ -23,6 +23,8 @@ if [[ -n "${SETUP:-}" ]]; then
 fi
 [[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
 PYTHON=${PYTHON:-python3} LAUNCH=${LAUNCH:-ddp}
+# shellcheck source=launch/net.sh
+source launch/net.sh
 read -ra container <<<"${CONTAINER:-}"
 
 say() { echo "slurm/train.sh: $*" >&2; }
@@ -32,13 +34,6 @@ outcome() { # in the environment that trains
     else
         "$PYTHON" -m dist_lm.outcome "$@"
     fi
-}
-free_port() { # no listener has it, on any address; below the ports that the system hands out by itself
-    local port=$((15000 + SLURM_JOB_ID % 10000))
-    while grep -qi "^ *[0-9]*: [0-9a-f]*:$(printf %04X $port) [0-9a-f:]* 0A" /proc/net/tcp /proc/net/tcp6; do
-        port=$((port + 1))
-    done
-    echo "$port"
 }
 
 train=("$@" --launch "$LAUNCH")
@@ -51,7 +46,7 @@ gpus=${SLURM_GPUS_ON_NODE:-$(tr -cd , <<<"${SLURM_JOB_GPUS:+$SLURM_JOB_GPUS,}" |
 LOCAL_WORLD_SIZE=${PROCS_PER_NODE:-$gpus}
 WORLD_SIZE=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))
 DIST_LM_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
-MASTER_ADDR=${DIST_LM_HOSTS%% *} MASTER_PORT=$(free_port)
+MASTER_ADDR=${DIST_LM_HOSTS%% *} MASTER_PORT=$(free_port "$SLURM_JOB_ID")
 
 # The job's own end: signals can be lost, a clock cannot.
 ends=${SLURM_JOB_END_TIME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([0-9T:-]*\).*/\1/p')}

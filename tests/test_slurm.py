@@ -75,3 +75,42 @@ def test_two_nodes_have_the_losses_of_one_process(
     assert_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
     assert outcome(tmp_path / "run") == {"class": "done", "step": 12, "reason": "", "attempt": 1, "failures": 0}
     assert {file.name for file in (tmp_path / "run/logs").iterdir()} == {"node0-rank0.log", "node1-rank1.log"}
+
+
+def running_again(cluster: Slurm, job: str, attempt: int) -> bool:
+    return cluster.field(job, "JobState") == "RUNNING" and f"attempt {attempt}," in cluster.said(job)
+
+
+def test_one_run_preempted_signalled_and_killed_ends_with_the_same_bits(
+    cluster: Slurm, prepared: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = submit(cluster, run, *long(prepared))
+    reach(cluster, run, 50, job)
+    other = cluster.submit("--nodes=2", "--partition=high", "--wrap=true")  # of higher priority
+    cluster.wait(other)
+    assert cluster.field(other, "JobState") == "COMPLETED"
+    assert (outcome(run)["class"], outcome(run)["reason"]) == ("preempted", "SIGTERM")
+    saved = outcome(run)["step"]
+    assert saved >= 50
+
+    reach(cluster, run, saved + 50, job)
+    cluster.ask("scancel", "--signal=USR1", job)
+    until(lambda: outcome(run)["attempt"] == 2, 40, "the signal's outcome")
+    assert (outcome(run)["class"], outcome(run)["failures"]) == ("preempted", 0)
+    saved = outcome(run)["step"]
+
+    reach(cluster, run, saved + 20, job)
+    (victim,) = cluster.net.nodes[1].pids(r"^\S*python\S* dist_lm/train.py")
+    began = time.monotonic()
+    kill(victim)
+    until(lambda: outcome(run)["attempt"] == 3, 40, "the report on a killed rank")
+    assert time.monotonic() - began < 30
+    assert outcome(run)["class"] == "retryable" and "rank 1 on node1 is missing" in outcome(run)["reason"]
+
+    assert cluster.wait(job) == "COMPLETED", cluster.said(job) + logs(run)
+    assert outcome(run)["attempt"] == 4 and int(cluster.field(job, "Restarts")) == 3
+    assert_same_end(run, whole)
+    assert_same_curve(run, whole, 0.0)
+    assert len(step_folders(run)) <= 3
+    assert [host.pids("dist_lm") for host in cluster.net.nodes] == [[], []]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -75,11 +75,19 @@ class Host:
     def run(self, *command: str, check: bool = True) -> str:
         return sh(*self.enter, *command, check=check)
 
-    def start(self, *command: str, **env: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [*self.enter, *command], cwd=ROOT, env=admin_env(**env), text=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    def start(self, *command: str, **env: str) -> "tuple[subprocess.Popen[str], Path]":
+        """The process, and the file that gets what it prints. nsenter starts in /, so give absolute paths."""
+        said = self.net.folder / f"{self.name}-{secrets.token_hex(4)}.out"
+        with open(said, "w") as out:
+            process = subprocess.Popen(
+                [*self.enter, *command],
+                env=admin_env(**env),
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+        return process, said
 
     def cut(self) -> None:
         sh("ip", "link", "set", self.link, "down")
@@ -110,16 +118,18 @@ class Host:
 
 
 def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 class Network:
     def __init__(self, folder: Path, hosts: int):
         self.id = "d" + secrets.token_hex(3)
-        self.bridge, self.folder, self.subnet = f"{self.id}b", folder, f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}"
+        self.bridge, self.folder, self.subnet = (
+            f"{self.id}b",
+            folder,
+            f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(250)}",
+        )
         self.private, self.hosts = folder / "private", folder / "hosts"
         self.private.mkdir(parents=True)
         names = "".join(f"{self.address(n + 1)} node{n}\n" for n in range(hosts))
@@ -242,7 +252,9 @@ class Slurm:
 
     def submit(self, *arguments: str, **env: str) -> str:
         """sbatch from the checkout, as a user would; the job's number."""
-        said = self.ask("sbatch", "--parsable", f"--output={self.folder}/job-%j.out", *arguments, PYTHON=sys.executable, **env)
+        said = self.ask(
+            "sbatch", "--parsable", f"--output={self.folder}/job-%j.out", *arguments, PYTHON=sys.executable, **env
+        )
         return said.strip().split("\n")[-1]
 
     def field(self, job: str, name: str) -> str:

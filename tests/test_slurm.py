@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dist_lm.checkpoint import step_folders
+from tests.conftest import text_of
 from tests.machines import Slurm, kill, slurm, until
 from tests.procs import train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny
@@ -141,3 +142,22 @@ def test_the_same_failure_three_times_without_a_step_ends_the_requeueing(
     assert cluster.wait(job) == "FAILED"
     assert "failed 3 times without a new step; not started again" in cluster.said(job)
     assert "rank 0 on node0 is missing" in outcome(run)["reason"]
+
+
+def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> None:
+    for n in range(5):
+        (tmp_path / f"{n}.txt").write_text(text_of(20, seed=n))
+    inputs = ("--input", f"{tmp_path}/*.txt", "--output", f"{tmp_path}/shards")
+    job = cluster.submit("--array=0-1", "slurm/prepare.sh", *inputs, "--tokenizer", "byte")
+    until(lambda: sorted(tmp_path.glob("shards/part-*/dataset.json"))[1:], 60, "both parts")
+    listed = [json.loads((tmp_path / f"shards/part-0000{n}/dataset.json").read_text())["sources"] for n in (0, 1)]
+    assert [[source["name"][9:] for source in part] for part in listed] == [
+        ["0.txt", "2.txt", "4.txt"],
+        ["1.txt", "3.txt"],
+    ]
+    cluster.wait(job)
+    train(tmp_path / "run", *tiny(tmp_path / "shards/part-00000", "--run.steps", "1"))
+    job = cluster.submit(
+        "slurm/generate.sh", "--ckpt", f"{tmp_path}/run", "--prompt", "the cat", "--max_new_tokens", "3"
+    )
+    assert cluster.wait(job) == "COMPLETED" and "the cat" in cluster.said(job)

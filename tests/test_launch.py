@@ -13,9 +13,9 @@ import pytest
 
 from dist_lm.checkpoint import step_folders
 from tests.machines import Host, Network, kill, network, until
-from tests.procs import ROOT, clean_env, free_port
+from tests.procs import ROOT, clean_env, free_port, train
 from tests.test_slurm import assert_undisturbed, long, outcome
-from tests.test_train import losses, running, tiny
+from tests.test_train import assert_same_curve, losses, running, tiny
 
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").glob("*.sh"), ROOT / ".ci/run"])
 
@@ -211,3 +211,34 @@ def test_a_node_that_differs_is_refused(hosts: Network, prepared: Path, tmp_path
     assert time.monotonic() - began < 60  # 30 on a machine of its own
     if case != "folder":
         assert outcome(run)["class"] == ("data" if case == "data" else "config")
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+def test_elastic_goes_on_with_the_nodes_that_are_left(hosts: Network, prepared: Path, tmp_path: Path) -> None:
+    run, port = tmp_path / "run", str(free_port())
+    flags = ("--nnodes", "1:2", "--host", "node0", "--port", port, "--run.dir", str(run), *long(prepared))
+    launchers = [
+        host.start(str(ROOT / "launch/torchrun.sh"), *flags, PYTHON=sys.executable, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+        for host in hosts.nodes
+    ]
+    reach(run, 60)
+    began = time.monotonic()
+    for pid in hosts.nodes[1].pids("dist_lm"):
+        kill(pid)
+    until(lambda: outcome(run), 60, "the report")
+    print(f"\nreport after {time.monotonic() - began:.0f} s: {outcome(run)}")
+    until(
+        lambda: (
+            "ddp on 1 process" in launchers[0][1].read_text() or "single on 1 process" in launchers[0][1].read_text()
+        ),
+        180,
+        "one node goes on",
+    )
+    reach(run, losses(run)[-1]["step"] + 10)
+    print(f"training on one node after {time.monotonic() - began:.0f} s")
+    launchers[0][0].send_signal(signal.SIGTERM)
+    codes, said = ends(launchers)
+    assert codes[0] == 75 and outcome(run)["class"] == "preempted", said[0]
+    train(tmp_path / "one", *long(prepared, "--run.stop_after", str(outcome(run)["step"])))
+    assert_same_curve(run, tmp_path / "one", 1e-5)

@@ -1,6 +1,7 @@
 """slurm/train.sh on a real Slurm of two nodes: the curve, preemption, time limits, signals, failures, refusals."""
 
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,3 +162,65 @@ def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> Non
         "slurm/generate.sh", "--ckpt", f"{tmp_path}/run", "--prompt", "the cat", "--max_new_tokens", "3"
     )
     assert cluster.wait(job) == "COMPLETED" and "the cat" in cluster.said(job)
+
+
+# --- campaigns
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_twenty_preemptions(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
+    """By a job of higher priority, or by USR1; at random times after the start, so also during start-up."""
+    run, rng = tmp_path / "run", random.Random(20)
+    job = submit(cluster, run, *long(prepared, "--model.dropout", "0.1", "--run.eval_every", "20"))
+    began, found = time.monotonic(), []
+    for number in range(1, 21):
+        until(lambda n=number: cluster.said(job).count(": attempt ") >= n, 90, f"start {number}")  # type: ignore[misc]
+        time.sleep(rng.uniform(0.5, 12))
+        if number % 2:
+            assert cluster.wait(cluster.submit("--nodes=2", "--partition=high", "--wrap=true")) == "COMPLETED"
+        else:
+            cluster.ask("scancel", "--signal=USR1", job)
+        until(lambda n=number: outcome(run).get("attempt", 0) >= n, 60, f"ending {number}")  # type: ignore[misc]
+        found.append((outcome(run)["class"], outcome(run)["step"]))
+        print(f"{number:2d} {time.monotonic() - began:5.0f} s  {outcome(run)}", flush=True)
+    reach(cluster, run, losses(run)[-1]["step"] + 5, job)
+    cluster.ask("scancel", job)
+    until(lambda: outcome(run)["attempt"] == 21, 60, "the last ending")
+    assert {name for name, _ in found} <= {"preempted", "retryable"}
+    assert_undisturbed(run, prepared, tmp_path, "--model.dropout", "0.1", "--run.eval_every", "20")
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
+    """slurmd, its steps and all else on a node are killed: with the node back, the same bits; without, the same curve."""
+    run, node = tmp_path / "run", cluster.net.nodes[1]
+    job = submit(cluster, run, *long(prepared), sbatch=("--nodes=1-2",))
+    reach(cluster, run, 60, job)
+    began = time.monotonic()
+    cluster.lose(node)
+    until(lambda: outcome(run), 60, "the report")
+    print(f"\nreport after {time.monotonic() - began:.0f} s: {outcome(run)}")
+    assert "rank 1 on node1 is missing" in outcome(run)["reason"]
+    cluster.start_node(node)
+    reach(cluster, run, losses(run)[-1]["step"] + 10, job)
+    print(f"training on two nodes again after {time.monotonic() - began:.0f} s")
+    cluster.ask("scancel", "--signal=USR1", job)
+    until(lambda: outcome(run)["attempt"] == 2 and outcome(run)["class"] == "preempted", 60, "the stop")
+    assert_undisturbed(run, prepared, tmp_path)
+
+    reach(cluster, run, losses(run)[-1]["step"] + 1, job)
+    began = time.monotonic()
+    cluster.lose(node)  # for good
+    until(lambda: "1 processes on node0" in cluster.said(job), 240, "one node goes on")
+    reach(cluster, run, losses(run)[-1]["step"] + 10, job)
+    print(f"training on one node after {time.monotonic() - began:.0f} s")
+    cluster.ask("scancel", job)
+    cluster.wait(job)
+    until(lambda: outcome(run)["class"] == "preempted", 60, "the stop")
+    steps = str(outcome(run)["step"])
+    train(tmp_path / "one", *long(prepared, "--run.stop_after", steps))
+    assert_same_curve(run, tmp_path / "one", 1e-5)
+    cluster.start_node(node)
+    until(cluster.idle, 60, "the node is back")

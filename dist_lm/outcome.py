@@ -82,7 +82,8 @@ class Attempt:
         step, failures = max(saved, default=0), self.before.get("failures", 0)
         if step != self.before.get("step", 0):
             failures = 0
-        if kind == "retryable" or (kind == "preempted" and reason != "SIGTERM" and step == self.before.get("step", 0)):
+        too_short = kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
+        if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
             failures += 1  # being preempted is nobody's fault; a job too short for one new step is
         outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,9 @@ MASTER_ADDR=${DIST_LM_HOSTS%% *} MASTER_PORT=$(free_port "$SLURM_JOB_ID")
 ends=${SLURM_JOB_END_TIME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([0-9T:-]*\).*/\1/p')}
 if [[ $ends == *T* ]]; then ends=$(date -d "$ends" +%s); fi
 DIST_LM_STOP_AT=
-if [[ $ends =~ ^[0-9]+$ ]]; then
-    left=$((ends - $(date +%s))) before=${STOP_BEFORE:-120}
+[[ $ends =~ ^[0-9]+$ ]] || ends=0
+left=$((ends - $(date +%s))) before=${STOP_BEFORE:-120}
+if [[ $left -gt 0 && $left -lt 31000000 ]]; then # Slurm says a year for no limit
     DIST_LM_STOP_AT=$((ends - (before * 4 > left ? left / 4 : before)))
 fi
 export DIST_LM_ATTEMPT DIST_LM_HOSTS DIST_LM_STOP_AT LOCAL_WORLD_SIZE WORLD_SIZE MASTER_ADDR MASTER_PORT

@@ -70,7 +70,8 @@ class Host:
 
     @property
     def enter(self) -> list[str]:
-        return ["nsenter", "-t", str(self.holder.pid), "-m", "-n", "-u", "--"]
+        core = str(sorted(os.sched_getaffinity(0))[self.number % len(os.sched_getaffinity(0))])  # a host has one
+        return ["taskset", "-c", core, "nsenter", "-t", str(self.holder.pid), "-m", "-n", "-u", "--"]
 
     def run(self, *command: str, check: bool = True) -> str:
         return sh(*self.enter, *command, check=check)

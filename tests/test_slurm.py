@@ -170,13 +170,21 @@ def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> Non
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 def test_twenty_preemptions(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
-    """By a job of higher priority, or by USR1; at random times after the start, so also during start-up."""
+    """By a job of higher priority, or by USR1; half of them at a random time after the start, so also during start-up."""
     run, rng = tmp_path / "run", random.Random(20)
     job = submit(cluster, run, *long(prepared, "--model.dropout", "0.1", "--run.eval_every", "20"))
     began, found = time.monotonic(), []
     for number in range(1, 21):
         until(lambda n=number: cluster.said(job).count(": attempt ") >= n, 90, f"start {number}")  # type: ignore[misc]
-        time.sleep(rng.uniform(0.5, 12))
+        if number % 4 < 2:
+            reach(
+                cluster,
+                run,
+                (losses(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0) + rng.randint(1, 30),
+                job,
+            )
+        else:
+            time.sleep(rng.uniform(0.5, 12))
         if number % 2:
             assert cluster.wait(cluster.submit("--nodes=2", "--partition=high", "--wrap=true")) == "COMPLETED"
         else:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs import ROOT, clean_env
+from tests.procs import ROOT, clean_env, free_port
 
 HEAD_ADDRESS = 254
 
@@ -206,7 +206,7 @@ class Slurm:
     def __init__(self, net: Network):
         self.net, self.folder = net, net.folder
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
-        conf = CONF.format(head=net.address(HEAD_ADDRESS), port=6817, folder=self.folder)
+        conf = CONF.format(head=net.address(HEAD_ADDRESS), port=free_port(), folder=self.folder)
         conf += "".join(f"NodeName={h.name} NodeAddr={h.address} CPUs=2 State=UNKNOWN\n" for h in net.nodes)
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")

@@ -46,7 +46,7 @@ def submit(cluster: Slurm, run: Path, *arguments: str, sbatch: tuple[str, ...] =
 
 def reach(cluster: Slurm, run: Path, step: int, job: str) -> None:
     def there() -> bool:
-        assert cluster.field(job, "JobState") in ("PENDING", "RUNNING"), cluster.said(job) + logs(run)
+        assert cluster.field(job, "JobState") not in ("COMPLETED", "FAILED", "CANCELLED"), cluster.said(job) + logs(run)
         return (run / "metrics.jsonl").exists() and bool(losses(run)) and losses(run)[-1]["step"] >= step
 
     until(there, 90, f"step {step} of {run}")

@@ -256,6 +256,10 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
+    def with_stop(self, number: int) -> Tensor:
+        """A number of this rank, and whether it was told to stop, for the ranks to add up."""
+        return torch.tensor([number, self.stop.requested], dtype=torch.float64, device=self.device)
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
 
@@ -281,8 +285,7 @@ class Runtime:
         while True:
             if worker:
                 worker.join(1.0)
-            mine = torch.tensor([float(bool(worker and worker.is_alive())), self.stop.requested], device=self.device)
-            busy, stop = self.sum(mine).tolist()
+            busy, stop = self.sum(self.with_stop(bool(worker and worker.is_alive()))).tolist()
             if not busy:
                 break
             if stop:

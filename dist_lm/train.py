@@ -113,8 +113,7 @@ def train(run: Run) -> str:
     batches = training_batches(run)
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
-    mine = torch.tensor([batch.targets, runtime.stop.requested], dtype=torch.float64, device=runtime.device)
-    targets, stop = runtime.sum(mine)  # a stop may have been asked for during start-up
+    targets, stop = runtime.sum(runtime.with_stop(batch.targets))  # it may have been asked for during start-up
     first_step, stopping, pending = state.step, bool(stop), None
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
@@ -155,7 +154,7 @@ def train(run: Run) -> str:
         waiting = time.monotonic()
         next_batch = batches.take()
         waited = time.monotonic() - waiting
-        mine = torch.tensor([next_batch.targets, runtime.stop.requested], dtype=torch.float64, device=runtime.device)
+        mine = runtime.with_stop(next_batch.targets)
         loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], mine]))
         if pending:
             stopping = settle(run, pending)

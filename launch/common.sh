@@ -112,9 +112,10 @@ run_command() { # to its end; its exit code
         sleep 0.5
         if [[ -n $(ranks_of "$launcher") ]]; then
             had_ranks=1 alone=0
-        elif [[ -n $had_ranks ]] && ((++alone > ${LAUNCHER_SECONDS:-60} * 2)); then
+        elif [[ -n $had_ranks ]] && ((++alone > ${LAUNCHER_SECONDS:-120} * 2)); then
             say "the ranks ended, the launcher did not: killed"
             kill -KILL "$launcher"
+            had_ranks=''
         fi
     done
     trap - TERM USR1 INT

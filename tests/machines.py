@@ -109,6 +109,12 @@ class Host:
                 found.append(int(pid))
         return found
 
+    def lose(self) -> None:
+        """All processes end at once, but for the one that keeps the namespaces."""
+        for pid in sh("ip", "netns", "pids", self.space).split():
+            if int(pid) != self.holder.pid:
+                kill(int(pid))
+
     def close(self) -> None:
         for pid in sh("ip", "netns", "pids", self.space, check=False).split():
             kill(int(pid))
@@ -188,7 +194,7 @@ JobAcctGatherType=jobacct_gather/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=15
-KillWait=15
+KillWait=30
 MessageTimeout=10
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -238,10 +244,7 @@ class Slurm:
         self.spawn("slurmd", *arguments, enter=tuple(host.enter), key=host.name)
 
     def lose(self, host: Host) -> None:
-        """All of a node's processes end at once, but for what keeps its namespaces."""
-        for pid in sh("ip", "netns", "pids", host.space).split():
-            if int(pid) != host.holder.pid:
-                kill(int(pid))
+        host.lose()
         self.daemons.pop(host.name).wait()
 
     def env(self, **more: str) -> dict[str, str]:

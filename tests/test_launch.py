@@ -224,8 +224,7 @@ def test_elastic_goes_on_with_the_nodes_that_are_left(hosts: Network, prepared: 
     ]
     reach(run, 60)
     began = time.monotonic()
-    for pid in hosts.nodes[1].pids("dist_lm"):
-        kill(pid)
+    hosts.nodes[1].lose()
     until(lambda: outcome(run), 60, "the report")
     print(f"\nreport after {time.monotonic() - began:.0f} s: {outcome(run)}")
     until(
@@ -238,7 +237,7 @@ def test_elastic_goes_on_with_the_nodes_that_are_left(hosts: Network, prepared: 
     reach(run, losses(run)[-1]["step"] + 10)
     print(f"training on one node after {time.monotonic() - began:.0f} s")
     launchers[0][0].send_signal(signal.SIGTERM)
-    codes, said = ends(launchers)
+    codes, said = ends(launchers, 60)
     assert codes[0] == 75 and outcome(run)["class"] == "preempted", said[0]
     train(tmp_path / "one", *long(prepared, "--run.stop_after", str(outcome(run)["step"])))
     assert_same_curve(run, tmp_path / "one", 1e-5)

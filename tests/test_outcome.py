@@ -108,7 +108,10 @@ def test_a_signal_in_any_phase_leads_to_one_agreed_stop(prepared: Path, tmp_path
     ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(run), *arguments)
     deadline = time.monotonic() + 90
     while not (handles(ranks[1].pid, signal.SIGUSR1) if phase == "start" else (run / "metrics.jsonl").exists()):
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            ranks[0].kill()
+            ranks[1].kill()
+        assert [rank.poll() for rank in ranks] == [None, None]
         time.sleep(0.001)
     ranks[1].send_signal(signal.SIGUSR1)
     code, output = finish(ranks, 90)

@@ -96,21 +96,26 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     command = [f"launch/{script}.sh", "--nproc", "2", "--run.dir", str(run), *long(prepared)]
     with open(tmp_path / "out", "w") as out:
         launcher = subprocess.Popen(command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out)
-    reach(run, 20)
-    if script == "torchrun":
-        kill(max(running(run)))
-        until(lambda: outcome(run).get("attempt") == 1, 30, "the report")
-        assert "is missing; RuntimeError" in outcome(run)["reason"] and outcome(run)["class"] == "retryable"
-        restarted = losses(run)[-1]["step"]
-        reach(run, restarted + 5)
-    launcher.send_signal(signal.SIGUSR1 if script == "torchrun" else signal.SIGINT)
-    said = (tmp_path / "out").read_text
-    assert launcher.wait(60) == 75, said()
-    attempts = 2 if script == "torchrun" else 1
-    assert (outcome(run)["class"], outcome(run)["attempt"]) == ("preempted", attempts), said()
-    assert int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
-    assert said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1  # each signal once
-    assert running(run) == []
+    try:
+        reach(run, 20)
+        if script == "torchrun":
+            kill(max(running(run)))
+            until(lambda: outcome(run).get("attempt") == 1, 30, "the report")
+            assert "is missing; RuntimeError" in outcome(run)["reason"] and outcome(run)["class"] == "retryable"
+            restarted = losses(run)[-1]["step"]
+            reach(run, restarted + 5)
+        launcher.send_signal(signal.SIGUSR1 if script == "torchrun" else signal.SIGINT)
+        said = (tmp_path / "out").read_text
+        assert launcher.wait(60) == 75, said()
+        attempts = 2 if script == "torchrun" else 1
+        assert (outcome(run)["class"], outcome(run)["attempt"]) == ("preempted", attempts), said()
+        assert int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
+        assert said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1  # each signal once
+        assert running(run) == []
+    finally:
+        for pid in (launcher.pid, *running(run)):
+            kill(pid)
+        launcher.wait()
 
 
 def reach(run: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from dist_lm.checkpoint import step_folders, verify
 from dist_lm.config import UserError
 from dist_lm.outcome import CODES, Attempt, Stop, kind, read
-from tests.procs import entry, finish, start_ranks, train
+from tests.procs import entry, finish, free_port, start_ranks, train
 from tests.test_train import losses, tiny
 
 
@@ -133,3 +134,21 @@ def test_a_diverged_run_and_a_finished_one_say_so(prepared: Path, tmp_path: Path
     train(tmp_path / "other", *tiny(prepared))
     train(tmp_path / "other", *tiny(prepared))
     assert read(tmp_path / "other") == {"class": "done", "step": 12, "reason": "", "attempt": 2, "failures": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [True, False])
+def test_ranks_that_cannot_meet_say_why(prepared: Path, tmp_path: Path, taken: bool) -> None:
+    """Rank 0 of two alone, its port taken or not."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1] if taken else free_port()
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        arguments = tiny(prepared, "--run.timeout_seconds", "3")
+        output = train(tmp_path / "run", *arguments, code=70, **place, MASTER_PORT=str(port))
+    if taken:
+        assert f"error: port 127.0.0.1:{port} is in use by another process; rule: a free one" in output
+    else:
+        assert f"error: only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up" in output
+    assert read(tmp_path / "run")["class"] == "retryable" and "127.0.0.1" in read(tmp_path / "run")["reason"]

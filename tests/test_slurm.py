@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,17 +105,14 @@ def test_one_run_preempted_signalled_and_killed_has_the_bits_of_an_undisturbed_o
     assert [host.pids("dist_lm") for host in cluster.net.nodes] == [[], []]
 
 
-def test_a_job_ends_in_time_by_its_own_clock_and_goes_on_in_the_next(
-    cluster: Slurm, prepared: Path, tmp_path: Path
-) -> None:
+def test_a_job_ends_in_time_by_its_own_clock_and_is_requeued(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     sbatch = ("--nodes=2", "--time=1", "--signal=USR1@1")  # Slurm's own signal would come too late
-    job = submit(cluster, run, *long(prepared), sbatch=sbatch, STOP_BEFORE="12")
+    job = submit(cluster, run, *long(prepared), sbatch=sbatch, STOP_BEFORE="15")
     reach(cluster, run, 1, job)
     until(lambda: outcome(run), 75, "the end of the job's time")
     assert (outcome(run)["class"], outcome(run)["reason"]) == ("preempted", "the time of the job ends")
-    reach(cluster, run, outcome(run)["step"] + 1, job)
-    assert int(cluster.field(job, "Restarts")) == 1
+    until(lambda: cluster.field(job, "Restarts") == "1", 30, "the requeueing")
     cluster.ask("scancel", job)
     cluster.wait(job)
 
@@ -217,7 +215,8 @@ def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     print(f"training on two nodes again after {time.monotonic() - began:.0f} s")
     cluster.ask("scancel", "--signal=USR1", job)
     until(lambda: outcome(run)["attempt"] == 2 and outcome(run)["class"] == "preempted", 60, "the stop")
-    assert_undisturbed(run, prepared, tmp_path)
+    shutil.copytree(run, tmp_path / "copy")  # the job goes on
+    assert_undisturbed(tmp_path / "copy", prepared, tmp_path)
 
     reach(cluster, run, losses(run)[-1]["step"] + 1, job)
     began = time.monotonic()

@@ -12,7 +12,7 @@ from dist_lm.checkpoint import step_folders, verify
 from dist_lm.config import UserError
 from dist_lm.outcome import CODES, Attempt, Stop, kind, read
 from tests.procs import entry, finish, free_port, start_ranks, train
-from tests.test_train import losses, tiny
+from tests.test_train import losses, tiny, wait_for_step
 
 
 def saved(run: Path, step: int) -> None:
@@ -152,3 +152,23 @@ def test_ranks_that_cannot_meet_say_why(prepared: Path, tmp_path: Path, taken: b
     else:
         assert f"error: only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up" in output
     assert read(tmp_path / "run")["class"] == "retryable" and "127.0.0.1" in read(tmp_path / "run")["reason"]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_ends_the_others_in_time(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = tiny(prepared, "--run.steps", "100000", "--run.timeout_seconds", "10")
+    ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(run), *arguments)
+    try:
+        wait_for_step(run, 3, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        code = ranks[0].wait(40)
+        assert code == 70 and time.monotonic() - began < 20
+    finally:
+        ranks[1].kill()
+        ranks[0].kill()
+    output = "".join(rank.communicate()[0] for rank in ranks)
+    named = f"nothing heard for 8 s of rank 1 on {socket.gethostname()}"
+    assert f"error: rank 0 on {socket.gethostname()} ends: {named}" in output
+    assert (read(run)["class"], read(run)["reason"]) == ("retryable", named)

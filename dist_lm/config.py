@@ -221,6 +221,7 @@ class RunConfig(Section):
     resume: str = Field("auto", description="auto: go on where the folder stands; never; or a step folder.")
     init_from: str | None = Field(None, description="Start from the weights of a checkpoint or transformers model.")
     stop_after: Positive | None = Field(None, description="Stop at this step as if told to; the schedule stays.")
+    timeout_seconds: float = Field(600.0, ge=1, description="How long a process that is gone can hold up the others.")
     log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
     profile_steps: NotNegative = Field(0, description="Trace this many steps with torch.profiler; 0: none.")
     trackers: tuple[str, ...] = Field(("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb.")

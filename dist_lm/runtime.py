@@ -10,10 +10,13 @@ import gc
 import hashlib
 import json
 import os
-import signal
+import re
+import secrets
 import socket
+import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -27,10 +30,12 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from dist_lm import metrics, zero
+from dist_lm import __version__, metrics, zero
 from dist_lm.checkpoint import Held
 from dist_lm.config import Config, UserError, did_you_mean, plan
 from dist_lm.optim import Muon, create_state
+from dist_lm.outcome import CODES, Attempt
+from dist_lm.watch import Watch
 from dist_lm.zero import Strategy
 
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +82,10 @@ class Channel:
 class Runtime:
     """Who this process is, and the few operations whose meaning depends on how many there are."""
 
-    def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy, settings: dict[str, Any] | None):
+    def __init__(
+        self, accelerator: Accelerator, config: Config, strategy: Strategy, settings: dict[str, Any] | None,
+        attempt: Attempt,
+    ):  # fmt: skip
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -94,7 +102,9 @@ class Runtime:
             self.reading.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.stop_requested = False
+        self.attempt, self.stop = attempt, attempt.stop
+        self.watch: Watch | None = None
+        self._sums = 0  # agreements entered, by which a rank that hangs is told from the others
 
     # --- the model and one step
 
@@ -244,9 +254,14 @@ class Runtime:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
+        self._sums += 1
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def with_stop(self, number: int) -> Tensor:
+        """A number of this rank, and whether it was told to stop, for the ranks to add up."""
+        return torch.tensor([number, self.stop.requested], dtype=torch.float64, device=self.device)
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
@@ -256,8 +271,6 @@ class Runtime:
 
         Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective waits past the timeout.
         """
-        if self.world_size == 1:
-            return json.loads(json.dumps(work()))
         outcome: dict[str, Any] = {}
 
         def run() -> None:
@@ -266,7 +279,7 @@ class Runtime:
             except UserError as error:
                 outcome["error"], outcome["code"] = str(error), error.code
             except BaseException as error:
-                outcome["error"], outcome["code"] = f"{type(error).__name__}: {error}", 1
+                outcome["error"], outcome["code"] = f"{type(error).__name__}: {error}", CODES["retryable"]
                 raise
 
         worker = threading.Thread(target=run, daemon=True) if self.is_main else None
@@ -275,9 +288,12 @@ class Runtime:
         while True:
             if worker:
                 worker.join(1.0)
-            busy = torch.tensor([float(worker.is_alive()) if worker else 0.0], device=self.device)
-            if not self.sum(busy).item():
+            busy, stop = self.sum(self.with_stop(bool(worker and worker.is_alive()))).tolist()
+            if not busy:
                 break
+            if stop:
+                why = self.stop.reason or "another rank was told to stop"
+                raise UserError(f"stopped during start-up: {why}; the same command goes on", CODES["preempted"])
         said = self.channel.gather(outcome)[0]
         if "error" in said:
             raise UserError(said["error"], said["code"])
@@ -325,8 +341,31 @@ class Runtime:
     def track(self, values: dict[str, float], step: int) -> None:
         self.accelerator.log(values, step=step)
 
+    def give_up(self, error: Exception) -> None:
+        """An error of this rank alone: say who is to blame, and end. One process raises it instead."""
+        if self.watch:
+            traceback.print_exc()
+            self.end_at_once(self.watch.explain(error))
+
+    def end_at_once(self, reason: str) -> None:
+        """Others may be gone, so nothing waits for them: neither collectives nor destructors."""
+
+        def record() -> None:
+            if not self.is_main:
+                time.sleep(2)  # rank 0 says it if it can
+            if self.is_main or not self.attempt.is_recorded:
+                self.attempt.record("retryable", reason)
+
+        print(f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}", file=sys.stderr, flush=True)
+        recorder = threading.Thread(target=record, daemon=True)
+        recorder.start()
+        recorder.join(10)  # the run folder's host may be what is gone
+        os._exit(CODES["retryable"])
+
     def close(self) -> None:
         """Leave together: a rank that exits early aborts peers that still work. All ranks."""
+        if self.watch:
+            self.watch.close()
         last_sum = self.sum(torch.zeros(1, device=self.device))
         # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. One that frees a
         # tensor while Python shuts down aborts the process ("terminate called without an active exception").
@@ -362,7 +401,8 @@ class RunLock:
         self._released = threading.Event()
 
     def __enter__(self) -> "RunLock":
-        self.runtime.on_main(self._acquire)
+        mine = self.runtime.on_main(self._acquire)
+        self.runtime.together(lambda: self._see(mine))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -370,9 +410,21 @@ class RunLock:
             self._released.set()
             self.path.unlink(missing_ok=True)
 
-    def _acquire(self) -> None:
+    def _see(self, mine: str) -> None:
+        """A run folder that is not the same one everywhere would split the run into pieces nobody can resume."""
+        asked = time.monotonic()
+        while not self.path.exists() or self.path.read_text(encoding="utf-8") != mine:
+            if time.monotonic() - asked > self.STALE_SECONDS:  # network file systems may take a while
+                raise UserError(
+                    f"run.dir={self.path.parent} on {socket.gethostname()} is not the folder that rank 0 sees; rule:"
+                    " one that all nodes share"
+                )
+            os.listdir(self.path.parent) if self.path.parent.exists() else None  # asks an NFS server anew
+            time.sleep(0.2)
+
+    def _acquire(self) -> str:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": secrets.token_hex(4)})
         seen, since, asked = None, time.monotonic(), time.monotonic()
         while True:
             with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
@@ -393,6 +445,7 @@ class RunLock:
                     self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
             time.sleep(0.5)
         threading.Thread(target=self._touch, daemon=True, name="run-lock").start()
+        return mine
 
     def _touch(self) -> None:
         while not self._released.wait(self.STALE_SECONDS / 5):
@@ -422,11 +475,12 @@ def _process_is_gone(lock: str) -> bool:
     return False
 
 
-def start(config: Config, launch: str | None = None, timeout: timedelta = timedelta(minutes=10)) -> Runtime:
-    """Join the other processes, check that they are the ones asked for and hold the same config. All ranks.
+def start(config: Config, launch: str | None = None, attempt: Attempt | None = None) -> Runtime:
+    """Join the other processes, check that they are the ones asked for and see the same as we do. All ranks.
 
     `launch` names the strategy where accelerate did not start the ranks: a file of launch/.
     """
+    attempt = attempt or Attempt(Path(config.run.dir))
     refuse_silent_single()
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
@@ -436,7 +490,7 @@ def start(config: Config, launch: str | None = None, timeout: timedelta = timede
     no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
-    process_group = InitProcessGroupKwargs(timeout=timeout)
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_seconds))
     settings, plugin = None, None
     if strategy.stage:
         if "LOCAL_RANK" not in os.environ:
@@ -452,16 +506,19 @@ def start(config: Config, launch: str | None = None, timeout: timedelta = timede
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if no_gpu else 25
     )
-    accelerator = Accelerator(
-        cpu=no_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
-        mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
-        gradient_accumulation_steps=settings["gradient_accumulation_steps"] if settings else 1,
-        deepspeed_plugin=plugin,
-        kwargs_handlers=[ddp, process_group],
-        log_with=list(config.run.trackers) or None,
-        project_dir=os.path.join(config.run.dir, "tensorboard"),
-    )
-    runtime = Runtime(accelerator, config, strategy, settings)
+    try:
+        accelerator = Accelerator(
+            cpu=no_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
+            mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
+            gradient_accumulation_steps=settings["gradient_accumulation_steps"] if settings else 1,
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[ddp, process_group],
+            log_with=list(config.run.trackers) or None,
+            project_dir=os.path.join(config.run.dir, "tensorboard"),
+        )
+    except dist.DistError as error:
+        raise UserError(_why_not_joined(error, config.run.timeout_seconds), CODES["retryable"]) from error
+    runtime = Runtime(accelerator, config, strategy, settings, attempt)
     _prove_world(runtime, config)
     if no_gpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
         torch.set_num_threads(threads)
@@ -470,7 +527,8 @@ def start(config: Config, launch: str | None = None, timeout: timedelta = timede
             f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
             " process per GPU, e.g. with torchrun --nproc_per_node"
         )
-    _stop_on_signals(runtime)
+    if runtime.world_size > 1:
+        _watch_over(runtime, config)
     return runtime
 
 
@@ -495,7 +553,7 @@ def refuse_silent_single() -> None:
 
 def die_with_launcher(poll_seconds: float = 1.0) -> None:
     """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
         return
     parent = os.getppid()
 
@@ -514,21 +572,50 @@ def _prove_world(runtime: Runtime, config: Config) -> None:
         raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
     ranks = runtime.sum(torch.tensor([1.0, runtime.rank], device=runtime.device)).tolist()
     assert ranks == [asked, asked * (asked - 1) / 2], f"the exchange between {asked} ranks is broken: {ranks}"
-    hashes = runtime.channel.gather(hashlib.sha256(config.to_yaml().encode()).hexdigest())
-    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-    if different:
-        raise UserError(f"ranks {different} were started with other settings than rank 0; rule: the same everywhere")
+    seen = runtime.channel.gather({"host": socket.gethostname(), **_what_must_be_equal(config)})
+    for name in seen[0]:
+        different = [rank for rank, own in enumerate(seen) if own[name] != seen[0][name]]
+        if name == "settings" and different:
+            raise UserError(
+                f"ranks {different} were started with other settings than rank 0; rule: the same everywhere"
+            )
+        if name != "host" and different:
+            other, first = seen[different[0]], seen[0]
+            raise UserError(
+                f"rank {different[0]} on {other['host']} has {name} {other[name]}, rank 0 on {first['host']} has"
+                f" {first[name]}; rule: the same on every node", 65 if name.startswith("data.") else 2
+            )  # fmt: skip
 
 
-def _stop_on_signals(runtime: Runtime) -> None:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C stops at once."""
+def _what_must_be_equal(config: Config) -> dict[str, str]:
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    source = Path(config.data.input)
+    listed = sorted((f.name, f.stat().st_size) for f in source.iterdir()) if source.is_dir() else []
+    size = source.stat().st_size if source.is_file() else 0
+    found = hashlib.sha256(f"{listed}{size}".encode()).hexdigest()[:8] if source.exists() else "(absent)"
+    return {
+        "settings": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
+        "torch": torch.__version__,
+        f"data.input={config.data.input}": found,
+    }
 
-    def ask(number: int, frame: object) -> None:
-        if number == signal.SIGINT and runtime.stop_requested:
-            raise KeyboardInterrupt
-        runtime.stop_requested = True
-        if runtime.is_main:  # not print(): a handler may interrupt a print
-            os.write(2, f"{signal.Signals(number).name}: stopping at the next step, with a checkpoint\n".encode())
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, ask)
+def _why_not_joined(error: Exception, seconds: float) -> str:
+    """What the store's own message of many lines means."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return f"port {where} is in use by another process; rule: a free one; leave it out to have one chosen"
+    joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    who = f"only {joined[1]} of {joined[2]} processes" if joined else "not all processes"
+    return f"{who} met at {where} within {seconds:g} s; is every node up, and can it reach that host? ({error})"
+
+
+def _watch_over(runtime: Runtime, config: Config) -> None:
+    """From here on a rank that vanishes is named. All ranks."""
+    name = runtime.channel.gather(secrets.token_hex(8))[0]
+    runtime.watch = Watch(
+        runtime.rank, runtime.world_size, name, config.run.timeout_seconds, lambda: runtime._sums, runtime.end_at_once
+    )
+    runtime.barrier()
+    runtime.watch.start()

@@ -5,14 +5,15 @@ of a step is a function of (seed, step); everything else that a run carries alon
 optimizer's tensors. Running the same command again goes on where the run folder stands.
 """
 
-from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
+from pathlib import Path
 
-FLAGS = {
-    "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
-    "launch": "How the processes share the work, where torchrun started them: a file of launch/, e.g. zero3.",
-}
-if __name__ == "__main__":  # a typing mistake is answered before the seconds that torch takes to import
-    ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/train.py"))
+from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
+from dist_lm.outcome import CODES, TRAIN_FLAGS, Attempt
+
+if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes, and listening to signals
+    ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN_FLAGS, "dist_lm/train.py"))
+    ATTEMPT = Attempt(Path(ARGUMENTS[0].run.dir))
+    ATTEMPT.stop.listen()
 
 import json
 import math
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ from dist_lm.stream import Recipe
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURES = 96, (0.0, 0.8)  # what each evaluation writes to samples.md
-DIVERGED = 76
 SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself is not finite
 
 
@@ -103,8 +102,9 @@ class Pending:
     shares: dict[str, float]  # of a mixture
 
 
-def main(config: Config, flags: Mapping[str, list[str]]) -> None:
-    runtime = start(config, next(iter(flags.get("launch", [])), None))
+def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> str:
+    """Why the run stopped before its end, or nothing."""
+    runtime, why = start(config, next(iter(flags.get("launch", [])), None), attempt), ""
     try:
         with RunLock(Path(config.run.dir), runtime):
             place = find_place(runtime, config, flags.get("allow_change", []))
@@ -112,27 +112,30 @@ def main(config: Config, flags: Mapping[str, list[str]]) -> None:
                 run = build(runtime, config, place)
                 describe(run)
                 try:
-                    train(run)
+                    why = train(run)
                 except UserError:
+                    run.batches.close()
                     report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
                     raise
-                finally:
-                    run.batches.close()
-                finish(run)
+                finish(run, why)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
         raise
+    except Exception as error:  # of this rank alone
+        runtime.give_up(error)
+        raise
     runtime.close()
+    return why
 
 
-def train(run: Run) -> None:
-    """The loop. Every paragraph is run by all ranks, with the same outcome on each."""
+def train(run: Run) -> str:
+    """The loop. Every paragraph is run by all ranks, with the same outcome on each. Why it stopped early, if it did."""
     config, runtime, state, model = run.config, run.runtime, run.state, run.runtime.model
     batches = run.batches
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
-    targets = runtime.sum(torch.tensor(float(batch.targets), dtype=torch.float64, device=runtime.device))
-    first_step, stopping, pending = state.step, False, None
+    targets, stop = runtime.sum(runtime.with_stop(batch.targets))  # it may have been asked for during start-up
+    first_step, stopping, pending = state.step, bool(stop), None
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
     while True:
@@ -172,7 +175,7 @@ def train(run: Run) -> None:
         waiting = time.monotonic()
         next_batch = batches.take()
         waited = time.monotonic() - waiting
-        mine = torch.tensor([next_batch.targets, runtime.stop_requested], dtype=torch.float64, device=runtime.device)
+        mine = runtime.with_stop(next_batch.targets)
         loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], mine]))
         if pending:
             stopping = settle(run, pending)
@@ -186,6 +189,8 @@ def train(run: Run) -> None:
         profiler.step()
 
     profiler.stop()
+    batches.close()
+    return (runtime.stop.reason or "another rank was told to stop") if stopping and not ended else ""
 
 
 def settle(run: Run, pending: Pending) -> bool:
@@ -198,7 +203,7 @@ def settle(run: Run, pending: Pending) -> bool:
             raise UserError(
                 f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
                 " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip",
-                DIVERGED,
+                CODES["diverged"],
             )  # fmt: skip
         state.skipped_updates += 1
     state.tokens += int(targets)
@@ -467,7 +472,7 @@ def describe(run: Run) -> None:
     runtime.start_trackers(config)
 
 
-def finish(run: Run) -> None:
+def finish(run: Run, why: str) -> None:
     """The curve as a picture, and what to type next. Rank 0."""
     run.metrics.close()
     if run.runtime.is_main:
@@ -475,9 +480,9 @@ def finish(run: Run) -> None:
             draw_curves([run.dir], run.dir / "loss.png")
         except Exception as error:  # a picture that cannot be drawn or stored must not spoil a finished run
             run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
-        run.runtime.say(
-            f"step {run.state.step} is saved; try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
-        )
+        again = f"stopped: {why}; the same command goes on"
+        generate = f"try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
+        run.runtime.say(f"step {run.state.step} is saved; {again if why else generate}")
 
 
 @cache
@@ -491,4 +496,4 @@ def git_commit() -> str | None:
 
 
 if __name__ == "__main__":
-    run_entry(lambda _: main(*ARGUMENTS))
+    run_entry(lambda _: ATTEMPT.run(lambda: main(*ARGUMENTS, ATTEMPT)))

@@ -14,10 +14,10 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports an entry.
 LEVELS = [
     {"config"},
-    {"model", "text", "order", "optim", "hf", "remote"},
+    {"model", "text", "order", "optim", "hf", "remote", "outcome"},
     {"shards", "sources", "sample", "checkpoint", "metrics"},
     {"preparing", "stream"},
-    {"data", "zero"},
+    {"data", "zero", "watch"},
     {"runtime"},
     {"validate"},
     {"prepare", "train", "generate", "score", "show", "report"},
@@ -59,7 +59,7 @@ def test_imports_never_point_right() -> None:
 def test_accelerate_and_distributed_have_one_home() -> None:
     for module, path in MODULES.items():
         foreign = {n for n in imports(path) if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n}
-        assert module in ("runtime", "zero") or not foreign, (module, foreign)
+        assert module in ("runtime", "zero", "watch") or not foreign, (module, foreign)
     assert not {n for n in imports(CODE / "zero.py", top_level_only=True) if n.startswith("deepspeed")}  # optional
 
 

@@ -211,7 +211,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(prepared: Path, tmp_path: Pa
     wait_for_step(tmp_path / "run", 5, ranks)
     ranks[1].send_signal(number)
     code, output = finish(ranks)
-    assert code == 0, output
+    assert code == 75, output
     (saved,) = step_folders(tmp_path / "run")
     verify(saved)
     assert losses(tmp_path / "run")[-1]["step"] == int(saved.name[5:])

@@ -1,0 +1,157 @@
+"""How a run ended, and whether to start it again: RUN/outcome.json.
+
+torchrun flattens every exit code to 1, so a launcher reads the file: `class`, the newest saved `step`, the `reason`,
+the number of the `attempt`, and how many `failures` in a row there were without a new step. Launch scripts ask
+`python -m dist_lm.outcome before|after ...`. Neither torch nor numpy is imported here, so that signals are heard from
+before they are, and that a typing mistake is answered at once.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dist_lm.config import UserError, load, run_entry
+
+CODES = {"done": 0, "config": 2, "data": 65, "checkpoint": 66, "retryable": 70, "preempted": 75, "diverged": 76,
+         "security": 77}  # fmt: skip
+PATIENCE = 3  # failures without a new step after which nothing is started again
+TRAIN_FLAGS = {
+    "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
+    "launch": "How the processes share the work, where torchrun started them: a file of launch/, e.g. zero3.",
+}
+
+
+class Stop:
+    """Whether this process was told to stop: by a signal, or by the clock where its job ends (DIST_LM_STOP_AT).
+
+    SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        at = float(os.environ.get("DIST_LM_STOP_AT") or "inf")  # seconds since 1970, by the scheduler's clock
+        self._deadline = time.monotonic() + at - time.time()  # later changes of our clock do not matter
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.reason:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":  # not print(): a handler may interrupt a print
+            os.write(2, f"{self.reason}: stopping at the next step, with a checkpoint\n".encode())
+
+    @property
+    def requested(self) -> bool:
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = "the time of the job ends"
+        return bool(self.reason)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Attempt:
+    """One start of a run. A launcher gives its number; without one it is the last one's and one more."""
+
+    def __init__(self, folder: Path, number: int | None = None):
+        self.folder, self.before, self.stop = folder, read(folder), Stop()
+        self.number = number or int(os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1)
+
+    @property
+    def is_recorded(self) -> bool:
+        return int(read(self.folder).get("attempt", 0)) >= self.number
+
+    def record(self, kind: str, reason: str) -> dict[str, Any]:
+        """Write the ending. One process at a time; a later one of the same attempt replaces it."""
+        saved = [int(file.parent.name[5:]) for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")]
+        step, failures = max(saved, default=0), self.before.get("failures", 0)
+        if step != self.before.get("step", 0):
+            failures = 0
+        too_short = kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
+        if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
+            failures += 1  # being preempted is nobody's fault; a job too short for one new step is
+        outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
+        aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+        os.replace(aside, self.folder / "outcome.json")
+        return outcome
+
+    def run(self, work: Callable[[], str]) -> None:
+        """Do the work, whose result is why it stopped early, or ""; record how it ended, and exit accordingly."""
+        rank = int(os.environ.get("RANK", "0"))
+        try:
+            reason = work()
+            if rank == 0:
+                self.record("preempted" if reason else "done", reason)
+        except UserError as error:
+            # Rank 0 speaks for all, unless this rank is alone with its error.
+            patience = time.monotonic() + 5
+            while rank and not self.is_recorded and time.monotonic() < patience:
+                time.sleep(0.1)
+            if rank == 0 or not self.is_recorded:
+                self.record(kind(error.code), str(error))
+                if rank:
+                    print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+            raise
+        except KeyboardInterrupt:
+            self.record("preempted", "stopped at once")
+            os._exit(130)  # at once: nothing waits for peers
+        except Exception as error:
+            traceback.print_exc()
+            if rank == 0 or not self.is_recorded:
+                self.record("retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}")
+            sys.stderr.flush()
+            os._exit(CODES["retryable"])  # not through destructors, which may wait for a peer that is gone
+        if reason:
+            sys.exit(CODES["preempted"])
+
+
+def kind(code: int) -> str:
+    return next((name for name, known in CODES.items() if known == code), "retryable")
+
+
+def in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main(argv: list[str]) -> None:
+    """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the run folder.
+    after NUMBER CODE ARGUMENTS: say how it ended, and exit with its class's code: 70 and 75 may be started again."""
+    when, words = argv[0], argv[1 if argv[0] == "before" else 3 :]
+    config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
+    folder = Path(config.run.dir)
+    if when == "before":
+        print(read(folder).get("attempt", 0) + 1, folder.absolute())
+        return
+    attempt, patience = Attempt(folder, int(argv[1])), time.monotonic() + 10
+    while argv[2] != "0" and not attempt.is_recorded and time.monotonic() < patience:
+        time.sleep(0.5)  # another node may be about to say it
+    outcome = read(folder)
+    if not attempt.is_recorded:  # nobody was left to say it
+        outcome = attempt.record("done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})")
+    print(f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
+          file=sys.stderr)  # fmt: skip
+    if outcome["failures"] >= PATIENCE and outcome["class"] in ("retryable", "preempted"):
+        print(f"{folder}: failed {outcome['failures']} times without a new step; not started again", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(CODES[outcome["class"]])
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,142 @@
+# shellcheck shell=bash
+# What torchrun.sh and accelerate.sh share; each of them adds make_command, which fills `command`.
+#
+#   --nproc N          processes on this node                               (its GPUs; without any, 1)
+#   --nnodes N         nodes; the same command runs on each of them         (1)
+#   --host HOST        the first node's name or address                     (needed with --nnodes)
+#   --node-rank R      which node this is, from 0                           (needed with --nnodes)
+#   --port P           a port of the first node; attempt A uses P+A-1        (one node: a free one; several: 29400)
+#   --interface NAME   the network interface                                (the one that leads to HOST)
+#   --launch NAME      how the processes share the work: a file of launch/  (ddp)
+#   --restarts N       starts after failures, from the newest checkpoint    (3)
+#   --dry-run          print the command and stop
+# Everything else goes to train.py. SIGTERM, SIGUSR1 and Ctrl-C reach every rank: it saves and stops, with exit code 75.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=launch/net.sh
+source "$root/launch/net.sh"
+
+script=$(basename "$0")
+say() { echo "$script: $*" >&2; }
+refuse() { say "error: $*"; exit 2; }
+
+gpus() {
+    if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[0-9A-Za-z]'
+    elif command -v nvidia-smi >/dev/null; then
+        nvidia-smi -L 2>/dev/null | grep -c '^GPU'
+    else
+        echo 0
+    fi
+}
+
+nproc_per_node='' nnodes=1 host='' node_rank='' port='' interface='' launch=ddp restarts=3 dry_run='' train=()
+while [[ $# -gt 0 ]]; do
+    word=$1 && shift
+    case $word in
+        --dry-run) dry_run=1 && continue ;;
+        --help | -h) sed -n '/^#   --/p' "$root/launch/common.sh" | cut -c3- && exit 0 ;;
+        --nproc | --nnodes | --host | --node-rank | --port | --interface | --launch | --restarts)
+            [[ $# -gt 0 ]] || refuse "$word needs a value"
+            value=$1 && shift ;;
+        --nproc=* | --nnodes=* | --host=* | --node-rank=* | --port=* | --interface=* | --launch=* | --restarts=*)
+            value=${word#*=} word=${word%%=*} ;;
+        *) train+=("$word") && continue ;;
+    esac
+    case $word in
+        --nproc) nproc_per_node=$value ;;
+        --nnodes) nnodes=$value ;;
+        --host) host=$value ;;
+        --node-rank) node_rank=$value ;;
+        --port) port=$value ;;
+        --interface) interface=$value ;;
+        --launch) launch=$value ;;
+        --restarts) restarts=$value ;;
+    esac
+    if [[ $word =~ ^--(nproc|node-rank|port|restarts)$ && ! $value =~ ^[0-9]+$ ]]; then
+        refuse "$word $value must be a whole number"
+    fi
+done
+[[ -n $nproc_per_node ]] || nproc_per_node=$(gpus)
+[[ $nproc_per_node -gt 0 ]] || nproc_per_node=1
+[[ $nnodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || refuse "--nnodes $nnodes must be a number, or MIN:MAX"
+[[ -f $root/launch/$launch.yaml ]] ||
+    refuse "--launch $launch must be one of: $(cd "$root/launch" && echo ./*.yaml | sed 's/\.yaml//g; s/\.\///g')"
+if [[ $nnodes != 1 ]]; then
+    [[ -n $host ]] || refuse "--nnodes $nnodes needs --host, the first node's name or address"
+    [[ -n $node_rank || $nnodes == *:* ]] || refuse "--nnodes $nnodes needs --node-rank, from 0 on the first node"
+    getent ahosts "$host" >/dev/null || refuse "--host $host is not a name that leads to an address"
+    port=${port:-29400}
+    use_interface_to "$host" || say "warning: no network interface found that leads to $host; choose one by --interface"
+fi
+if [[ -n $interface ]]; then
+    [[ -e /sys/class/net/$interface ]] ||
+        refuse "--interface $interface is not there; nearest: $(cd /sys/class/net && echo *)"
+    export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface
+fi
+host=${host:-127.0.0.1} node_rank=${node_rank:-0}
+[[ -n "${PYTHON:-}" || ! -x $root/.venv/bin/python ]] || PYTHON=$root/.venv/bin/python
+PYTHON=${PYTHON:-python3}
+threads=$(($(nproc) / nproc_per_node))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2 # others than these would leave the ranks behind alone
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds for the last checkpoint
+
+ranks_of() { # PID: its children that have not ended; a launcher may leave zombies
+    local child state
+    cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r child; do
+        state=$(sed 's/.*) //; s/ .*//' "/proc/${child:-none}/stat" 2>/dev/null)
+        [[ -z $state || $state == Z ]] || echo "$child"
+    done
+}
+
+forward() { # SIGNAL: to the launcher, which hands it to the ranks; again: to the ranks, as the launcher now only waits
+    local to=("$launcher")
+    [[ -z $forwarded ]] || mapfile -t to < <(ranks_of "$launcher")
+    kill -s "$1" "${to[@]}" 2>/dev/null
+    forwarded=1
+}
+
+run_command() { # to its end; its exit code
+    local had_ranks='' alone=0
+    set -m # a process group of its own: a terminal's Ctrl-C shall come through us, once
+    # shellcheck disable=SC2154
+    "${command[@]}" </dev/null &
+    launcher=$! forwarded=''
+    set +m
+    for name in TERM USR1 INT; do
+        # shellcheck disable=SC2064
+        trap "forward $name" "$name"
+    done
+    while kill -0 "$launcher" 2>/dev/null; do
+        sleep 0.5
+        if [[ -n $(ranks_of "$launcher") ]]; then
+            had_ranks=1 alone=0
+        elif [[ -n $had_ranks ]] && ((++alone > ${LAUNCHER_SECONDS:-120} * 2)); then
+            say "the ranks ended, the launcher did not: killed"
+            kill -KILL "$launcher"
+            had_ranks=''
+        fi
+    done
+    trap - TERM USR1 INT
+    wait "$launcher"
+}
+
+for ((start = 0; ; start++)); do
+    numbers=$("$PYTHON" -m dist_lm.outcome before "${train[@]}") || exit
+    read -r DIST_LM_ATTEMPT _ <<<"$numbers"
+    export DIST_LM_ATTEMPT
+    if [[ -n $port ]]; then master_port=$((port + DIST_LM_ATTEMPT - 1)); else master_port=$(free_port $$); fi
+    if [[ $node_rank == 0 ]] && port_in_use "$master_port"; then
+        refuse "--port $port: port $master_port is in use on this host; choose another"
+    fi
+    make_command
+    echo "+ ${command[*]}"
+    [[ -z $dry_run ]] || exit 0
+    run_command
+    code=$?
+    "$PYTHON" -m dist_lm.outcome after "$DIST_LM_ATTEMPT" "$code" "${train[@]}"
+    code=$?
+    [[ $code == 70 && $start -lt $restarts ]] || exit "$code"
+    say "restart $((start + 1)) of at most $restarts"
+done

@@ -1,0 +1,15 @@
+#!/bin/bash
+#SBATCH --job-name=dist_lm-generate
+#SBATCH --ntasks=1
+# Generate from a checkpoint, in one process; all arguments are those of dist_lm.generate:
+#   sbatch --gpus 1 --time 10 slurm/generate.sh --ckpt runs/mine --prompt "Once" --num_samples 8
+# DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
+set -uo pipefail
+cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
+if [[ -n "${SETUP:-}" ]]; then
+    # shellcheck disable=SC1090
+    source "$SETUP"
+fi
+[[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
+read -ra container <<<"${CONTAINER:-}"
+exec srun --ntasks=1 --nodes=1 "${container[@]}" "${PYTHON:-python3}" -m dist_lm.generate "$@"

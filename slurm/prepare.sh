@@ -1,0 +1,45 @@
+#!/bin/bash
+#SBATCH --job-name=dist_lm-prepare
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Tokenize as a job array: task I of N prepares every N-th file into OUTPUT/part-I, a prepared folder of its own:
+#   sbatch --array 0-15 --cpus-per-task 8 slurm/prepare.sh --input 'corpus/*.jsonl' --output shards --tokenizer tok.json
+# The tokenizer must be there already (not bpe:N, which each part would learn anew). A task that is started again goes on.
+# DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
+set -uo pipefail
+cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
+if [[ -n "${SETUP:-}" ]]; then
+    # shellcheck disable=SC1090
+    source "$SETUP"
+fi
+[[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
+read -ra container <<<"${CONTAINER:-}"
+refuse() { echo "slurm/prepare.sh: error: $*" >&2; exit 2; }
+
+input='' output='' tokenizer='' rest=()
+while [[ $# -gt 0 ]]; do
+    [[ $1 == --?* && $# -gt 1 ]] || refuse "$1 must be a flag with a value, as in --input FILES"
+    case $1 in
+        --input) input=$2 ;;
+        --output) output=$2 ;;
+        --tokenizer) tokenizer=$2 ;;
+        *) rest+=("$1" "$2") ;;
+    esac
+    shift 2
+done
+[[ -n $input && -n $output && -n $tokenizer ]] || refuse "--input, --output and --tokenizer are needed"
+[[ $tokenizer != bpe:* && $tokenizer != char ]] || refuse "--tokenizer $tokenizer would be another one in each part; nearest: a tokenizer.json, e.g. of python -m dist_lm.prepare on one file"
+if [[ -d $input ]]; then input="$input/*"; fi
+mapfile -t files < <(compgen -G "$input" | LC_ALL=C sort)
+[[ ${#files[@]} -gt 0 ]] || refuse "--input $input: no file matches"
+
+number=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0})) count=${SLURM_ARRAY_TASK_COUNT:-1}
+[[ ${#files[@]} -ge $count ]] || refuse "--array has $count tasks for ${#files[@]} files; nearest: --array 0-$((${#files[@]} - 1))"
+part=$output/part-$(printf %05d "$number")
+share=$part.files # links to its files, under names that keep their order
+mkdir -p "$share" || exit 2
+for ((n = number; n < ${#files[@]}; n += count)); do
+    ln -sfn "$(realpath "${files[n]}")" "$share/$(printf %08d "$n")-$(basename "${files[n]}")"
+done
+exec srun --ntasks=1 --nodes=1 --cpu-bind=none "${container[@]}" "${PYTHON:-python3}" -m dist_lm.prepare \
+    --input "$share" --output "$part" --tokenizer "$tokenizer" "${rest[@]}"

@@ -19,7 +19,7 @@ LEVELS = [
     {"data", "zero"},
     {"runtime"},
     {"validate"},
-    {"prepare", "train", "generate", "score", "show", "report"},
+    {"prepare", "train", "generate", "score", "show", "report", "plan"},
 ]
 MODULES = {path.stem: path for path in CODE.glob("*.py") if path.stem != "__init__"}
 

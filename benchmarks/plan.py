@@ -1,21 +1,30 @@
 """What `python -m dist_lm.plan` says of a process's memory against what training really takes, on CPU.
 
-    python benchmarks/plan.py ddp zero2      # target: within 10 % at both sizes, with two processes each
+    python benchmarks/plan.py ddp zero2      # target: within 10 % at both sizes, two processes each
 
-Real training through train.py's own phases: three steps and the checkpoint at their end. Measured is the peak of a
-process's resident memory above that of one that trains a model of a few thousand parameters in the same way, which so has
-the same imports, libraries and threads.
+Real training through train.py's own phases: three steps, then the checkpoint at their end. Measured is the largest
+process's peak of resident memory in the steps, above that of one that trains a model of a few thousand parameters in the
+same way and so has the same imports, libraries and threads; of the predictions the difference is taken alike.
+
+MALLOC_MMAP_THRESHOLD_ makes glibc give freed memory back, so that resident is what is in use. The last column is without
+it: what glibc keeps of freed memory comes on top and follows no rule that a plan could use.
 """
 
 import json
+import math
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-from dist_lm import train
+from dist_lm import hf, train
 from dist_lm.config import Config, resolve
 from dist_lm.data import prepare_dataset
+from dist_lm.plan import memory, vocabulary
 from dist_lm.runtime import start
+from dist_lm.zero import choose_strategy
 
 STEPS, PROCESSES = 3, 2
 SHAPES = {"idle": (1, 32, 32), "30 M": (10, 512, 256), "100 M": (14, 768, 256)}  # layers, width, tokens
@@ -32,25 +41,24 @@ def settings(strategy: str, size: str, folder: str) -> Config:
 
 
 def measure(strategy: str, size: str, folder: str) -> None:
-    """One process of a training; rank 0 prints what the largest one took: in its steps, and with the checkpoint."""
+    """One process of a training; rank 0 prints what the largest process took."""
     config, before_saving = settings(strategy, size, folder), []
     runtime = start(config, strategy)
-    idle = resident("VmRSS")
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     run = train.build(runtime, config)
-    built = resident("VmRSS")
     train.resume(run, [])
     save = train.save
 
-    def save_measured(run: train.Run, last: bool) -> None:
+    def save_and_note(run: train.Run, last: bool) -> None:
         before_saving.append(resident("VmHWM"))
         save(run, last)
 
-    train.save = save_measured
+    train.save = save_and_note
     train.train(run)
-    took = [idle, built, before_saving[0], resident("VmRSS"), resident("VmHWM")]
-    largest = [max(figures) for figures in zip(*runtime.channel.gather(took), strict=True)]
+    taken = runtime.channel.gather([before_saving[0], resident("VmHWM")])
     if runtime.is_main:
-        print(json.dumps(largest))
+        steps, whole = (max(figures) for figures in zip(*taken, strict=True))
+        print(json.dumps({"peak in steps": steps, "peak with the checkpoint": whole}))
     runtime.close()
 
 
@@ -61,21 +69,38 @@ def resident(field: str) -> int:
 
 
 def main(strategies: list[str]) -> None:
+    print("| | parameters | predicted MB | measured MB | predicted / measured | measured with glibc's defaults |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="dist_lm-plan-") as folder:
-        prepare_dataset(
-            settings("ddp", "idle", folder).data.model_copy(update={"input": "stdlib"}), f"{folder}/data", 2
-        )
+        data = settings("ddp", "idle", folder).data.model_copy(update={"input": "stdlib"})
+        prepare_dataset(data, f"{folder}/data", 2, say=lambda text: None)
         for strategy in strategies:
-            for size in SHAPES:
-                print(strategy, size, started(strategy, size, folder))
+            figures = {size: compare(strategy, size, folder) for size in SHAPES}
+            for size, (parameters, *bytes_) in figures.items():
+                if size != "idle":
+                    own, idle = bytes_, figures["idle"][1:]
+                    predicted, measured, default = ((a - b) / 1e6 for a, b in zip(own, idle, strict=True))
+                    print(f"| {strategy} x {PROCESSES} | {parameters:,} | {predicted:.0f} | {measured:.0f} |"
+                          f" {predicted / measured:.3f} | {default:.0f} |", flush=True)  # fmt: skip
 
 
-def started(strategy: str, size: str, folder: str) -> list[int]:
+def compare(strategy: str, size: str, folder: str) -> tuple[int, float, int, int]:
+    """Parameters, predicted bytes, measured ones, and measured with glibc's defaults."""
+    config = settings(strategy, size, folder)
+    vocab_size = vocabulary(config)
+    parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
+    predicted = memory(config, choose_strategy(strategy), PROCESSES, vocab_size, on_gpu=False).peak
+    measured = [started(strategy, size, folder, env) for env in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {})]
+    return parameters, predicted, *measured
+
+
+def started(strategy: str, size: str, folder: str, env: dict[str, str]) -> int:
+    shutil.rmtree(f"{folder}/{strategy}-{size}", ignore_errors=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), __file__]
     done = subprocess.run(
-        [*command, "--measure", strategy, size, folder], check=True, stdout=subprocess.PIPE, text=True
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+        [*command, "--measure", strategy, size, folder], check=True, env={**os.environ, **env}, capture_output=True, text=True,
+    )  # fmt: skip
+    return int(json.loads(done.stdout.splitlines()[-1])["peak in steps"])
 
 
 if __name__ == "__main__":

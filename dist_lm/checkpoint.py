@@ -26,9 +26,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_lm import hf
-from dist_lm.config import Config, ModelConfig, UserError
+from dist_lm.config import ModelConfig, UserError
 from dist_lm.model import GPT
-from dist_lm.optim import moments
 from dist_lm.text import Tokenizer
 
 BAD_CHECKPOINT = 66
@@ -440,25 +439,6 @@ def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     for folder in folders[:-keep_last]:
         if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
             remove(folder)
-
-
-def size_of(config: Config, vocab_size: int) -> int:
-    """Bytes of tensors in a checkpoint, from the config alone: weights, the optimizer's moments, the moving average."""
-    weights = sum(math.prod(entry.shape) for entry in hf.layout(config.model, vocab_size, config.data.seq_len))
-    kept = {
-        name: math.prod(shape) * (moments(config.optim.name, name) + (config.run.ema > 0))
-        for name, shape in hf.shapes(config.model, vocab_size, config.data.seq_len).items()
-    }
-    return 4 * (weights + sum(kept.values()))
-
-
-def kept_at_most(config: Config, steps: int) -> int:
-    """How many checkpoints lie on disk at once: the newest, the best, what keep_every keeps, and one being written."""
-    run = config.run
-    saves = -(-steps // run.save_every) if run.save_every else 1
-    multiples = steps // math.lcm(run.keep_every, run.save_every) if run.keep_every and run.save_every else 0
-    best = bool(run.eval_every and run.save_every)
-    return min(saves, run.keep_last + best + multiples + 1)
 
 
 # --- finding and checking

@@ -21,13 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_lm import checkpoint, hf
+from dist_lm import hf
 from dist_lm.config import Config, ModelConfig, UserError, did_you_mean, load, plan, read_yaml, resolve, run_entry
 from dist_lm.metrics import peak_flops, shorten
 from dist_lm.model import GPT, flops_per_token, parameter_shapes
 from dist_lm.optim import moments
-from dist_lm.shards import TokenShards, find_prepared, read_manifest
-from dist_lm.text import Tokenizer, train_tokenizer
+from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from dist_lm.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 
 FLAGS = {
@@ -46,7 +45,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OVERHEAD = 2.0e9
 GATHERED = 10**9  # elements: DeepSpeed's stage3_max_live_parameters, which launch files leave alone
 TEXT_VOCABULARY = 100  # characters of a text, where --table has none to look at
-HUB_VOCABULARIES = {"gpt2": 50257}  # of the shipped recipes, so that a plan needs no network
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
     kept = sum(size * (moments(config.optim.name, name) + (config.run.ema > 0)) for name, size in sizes.items())
     live = live_bytes(config, vocab_size, layout.micro_batch, strategy.stage == 3, on_gpu)
     first, activations = max(live.activations + live.loss, live.blocks), max(live.activations, live.blocks)
-    logits, saving = first - activations, checkpoint.size_of(config, vocab_size) / world
+    logits, saving = first - activations, checkpoint_bytes(config, vocab_size) / world
     added_up = layout.accumulation > 1  # then gradients are there before the last backward begins
     if not strategy.stage:
         early = weights if world > 1 or added_up else 0.0  # DDP's buckets, which gradients are views of, always exist
@@ -243,38 +241,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 # --- what a run takes
 
 
-def vocabulary(config: Config) -> int:
-    """Tokens of the tokenizer that the config names, without reading text."""
-    spec = config.data.tokenizer
-    for folder in (config.data.input, Path(config.run.dir, "data")):
-        if find_prepared(folder):
-            return int(read_manifest(folder)["tokenizer"]["vocab_size"])
-    if spec == "byte":
-        return train_tokenizer("byte", []).vocab_size
-    if spec.startswith("bpe:") and spec[4:].isdecimal():
-        return int(spec[4:])  # at most
-    if Path(spec).exists():
-        return Tokenizer.load(spec).vocab_size
-    if spec in HUB_VOCABULARIES:
-        return HUB_VOCABULARIES[spec]
-    raise UserError(
-        f"--vocab_size must be given: data.tokenizer={spec} and data.input={config.data.input} do not tell it without"
-        " reading text"
-    )
-
-
-def steps_of(config: Config) -> int:
-    if config.run.steps:
-        return config.run.steps
-    if not find_prepared(config.data.input):
-        raise UserError(
-            f"run.epochs={config.run.epochs} of data.input={config.data.input} is of unknown length; rule: a prepared"
-            " folder, or run.steps"
-        )
-    sequences = sum(TokenShards(config.data.input, "train").counts(config.data.seq_len, config.data.stride or 1))
-    return -(-(config.run.epochs or 0) * sequences // config.data.global_batch)
-
-
 def strategies(world: int) -> dict[str, Strategy]:
     """Those of launch/ that so many processes can have, cheapest first."""
     found = {path.stem: choose_strategy(path.stem) for path in LAUNCH_FILES.glob("*.yaml")}
@@ -353,7 +319,7 @@ def estimate(
     parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
     flops, tokens = flops_per_token(config.model, vocab_size, config.data.seq_len), steps * layout.tokens_per_step
     rate = mfu * peak_of(kind, per_node) * world / flops
-    seconds, size = tokens / rate, checkpoint.size_of(config, vocab_size)
+    seconds, size = tokens / rate, checkpoint_bytes(config, vocab_size)
     return {
         "parameters": parameters, "padded_parameters": padded, "vocab_size": vocab_size, "steps": steps,
         "flops_per_token": flops, "tokens": tokens, "flops": flops * tokens, "gpu": kind, "nodes": nodes,
@@ -361,7 +327,7 @@ def estimate(
         "room": room, "overhead": 0.0 if kind == "cpu" else OVERHEAD, "strategies": rows, "asked": chosen, "mfu": mfu,
         "tokens_per_second": rate, "seconds": seconds, "watts": GPUS[kind].watts * world,
         "kilowatt_hours": GPUS[kind].watts * world * seconds / 3.6e6, "checkpoint": size,
-        "checkpoints_kept": checkpoint.kept_at_most(config, steps),
+        "checkpoints_kept": checkpoints_kept(config, steps),
         "advice": advice(config, rows, chosen, world, vocab_size, kind, room),
     }  # fmt: skip
 

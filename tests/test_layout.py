@@ -16,10 +16,10 @@ LEVELS = [
     {"config"},
     {"model", "text", "order", "optim", "hf"},
     {"shards", "sources", "sample", "checkpoint", "metrics"},
-    {"data", "zero"},
+    {"data", "size", "zero"},
     {"runtime"},
     {"validate"},
-    {"prepare", "train", "generate", "score", "show", "report", "plan"},
+    {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan"},
 ]
 MODULES = {path.stem: path for path in CODE.glob("*.py") if path.stem != "__init__"}
 

@@ -27,7 +27,14 @@ from dist_lm.runtime import start
 from dist_lm.zero import choose_strategy
 
 STEPS, PROCESSES = 3, 2
-SHAPES = {"idle": (1, 32, 32), "30 M": (10, 512, 256), "100 M": (14, 768, 256)}  # layers, width, tokens
+SIZES = ("30 M", "100 M")
+ENVIRONMENTS: tuple[dict[str, str], ...] = ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {})
+SHAPES = {
+    "idle": (1, 32, 32),
+    "15 M": (6, 384, 256),
+    "30 M": (10, 512, 256),
+    "100 M": (14, 768, 256),
+}  # layers, width, tokens
 
 
 def settings(strategy: str, size: str, folder: str) -> Config:
@@ -72,10 +79,9 @@ def main(strategies: list[str]) -> None:
     print("| | parameters | predicted MB | measured MB | predicted / measured | measured with glibc's defaults |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="dist_lm-plan-") as folder:
-        data = settings("ddp", "idle", folder).data.model_copy(update={"input": "stdlib"})
-        prepare_dataset(data, f"{folder}/data", 2, say=lambda text: None)
+        prepare(folder)
         for strategy in strategies:
-            figures = {size: compare(strategy, size, folder) for size in SHAPES}
+            figures = {size: compare(strategy, size, folder) for size in ("idle", *SIZES)}
             for size, (parameters, *bytes_) in figures.items():
                 if size != "idle":
                     own, idle = bytes_, figures["idle"][1:]
@@ -84,14 +90,19 @@ def main(strategies: list[str]) -> None:
                           f" {predicted / measured:.3f} | {default:.0f} |", flush=True)  # fmt: skip
 
 
-def compare(strategy: str, size: str, folder: str) -> tuple[int, float, int, int]:
+def prepare(folder: str) -> None:
+    data = settings("ddp", "idle", folder).data.model_copy(update={"input": "stdlib"})
+    prepare_dataset(data, f"{folder}/data", 2, say=lambda text: None)
+
+
+def compare(strategy: str, size: str, folder: str, defaults: bool = True) -> tuple[int, float, int, int]:
     """Parameters, predicted bytes, measured ones, and measured with glibc's defaults."""
     config = settings(strategy, size, folder)
     vocab_size = vocabulary(config)
     parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
     predicted = memory(config, choose_strategy(strategy), PROCESSES, vocab_size, on_gpu=False).peak
-    measured = [started(strategy, size, folder, env) for env in ({"MALLOC_MMAP_THRESHOLD_": str(2**20)}, {})]
-    return parameters, predicted, *measured
+    measured = [started(strategy, size, folder, env) for env in ENVIRONMENTS[: 1 + defaults]]
+    return parameters, predicted, measured[0], measured[-1]
 
 
 def started(strategy: str, size: str, folder: str, env: dict[str, str]) -> int:

@@ -3,7 +3,8 @@
 Started as train.py would be (torchrun, accelerate launch, srun, alone) with the same arguments. One page, each line ok,
 warn or fail with what to do; nothing is trained and nothing stays in the run folder. Exit code 0 when nothing fails,
 else that of the first failure: 2 settings, 65 data, 70 machines. Every check ends in bounded time; when a rank dies
-or is silent, all others say so. Each rank finds out its own facts, all get all of them, rank 0 prints what follows from them.
+or is silent, all others say so.
+Each rank finds out its own facts, all get all of them, rank 0 prints what follows from them.
 """
 
 import contextlib
@@ -214,7 +215,12 @@ def clocks(runtime: "Runtime", names: list[str]) -> Check:
         runtime.barrier()
         times = runtime.channel.gather(time.time())
         offsets.append([own - times[0] for own in times])
-    best = [min(column, key=abs) for column in zip(*offsets, strict=True)]  # what is not the exchange's own delay
+    return judge_clocks(offsets, names)
+
+
+def judge_clocks(offsets: list[list[float]], names: list[str]) -> Check:
+    """From several looks at each rank's time less rank 0's, of which the smallest has least of the look's own delay."""
+    best = [min(column, key=abs) for column in zip(*offsets, strict=True)]
     worst = max(range(len(best)), key=lambda rank: abs(best[rank]))
     text = f"at most {abs(best[worst]):.3g} s apart ({names[worst]} from rank 0)"
     if abs(best[worst]) > SKEW_SECONDS:
@@ -491,8 +497,9 @@ def within(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]
 
     def run() -> None:
         try:
-            outcome.update(work())
-            outcome.pop("error")
+            made = work()
+            outcome.clear()
+            outcome.update(made)
         except UserError as error:
             outcome.update(error=str(error), code=error.code)
         except Exception as error:

@@ -1,6 +1,7 @@
 """What a config amounts to before anything is read or built: vocabulary, steps, bytes of a checkpoint."""
 
 import math
+from functools import lru_cache
 from pathlib import Path
 
 from dist_lm import hf
@@ -10,6 +11,8 @@ from dist_lm.shards import TokenShards, find_prepared, read_manifest
 from dist_lm.text import Tokenizer, train_tokenizer
 
 HUB_VOCABULARIES = {"gpt2": 50257}  # of the shipped recipes, so that they need no network
+
+SHAPES, LAYOUT = lru_cache(hf.shapes), lru_cache(hf.layout)  # asked for again with every micro-batch of a plan
 
 
 def vocabulary(config: Config) -> int:
@@ -45,16 +48,16 @@ def steps_of(config: Config) -> int:
 
 
 def weight_bytes(config: Config, vocab_size: int) -> int:
-    shapes = hf.shapes(config.model, vocab_size, config.data.seq_len)
+    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
     return 4 * sum(math.prod(shape) for shape in shapes.values())
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Tensors of a checkpoint: weights as their family has them, the optimizer's moments, the moving average."""
-    weights = sum(math.prod(entry.shape) for entry in hf.layout(config.model, vocab_size, config.data.seq_len))
+    weights = sum(math.prod(entry.shape) for entry in LAYOUT(config.model, vocab_size, config.data.seq_len))
     kept = [
         math.prod(shape) * (moments(config.optim.name, name) + (config.run.ema > 0))
-        for name, shape in hf.shapes(config.model, vocab_size, config.data.seq_len).items()
+        for name, shape in SHAPES(config.model, vocab_size, config.data.seq_len).items()
     ]
     return 4 * (weights + sum(kept))
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dist_lm import hf, train
+from dist_lm import hf, train, zero
 from dist_lm.config import Config, resolve
 from dist_lm.data import prepare_dataset
 from dist_lm.plan import memory, vocabulary
@@ -53,6 +53,8 @@ def measure(strategy: str, size: str, folder: str) -> None:
     runtime = start(config, strategy)
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     run = train.build(runtime, config)
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # building under ZeRO-3 has set others
+        zero._tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
     train.resume(run, [])
     save = train.save
 

@@ -133,20 +133,22 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
     share, state, bucket = weights / world, (weights + kept) / world, min(4.0 * BUCKET, weights)
     fixed = 4.0 * BUCKET if on_gpu else 0.0  # on a GPU all there as the backward begins, on a CPU as its pages fill
     filled = [n * bucket / weights for n in range(1, int(weights // bucket) + 1)]  # how much is done as it is full
-    before = (weights if strategy.stage == 1 else share) if added_up else 0.0
-    copied = [share if on_gpu else share * done for done in [0.0, *filled]]
+    mine = share if strategy.optimizer_device == "none" else 0.0  # gradients go where the optimizer is
+    before = (weights if strategy.stage == 1 else mine) if added_up else 0.0
+    copied = [mine if on_gpu else mine * done for done in [0.0, *filled]]
     during = [
         before + (1 - done) * activations + max(fixed, bucket) + bucket + own
         for done, own in zip(filled, copied, strict=False)
     ]
-    moving = max(before + first + fixed, *during, bucket + share + live.end, 2 * share)
-    gradients = max(before, share) + 2 * bucket
+    moving = max(before + first + fixed, *during, bucket + mine + live.end, 2 * mine)
+    gradients = max(before, mine) + 2 * bucket
     held, host, disk = weights, 0.0, 0.0
     if strategy.stage == 3:  # slices, and what is gathered of them: up to DeepSpeed's limit all of it stays together
         held = share + min(weights, 4.0 * GATHERED)
-    if strategy.optimizer_device != "none":  # with the gradients that it works on
-        host, state, gradients = state + share, 0.0, gradients - share
-        moving -= 0 if strategy.stage == 1 else share
+        always = mine + max(fixed, bucket)  # here gradients and bucket stay for good
+        moving = always + max(first, *((1 - done) * activations + bucket for done in filled))
+    if not mine:  # and under ZeRO-2 a buffer through which new weights come back
+        host, state = state + share * (1 if strategy.stage == 3 else 2), 0.0
     if strategy.param_device != "none":
         host, held = host + share, held - share
     if "nvme" in (strategy.optimizer_device, strategy.param_device):

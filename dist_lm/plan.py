@@ -393,6 +393,8 @@ def describe(figures: dict[str, Any], source: str) -> str:
         f" {days:,.2f} days, {energy}a checkpoint {_gb(f['checkpoint'])} GB, at most {f['checkpoints_kept']} on disk:"
         f" {_gb(f['checkpoint'] * f['checkpoints_kept'])} GB",
     ]
+    if f["gpu"] == "cpu":
+        lines.append("glibc may keep much freed memory on top; MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back")
     return "\n".join(lines)
 
 

@@ -180,7 +180,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(capsys.readouterr().out)
     assert (figures["asked"], figures["gpu"], figures["gpus_per_node"]) == ("zero2", "a100-80", 4)
     main(["--config", str(ROOT / "configs/debug.yaml"), "--gpu", "cpu", "--gpus-per-node", "1"])
-    assert "single fits" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "single fits" in page and "MALLOC_MMAP_THRESHOLD_=1048576" in page
 
 
 @pytest.mark.parametrize(

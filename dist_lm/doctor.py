@@ -104,7 +104,7 @@ def report(checks: Sequence[Check], world: int, code: int, as_json: bool) -> str
 
 def examine(runtime: "Runtime", config: Config, seconds: float) -> Iterator[Check]:
     """All checks, in order. All ranks."""
-    facts = runtime.channel.gather(within(seconds, lambda: machine(runtime)))
+    facts = runtime.channel.gather(within(seconds / 2, lambda: machine(runtime)))
     names = [f"rank {rank} ({fact.get('host', '?')})" for rank, fact in enumerate(facts)]
     for name, fact in zip(names, facts, strict=True):
         if "error" in fact:
@@ -140,7 +140,7 @@ def machine(runtime: "Runtime") -> dict[str, Any]:
         "device_memory": 0, "address": own_address(), "backend": "gloo",
     }  # fmt: skip
     if runtime.device.type == "cuda":
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError):
             facts["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
         facts |= {"device": torch.cuda.get_device_name(runtime.device), "backend": "nccl",
                   "device_memory": torch.cuda.mem_get_info(runtime.device)[0]}  # fmt: skip
@@ -246,7 +246,8 @@ def sums(runtime: "Runtime") -> Check:
 
     if runtime.world_size == 1:
         return Check("all-reduce", "ok", "one process: none")
-    latency = best_of(20, lambda: runtime.barrier())
+    one = torch.ones(1, device=runtime.device)
+    latency = best_of(20, lambda: runtime.sum(one.fill_(1)).item())
     tensor = torch.ones(SUM_BYTES // 4, device=runtime.device)
     seconds = best_of(3, lambda: (runtime.sum(tensor.fill_(1)), tensor[0].item()))
     if tensor[0].item() != runtime.world_size:
@@ -317,10 +318,11 @@ def speed(runtime: "Runtime", names: list[str]) -> Check:
 def run_folder(runtime: "Runtime", config: Config, names: list[str], seconds: float) -> Iterator[Check]:
     """Seen by all ranks, with the same content; room and speed of its disk. All ranks."""
     folder = Path(config.run.dir).absolute()
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if runtime.is_main else []
+    made: list[Path] = []
     name = f".doctor-{os.getpid()}-{time.time_ns()}"
 
     def write() -> dict[str, Any]:
+        made.extend(path for path in (folder, *folder.parents) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
         return {"name": name, "free": shutil.disk_usage(folder).free}
@@ -335,7 +337,8 @@ def run_folder(runtime: "Runtime", config: Config, names: list[str], seconds: fl
             within(seconds / 2, lambda: answer(folder / said["name"], seconds / 4, runtime.rank))
         )
         blind = [f"{who}: {found['error']}" for who, found in zip(names, seen, strict=True) if "error" in found]
-        answers = runtime.channel.gather([path.name for path in folder.glob(said["name"] + "-*")])[0]
+        listed = within(seconds / 4, lambda: {"names": os.listdir(folder)}) if runtime.is_main else {}
+        answers = runtime.channel.gather(listed)[0].get("names", [])
         blind += [f"{who}: rank 0 does not see what it wrote" for rank, who in enumerate(names)
                   if not blind and f"{said['name']}-{rank}" not in answers]  # fmt: skip
         if blind:
@@ -346,11 +349,16 @@ def run_folder(runtime: "Runtime", config: Config, names: list[str], seconds: fl
         yield from disk(runtime, config, folder, said["free"], names, seconds)
     finally:
         if runtime.is_main:
-            for path in folder.glob(".doctor-*"):
-                path.unlink(missing_ok=True)
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+            within(seconds / 4, lambda: clean(folder, made))
+
+
+def clean(folder: Path, made: list[Path]) -> dict[str, Any]:
+    for path in folder.glob(".doctor-*"):
+        path.unlink(missing_ok=True)
+    for path in made:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    return {}
 
 
 def answer(written: Path, patience: float, rank: int) -> dict[str, Any]:

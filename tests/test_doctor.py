@@ -251,6 +251,19 @@ def test_ranks_on_one_core(prepared: Path, tmp_path: Path) -> None:
     assert "-> fewer ranks there, or more cores for them" in page
 
 
+@pytest.mark.slow
+def test_two_hosts(prepared: Path, tmp_path: Path) -> None:
+    """Two host names on one machine, which know themselves by a loopback address alone."""
+    named = ["env", "GLOO_SOCKET_IFNAME=lo", "unshare", "-u", "sh", "-c"]
+    if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode:
+        pytest.skip("another host name for one process needs root")
+    before = [[*named, f'hostname {host} && exec "$@"', "sh"] for host in ("node-a", "node-b")]
+    page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=before)
+    assert "2 ranks on 2 host(s)" in page
+    assert "pairs       between nodes: " in page and "(rank 0 (node-a) and rank 1 (node-b))" in page
+    assert "warn  rendezvous  127.0.0.1:" in page and "node-a 127.0.0.1 by lo, node-b 127.0.0.1 by lo" in page
+
+
 @contextlib.contextmanager
 def slow_cores(share: float) -> Iterator[list[str]]:
     """What to put before a command so that it gets only this share of a core; skips where control groups cannot."""

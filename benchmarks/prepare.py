@@ -22,7 +22,7 @@ import tokenizers
 
 from dist_lm.config import DataConfig
 from dist_lm.preparing import prepare_dataset
-from dist_lm.sources import find_sources, read_documents
+from dist_lm.sources import Reader, find_sources
 from dist_lm.text import train_tokenizer
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
 
     stdlib = DataConfig()
-    documents = ["".join(texts) for *_, texts in read_documents(find_sources(stdlib), stdlib, Counter())]
+    documents = ["".join(texts) for *_, texts in Reader(stdlib, find_sources(stdlib)).documents(Counter())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(args.tokenizer, documents).save(folder)

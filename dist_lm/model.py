@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from dist_lm.config import ModelConfig
 
 NO_TARGET = -100
+# The loss makes so many logits at once, by the type of device (a caller that only plans for a GPU names it).
+LOGITS_AT_A_TIME = {"cpu": 2**24, "cuda": 2**28}
 
 
 class GPT(nn.Module):
@@ -37,7 +39,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int, activation_checkpointing: bool = False):
         super().__init__()
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.device_type = activation_checkpointing, ""
         rows = padded_vocab(vocab_size)
         self.embed = Embedding(rows, config.width)
         # Added to logits, as a bias that costs nothing: what pads the vocabulary has no probability and no gradient.
@@ -108,7 +110,8 @@ class GPT(nn.Module):
         weight_VD = self.embed.weight if self.config.tie_embeddings else self.head.weight
         if targets_BT is None:
             return F.linear(x_BTD, weight_VD)[..., : self.vocab_size].float()
-        return cross_entropy_sum(x_BTD.flatten(0, 1), weight_VD, self.vocab_padding, targets_BT.flatten())
+        at_a_time = LOGITS_AT_A_TIME[self.device_type or x_BTD.device.type]
+        return cross_entropy_sum(x_BTD.flatten(0, 1), weight_VD, self.vocab_padding, targets_BT.flatten(), at_a_time)
 
 
 class Block(nn.Module):
@@ -359,9 +362,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def cross_entropy_sum(x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor) -> Tensor:
+def cross_entropy_sum(
+    x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor, logits_at_a_time: int = 2**24
+) -> Tensor:
     """Sum of -log softmax(x W' + padding)[target] over targets != -100, in fp32."""
-    logits_at_a_time = 2**28 if x_ND.is_cuda else 2**24
     parts = -(-len(x_ND) * len(weight_VD) // logits_at_a_time)
     if parts == 1:
         logits_NV = F.linear(x_ND, weight_VD, padding_V).float()

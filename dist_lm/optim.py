@@ -114,6 +114,12 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] = rate
 
 
+def moments(name: str, parameter: str) -> int:
+    """How many tensors of a parameter's own shape the optimizer `name` keeps for it; adafactor's are smaller."""
+    in_block = parameter.startswith("blocks.") and "norm" not in parameter and parameter.endswith(".weight")
+    return {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0, "muon": 1 if in_block else 2}[name]
+
+
 @dataclass(frozen=True)
 class Slice:
     """What a rank's flat tensor holds of a matrix, and how many elements each rank does, in rank order."""

@@ -589,16 +589,21 @@ def _prove_world(runtime: Runtime, config: Config) -> None:
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
-    source = Path(config.data.input)
-    listed = sorted((f.name, f.stat().st_size) for f in source.iterdir()) if source.is_dir() else []
-    size = source.stat().st_size if source.is_file() else 0
-    found = hashlib.sha256(f"{listed}{size}".encode()).hexdigest()[:8] if source.exists() else "(absent)"
+    inputs = [spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()]
     return {
         "settings": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
         "torch": torch.__version__,
-        f"data.input={config.data.input}": found,
+        **{f"data.input={path}": _as_seen_here(Path(path)) for path in inputs},
     }
+
+
+def _as_seen_here(path: Path) -> str:
+    """A hash of names and sizes."""
+    if not path.exists():
+        return "(absent)"
+    listed = sorted((f.name, f.stat().st_size) for f in path.iterdir()) if path.is_dir() else path.stat().st_size
+    return hashlib.sha256(str(listed).encode()).hexdigest()[:8]
 
 
 def _why_not_joined(error: Exception, seconds: float) -> str:

@@ -27,7 +27,7 @@ from dist_lm.config import Config, Plan, UserError, did_you_mean
 from dist_lm.optim import Slice
 
 LAUNCH_FILES = Path(__file__).parents[1] / "launch"
-_BUCKET = 50_000_000  # elements reduced or gathered at once
+BUCKET = 50_000_000  # elements reduced or gathered at once
 # All that a launch file says of DeepSpeed.
 _KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path",
          "offload_param_nvme_path")  # fmt: skip
@@ -135,8 +135,8 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
 def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's settings: stage and offload from the launch file, everything else from the run's config."""
     zero: dict[str, Any] = {
-        "stage": strategy.stage, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET,
-        "stage3_prefetch_bucket_size": _BUCKET, "stage3_param_persistence_threshold": 10 * config.model.width,
+        "stage": strategy.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 10 * config.model.width,
     }  # fmt: skip
     # DeepSpeed's files have fixed names: two runs in one folder would write over each other's.
     folder = f"dist_lm-{hashlib.sha256(os.path.abspath(config.run.dir).encode()).hexdigest()[:12]}"

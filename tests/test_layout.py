@@ -17,10 +17,10 @@ LEVELS = [
     {"model", "text", "order", "optim", "hf", "remote", "outcome"},
     {"shards", "sources", "sample", "checkpoint", "metrics"},
     {"preparing", "stream"},
-    {"data", "zero", "watch"},
+    {"data", "size", "zero", "watch"},
     {"runtime"},
     {"validate"},
-    {"prepare", "train", "generate", "score", "show", "report"},
+    {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan"},
 ]
 MODULES = {path.stem: path for path in CODE.glob("*.py") if path.stem != "__init__"}
 

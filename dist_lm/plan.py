@@ -1,0 +1,435 @@
+"""Will it fit, how long, at what cost: `python -m dist_lm.plan --config FILE --launch zero3 --nodes 8 --gpu h100`.
+
+Needs no GPU and never makes the model: shapes give weights, gradients and the optimizer's state, and a forward and
+backward on fake tensors gives what activations and loss take at each moment. Checked against real training by
+benchmarks/plan.py. `--table` prints the shipped recipes under every strategy, as docs/planning.md has them.
+"""
+
+import json
+import math
+import os
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_lm import hf
+from dist_lm.config import Config, ModelConfig, UserError, did_you_mean, load, plan, read_yaml, resolve, run_entry
+from dist_lm.metrics import peak_flops, shorten
+from dist_lm.model import GPT, flops_per_token, parameter_shapes
+from dist_lm.optim import moments
+from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
+from dist_lm.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
+
+FLAGS = {
+    "launch": "The strategy to mark: a file of launch/ (single or ddp).",
+    "nodes": "Machines (1).",
+    "gpus_per_node": "GPUs, and processes, of each (8).",
+    "gpu": "Kind of GPU (h100): a100-40, a100-80, h100, h200, b200, l40s, rtx4090; or cpu: this machine's.",
+    "mfu": "Share of the peak that training reaches (0.4).",
+    "vocab_size": "Tokens of the vocabulary, where neither data.input nor data.tokenizer says.",
+    "json": "Print one JSON object.",
+    "table": "Print all recipes of configs/ under every strategy instead.",
+}
+SHAPES = lru_cache(parameter_shapes)
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Beside what is derived, for the CUDA context, buffers of NCCL and cuBLAS, fragmentation: assumed, and said so.
+OVERHEAD = 2.0e9
+GATHERED = 10**9  # elements: DeepSpeed's stage3_max_live_parameters, which launch files leave alone
+TEXT_VOCABULARY = 100  # characters of a text, where --table has none to look at
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of device: the name its driver gives (metrics.py knows its peak), memory as torch sees it, full power."""
+
+    device: str
+    memory: float  # bytes
+    watts: float
+
+
+GPUS = {
+    "a100-40": Gpu("A100", 39.4 * 2**30, 400), "a100-80": Gpu("A100", 79.2 * 2**30, 400),
+    "h100": Gpu("H100", 79.2 * 2**30, 700), "h200": Gpu("H200", 139.8 * 2**30, 700),
+    "b200": Gpu("B200", 178.4 * 2**30, 1000), "l40s": Gpu("L40S", 44.4 * 2**30, 350),
+    "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450), "cpu": Gpu("cpu", 0, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Live:
+    """Bytes beside weights, gradients and optimizer at the moments of one forward and backward."""
+
+    activations: float  # when the blocks have been run forward
+    loss: float  # most while the loss is made, above them
+    blocks: float  # most in the blocks' backward
+    end: float  # most in the embedding's backward, when all else has gone
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process: on its device, in its host's memory, on its disk."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float  # with the loss's gradients
+    peak: float  # most at one time: less than the sum, where one goes before another comes
+    host: float = 0.0  # offloaded parts
+    saving: float = 0.0  # host memory of a checkpoint on its way to disk
+    disk: float = 0.0  # NVMe
+
+
+def main(argv: list[str]) -> None:
+    config, given = load(argv, FLAGS, "python -m dist_lm.plan")
+    words = {name: values[-1] for name, values in given.items()}
+    kind = words.get("gpu", "h100")
+    if kind not in GPUS:
+        raise UserError(f"--gpu={kind} must be one of {', '.join(GPUS)}{did_you_mean(kind, GPUS)}")
+    nodes, per_node = _whole(words, "nodes", 1), _whole(words, "gpus_per_node", 8)
+    try:
+        mfu = float(words.get("mfu", "0.4"))
+    except ValueError:
+        mfu = 0.0
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={words['mfu']} must be a number above 0 and at most 1; nearest: 0.4")
+    if "table" in words:
+        print(table(kind, nodes, per_node), end="")
+        return
+    vocab_size = _whole(words, "vocab_size", 0) or vocabulary(config)
+    figures = estimate(config, vocab_size, words.get("launch"), kind, nodes, per_node, mfu)
+    print(json.dumps(figures, indent=1) if "json" in words else describe(figures, words.get("config", "defaults")))
+
+
+# --- what a process holds
+
+
+def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_gpu: bool) -> Memory:
+    """Memory of one process of `world`; DeepSpeed's parts as those of 0.19 were measured (benchmarks/plan.py)."""
+    layout = plan(config, world)
+    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
+    sizes = {name: 4.0 * math.prod(shape) for name, shape in shapes.items()}
+    weights = sum(sizes.values())  # fp32 in every precision; gradients and moments are as well
+    kept = sum(size * (moments(config.optim.name, name) + (config.run.ema > 0)) for name, size in sizes.items())
+    live = live_bytes(config, vocab_size, layout.micro_batch, strategy.stage == 3, on_gpu)
+    first, activations = max(live.activations + live.loss, live.blocks), max(live.activations, live.blocks)
+    logits, saving = first - activations, checkpoint_bytes(config, vocab_size) / world
+    added_up = layout.accumulation > 1  # then gradients are there before the last backward begins
+    if not strategy.stage:
+        early = weights if world > 1 or added_up else 0.0  # DDP's buckets, which gradients are views of, always exist
+        peak = weights + kept + max(early + first, weights + live.end)
+        return Memory(weights, weights, kept, activations, logits, peak, saving=saving)
+
+    # ZeRO: the optimizer works on fp32 copies of its share, gradients travel in a bucket that is copied to be summed.
+    share, state, bucket = weights / world, (weights + kept) / world, min(4.0 * BUCKET, weights)
+    fixed = 4.0 * BUCKET if on_gpu else 0.0  # on a GPU all there as the backward begins, on a CPU as its pages fill
+    filled = [n * bucket / weights for n in range(1, int(weights // bucket) + 1)]  # how much is done as it is full
+    mine = share if strategy.optimizer_device == "none" else 0.0  # gradients go where the optimizer is
+    before = (weights if strategy.stage == 1 else mine) if added_up else 0.0
+    copied = [mine if on_gpu else mine * done for done in [0.0, *filled]]
+    during = [
+        before + (1 - done) * activations + max(fixed, bucket) + bucket + own
+        for done, own in zip(filled, copied, strict=False)
+    ]
+    moving = max(before + first + fixed, *during, bucket + mine + live.end, 2 * mine)
+    gradients = max(before, mine) + 2 * bucket
+    held, host, disk = weights, 0.0, 0.0
+    if strategy.stage == 3:  # slices, and what is gathered of them: up to DeepSpeed's limit all of it stays together
+        held = share + min(weights, 4.0 * GATHERED)
+        always = mine + max(fixed, bucket)  # here gradients and bucket stay for good
+        moving = always + max(first, *((1 - done) * activations + bucket for done in filled))
+    if not mine:  # and under ZeRO-2 a buffer through which new weights come back
+        host, state = state + share * (1 if strategy.stage == 3 else 2), 0.0
+    if strategy.param_device != "none":
+        host, held = host + share, held - share
+    if "nvme" in (strategy.optimizer_device, strategy.param_device):
+        host, disk = share, host - share
+    return Memory(held, gradients, state, activations, logits, held + state + moving, host, saving, disk)
+
+
+def live_bytes(config: Config, vocab_size: int, micro: int, slices: bool, on_gpu: bool) -> Live:
+    """What a forward and backward takes: blocks by runs of 1 and 2 of them on 1 and 2 rows, the loss as it is."""
+    model, data, run = config.model, config.data, config.run
+    alike = (data.seq_len, data.document_mask, run.precision, run.activation_checkpointing, slices, on_gpu)
+    (a, b), (c, d) = ([_run_fake(model, layers, vocab_size, rows, *alike) for rows in (1, 2)] for layers in (1, 2))
+    x, y = model.layers - 1, micro - 1  # further layers and rows: each costs the same, whatever the others do
+    activations, blocks = (
+        a[n] + x * (c[n] - a[n]) + y * (b[n] - a[n]) + x * y * (d[n] - c[n] - b[n] + a[n]) for n in (0, 2)
+    )
+    bare = _run_fake(model, 0, vocab_size, micro, *alike)
+    return Live(activations, max(bare[1] - bare[0], 0.0), blocks, bare[3])
+
+
+@lru_cache(maxsize=4096)
+def _run_fake(
+    config: ModelConfig, layers: int, vocab_size: int, rows: int, length: int, document_mask: bool, precision: str,
+    activation_checkpointing: bool, slices: bool, on_gpu: bool,
+) -> tuple[float, float, float, float]:  # fmt: skip
+    """Bytes as the blocks have been run forward, and the most of the loss, the blocks' backward and the embedding's."""
+    with FakeTensorMode():
+        small = config.model_copy(update={"layers": layers})
+        model = GPT(small, vocab_size, length, activation_checkpointing)
+        model.device_type = "cuda" if on_gpu else "cpu"
+        for p in model.parameters():  # where a gradient goes is the strategy's, see memory()
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # type: ignore[no-untyped-call]
+        tokens = torch.zeros(rows, length, dtype=torch.int64)
+        watch = Watch([*model.parameters(), *model.buffers()])
+
+        def first_begins(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            inputs[0].register_hook(watch.next)  # type: ignore[no-untyped-call]  # the blocks' backward is over
+
+        def last_ends(block: torch.nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+            watch.next()
+            out.register_hook(watch.next)  # type: ignore[no-untyped-call]  # and here the loss's is
+
+        hooks = [model.blocks[0].register_forward_pre_hook(first_begins)] if layers else []
+        hooks.append((model.blocks[-1] if layers else model.embed).register_forward_hook(last_ends))
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        # Under ZeRO-3 the runtime keeps no cast weights beside those that the backward needs.
+        cast = torch.autocast("cpu", kind, enabled=kind != torch.float32, cache_enabled=not slices)
+        with watch, cast:
+            loss = model(
+                tokens, tokens, dropout_keys_B=tokens[:, 0] if config.dropout else None,
+                segments_BT=tokens if document_mask else None,
+            )  # fmt: skip
+            for hook in hooks:  # recomputing a block would call them again
+                hook.remove()
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+    return watch.left[0], watch.seen[1], watch.seen[2] if layers else 0.0, watch.most
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that come to be inside, until they go."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self.seen: list[int] = []  # the most between calls of next(), and what was there at each
+        self.left: list[int] = []
+        storages = [tensor.untyped_storage() for tensor in known]
+        self.known: dict[int, Any] = {id(storage): storage for storage in storages}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+                self.known[id(storage)] = None
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.pop(key, None)
+        self.now -= size
+
+    def next(self, *_: Any) -> None:
+        """A new stretch begins."""
+        self.seen.append(self.most)
+        self.left.append(self.now)
+        self.most = self.now
+
+
+# --- what a run takes
+
+
+def strategies(world: int) -> dict[str, Strategy]:
+    """Those of launch/ that so many processes can have, cheapest first."""
+    found = {path.stem: choose_strategy(path.stem) for path in LAUNCH_FILES.glob("*.yaml")}
+    del found["ddp" if world == 1 else "single"]
+    devices = ("none", "cpu", "nvme")
+    return dict(sorted(found.items(), key=lambda item: (item[1].stage, devices.index(item[1].optimizer_device))))
+
+
+def capacity(kind: str, per_node: int) -> float:
+    """Bytes that training may take of one GPU, or of this machine's memory by one of its processes."""
+    if kind == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
+    return GPUS[kind].memory - OVERHEAD
+
+
+def peak_of(kind: str, per_node: int) -> float:
+    """FLOP/s of one process's device: the data sheet's in dense bf16; of a CPU what a product of matrices reaches."""
+    if kind != "cpu":
+        return peak_flops(GPUS[kind].device)
+    a, times = torch.ones(1024, 1024), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 1024**3 / min(times) / per_node
+
+
+def needed(figures: Memory, kind: str) -> float:
+    """What must fit into a device; a CPU's memory also holds what is offloaded or on its way to disk."""
+    return figures.peak + (figures.host + figures.saving if kind == "cpu" else 0.0)
+
+
+def largest_micro_batch(config: Config, strategy: Strategy, world: int, vocab_size: int, kind: str, room: float) -> int:
+    """The largest micro-batch that fits, 0 if none does; at most a process's whole share of the global batch."""
+    fits, fails = 0, plan(config, world).share + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        tried = memory(with_micro_batch(config, middle), strategy, world, vocab_size, kind != "cpu")
+        fits, fails = (middle, fails) if needed(tried, kind) <= room else (fits, middle)
+    return fits
+
+
+def with_micro_batch(config: Config, micro: int) -> Config:
+    data = config.data.model_copy(update={"micro_batch": micro})
+    return Config(model=config.model, data=data, optim=config.optim, run=config.run)
+
+
+def refusal(strategy: Strategy, config: Config) -> str:
+    try:
+        if strategy.stage:
+            refuse_combinations(strategy, config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def estimate(
+    config: Config, vocab_size: int, launch: str | None, kind: str, nodes: int, per_node: int, mfu: float
+) -> dict[str, Any]:
+    """All figures, as --json prints them: bytes, seconds and counts, unrounded."""
+    world, room = nodes * per_node, capacity(kind, per_node)
+    layout, found = plan(config, world), strategies(world)
+    asked = launch or next(iter(found))
+    chosen = choose_strategy(asked).name(world)  # refuses an unknown name
+    rows: dict[str, dict[str, Any]] = {}
+    for name, strategy in found.items():
+        if why := refusal(strategy, config):
+            rows[name] = {"refused": why}
+            continue
+        figures = memory(config, strategy, world, vocab_size, kind != "cpu")
+        most = largest_micro_batch(config, strategy, world, vocab_size, kind, room)
+        fits = needed(figures, kind) <= room
+        rows[name] = {**asdict(figures), "needed": needed(figures, kind), "fits": fits, "largest_micro_batch": most}
+    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
+    padded, steps = sum(math.prod(shape) for shape in shapes.values()), steps_of(config)
+    parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
+    flops, tokens = flops_per_token(config.model, vocab_size, config.data.seq_len), steps * layout.tokens_per_step
+    rate = mfu * peak_of(kind, per_node) * world / flops
+    seconds, size = tokens / rate, checkpoint_bytes(config, vocab_size)
+    return {
+        "parameters": parameters, "padded_parameters": padded, "vocab_size": vocab_size, "steps": steps,
+        "flops_per_token": flops, "tokens": tokens, "flops": flops * tokens, "gpu": kind, "nodes": nodes,
+        "gpus_per_node": per_node, "micro_batch": layout.micro_batch, "accumulation": layout.accumulation,
+        "room": room, "overhead": 0.0 if kind == "cpu" else OVERHEAD, "strategies": rows, "asked": chosen, "mfu": mfu,
+        "tokens_per_second": rate, "seconds": seconds, "watts": GPUS[kind].watts * world,
+        "kilowatt_hours": GPUS[kind].watts * world * seconds / 3.6e6, "checkpoint": size,
+        "checkpoints_kept": checkpoints_kept(config, steps),
+        "advice": advice(config, rows, chosen, world, vocab_size, kind, room),
+    }  # fmt: skip
+
+
+def advice(
+    config: Config, rows: dict[str, Any], asked: str, world: int, vocab_size: int, kind: str, room: float
+) -> list[str]:
+    """Whether what was asked for fits; if not, what would."""
+    own = rows[asked]
+    if "refused" in own:
+        return [own["refused"]]
+    if own["fits"]:
+        return [f"{asked} fits"]
+    said = [f"{asked} does not fit: {_gb(own['needed'])} GB of {_gb(room)} GB; what would:"]
+    if own["largest_micro_batch"]:
+        said.append(f"--data.micro_batch {own['largest_micro_batch']}")
+    if not config.run.activation_checkpointing:
+        run = config.run.model_copy(update={"activation_checkpointing": True})
+        spared = Config(model=config.model, data=config.data, optim=config.optim, run=run)
+        most = largest_micro_batch(spared, strategies(world)[asked], world, vocab_size, kind, room)
+        if most:
+            said.append(f"--run.activation_checkpointing true, micro-batches up to {most}")
+    said += [
+        f"--launch {name}, micro-batches up to {row['largest_micro_batch']}"
+        for name, row in rows.items() if name != asked and row.get("largest_micro_batch")
+    ]  # fmt: skip
+    bigger = [other for other in GPUS if "cpu" not in (other, kind) and own["needed"] <= capacity(other, 1)]
+    said += [f"--gpu {' or '.join(bigger)}"] if bigger else []
+    return said if len(said) > 1 else [said[0].removesuffix(" what would:") + " nothing here would; more GPUs might"]
+
+
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "host", "disk", "saving")
+
+
+def describe(figures: dict[str, Any], source: str) -> str:
+    """One page. GB are 10^9 bytes."""
+    f, world = figures, figures["nodes"] * figures["gpus_per_node"]
+    kind = GPUS[f["gpu"]]
+    device = f"{world} x {f['gpu']}, {f['nodes']} node(s) of {f['gpus_per_node']}; {_gb(f['room'])} GB for each process"
+    device += f" beside {_gb(f['overhead'])} GB assumed for CUDA, NCCL and fragmentation" if f["overhead"] else ""
+    lines = [
+        f"{source}: {f['parameters']:,} parameters, {shorten(f['flops_per_token'])} FLOP a token; {f['steps']:,} steps,"
+        f" {shorten(f['tokens'])} tokens, {f['flops']:.3g} FLOP",
+        f"{device}; micro-batch {f['micro_batch']}, {f['accumulation']} backward passes a step",
+        "",
+        f"{'GB a process':15}" + "".join(f"{name:>12}" for name in (*COLUMNS, "micro-batch")),
+    ]
+    for name, row in f["strategies"].items():
+        marked = "*" if name == f["asked"] else " "
+        if "refused" in row:
+            lines.append(f"{marked} {name:13}{'refused for this optimizer or precision':>40}")
+            continue
+        most = f"<= {row['largest_micro_batch']}" if row["largest_micro_batch"] else "none fits"
+        lines.append(f"{marked} {name:13}" + "".join(f"{_gb(row[c]):>12}" for c in COLUMNS) + f"{most:>12}")
+    days = f["seconds"] / 86400
+    energy = f"{f['kilowatt_hours']:,.0f} kWh at the GPUs' full power, " if kind.watts else ""
+    lines += [
+        "",
+        *f["advice"],
+        f"at an MFU of {f['mfu']:g} (--mfu; a guess until measured): {shorten(f['tokens_per_second'])} tokens/s,"
+        f" {days:,.2f} days, {energy}a checkpoint {_gb(f['checkpoint'])} GB, at most {f['checkpoints_kept']} on disk:"
+        f" {_gb(f['checkpoint'] * f['checkpoints_kept'])} GB",
+    ]
+    if f["gpu"] == "cpu":
+        lines.append("glibc may keep much freed memory on top; MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back")
+    return "\n".join(lines)
+
+
+def table(kind: str, nodes: int, per_node: int) -> str:
+    """Markdown: peak GB of a process and the largest micro-batch, of each shipped recipe under each strategy."""
+    world, room = nodes * per_node, capacity(kind, per_node)
+    names = list(strategies(world))
+    lines = ["| recipe | parameters | micro-batch | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        config = resolve((str(path), read_yaml(path)))
+        try:
+            vocab_size = vocabulary(config)
+        except UserError:
+            vocab_size = TEXT_VOCABULARY
+        cells = []
+        for strategy in strategies(world).values():
+            figures = memory(config, strategy, world, vocab_size, kind != "cpu")
+            most = largest_micro_batch(config, strategy, world, vocab_size, kind, room)
+            cells.append(f"{_gb(needed(figures, kind))}, {f'<= {most}' if most else 'none'}")
+        shapes = hf.shapes(config.model, vocab_size, config.data.seq_len)
+        parameters = shorten(sum(math.prod(shape) for shape in shapes.values()))
+        lines.append(f"| {path.stem} | {parameters} | {plan(config, world).micro_batch} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
+
+
+def _whole(words: dict[str, str], name: str, default: int) -> int:
+    text = words.get(name, str(default))
+    if not text.isdecimal() or (name in words and int(text) < 1):
+        raise UserError(f"--{name}={text} must be a whole number of 1 or more; nearest: {max(default, 1)}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_entry(main)

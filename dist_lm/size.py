@@ -1,0 +1,71 @@
+"""What a config amounts to before anything is read or built: vocabulary, steps, bytes of a checkpoint."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+
+from dist_lm import hf
+from dist_lm.config import Config, UserError
+from dist_lm.optim import moments
+from dist_lm.shards import TokenShards, find_prepared, read_manifest
+from dist_lm.text import Tokenizer, train_tokenizer
+
+HUB_VOCABULARIES = {"gpt2": 50257}  # of the shipped recipes, so that they need no network
+
+SHAPES, LAYOUT = lru_cache(hf.shapes), lru_cache(hf.layout)  # asked for again with every micro-batch of a plan
+
+
+def vocabulary(config: Config) -> int:
+    """Tokens of the tokenizer that the config names, without reading text."""
+    spec = config.data.tokenizer
+    for folder in (config.data.input, Path(config.run.dir, "data")):
+        if find_prepared(folder):
+            return int(read_manifest(folder)["tokenizer"]["vocab_size"])
+    if spec == "byte":
+        return train_tokenizer("byte", []).vocab_size
+    if spec.startswith("bpe:") and spec[4:].isdecimal():
+        return int(spec[4:])  # at most
+    if Path(spec).exists():
+        return Tokenizer.load(spec).vocab_size
+    if spec in HUB_VOCABULARIES:
+        return HUB_VOCABULARIES[spec]
+    raise UserError(
+        f"data.tokenizer={spec} and data.input={config.data.input} do not tell the size of the vocabulary without"
+        " reading text; rule: a prepared folder, or --vocab_size N"
+    )
+
+
+def steps_of(config: Config) -> int:
+    if config.run.steps:
+        return config.run.steps
+    if not find_prepared(config.data.input):
+        raise UserError(
+            f"run.epochs={config.run.epochs} of data.input={config.data.input} is of unknown length; rule: a prepared"
+            " folder, or run.steps"
+        )
+    sequences = sum(TokenShards(config.data.input, "train").counts(config.data.seq_len, config.data.stride or 1))
+    return -(-(config.run.epochs or 0) * sequences // config.data.global_batch)
+
+
+def weight_bytes(config: Config, vocab_size: int) -> int:
+    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
+    return 4 * sum(math.prod(shape) for shape in shapes.values())
+
+
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """Tensors of a checkpoint: weights as their family has them, the optimizer's moments, the moving average."""
+    weights = sum(math.prod(entry.shape) for entry in LAYOUT(config.model, vocab_size, config.data.seq_len))
+    kept = [
+        math.prod(shape) * (moments(config.optim.name, name) + (config.run.ema > 0))
+        for name, shape in SHAPES(config.model, vocab_size, config.data.seq_len).items()
+    ]
+    return 4 * (weights + sum(kept))
+
+
+def checkpoints_kept(config: Config, steps: int) -> int:
+    """How many lie on disk at once: the newest, the best, what keep_every keeps, and one being written."""
+    run = config.run
+    saves = -(-steps // run.save_every) if run.save_every else 1
+    multiples = steps // math.lcm(run.keep_every, run.save_every) if run.keep_every and run.save_every else 0
+    best = bool(run.eval_every and run.save_every)
+    return min(saves, run.keep_last + best + multiples + 1)

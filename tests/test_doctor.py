@@ -1,0 +1,387 @@
+"""doctor.py: what it says of machines that are fit, and of faults that are provoked for real."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from dist_lm.config import DataConfig, UserError
+from dist_lm.data import prepare_dataset
+from dist_lm.doctor import Check, judge_clocks, main, rendezvous, report, within
+from tests.conftest import TINY, text_of
+from tests.procs import ROOT, clean_env, entry, finish, free_port, train
+
+SETTINGS = [word for word in TINY if word not in ("--run.log_batch_hash", "true")]
+
+
+def ranks(*arguments: str, where: Sequence[Path] = (ROOT, ROOT), code: Sequence[Path] = (ROOT, ROOT),
+          before: Sequence[Sequence[str]] = ((), ())) -> list[subprocess.Popen[str]]:  # fmt: skip
+    """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
+    port, started = str(free_port()), []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(code[rank])}  # fmt: skip
+        command = [*before[rank], sys.executable, str(code[rank] / "dist_lm/doctor.py"), *SETTINGS, *arguments]
+        started.append(
+            subprocess.Popen(
+                command, cwd=where[rank], env=clean_env(**own), text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    return started
+
+
+def doctor(*arguments: str, expect: int = 0, **how: object) -> str:
+    code, output = finish(ranks(*arguments, **how))  # type: ignore[arg-type]
+    assert code == expect, output
+    return output
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A small file system in memory; skips where it cannot be had."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# --- what it is for
+
+
+def test_alone_and_fit(prepared: Path, tmp_path: Path) -> None:
+    page = entry(
+        "doctor",
+        *SETTINGS,
+        "--data.input",
+        str(prepared),
+        "--data.tokenizer",
+        "byte",
+        "--run.dir",
+        str(tmp_path / "a/b"),
+    )
+    names = [line.split()[1] for line in page.splitlines()[:-1]]
+    assert (
+        names
+        == "versions devices threads memory clocks rendezvous all-reduce speed run space disk data tokenizer".split()
+    )
+    assert page.endswith("13 checks: 0 warn, 0 fail\n")
+    assert list(tmp_path.iterdir()) == []  # nothing stays, not even the folder
+
+
+@pytest.mark.slow
+def test_two_ranks_under_each_launcher(prepared: Path, tmp_path: Path) -> None:
+    common = (
+        *SETTINGS,
+        "--data.input",
+        str(prepared),
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--data.tokenizer",
+        "byte",
+        "--json",
+    )
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+                "-m", "dist_lm.doctor", "--launch", "zero2"]  # fmt: skip
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2",
+                  "--main_process_port", str(free_port()), "dist_lm/doctor.py"]  # fmt: skip
+    for launcher, strategy in ((torchrun, "zero2"), (accelerate, "ddp")):
+        done = subprocess.run([sys.executable, *launcher, *common], cwd=ROOT, env=clean_env(PYTHONPATH=str(ROOT)),
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=240)  # fmt: skip
+        found = json.loads(done.stdout[done.stdout.index("{") :])
+        assert (done.returncode, found["code"], found["ranks"]) == (0, 0, 2)
+        checks = {check["name"]: check for check in found["checks"]}
+        assert "fail" not in {check["grade"] for check in checks.values()}
+        assert checks["devices"]["text"].endswith(strategy)
+        assert "same node" in checks["pairs"]["text"] and " GB/s on the bus" in checks["all-reduce"]["text"]
+        assert "need " in checks["space"]["text"]
+
+
+# --- faults, each provoked
+
+
+@pytest.mark.slow
+def test_another_version_on_one_rank(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "dist_lm", tmp_path / "other/dist_lm")
+    shutil.copytree(ROOT / "launch", tmp_path / "other/launch")
+    init = tmp_path / "other/dist_lm/__init__.py"
+    init.write_text(init.read_text().replace('"0.', '"9.'))
+    page = doctor(
+        "--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), code=(ROOT, tmp_path / "other"), expect=70
+    )
+    assert "fail  versions    rank 1 (" in page and "): dist_lm 9." in page and ", not 0." in page
+    assert "-> install the same on every host" in page
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_one_rank_does_not_see(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    page = doctor("--data.input", str(prepared), "--run.dir", "runs/x", "--timeout_seconds", "16",
+                  where=(tmp_path / "here", tmp_path / "there"), expect=70)  # fmt: skip
+    assert f"{tmp_path}/there/runs/x here has not what rank 0 wrote there" in page
+    assert "fail  run folder  run.dir=runs/x: rank 1 (" in page
+    assert "-> a folder that all hosts share, by its absolute path" in page
+    assert not (tmp_path / "here/runs").exists() and not (tmp_path / "there/runs").exists()
+
+
+@pytest.mark.slow
+def test_data_that_one_rank_does_not_see_or_sees_otherwise(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "a.txt").write_text(text_of(5))
+    arguments = ("--data.input", "*.txt", "--run.dir", str(tmp_path / "run"), "--data.tokenizer", "byte")
+    page = doctor(*arguments, where=(here, there), expect=65)
+    assert "fail  data        rank 1 (" in page and "data.input='*.txt': no file matches" in page
+    assert "-> put it where every host sees it, by its absolute path" in page
+    (there / "a.txt").write_text(text_of(6))
+    page = doctor(*arguments, where=(here, there), expect=65)
+    assert "fail  data        data.input=*.txt: rank 1 (" in page and "see(s) other content than rank 0" in page
+    assert "-> the same copy on every host" in page
+
+
+def test_a_read_only_folder(prepared: Path, tmp_path: Path) -> None:
+    def check(folder: Path, why: str) -> None:
+        page = entry("doctor", *SETTINGS, "--data.input", str(prepared), "--run.dir", str(folder / "run"), code=70)
+        assert f"fail  run folder  run.dir={folder}/run cannot be written: " in page and why in page
+        assert "-> another run.dir, or its permissions" in page
+
+    if os.getuid():
+        (tmp_path / "mine").mkdir(mode=0o555)
+        check(tmp_path / "mine", "Permission denied")
+    else:
+        with mounted(tmp_path / "mine", "ro,size=1m") as folder:
+            check(folder, "Read-only file system")
+
+
+def test_too_little_disk(prepared: Path, tmp_path: Path) -> None:
+    saving = list(SETTINGS)
+    for name in ("--run.save_every", "--run.eval_every"):
+        saving[saving.index(name) + 1] = "1"
+    with mounted(tmp_path / "small", "size=1m") as folder:
+        page = entry("doctor", *saving, "--data.input", str(prepared), "--run.dir", str(folder / "run"), code=70)
+    assert "fail  space       0.00105 GB free, 4 checkpoints of 0.00" in page
+    assert "-> another run.dir, a smaller run.keep_last, or free some" in page
+
+
+def test_too_little_memory(tmp_path: Path) -> None:
+    huge = (
+        "--model.width",
+        "65536",
+        "--model.layers",
+        "2000",
+        "--data.tokenizer",
+        "byte",
+        "--run.dir",
+        str(tmp_path / "run"),
+    )
+    page = entry(
+        "doctor",
+        *[
+            w
+            for w in SETTINGS
+            if w not in ("--model.width", "32", "--model.layers", "2", "--model.heads", "--data.seq_len")
+        ],
+        *huge,
+        code=70,
+    )
+    assert "fail  memory      " in page and "-> python -m dist_lm.plan shows what would fit" in page
+
+
+def test_damaged_data(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    (tmp_path / "text.txt").write_text(text_of(50))
+    prepare_dataset(
+        DataConfig(input=str(tmp_path / "text.txt"), separator="\n\n", tokenizer="byte"),
+        folder,
+        1,
+        say=lambda text: None,
+    )
+    arguments = (*SETTINGS, "--data.input", str(folder), "--run.dir", str(tmp_path / "run"))
+    page = entry("doctor", *arguments)
+    assert "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048" in page
+    assert "-> --data.tokenizer byte" in page
+    whole = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(whole.replace("<|endoftext|>", "<|theend|>"))
+    page = entry("doctor", *arguments, code=65)
+    assert "fail  " in page and "tokenizer" in page
+    (folder / "tokenizer.json").unlink()
+    os.mkfifo(folder / "tokenizer.json")  # a mount that hangs
+    page = entry("doctor", *arguments, "--timeout_seconds", "6", code=65)
+    assert "): no answer within 3 s" in page
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").write_text(whole)
+    shard = next(folder.glob("train*.safetensors"))
+    shard.unlink()
+    assert "missing where dataset.json has" in entry("doctor", *arguments, code=65)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_tokenizer(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text_of(300))
+    data = DataConfig(input=str(tmp_path / "text.txt"), separator="\n\n", tokenizer="char", val_fraction=0.1)
+    prepare_dataset(data, tmp_path / "chars", 1, say=lambda text: None)
+    train(tmp_path / "run", *SETTINGS, "--data.input", str(prepared))
+    arguments = (*SETTINGS, "--run.dir", str(tmp_path / "run"), "--data.input")
+    assert f"257 tokens, as {tmp_path}/run/step-00000012" in entry("doctor", *arguments, str(prepared))
+    page = entry("doctor", *arguments, str(tmp_path / "chars"), code=65)
+    assert f"step-00000012 was trained with another tokenizer than data.input={tmp_path}/chars has" in page
+    assert "-> data and checkpoint that belong together" in page
+
+
+@pytest.mark.slow
+def test_ranks_on_one_core(prepared: Path, tmp_path: Path) -> None:
+    page = doctor(
+        "--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=[["taskset", "-c", "0"]] * 2
+    )
+    assert ": 2 threads of 2 ranks share 1 core(s)" in page
+    assert "-> fewer ranks there, or more cores for them" in page
+
+
+@pytest.mark.slow
+def test_two_hosts(prepared: Path, tmp_path: Path) -> None:
+    """Two host names on one machine, which know themselves by a loopback address alone."""
+    named = ["env", "GLOO_SOCKET_IFNAME=lo", "unshare", "-u", "sh", "-c"]
+    if subprocess.run(["unshare", "-u", "true"], capture_output=True).returncode:
+        pytest.skip("another host name for one process needs root")
+    before = [[*named, f'hostname {host} && exec "$@"', "sh"] for host in ("node-a", "node-b")]
+    page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=before)
+    assert "2 ranks on 2 host(s)" in page
+    assert "pairs       between nodes: " in page and "(rank 0 (node-a) and rank 1 (node-b))" in page
+    assert "warn  rendezvous  127.0.0.1:" in page and "node-a 127.0.0.1 by lo, node-b 127.0.0.1 by lo" in page
+
+
+@contextlib.contextmanager
+def slow_cores(share: float) -> Iterator[list[str]]:
+    """What to put before a command so that it gets only this share of a core; skips where control groups cannot."""
+    for folder, files in (
+        (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": str(int(10000 * share))}),
+        (Path("/sys/fs/cgroup"), {"cpu.max": f"{int(10000 * share)} 10000"}),
+    ):
+        group = folder / f"dist_lm-test-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            try:
+                for name, value in files.items():
+                    (group / name).write_text(value)
+                yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+                return
+            finally:
+                group.rmdir()
+    pytest.skip("making a processor slow needs root and control groups with a cpu controller")
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
+    with slow_cores(0.2) as slow:
+        page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=([], slow))
+    assert "warn  speed " in page and "; slow: rank 1 (" in page and "; slow: rank 0" not in page
+    assert "-> all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out" in page
+
+
+def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    port, began = str(free_port()), time.monotonic()
+    page = entry("doctor", *SETTINGS, "--run.dir", str(tmp_path / "run"), "--timeout_seconds", "3", code=70, timeout=90,
+                 MASTER_PORT=port, **alone)  # fmt: skip
+    assert time.monotonic() - began < 60
+    assert f"a rank is missing, died or was silent for 3 s, at the start (rendezvous 127.0.0.1:{port}): " in page
+    assert (
+        "-> look at the ranks that do not say this, and whether every host reaches MASTER_ADDR at MASTER_PORT" in page
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_falls_silent(prepared: Path, tmp_path: Path, how: signal.Signals) -> None:
+    run = tmp_path / "run"
+    both = ranks("--data.input", str(prepared), "--run.dir", str(run), "--timeout_seconds", "8")
+    try:
+        while not any(run.glob(".doctor-*")):
+            assert all(rank.poll() is None for rank in both)
+        both[1].send_signal(how)
+        page = both[0].communicate(timeout=60)[0]
+    finally:
+        both[1].kill()
+        both[1].communicate()
+        both[0].kill()
+    assert both[0].returncode == 70
+    assert "fail  peers       a rank is missing, died or was silent for 8 s, after the check of " in page
+    assert not any(run.glob(".doctor-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--timeout_seconds", "soon"], "--timeout_seconds=soon must be a whole number of 1 or more; nearest: 60"),
+        (["--timeout_seconds", "0"], "--timeout_seconds=0 must be a whole number of 1 or more; nearest: 60"),
+        (["--jason"], "unknown flag --jason; did you mean --json?"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        main(arguments)
+    assert (str(refused.value), refused.value.code) == (message, 2)
+
+
+def test_what_start_refuses_is_on_the_page() -> None:
+    found = json.loads(entry("doctor", *SETTINGS, "--launch", "zero2", "--json", code=2))
+    assert [(c["name"], c["grade"], c["code"]) for c in found["checks"]] == [("start", "fail", 2)]
+    assert found["checks"][0]["text"].startswith("--launch zero2 needs ranks that a launcher started")
+
+
+# --- judgements
+
+
+def test_clocks_that_differ() -> None:
+    names = ["rank 0 (a)", "rank 1 (b)"]
+    assert judge_clocks([[0.0, 0.2], [0.0, -0.001]], names) == Check(
+        "clocks", "ok", "at most 0.001 s apart (rank 1 (b) from rank 0)"
+    )
+    found = judge_clocks([[0.0, -7.5], [0.0, -7.25]], names)
+    assert (found.grade, found.text) == ("warn", "at most 7.25 s apart (rank 1 (b) from rank 0)")
+    assert found.remedy == "set the clocks by NTP: times in logs and metrics do not compare"
+
+
+def test_hosts_that_only_know_themselves() -> None:
+    facts = [{"host": host, "address": "127.0.1.1", "backend": "gloo"} for host in "ab"]
+    found = rendezvous(facts)
+    assert (
+        found.grade == "warn"
+        and found.remedy == "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts"
+    )
+    assert rendezvous(facts[:1]).grade == "ok"
+
+
+def test_work_that_fails_or_hangs_is_said() -> None:
+    def refuse() -> dict[str, object]:
+        raise UserError("no", 65)
+
+    def fail() -> dict[str, object]:
+        raise OSError(5, "Input/output error")
+
+    assert within(5, lambda: {"a": 1}) == {"a": 1}
+    assert within(5, refuse) == {"error": "no", "code": 65}
+    assert within(5, fail) == {"error": "[Errno 5] Input/output error", "code": 70}
+    assert within(0.1, lambda: time.sleep(1) or {}) == {"error": "no answer within 0.1 s", "code": 70}
+
+
+def test_the_page() -> None:
+    checks = [Check("a", "ok", "fine"), Check("b", "fail", "broken", "mend it", 70)]
+    assert report(checks, 2, 70, False).splitlines() == [
+        "ok    a           fine", "fail  b           broken", " " * 18 + "-> mend it", "2 checks: 0 warn, 1 fail"
+    ]  # fmt: skip
+    assert json.loads(report(checks, 2, 70, True))["checks"][1]["remedy"] == "mend it"

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
 
-    stdlib = DataConfig()
+    stdlib = DataConfig().as_source()
     documents = ["".join(texts) for *_, texts in Reader(stdlib, find_sources(stdlib)).documents(Counter())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

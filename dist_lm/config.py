@@ -170,6 +170,11 @@ class DataConfig(Section):
         """The sources by name; `input` alone is called `text`."""
         return self.sources or {"text": self.as_source()}
 
+    def field_of(self, name: str) -> str:
+        """Where a source's input was given."""
+        section = "validation" if name in self.validation else "sources"
+        return f"data.{section}.{name}.input" if name in self.validation or self.sources else "data.input"
+
     def as_source(self) -> SourceConfig:
         return SourceConfig(input=self.input, text_column=self.text_column, separator=self.separator)
 

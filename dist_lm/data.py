@@ -405,9 +405,8 @@ def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dic
     """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
     data, specs = config.data, config.data.named_sources()
     readers = {
-        name: Reader(spec, find_sources(spec, f"data.{kind}.{name}.input"), data.bad_rows)
-        for kind, named in (("sources", specs), ("validation", data.validation))
-        for name, spec in named.items() if not find_prepared(spec.input)
+        name: Reader(spec, find_sources(spec, data.field_of(name)), data.bad_rows)
+        for name, spec in (specs | data.validation).items() if not find_prepared(spec.input)
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     prepared = [spec.input for spec in [*specs.values(), *data.validation.values()] if find_prepared(spec.input)]

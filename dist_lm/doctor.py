@@ -457,18 +457,17 @@ def look(config: Config) -> dict[str, Any]:
                     "hash": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(), "sha256": own.sha256,
                     "manifest": facts["sha256"], "size": own.vocab_size,
                     "spec": train.manifest["settings"]["tokenizer"]}  # fmt: skip
-    sources = [source for name, spec in config.data.named_sources().items() if not find_prepared(spec.input)
-               for source in find_sources(spec, f"data.sources.{name}.input" if config.data.sources else "data.input")]  # fmt: skip
+    named = config.data.named_sources()
+    raw = {name: spec for name, spec in named.items() if not find_prepared(spec.input)}
+    sources = [source for name, spec in raw.items() for source in find_sources(spec, config.data.field_of(name))]
     for source in sources:
         if source.path and not is_remote(source.path):
             with open(source.path, "rb") as file:
                 file.read(1)
     listed = json.dumps([[source.name, source.size] for source in sources])
     total = _gb(sum(source.size for source in sources))
-    where = ", ".join(spec.input for spec in config.data.named_sources().values())
-    text = (
-        f"{len(sources)} file(s), {total}" if all(source.path for source in sources) else "hub datasets, not looked at"
-    )
+    where, local = ", ".join(spec.input for spec in named.values()), all(source.path for source in sources)
+    text = f"{len(sources)} file(s), {total}" if local else "a hub dataset, not looked at"
     return {"what": f"{where}: {text}", "hash": hashlib.sha256(listed.encode()).hexdigest()}
 
 

@@ -86,10 +86,13 @@ class Attempt:
         if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
             failures += 1  # being preempted is nobody's fault; a job too short for one new step is
         outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
-        self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
-        aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-        os.replace(aside, self.folder / "outcome.json")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+            os.replace(aside, self.folder / "outcome.json")
+        except OSError as error:  # a full disk must not change how a run ends
+            print(f"warning: {self.folder}/outcome.json could not be written: {error}", file=sys.stderr)
         return outcome
 
     def run(self, work: Callable[[], str]) -> None:
@@ -116,6 +119,7 @@ class Attempt:
             traceback.print_exc()
             if rank == 0 or not self.is_recorded:
                 self.record("retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}")
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(CODES["retryable"])  # not through destructors, which may wait for a peer that is gone
         if reason:
@@ -133,6 +137,8 @@ def in_a_line(error: BaseException) -> str:
 def main(argv: list[str]) -> None:
     """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the run folder.
     after NUMBER CODE ARGUMENTS: say how it ended, and exit with its class's code: 70 and 75 may be started again."""
+    if argv[:1] != ["before"] and not (argv[:1] == ["after"] and len(argv) > 2 and argv[1].isdecimal()):
+        raise UserError("rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS")
     when, words = argv[0], argv[1 if argv[0] == "before" else 3 :]
     config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
     folder = Path(config.run.dir)

@@ -51,6 +51,8 @@ def test_an_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stopped.value.code == 75 and read(tmp_path)["class"] == "preempted"
     Attempt(tmp_path).run(lambda: "")
     assert read(tmp_path)["class"] == "done"
+    (tmp_path / "file").touch()
+    assert Attempt(tmp_path / "file" / "run").record("done", "")["class"] == "done"  # said, not raised
     (tmp_path / "outcome.json").write_text("{torn")
     assert read(tmp_path) == {} and Attempt(tmp_path).number == 1
 
@@ -81,6 +83,7 @@ def test_the_clock_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_launchers_ask(tmp_path: Path) -> None:
     run = ["--run.dir", str(tmp_path)]
+    assert "rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS" in entry("outcome", "again", *run, code=2)
     assert entry("outcome", "before", *run) == f"1 {tmp_path}\n"
     assert "did you mean --run.steps?" in entry("outcome", "before", "--run.stepps", "3", code=2)
     said = entry("outcome", "after", "1", "137", *run, code=70)

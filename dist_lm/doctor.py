@@ -65,9 +65,8 @@ def main(argv: list[str]) -> None:
         from dist_lm.runtime import start  # after the command line: torch takes seconds to import
 
         run = config.run.model_copy(update={"timeout_seconds": float(seconds)})
-        runtime = start(config.model_copy(update={"run": run}), next(iter(given.get("launch", [])), None))
-        if runtime.watch:
-            runtime.watch.close()  # every check has a time limit of its own, and a run's outcome is not ours to write
+        launch = next(iter(given.get("launch", [])), None)
+        runtime = start(config.model_copy(update={"run": run}), launch, examining=True)
         for check in examine(runtime, config, float(seconds)):
             checks.append(check)
     except UserError as error:

@@ -475,10 +475,13 @@ def _process_is_gone(lock: str) -> bool:
     return False
 
 
-def start(config: Config, launch: str | None = None, attempt: Attempt | None = None) -> Runtime:
+def start(
+    config: Config, launch: str | None = None, attempt: Attempt | None = None, examining: bool = False
+) -> Runtime:
     """Join the other processes, check that they are the ones asked for and see the same as we do. All ranks.
 
-    `launch` names the strategy where accelerate did not start the ranks: a file of launch/.
+    `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The doctor is `examining`:
+    what differs between ranks, and who is missing, is for him to say.
     """
     attempt = attempt or Attempt(Path(config.run.dir))
     refuse_silent_single()
@@ -519,7 +522,9 @@ def start(config: Config, launch: str | None = None, attempt: Attempt | None = N
     except dist.DistError as error:
         raise UserError(_why_not_joined(error, config.run.timeout_seconds), CODES["retryable"]) from error
     runtime = Runtime(accelerator, config, strategy, settings, attempt)
-    _prove_world(runtime, config)
+    _prove_world(runtime)
+    if not examining:
+        _refuse_different(runtime, config)
     if no_gpu:  # launchers set OMP_NUM_THREADS=1; share the cores out instead
         torch.set_num_threads(threads)
     elif torch.cuda.device_count() > local_world:
@@ -527,7 +532,7 @@ def start(config: Config, launch: str | None = None, attempt: Attempt | None = N
             f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
             " process per GPU, e.g. with torchrun --nproc_per_node"
         )
-    if runtime.world_size > 1:
+    if runtime.world_size > 1 and not examining:
         _watch_over(runtime, config)
     return runtime
 
@@ -565,13 +570,17 @@ def die_with_launcher(poll_seconds: float = 1.0) -> None:
     threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
 
 
-def _prove_world(runtime: Runtime, config: Config) -> None:
-    """Silent degradation is the worst failure of this stack: count the ranks by an exchange and compare settings."""
+def _prove_world(runtime: Runtime) -> None:
+    """Silent degradation is the worst failure of this stack: count the ranks by an exchange."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if runtime.world_size != asked:
         raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
     ranks = runtime.sum(torch.tensor([1.0, runtime.rank], device=runtime.device)).tolist()
     assert ranks == [asked, asked * (asked - 1) / 2], f"the exchange between {asked} ranks is broken: {ranks}"
+
+
+def _refuse_different(runtime: Runtime, config: Config) -> None:
+    """All ranks have the same settings, code and data. All ranks."""
     seen = runtime.channel.gather({"host": socket.gethostname(), **_what_must_be_equal(config)})
     for name in seen[0]:
         different = [rank for rank, own in enumerate(seen) if own[name] != seen[0][name]]

@@ -229,7 +229,7 @@ def test_the_guide_has_the_table_that_its_command_prints() -> None:
     assert entry("plan", *command.split()) in guide
 
 
-@pytest.mark.campaign  # minutes; at 14 M parameters and less glibc's heap spoils it, see benchmarks/results/
+@pytest.mark.campaign  # minutes; missed at 14 M parameters, see benchmarks/results/2026-11-21-plan.md
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_memory_is_what_training_takes(strategy: str, tmp_path: Path) -> None:
     """Resident memory of real training, as benchmarks/plan.py measures it, within 10 %."""

@@ -216,9 +216,9 @@ def test_damaged_data(tmp_path: Path) -> None:
     assert "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048" in page
     assert "-> --data.tokenizer byte" in page
     whole = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(whole.replace("<|endoftext|>", "<|theend|>"))
+    (folder / "tokenizer.json").write_text(whole.replace('"!"', '"?!"', 1))
     page = entry("doctor", *arguments, code=65)
-    assert "fail  " in page and "tokenizer" in page
+    assert f"{folder}/tokenizer.json is not the one that the folder was prepared with" in page
     (folder / "tokenizer.json").unlink()
     os.mkfifo(folder / "tokenizer.json")  # a mount that hangs
     page = entry("doctor", *arguments, "--timeout_seconds", "6", code=65)

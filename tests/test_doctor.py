@@ -300,9 +300,6 @@ def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
                  MASTER_PORT=port, **alone)  # fmt: skip
     assert time.monotonic() - began < 60
     assert f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up" in page
-    assert (
-        "-> look at the ranks that do not say this, and whether every host reaches MASTER_ADDR at MASTER_PORT" in page
-    )
 
 
 @pytest.mark.slow

@@ -39,8 +39,7 @@ def two_nodes(cluster: Slurm, run: Path) -> float:
     return tokens_per_second(run)
 
 
-def main(rounds: int) -> None:
-    folder = Path(tempfile.mkdtemp())
+def main(rounds: int, folder: Path) -> None:
     prepare = [sys.executable, "-m", "dist_lm.prepare", "--input", "stdlib", "--output", str(folder / "data")]
     subprocess.run(prepare, check=True, capture_output=True)
     TRAIN.extend(["--data.input", str(folder / "data")])
@@ -54,4 +53,5 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    with tempfile.TemporaryDirectory() as folder:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 3, Path(folder))

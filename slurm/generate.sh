@@ -6,10 +6,6 @@
 # DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
 set -uo pipefail
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
-if [[ -n "${SETUP:-}" ]]; then
-    # shellcheck disable=SC1090
-    source "$SETUP"
-fi
-[[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
-read -ra container <<<"${CONTAINER:-}"
-exec srun --ntasks=1 --nodes=1 "${container[@]}" "${PYTHON:-python3}" -m dist_lm.generate "$@"
+# shellcheck source=slurm/setup.sh
+source slurm/setup.sh
+exec srun --ntasks=1 --nodes=1 "${container[@]}" "$PYTHON" -m dist_lm.generate "$@"

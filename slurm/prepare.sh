@@ -8,12 +8,8 @@
 # DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
 set -uo pipefail
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
-if [[ -n "${SETUP:-}" ]]; then
-    # shellcheck disable=SC1090
-    source "$SETUP"
-fi
-[[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
-read -ra container <<<"${CONTAINER:-}"
+# shellcheck source=slurm/setup.sh
+source slurm/setup.sh
 refuse() { echo "slurm/prepare.sh: error: $*" >&2; exit 2; }
 
 input='' output='' tokenizer='' rest=()
@@ -41,5 +37,5 @@ mkdir -p "$share" || exit 2
 for ((n = number; n < ${#files[@]}; n += count)); do
     ln -sfn "$(realpath "${files[n]}")" "$share/$(printf %08d "$n")-$(basename "${files[n]}")"
 done
-exec srun --ntasks=1 --nodes=1 --cpu-bind=none "${container[@]}" "${PYTHON:-python3}" -m dist_lm.prepare \
+exec srun --ntasks=1 --nodes=1 --cpu-bind=none "${container[@]}" "$PYTHON" -m dist_lm.prepare \
     --input "$share" --output "$part" --tokenizer "$tokenizer" "${rest[@]}"

@@ -17,15 +17,11 @@
 #   DOCTOR          1: check the machines first, and stop if they are not fit                                   (0)
 set -uo pipefail
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
-if [[ -n "${SETUP:-}" ]]; then
-    # shellcheck disable=SC1090
-    source "$SETUP"
-fi
-[[ -n "${PYTHON:-}" || ! -x .venv/bin/python ]] || PYTHON=$PWD/.venv/bin/python
-PYTHON=${PYTHON:-python3} LAUNCH=${LAUNCH:-ddp}
+# shellcheck source=slurm/setup.sh
+source slurm/setup.sh
+LAUNCH=${LAUNCH:-ddp}
 # shellcheck source=launch/net.sh
 source launch/net.sh
-read -ra container <<<"${CONTAINER:-}"
 
 say() { echo "slurm/train.sh: $*" >&2; }
 outcome() { # in the environment that trains

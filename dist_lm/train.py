@@ -450,10 +450,14 @@ def describe(run: Run) -> None:
             " left out"
         )
     for name, source in data.sources.items() if data.sequences is None else ():
-        kind = (
-            f"{len(source.parts):,} parts in {source.lanes} lanes" if isinstance(source, Recipe) else "prepared shards"
-        )
-        say(f"source {name}: {kind}, weight {config.data.named_sources()[name].weight}")
+        kind = "prepared shards"
+        if isinstance(source, Recipe):
+            kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
+            if source.lanes < runtime.world_size:
+                say(
+                    f"warning: {name} has {source.lanes} lanes, so some of {runtime.world_size} processes read none of it"
+                )
+        say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
         f" step {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"

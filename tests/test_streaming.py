@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +23,7 @@ from dist_lm.config import Config, UserError, plan
 from dist_lm.data import Batches, Dataset, Mix, open_dataset
 from dist_lm.metrics import read_metrics
 from dist_lm.preparing import document_hash, held_out
+from dist_lm.shards import TokenShards
 from dist_lm.stream import Recipe, Stream
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore
@@ -250,6 +253,39 @@ def test_templates_and_filters(tmp_path: Path) -> None:
         _, data = opened(tmp_path / name[2:], "stdlib", sources={"s": source}, lanes=1, val_fraction=0.0,
                               run={"eval_every": 0})  # fmt: skip
         assert sorted(read_through(data)[:-1])[:3] == ["t10: b10", "t11: b11", "t13: b13"], name
+
+
+def test_a_hub_dataset_streams_by_row_group(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load_dataset reads a folder as it reads a hub dataset; here no hub is reached."""
+    asked = []
+    real = datasets.load_dataset
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        asked.append((path, options["name"], options["split"], options["revision"]))
+        return real(str(corpus / "parquet"), split="train", streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = {"input": "someone/words", "subset": "small", "split": "test", "revision": "v2"}
+    _, data = opened(
+        tmp_path / "hub", "stdlib", sources={"s": source}, val_fraction=0.0, lanes=1, run={"eval_every": 0}
+    )
+    assert len(recipe(data).parts) == 2 * 8  # 150 rows in groups of 20
+    assert sorted(read_through(data)[:-1]) == sorted(text for n in range(2) for text in documents(150, n))
+    assert set(asked) == {("someone/words", "small", "test", "v2")}
+
+
+def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path) -> None:
+    shared = documents(300, 7)[:40]
+    write_rows(tmp_path / "asked.jsonl", shared)
+    named = {"rows": {"input": str(corpus / "rows.jsonl")}, "web": {"input": str(corpus / "parquet")}}
+    config, data = opened(tmp_path / "run", "stdlib", stream=False, sources=named, run={"eval_batches": 400},
+                          validation={"asked": {"input": str(tmp_path / "asked.jsonl")}})  # fmt: skip
+    rows = data.sources["rows"]
+    assert isinstance(rows, TokenShards)
+    tokens = np.concatenate([rows.read([n], 16, 16)[0][:16] for n in range(rows.count(config.data))])
+    trained = set(data.tokenizer.decode(tokens, skip_special=False).split("<|endoftext|>"))
+    assert not trained & set(shared)
+    assert len(trained & set(documents(300, 7))) >= 260 - sum(map(is_held_out, documents(300, 7)))
 
 
 def test_one_long_document_among_fewer_than_lanes(tmp_path: Path) -> None:

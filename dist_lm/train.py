@@ -454,9 +454,7 @@ def describe(run: Run) -> None:
         if isinstance(source, Recipe):
             kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
             if source.lanes < runtime.world_size:
-                say(
-                    f"warning: {name} has {source.lanes} lanes, so some of {runtime.world_size} processes read none of it"
-                )
+                say(f"warning: {name} has {source.lanes} lanes, fewer than the {runtime.world_size} processes")
         say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"

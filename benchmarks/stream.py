@@ -384,11 +384,12 @@ def resume(args: argparse.Namespace, scratch: Path) -> None:
         config = config_of(folder, file, scratch)
         data = opened(config)
         began = time.perf_counter()
-        state = near_end(config, data)
+        half, end = places(config, data)
         print(f"{kind}: {documents} documents, a pass of bytes {time.perf_counter() - began:.0f} s", flush=True)
         sides: dict[str, Callable[[], Any]] = {
             "open": partial(opened, config),
-            "resume": partial(first_batch, config, data, state),
+            "resume half way": partial(first_batch, config, data, half),
+            "resume at the end": partial(first_batch, config, data, end),
             "skip": partial(skip, folder, kind, documents - 1),
         }
         rounds = [{name: timed(side) for name, side in sides.items()} for _ in range(args.rounds)]
@@ -398,18 +399,20 @@ def resume(args: argparse.Namespace, scratch: Path) -> None:
         shutil.rmtree(folder)
 
 
-def near_end(config: Config, data: Dataset) -> dict[str, Any]:
-    """Where the stream stands NEAR batches of bytes before its end; says what memory reading it all took."""
+def places(config: Config, data: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Where the stream stands half way, and NEAR batches of bytes before its end; says what memory it all took."""
     batches, last = batches_of(config, with_tokenizer(data, Bytes())), deque[dict[str, Any]](maxlen=NEAR)
-    sizes: list[float] = []
+    sizes, some = list[float](), list[dict[str, Any]]()
     while not (batch := batches.take()).end:
         last.append(batch.after)
+        some += [batch.after] if len(sizes) % 100 == 0 else []
         sizes.append(resident())
     print(f"memory over {len(sizes)} batches of bytes: {course(sizes)}", flush=True)
-    state: dict[str, Any] = json.loads(json.dumps(last[0]))
-    for cursor in state["streams"]["text"]["lanes"].values():
-        cursor["offset"] = 0  # between documents, which is a place in whatever tokens
-    return state
+    found = json.loads(json.dumps([some[len(some) // 2], last[0]]))
+    for state in found:
+        for cursor in state["streams"]["text"]["lanes"].values():
+            cursor["offset"] = 0  # between documents, which is a place in whatever tokens
+    return found[0], found[1]
 
 
 def first_batch(config: Config, data: Dataset, state: dict[str, Any]) -> None:

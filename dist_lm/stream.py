@@ -104,6 +104,8 @@ class Lane:
         self._skipped = Counter[str](cursor.get("skipped", {}))
         self._found = self._open(cursor["part"], cursor["row"])
         self._documents: Iterator[Document] = iter(())
+        # A lane begins with little, for its first sequences to come soon; what best fit packs together must not vary.
+        self._batch = BATCH if recipe.best_fit else (1, BATCH[1] // 16)
         self._pending: deque[Document] = deque()  # tokens that no sequence begins behind
         self._offset = self._rewind = cursor["offset"]
         self._passed_over = cursor["document"]
@@ -167,9 +169,10 @@ class Lane:
 
     def _read(self) -> None:
         """Tokenize the next few documents and make sequences of them; at the end of the pass begin the next one."""
-        documents = _few(self._documents, BATCH) or _few(self._next_block(), BATCH)
+        documents = _few(self._documents, self._batch) or _few(self._next_block(), self._batch)
         if documents:
             self.is_empty = False
+            self._batch = min(2 * self._batch[0], BATCH[0]), min(2 * self._batch[1], BATCH[1])
             self._encode(documents)
             return
         self.ended = self._pass

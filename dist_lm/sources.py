@@ -130,11 +130,11 @@ class Reader:
             start = 0
 
     def parts(self, lanes: int) -> list[Part]:
-        """Row groups of Parquet, byte ranges of plain .jsonl (at least as many as `lanes`), shards of a hub dataset,
+        """Row groups of Parquet, byte ranges of plain .jsonl (four a lane, if it is large), shards of a hub dataset,
         or else files: a property of the source and of `lanes`, not of the machine."""
         found = []
         plain = sum(source.size for source in self.sources if source.name.endswith(".jsonl"))
-        step = max(SMALLEST_RANGE, plain // lanes)
+        step = max(SMALLEST_RANGE, plain // (4 * lanes))  # several a lane, so that lanes end about together
         for number, source in enumerate(self.sources):
             pieces = [Part(number)]
             with self._leaving_damage(Counter()), self._naming(source):

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,11 +78,7 @@ class Run:
     metrics: Metrics
     saver: Saver
     state: TrainState
-
-    @cached_property
-    def batches(self) -> Batches:
-        """Of training, from where the run stands."""
-        return training_batches(self)
+    batches: Batches | None = None  # of training, while it lasts
 
     @property
     def dir(self) -> Path:
@@ -114,7 +110,8 @@ def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> st
                 try:
                     why = train(run)
                 except UserError:
-                    run.batches.close()
+                    if run.batches:
+                        run.batches.close()
                     report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
                     raise
                 finish(run, why)
@@ -131,7 +128,7 @@ def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> st
 def train(run: Run) -> str:
     """The loop. Every paragraph is run by all ranks, with the same outcome on each. Why it stopped early, if it did."""
     config, runtime, state, model = run.config, run.runtime, run.state, run.runtime.model
-    batches = run.batches
+    batches = run.batches = training_batches(run)
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
     targets, stop = runtime.sum(runtime.with_stop(batch.targets))  # it may have been asked for during start-up

@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_tokenizer(prepared: Path, tmp_path: Path) -> No
     assert "-> data and checkpoint that belong together" in page
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_ranks_on_one_core(prepared: Path, tmp_path: Path) -> None:
     page = doctor(
         "--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=[["taskset", "-c", "0"]] * 2
@@ -285,7 +285,7 @@ def slow_cores(share: float) -> Iterator[list[str]]:
     pytest.skip("making a processor slow needs root and control groups with a cpu controller")
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
     with slow_cores(0.2) as slow:
         page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=([], slow))

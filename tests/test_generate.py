@@ -187,7 +187,7 @@ def test_top_k_may_exceed_the_vocabulary(cli: Cli) -> None:
     assert cli.lines(*how, "--top_k", "100000")[0]["text"] == cli.lines(*how)[0]["text"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
 def test_compiled(cli: Cli) -> None:
     assert cli("--prompt", "hello", "--compile") == cli("--prompt", "hello")

@@ -193,7 +193,7 @@ def test_a_link_cut_for_five_seconds_and_for_good(hosts: Network, prepared: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["data", "version", "folder"])
+@pytest.mark.parametrize("case", ["data", "version", pytest.param("folder", marks=pytest.mark.campaign)])
 def test_a_node_that_differs_is_refused(hosts: Network, prepared: Path, tmp_path: Path, case: str) -> None:
     """Each node has a folder of its own at the same path."""
     arguments, private, run, home, env = tiny(prepared), hosts.private / case, tmp_path / "run", ROOT, {}

@@ -222,7 +222,7 @@ def sequences(prepared: Path) -> int:
     return sum((shard["tokens"] - 1) // 32 for shard in manifest["splits"]["train"]["shards"])
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_the_guide_has_the_table_that_its_command_prints() -> None:
     guide = (ROOT / "docs/planning.md").read_text()
     (command,) = re.findall(r"^python -m dist_lm\.plan (--table.*)$", guide, re.MULTILINE)

@@ -413,7 +413,7 @@ def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
     return peak
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     rng = random.Random(0)
     with open(tmp_path / "a.txt", "w") as file:  # in parts: a forked child is as large as this process for a moment

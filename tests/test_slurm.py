@@ -107,7 +107,7 @@ def test_one_run_preempted_signalled_and_killed_has_the_bits_of_an_undisturbed_o
 
 def test_a_job_ends_in_time_by_its_own_clock_and_is_requeued(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    sbatch = ("--nodes=2", "--time=1", "--signal=USR1@1")  # Slurm's own signal would come too late
+    sbatch = ("--nodes=2", "--time=1", "--signal=CONT@1")  # instead of USR1, which Slurm may send up to a minute early
     job = submit(cluster, run, *long(prepared), sbatch=sbatch, STOP_BEFORE="15")
     reach(cluster, run, 1, job)
     until(lambda: outcome(run), 75, "the end of the job's time")

@@ -63,7 +63,7 @@ def assert_same_bits(step: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+@pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.campaign), "0.1"])
 def test_the_curve_does_not_know_the_machine(prepared: Path, tmp_path: Path, dropout: str) -> None:
     common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout)
     train(tmp_path / "one", *common)
@@ -104,7 +104,7 @@ def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
         assert norm > 0.5  # so that it is clipped
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_compiled_curve(prepared: Path, tmp_path: Path) -> None:
     common = tiny(prepared, "--model.dropout", "0.1", "--model.layers", "1", "--data.micro_batch", "4")
     train(tmp_path / "eager", *common)
@@ -124,7 +124,7 @@ def test_workers_and_document_mask(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_optimizers_train_and_resume(prepared: Path, tmp_path: Path) -> None:
-    for name, rate in (("sgd", "0.5"), ("adafactor", "3e-2"), ("lion", "1e-3"), ("muon", "5e-3")):
+    for name, rate in (("sgd", "0.5"), ("adafactor", "3e-2")):  # test_zero.py has the others
         common = tiny(prepared, "--optim.name", name, "--optim.lr", rate, "--run.steps", "16")
         train(tmp_path / name, *common)
         assert losses(tmp_path / name)[-1]["loss"] < losses(tmp_path / name)[0]["loss"] - 0.2
@@ -134,7 +134,7 @@ def test_optimizers_train_and_resume(prepared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.campaign), "fp16"])
 def test_half_precision(prepared: Path, tmp_path: Path, precision: str) -> None:
     """Within 1e-2 of fp32 over 12 steps; weights and moments stay fp32; the same under one process and two."""
     train(tmp_path / "fp32", *tiny(prepared))
@@ -165,7 +165,7 @@ def test_fp16_overflow_is_skipped_counted_and_resumed(prepared: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.campaign)])
 def test_killed_anywhere_ends_with_the_same_bits(prepared: Path, tmp_path: Path, world: int) -> None:
     common = tiny(prepared, "--run.steps", "40", "--run.save_every", "7", "--model.dropout", "0.1")
     train(tmp_path / "whole", *common, world=world)
@@ -294,7 +294,7 @@ def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
     ]
     at = common.index("--run.steps")
     output = train(tmp_path / "run", *common[:at], *common[at + 2 :], "--run.epochs", "2")
-    sequences = int(output.split("parameters, ")[1].split(" sequences")[0].replace(",", ""))
+    sequences = int(output.split(" sequences to train on")[0].split()[-1].replace(",", ""))
     assert losses(tmp_path / "run")[-1]["tokens"] == 2 * sequences * 64
     assert losses(tmp_path / "run")[-1]["step"] == -(-2 * sequences // 37)
     assert (2 * sequences) % 37 != 0
@@ -339,7 +339,7 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
     assert code == 2 and "ranks [1] were started with other settings than rank 0; rule: the same everywhere" in output
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
     """A second start waits, then refuses; the lock of a killed run is taken over."""
     run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000")

@@ -112,9 +112,8 @@ def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
     common = tiny(prepared, "--model.dropout", "0.1", "--data.document_mask", "true", "--model.layers", "1")
     train(tmp_path / "one", *common)
     more = ("--run.activation_checkpointing", "true", "--data.micro_batch", "2")
-    for strategy in ("zero2", "zero3"):
-        spread(tmp_path / strategy, strategy, 2, *common, *more)
-        assert_same_curve(tmp_path / strategy, tmp_path / "one", 1e-5)
+    spread(tmp_path / "zero2", "zero2", 2, *common, *more)
+    assert_same_curve(tmp_path / "zero2", tmp_path / "one", 1e-5)
     spread(tmp_path / "compiled", "zero3", 2, *common, "--run.compile", "true")
     assert_same_curve(tmp_path / "compiled", tmp_path / "one", 1e-5)
 

@@ -99,7 +99,8 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     try:
         reach(run, 20)
         if script == "torchrun":
-            kill(max(running(run)))
+            commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in running(run)}
+            kill(next(pid for pid, words in commands.items() if "train.py" in words and "distributed.run" not in words))
             until(lambda: outcome(run).get("attempt") == 1, 30, "the report")
             assert "is missing; RuntimeError" in outcome(run)["reason"] and outcome(run)["class"] == "retryable"
             restarted = losses(run)[-1]["step"]

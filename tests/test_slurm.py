@@ -64,8 +64,9 @@ def assert_undisturbed(run: Path, prepared: Path, tmp_path: Path, *more: str, wo
 @pytest.mark.parametrize("launch", ["ddp", "zero2"])
 def test_two_nodes_have_the_losses_of_one_process(cluster: Slurm, prepared: Path, tmp_path: Path, launch: str) -> None:
     train(tmp_path / "one", *tiny(prepared))
-    job = submit(cluster, tmp_path / "run", *tiny(prepared), LAUNCH=launch)
+    job = submit(cluster, tmp_path / "run", *tiny(prepared), LAUNCH=launch, DOCTOR=str(int(launch == "ddp")))
     assert cluster.wait(job) == "COMPLETED", cluster.said(job) + logs(tmp_path / "run")
+    assert (", 0 fail" in cluster.said(job)) == (launch == "ddp")  # the doctor's page
     assert f"{launch} on 2 process(es) of cpu" in logs(tmp_path / "run")
     assert_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
     assert outcome(tmp_path / "run") == {"class": "done", "step": 12, "reason": "", "attempt": 1, "failures": 0}

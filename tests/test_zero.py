@@ -84,7 +84,12 @@ def header(path: Path) -> bytes:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "world", "optimizer"),
-    [("zero1", 3, MUON), ("zero3", 3, MUON), ("zero2", 2, ("--optim.name", "lion")), ("zero3", 2, SGD)],
+    [
+        pytest.param("zero1", 3, MUON, marks=pytest.mark.campaign),
+        ("zero3", 3, MUON),
+        ("zero2", 2, ("--optim.name", "lion")),
+        ("zero3", 2, SGD),
+    ],
     ids=["zero1-muon", "zero3-muon", "zero2-lion", "zero3-sgd"],
 )
 def test_other_optimizers_give_the_update_of_one_process(
@@ -161,7 +166,7 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
     runtime.close()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign  # test_streaming.py has another for CI
 def test_a_chain_of_strategies_is_one_run(prepared: Path, tmp_path: Path) -> None:
     common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1", *MUON)
     train(tmp_path / "one", *common)
@@ -222,7 +227,7 @@ def test_one_process_builds_and_a_killed_one_blocks_nobody(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "world"), [("zero1", 2), ("zero3", 4)])
+@pytest.mark.parametrize(("strategy", "world"), [("zero1", 2), pytest.param("zero3", 4, marks=pytest.mark.campaign)])
 def test_resumed_in_place_it_is_bit_identical(prepared: Path, tmp_path: Path, strategy: str, world: int) -> None:
     common = tiny(
         prepared, "--model.dropout", "0.1", "--run.ema", "0.9", "--run.save_every", "5", "--run.keep_last", "3"

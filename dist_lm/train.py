@@ -172,8 +172,7 @@ def train(run: Run) -> str:
         waiting = time.monotonic()
         next_batch = batches.take()
         waited = time.monotonic() - waiting
-        mine = runtime.with_stop(next_batch.targets)
-        loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], mine]))
+        loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], runtime.with_stop(next_batch.targets)]))
         if pending:
             stopping = settle(run, pending)
         figures = torch.stack([loss_sum / targets, norm.double(), targets, stop])

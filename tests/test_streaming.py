@@ -255,6 +255,19 @@ def test_templates_and_filters(tmp_path: Path) -> None:
         assert sorted(read_through(data)[:-1])[:3] == ["t10: b10", "t11: b11", "t13: b13"], name
 
 
+def test_a_prepared_folder_at_a_url_is_the_local_one(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIST_LM_CACHE", str(tmp_path / "cache"))
+    (_, here), (config, there) = (opened(tmp_path / "run", f"{at}{prepared}", stream=False) for at in ("", "file://"))
+    assert there.identity == here.identity and there.val["val"].sizes == here.val["val"].sizes
+    some = np.arange(0, there.train.count(config.data), 7)
+    assert np.array_equal(there.train.read(some, 16, 16), here.train.read(some, 16, 16))
+    assert [path.name.endswith("-train-00000.safetensors") for path in (tmp_path / "cache").glob("*.safetensors")] == [
+        True
+    ]
+
+
 def test_a_hub_dataset_streams_by_row_group(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """load_dataset reads a folder as it reads a hub dataset; here no hub is reached."""
     asked = []

@@ -1,7 +1,7 @@
 """nanoGPT's CPU run (configs/char.yaml) from one command line, against a plain PyTorch loop of the same size.
 
-Whole processes, each on a core of its own at the same time; train.py also prepares the text, evaluates and saves, which
-the plain loop does not.
+Whole processes, each on a core of its own at the same time. train.py also prepares the text, saves every 200 steps,
+evaluates and samples every 250 (or, in the second pair, does not), and draws its curve; the plain loop only trains.
 
     python benchmarks/char.py TEXT_FILE
 """
@@ -40,20 +40,35 @@ def plain(path: str) -> None:
 
 
 def main(path: str) -> None:
+    for extra in ([], ["--run.eval_every", "0"]):
+        for cores in ((0, 1), (1, 0)):  # they are not equally fast
+            seconds = race(path, extra, cores)
+            ratio = seconds["train.py"] / seconds["plain loop"]
+            said = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
+            print(f"{' '.join(extra) or 'as it stands'}, cores {cores}: {said}: {ratio:.3f} x", flush=True)
+
+
+def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float]:
+    """Seconds that each of both processes lived, side by side."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["dist_lm/train.py", "--config", "configs/char.yaml", "--data.input", path, "--run.dir", folder]
+        ours = ["dist_lm/train.py", "--config", "configs/char.yaml", "--data.input", path, "--run.dir", folder, *extra]
         commands = {"train.py": ours, "plain loop": [__file__, path, "plain"]}
-        began = time.monotonic()
+        began, seconds = time.monotonic(), {}
         running = {
-            name: subprocess.Popen(["taskset", "-c", str(core), sys.executable, *command], stdout=subprocess.DEVNULL)
-            for core, (name, command) in enumerate(commands.items())
+            name: subprocess.Popen(
+                ["taskset", "-c", str(core), sys.executable, *command],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for core, (name, command) in zip(cores, commands.items(), strict=True)
         }
-        while running:
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                code = running.pop(name).returncode
-                print(f"{name}: {time.monotonic() - began:.1f} s, exit code {code}", flush=True)
-            time.sleep(0.1)
-        print((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])
+        while len(seconds) < len(running):
+            for name, process in running.items():
+                if name not in seconds and process.poll() is not None:
+                    assert process.returncode == 0, f"{name}: exit code {process.returncode}"
+                    seconds[name] = time.monotonic() - began
+            time.sleep(0.05)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ imports neither torch nor numpy, so that a typing mistake is answered at once.
 import argparse
 import contextlib
 import difflib
+import gc
 import io
 import os
 import re
@@ -454,6 +455,7 @@ def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
 
 def run_entry(main: Callable[[list[str]], Result]) -> Result:
     """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code."""
+    gc.set_threshold(100_000)  # torch's modules are millions of objects: by default half a second of their import
     try:
         result = main(sys.argv[1:])
         sys.stdout.flush()

@@ -119,9 +119,10 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"character {error.start} of the text is a lone surrogate; rule: Unicode", 65) from error
-        return self._spell(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # Even of one text faster than encode(), which also follows each token's place in the text.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._spell(encoding.ids) for encoding in encodings]
 

@@ -5,6 +5,7 @@ of a step is a function of (seed, step); everything else that a run carries alon
 optimizer's tensors. Running the same command again goes on where the run folder stands.
 """
 
+import gc
 from pathlib import Path
 
 from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
@@ -326,6 +327,7 @@ def build(runtime: Runtime, config: Config, place: Place) -> Run:
     with runtime.construction():
         model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
     optimizer = make_optimizer(model, config.optim, config.run.precision)
+    gc.freeze()  # what is there by now stays: collecting need not look through torch's modules again
     runtime.prepare(model, optimizer, parameter_shapes(config.model, vocab_size, seq_len), config)
     metrics = Metrics(
         config.run.dir, steps=place.steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),

@@ -38,7 +38,7 @@ class MissingTensor(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a model file: rows [start, stop) of a parameter, transposed or not, or a constant."""
+    """One tensor of a file: rows [start, stop) of a parameter, or of what is kept of it, or a constant."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,6 +46,11 @@ class Entry:
     rows: tuple[int, int] = (0, 0)  # before transposing
     transpose: bool = False
     constant: str = ""  # "zeros" or "sinusoid"
+    key: str = ""  # of the optimizer's tensor; empty for the weight itself
+
+    @property
+    def bytes(self) -> int:
+        return 4 * math.prod(self.shape)  # fp32
 
     @property
     def span(self) -> tuple[int, int]:
@@ -55,7 +60,7 @@ class Entry:
 
     def from_flat(self, flat: Tensor) -> Tensor:
         """The tensor of the file, from those elements: fp32, contiguous."""
-        tensor = flat.view(*(self.shape[::-1] if self.transpose else self.shape))
+        tensor = flat.view(self.shape[::-1] if self.transpose else self.shape)
         return (tensor.T if self.transpose else tensor).float().contiguous()
 
 
@@ -106,7 +111,7 @@ def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "")
 
 
 def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
-    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]))
+    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]), key=key)
 
 
 def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
@@ -134,7 +139,6 @@ def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
 
 def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
     """The rows of our parameter that a tensor of a file holds: Llama's queries, keys and values are apart."""
-    assert model.kv_heads is not None, "the config's validation fills kv_heads"
     q, kv = model.width, model.kv_heads * (model.width // model.heads)
     parts = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
     return parts.get(name.split(".")[-2], (0, rows))

@@ -55,6 +55,15 @@ class Held:
     state: Mapping[str, Tensor]  # the optimizer's tensors of the weight's own shape, the same elements of them
     extra: Mapping[str, Tensor]  # its others, whole: Adam's step, Adafactor's statistics
 
+    @classmethod
+    def part(
+        cls, name: str, start: int, size: int, tensor: Tensor, state: Mapping[str, Tensor], at: int = 0
+    ) -> "Held":  # fmt: skip
+        """`size` elements, from its element `at` on, of a tensor that an optimizer works on and has this state for."""
+        same = {key: value.view(-1)[at : at + size] for key, value in state.items() if value.shape == tensor.shape}
+        others = {key: value for key, value in state.items() if value.shape != tensor.shape}
+        return cls(name, start, start + size, tensor.data.view(-1)[at : at + size], same, others)
+
 
 class Channel(Protocol):
     """How ranks talk while a checkpoint is written; the runtime has one whose messages pass beside training's."""
@@ -124,19 +133,12 @@ class Saver:
             try:
                 work.write()
                 if self.channel.rank == 0:
-                    self._prune()
+                    prune(self.run_dir, *self._keep)
             except BaseException as error:
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)  # ends with a crash elsewhere
         self._thread.start()
-
-    def _prune(self) -> None:
-        """What cannot be deleted stays; the checkpoint just written is not worse for it."""
-        try:
-            prune(self.run_dir, *self._keep)
-        except (OSError, UserError) as error:
-            print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
 
     def poll(self) -> None:
         """Raise what went wrong with a checkpoint that has ended."""
@@ -380,11 +382,14 @@ def remove(folder: Path) -> None:
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     """Keep the newest `keep_last`, the best by validation loss, and every multiple of `keep_every`. Rank 0."""
     folders = step_folders(run_dir)
-    losses = {folder: loss for folder in folders if (loss := read_state(folder).get("val_loss")) is not None}
-    best = min(losses, key=losses.__getitem__, default=None)
-    for folder in folders[:-keep_last]:
-        if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
-            remove(folder)
+    try:
+        losses = {folder: loss for folder in folders if (loss := read_state(folder).get("val_loss")) is not None}
+        best = min(losses, key=losses.__getitem__, default=None)
+        for folder in folders[:-keep_last]:
+            if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
+                remove(folder)
+    except (OSError, UserError) as error:  # the checkpoint just written is not worse for it
+        print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
 
 
 # --- finding and checking

@@ -44,6 +44,19 @@ class Section(BaseModel):
             object.__setattr__(self, name, value)
 
 
+def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
+    if of % value:
+        divisors = [d for d in range(1, of + 1) if of % d == 0]
+        below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+        nearest_text = ", ".join(str(d) for d in below + above)
+        raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest_text}")
+
+
+def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
+    if value > of:
+        raise ValueError(f"{name}={value} must be at most {of_name}={of}; nearest: {of}")
+
+
 class ModelConfig(Section):
     """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
 
@@ -70,10 +83,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if self.width % self.heads:
-            raise ValueError(_not_a_divisor("model.heads", self.heads, "model.width", self.width))
-        if self.heads % (self.kv_heads or 1):
-            raise ValueError(_not_a_divisor("model.kv_heads", self.kv_heads, "model.heads", self.heads))
+        _check_divides("model.heads", self.heads, "model.width", self.width)
+        _check_divides("model.kv_heads", self.kv_heads or self.heads, "model.heads", self.heads)
         if self.positions == "rope" and (self.width // self.heads) % 2:
             raise ValueError(
                 f"model.width={self.width} with model.heads={self.heads} gives an odd head size, which rope cannot"
@@ -142,11 +153,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.stride is not None and self.stride > self.seq_len:
-            raise ValueError(
-                f"data.stride={self.stride} must be at most data.seq_len={self.seq_len}, or tokens would be skipped;"
-                f" nearest: {self.seq_len}"
-            )
+        _check_at_most("data.stride", self.stride or self.seq_len, "data.seq_len", self.seq_len)
         if self.separator == "":
             raise ValueError("data.separator='' must not be empty; nearest: null (each file is one document)")
         if self.sources and self.input != DataConfig.model_fields["input"].default:
@@ -201,8 +208,7 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr} must be at most optim.lr={self.lr}; nearest: {self.lr}")
+        _check_at_most("optim.min_lr", self.min_lr, "optim.lr", self.lr)
         return self
 
 
@@ -250,11 +256,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if (self.data.micro_batch or 1) > self.data.global_batch:
-            raise ValueError(
-                f"data.micro_batch={self.data.micro_batch} must be at most data.global_batch={self.data.global_batch};"
-                f" nearest: {self.data.global_batch}"
-            )
+        _check_at_most("data.micro_batch", self.data.micro_batch or 1, "data.global_batch", self.data.global_batch)
         if self.run.epochs and len(self.data.sources) > 1:
             raise ValueError(f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps")
         if self.run.epochs and self.data.stream and self.optim.schedule not in ("constant", "inverse_sqrt"):
@@ -512,12 +514,6 @@ def did_you_mean(value: str, options: Any, prefix: str = "") -> str:
     same_field = [option for option in options if option.rpartition(".")[2] == value.rpartition(".")[2]]
     guess = same_field[0] if same_field else nearest(value, options)
     return f"; did you mean {prefix}{guess}?" if guess else ""
-
-
-def _not_a_divisor(name: str, value: int, of_name: str, of: int) -> str:
-    divisors = [d for d in range(1, of + 1) if of % d == 0]
-    below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
-    return f"{name}={value} does not divide {of_name}={of}; nearest: {', '.join(map(str, below + above))}"
 
 
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:

@@ -166,10 +166,7 @@ class Runtime:
             yield from self.engine.held(self.bare.named_parameters())
             return
         for name, p in self.bare.named_parameters():
-            state = self.optimizer.state[p]
-            parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
-            others = {key: value for key, value in state.items() if value.shape != p.shape}
-            yield Held(name, 0, p.numel(), p.data.view(-1), parts, others)
+            yield Held.part(name, 0, p.numel(), p, self.optimizer.state[p])
 
     def spread(self) -> None:
         """After a change of what is held: the model computes with it on every rank. All ranks."""
@@ -425,23 +422,24 @@ class RunLock:
     def _acquire(self) -> str:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": secrets.token_hex(4)})
-        seen, since, asked = None, time.monotonic(), time.monotonic()
+        seen, asked = None, time.monotonic()
         while True:
             with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
                 file.write(mine)
                 break
             with contextlib.suppress(FileNotFoundError):  # released between the two looks
                 touched, held = self.path.stat().st_mtime_ns, self.path.read_text(encoding="utf-8")
+                first, now = seen is None, time.monotonic()
                 if touched != seen:
-                    seen, since = touched, time.monotonic()
-                if _process_is_gone(held) or time.monotonic() - since > self.STALE_SECONDS:
+                    seen, since = touched, now
+                if _process_is_gone(held) or now - since > self.STALE_SECONDS:
                     self.path.unlink(missing_ok=True)
-                elif time.monotonic() - asked > self.STALE_SECONDS + 5:
+                elif now - asked > self.STALE_SECONDS + 5:
                     raise UserError(
                         f"run.dir={self.path.parent} is in use by another run ({held}); rule: one run a folder; choose"
                         " another run.dir or end that run"
                     )
-                elif asked == since or time.monotonic() - asked < 0.2:
+                elif first:
                     self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
             time.sleep(0.5)
         threading.Thread(target=self._touch, daemon=True, name="run-lock").start()
@@ -463,16 +461,10 @@ def _process_is_gone(lock: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        pass
-    try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError as error:  # or it is another user's, or there is no /proc
+        return isinstance(error, ProcessLookupError)
 
 
 def start(
@@ -559,7 +551,7 @@ def refuse_silent_single() -> None:
         )
 
 
-def die_with_launcher(poll_seconds: float = 1.0) -> None:
+def die_with_launcher() -> None:
     """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
         return
@@ -567,8 +559,8 @@ def die_with_launcher(poll_seconds: float = 1.0) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(poll_seconds)
-        os._exit(70)
+            time.sleep(1)
+        os._exit(CODES["retryable"])
 
     threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
 

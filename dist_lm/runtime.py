@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -322,8 +323,10 @@ class Runtime:
             if self.is_main:
                 profile.export_chrome_trace(str(trace))
 
-        schedule = torch.profiler.schedule(wait=1, warmup=1, active=max(steps, 1), repeat=1)
-        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write) if steps else _NoProfiler()
+        if not steps:
+            return SimpleNamespace(step=lambda: None, stop=lambda: None)
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
         profiler.start()
         return profiler
 
@@ -376,12 +379,6 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
         del last_sum  # kept until no thread can hold it
-
-
-class _NoProfiler:
-    def start(self) -> None: ...
-    def step(self) -> None: ...
-    def stop(self) -> None: ...
 
 
 class RunLock:
@@ -576,27 +573,23 @@ def _prove_world(runtime: Runtime) -> None:
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
     """All ranks have the same settings, code and data. All ranks."""
-    seen = runtime.channel.gather({"host": socket.gethostname(), **_what_must_be_equal(config)})
-    for name in seen[0]:
-        different = [rank for rank, own in enumerate(seen) if own[name] != seen[0][name]]
-        if name == "settings" and different:
-            raise UserError(
-                f"ranks {different} were started with other settings than rank 0; rule: the same everywhere"
-            )
-        if name != "host" and different:
-            other, first = seen[different[0]], seen[0]
-            raise UserError(
-                f"rank {different[0]} on {other['host']} has {name} {other[name]}, rank 0 on {first['host']} has"
-                f" {first[name]}; rule: the same on every node", 65 if name.startswith("data.") else 2
-            )  # fmt: skip
+    seen = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
+    first_host, first = seen[0]
+    for rank, (host, own) in enumerate(seen):
+        for name in first:
+            if own[name] != first[name]:  # settings come first: with the same ones, the names are the same too
+                raise UserError(
+                    f"rank {rank} on {host} has {name} {own[name]}, rank 0 on {first_host} has {first[name]};"
+                    " rule: the same on every node", 65 if name.startswith("data.") else 2
+                )  # fmt: skip
 
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     inputs = [spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()]
     return {
-        "settings": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
-        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
+        "settings": f"(by hash) {_short_hash(config.to_yaml().encode())}",
+        "dist_lm": f"{__version__} ({_short_hash(code)})",
         "torch": torch.__version__,
         **{f"data.input={path}": _as_seen_here(Path(path)) for path in inputs},
     }
@@ -607,7 +600,11 @@ def _as_seen_here(path: Path) -> str:
     if not path.exists():
         return "(absent)"
     listed = sorted((f.name, f.stat().st_size) for f in path.iterdir()) if path.is_dir() else path.stat().st_size
-    return hashlib.sha256(str(listed).encode()).hexdigest()[:8]
+    return _short_hash(str(listed).encode())
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def _why_not_joined(error: Exception, seconds: float) -> str:

@@ -253,22 +253,17 @@ class Engine:
     def __init__(self, wrapped: Any, settings: Mapping[str, Any]):
         self.wrapped, self.stage = wrapped, settings["zero_optimization"]["stage"]
         self.zero = wrapped.optimizer  # DeepSpeed's ZeRO optimizer, around ours
-        believed = {
-            "stage": wrapped.zero_optimization_stage(),
-            "train_batch_size": wrapped.train_batch_size(),
-            "train_micro_batch_size_per_gpu": wrapped.train_micro_batch_size_per_gpu(),
-            "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
-            "gradient_clipping": wrapped.gradient_clipping(),
-            "optimizer": type(self.zero).__name__,
-            "weights cast to bf16 or fp16": wrapped.bfloat16_enabled() or wrapped.fp16_enabled(),
-            "torch_autocast": wrapped.torch_autocast_enabled(),
-        }
         kind = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
-        asked = {
-            **settings, "stage": self.stage, "optimizer": kind, "weights cast to bf16 or fp16": False,
-            "torch_autocast": "torch_autocast" in settings,
-        }  # fmt: skip
-        different = [f"{key}: {value!r}, not {asked[key]!r}" for key, value in believed.items() if value != asked[key]]
+        believed_and_asked = {
+            "stage": (wrapped.zero_optimization_stage(), self.stage),
+            "optimizer": (type(self.zero).__name__, kind),
+            "weights cast to bf16 or fp16": (wrapped.bfloat16_enabled() or wrapped.fp16_enabled(), False),
+            "torch_autocast": (wrapped.torch_autocast_enabled(), "torch_autocast" in settings),
+        }
+        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                     "gradient_clipping"):  # fmt: skip
+            believed_and_asked[name] = (getattr(wrapped, name)(), settings[name])
+        different = [f"{name}: {a!r}, not {b!r}" for name, (a, b) in believed_and_asked.items() if a != b]
         assert not different, f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
 
     def backward(self, loss: Tensor, last: bool) -> None:

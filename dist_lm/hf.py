@@ -234,23 +234,16 @@ def generation_config_json(eot_id: int | None) -> Json:
 
 def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
-    readers: dict[str, Callable[[Json], Json]] = {
-        "gpt2": _from_gpt2, "openai-gpt": _from_gpt2, "llama": _from_llama, "dist_lm": lambda config: config["model"]
-    }  # fmt: skip
     kind = str(config.get("model_type"))
-    if kind not in readers:
+    if kind not in _KINDS:
         raise UserError(
-            f"config.json: model_type={kind!r} must be one of {', '.join(readers)};"
-            f" nearest: {nearest(kind, readers) or 'llama'}", 66
+            f"config.json: model_type={kind!r} must be one of {', '.join(_KINDS)};"
+            f" nearest: {nearest(kind, _KINDS) or 'llama'}", 66
         )  # fmt: skip
     _require(config, "quantization_config", None, None)
-    # Their defaults, where a file leaves them out.
-    vocab_size, field, seq_len = {
-        "gpt2": (50257, "n_positions", 1024), "openai-gpt": (40478, "n_positions", 512),
-        "llama": (32000, "max_position_embeddings", 2048), "dist_lm": (0, "seq_len", 0),
-    }[kind]  # fmt: skip
+    reader, vocab_size, field, seq_len = _KINDS[kind]
     try:
-        model = ModelConfig(**readers[kind](config))
+        model = ModelConfig(**reader(config))
         return model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -310,3 +303,12 @@ def _from_llama(config: Json) -> Json:
         "norm_eps": config.get("rms_norm_eps", 1e-6), "tie_embeddings": config.get("tie_word_embeddings", False),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
     }  # fmt: skip
+
+
+# How a config.json is read; its vocabulary where it leaves that out; its field for the context, and that left out.
+_KINDS: dict[str, tuple[Callable[[Json], Json], int, str, int]] = {
+    "gpt2": (_from_gpt2, 50257, "n_positions", 1024),
+    "openai-gpt": (_from_gpt2, 40478, "n_positions", 512),
+    "llama": (_from_llama, 32000, "max_position_embeddings", 2048),
+    "dist_lm": (lambda config: config["model"], 0, "seq_len", 0),
+}

@@ -39,7 +39,7 @@ from dist_lm.outcome import CODES, Attempt
 from dist_lm.watch import Watch
 from dist_lm.zero import Strategy
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
 
 
@@ -96,11 +96,10 @@ class Runtime:
         self.settings = settings  # DeepSpeed's, or None
         self.engine: zero.Engine | None = None
         self.channel = Channel(self.rank, self.world_size, self.device)
-        self.background = Channel(self.rank, self.world_size, torch.device("cpu"))
-        self.reading = Channel(self.rank, self.world_size, torch.device("cpu"))
-        if self.world_size > 1:  # groups of their own: messages of checkpoints and of data never mix with training's
-            self.background.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-            self.reading.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        # Groups of their own: messages of checkpoints and of data never mix with training's.
+        self.background, self.reading = (Channel(self.rank, self.world_size, torch.device("cpu")) for _ in range(2))
+        for channel in (self.background, self.reading) if self.world_size > 1 else ():
+            channel.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.attempt, self.stop = attempt, attempt.stop

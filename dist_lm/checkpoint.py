@@ -381,8 +381,8 @@ def remove(folder: Path) -> None:
 
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     """Keep the newest `keep_last`, the best by validation loss, and every multiple of `keep_every`. Rank 0."""
-    folders = step_folders(run_dir)
     try:
+        folders = step_folders(run_dir)
         losses = {folder: loss for folder in folders if (loss := read_state(folder).get("val_loss")) is not None}
         best = min(losses, key=losses.__getitem__, default=None)
         for folder in folders[:-keep_last]:

@@ -274,9 +274,7 @@ class Config(Section):
         return {f"{s}.{f}": v for s, fields in self.model_dump(mode="json").items() for f, v in fields.items()}
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig
-}  # fmt: skip
+SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
 FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()}
 NESTED: dict[str, type[Section]] = {
     "data.sources": SourceConfig, "data.validation": SourceConfig, "data.stages": Stage
@@ -431,11 +429,8 @@ def load(argv: Sequence[str], flags: Mapping[str, str], usage: str) -> tuple[Con
     given, settings = split_arguments([word for word in argv if word not in ("-h", "--help")], flags)
     levels = [(path, read_yaml(path)) for path in given.get("config", [])]
     config = resolve(*levels, ("command line", settings))
-    if wants_help:
-        print(help_text(config, flags, usage), end="")
-        sys.exit(0)
-    if "print_config" in given:
-        print(config.to_yaml(), end="")
+    if wants_help or "print_config" in given:
+        print(help_text(config, flags, usage) if wants_help else config.to_yaml(), end="")
         sys.exit(0)
     return config, given
 

@@ -460,7 +460,9 @@ def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, .
 def init_weights(model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None) -> None:
     """Initial weights for all parameters, or for `parts` of them, flat: name, first element, where to put them."""
     shapes = parameter_shapes(model.config, model.vocab_size, model.seq_len)
-    for name, start, out in parts or ((name, 0, p.view(-1)) for name, p in model.named_parameters()):
+    if parts is None:
+        parts = ((name, 0, p.view(-1)) for name, p in model.named_parameters())
+    for name, start, out in parts:
         whole = initial(model.config, seed, name, unpadded(name, shapes[name], model.vocab_size))
         value = whole.flatten()[start : start + len(out)]
         out.zero_()  # rows that pad the vocabulary stay so

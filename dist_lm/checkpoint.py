@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,6 +55,15 @@ class Held:
     state: Mapping[str, Tensor]  # the optimizer's tensors of the weight's own shape, the same elements of them
     extra: Mapping[str, Tensor]  # its others, whole: Adam's step, Adafactor's statistics
 
+    @classmethod
+    def part(
+        cls, name: str, start: int, size: int, tensor: Tensor, state: Mapping[str, Tensor], at: int = 0
+    ) -> "Held":  # fmt: skip
+        """`size` elements, from its element `at` on, of a tensor that an optimizer works on and has this state for."""
+        same = {key: value.view(-1)[at : at + size] for key, value in state.items() if value.shape == tensor.shape}
+        others = {key: value for key, value in state.items() if value.shape != tensor.shape}
+        return cls(name, start, start + size, tensor.data.view(-1)[at : at + size], same, others)
+
 
 class Channel(Protocol):
     """How ranks talk while a checkpoint is written; the runtime has one whose messages pass beside training's."""
@@ -67,21 +77,8 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True)
-class Item:
-    """A tensor of a file: the weight itself (key ""), or the optimizer's tensor `key`, of entry.param."""
-
-    entry: hf.Entry
-    key: str = ""
-    extra: bool = False
-
-    @property
-    def bytes(self) -> int:
-        return 4 * math.prod(self.entry.shape)
-
-
-@dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of an item's flattened parameter, on the rank that holds them."""
+    """Elements [start, stop) of a flattened tensor, on the rank that holds them."""
 
     rank: int
     start: int
@@ -89,12 +86,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A piece of ours in host memory, no longer touched by training."""
+class Item:
+    """A tensor of a checkpoint: in which file it lies, who writes that, and which pieces of it make it up."""
 
-    item: int
-    piece: Piece
-    values: Tensor
+    entry: hf.Entry
+    file: str
+    writer: int
+    pieces: list[Piece]
 
 
 # --- writing
@@ -113,7 +111,7 @@ class Saver:
         self.run_dir, self.channel = run_dir, channel
         self._keep = (keep_last, keep_every)
         self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
-        self._plan: Any = None  # files, items, writers, sources: the same for all checkpoints of a run
+        self._items: list[Item] = []  # the same for all checkpoints of a run
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -123,38 +121,24 @@ class Saver:
     ) -> None:  # fmt: skip
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
-        if self._plan is None:
+        if not self._items:
             own = [
                 [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
                 for h in held()
             ]
-            files, items, holders = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-            sizes = {name: sum(items[n].bytes for n in file) for name, file in files.items()}
-            writers = _divide(sizes, self.channel.world_size)
-            sources = {n: _cover(items[n], holders, writers[name]) for name, file in files.items() for n in file}
-            self._plan = files, items, writers, sources
-        files, items, writers, sources = self._plan
-        staged = self._stage(items, sources, held())
-        texts = {**texts, **_index({name: [items[n] for n in file] for name, file in files.items()})}
-        work = _Work(self.run_dir, step, files, items, writers, sources, staged, texts, tokenizer, self.channel)
+            self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
+        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer)
 
         def run() -> None:
             try:
                 work.write()
                 if self.channel.rank == 0:
-                    self._prune()
+                    prune(self.run_dir, *self._keep)
             except BaseException as error:
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)  # ends with a crash elsewhere
         self._thread.start()
-
-    def _prune(self) -> None:
-        """What cannot be deleted stays; the checkpoint just written is not worse for it."""
-        try:
-            prune(self.run_dir, *self._keep)
-        except (OSError, UserError) as error:
-            print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
 
     def poll(self) -> None:
         """Raise what went wrong with a checkpoint that has ended."""
@@ -169,28 +153,27 @@ class Saver:
         if error:
             raise error
 
-    def _stage(self, items: list[Item], sources: Mapping[int, list[Piece]], held: Iterable[Held]) -> list[Staged]:
-        ours: dict[str, list[tuple[int, Piece]]] = {}  # by parameter
-        for n, cover in sources.items():
-            for piece in cover:
+    def _stage(self, held: Iterable[Held]) -> dict[int, Tensor]:
+        """Our pieces in host memory that training does not touch, by the numbers of their items."""
+        ours: dict[str, list[tuple[int, str, Piece]]] = {}  # by parameter
+        for n, item in enumerate(self._items):
+            for piece in item.pieces:
                 if piece.rank == self.channel.rank:
-                    ours.setdefault(items[n].entry.param, []).append((n, piece))
-        size = 4 * sum(piece.stop - piece.start for pieces in ours.values() for _, piece in pieces)
+                    ours.setdefault(item.entry.param, []).append((n, item.entry.key, piece))
+        size = 4 * sum(piece.stop - piece.start for pieces in ours.values() for _, _, piece in pieces)
         if size > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        staged, at, values = [], 0, self._memory[:size].view(torch.float32)
+        staged, at, values = {}, 0, self._memory[:size].view(torch.float32)
         for h in held:
-            for n, piece in ours.get(h.name, ()):
-                item, length = items[n], piece.stop - piece.start
-                if item.extra:
-                    tensor = h.extra[item.key].reshape(-1)
+            for n, key, piece in ours.get(h.name, ()):
+                if key in h.extra:
+                    tensor = h.extra[key].reshape(-1)
                 else:
-                    whole = h.state[item.key] if item.key else h.weight
-                    tensor = whole[piece.start - h.start : piece.stop - h.start]
-                assert tensor.dtype == torch.float32, f"{item.entry.name} is {tensor.dtype}; checkpoints hold fp32"
-                staged.append(Staged(n, piece, values[at : at + length].copy_(tensor.detach(), non_blocking=True)))
-                at += length
+                    tensor = (h.state[key] if key else h.weight)[piece.start - h.start : piece.stop - h.start]
+                assert tensor.dtype == torch.float32, f"{h.name}.{key} is {tensor.dtype}; checkpoints hold fp32"
+                staged[n] = values[at : at + len(tensor)].copy_(tensor.detach(), non_blocking=True)
+                at += len(tensor)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return staged
@@ -199,32 +182,44 @@ class Saver:
 Index = list[list[Any]]  # what each rank holds: name, start, stop, keys of its state, {key: shape} of its extras
 
 
-def _plan(
-    model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index]
-) -> tuple[dict[str, list[int]], list[Item], dict[tuple[str, str], list[Piece]]]:
-    """Files as numbers of items, the items, and who holds (parameter, key of an extra or "")."""
-    keys: dict[str, set[str]] = {}
-    extras: dict[tuple[str, str], tuple[int, ...]] = {}
-    holders: dict[tuple[str, str], list[Piece]] = {}
+def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index]) -> list[Item]:
+    """All tensors of a checkpoint, in the order of the files: the weights, then what the optimizer keeps of each."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    extras: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    holders: dict[tuple[str, str], list[Piece]] = defaultdict(list)  # by parameter, and key of an extra or ""
     for rank, index in enumerate(by_rank):
         for name, start, stop, state, others in index:
-            keys.setdefault(name, set()).update(state)
-            holders.setdefault((name, ""), []).append(Piece(rank, start, stop))
+            keys[name].update(state)
+            extras[name].update(others)
+            holders[name, ""].append(Piece(rank, start, stop))
             for key, shape in others.items():
-                extras[name, key] = tuple(shape)
-                holders.setdefault((name, key), []).append(Piece(rank, 0, math.prod(shape)))
-    weights = [Item(entry) for entry in hf.layout(model, vocab_size, seq_len)]
-    moments = []
+                holders[name, key].append(Piece(rank, 0, math.prod(shape)))
+    kept = []
     for name, shape in hf.shapes(model, vocab_size, seq_len).items():
-        moments += [Item(hf.own_entry(name, shape, key), key) for key in sorted(keys[name])]
-        moments += [
-            Item(hf.Entry(f"{name}.{key}", size, name), key, extra=True)
-            for (owner, key), size in sorted(extras.items()) if owner == name
-        ]  # fmt: skip
-    items = weights + moments
-    files = _into_files("model", items, range(len(weights)))
-    files |= _into_files("optimizer", items, range(len(weights), len(items)))
-    return files, items, holders
+        kept += [hf.own_entry(name, shape, key) for key in sorted(keys[name])]
+        kept += [
+            hf.Entry(f"{name}.{key}", tuple(size), name, rows=(0, 1), key=key)
+            for key, size in sorted(extras[name].items())
+        ]
+    files = _into_files("model", hf.layout(model, vocab_size, seq_len)) | _into_files("optimizer", kept)
+    writers = _divide({file: sum(entry.bytes for entry in inside) for file, inside in files.items()}, len(by_rank))
+    return [
+        Item(entry, file, writers[file], _cover(entry, holders, writers[file]))
+        for file, inside in files.items() for entry in inside
+    ]  # fmt: skip
+
+
+def _into_files(stem: str, entries: list[hf.Entry]) -> dict[str, list[hf.Entry]]:
+    """Fill files in the order of the tensors: as few as let many ranks share the writing evenly."""
+    files: list[list[hf.Entry]] = [[]]
+    largest = max(_SMALLEST_FILE[stem], sum(entry.bytes for entry in entries) // _FILES[stem])
+    for entry in entries:
+        if files[-1] and sum(other.bytes for other in files[-1]) + entry.bytes > largest:
+            files.append([])
+        files[-1].append(entry)
+    if len(files) == 1 and stem == "model":  # the name that transformers expects of a lone file
+        return {"model.safetensors": files[0]}
+    return {f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": inside for n, inside in enumerate(files, 1)}
 
 
 def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
@@ -236,151 +231,134 @@ def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return writers
 
 
-def _cover(item: Item, holders: Mapping[tuple[str, str], list[Piece]], writer: int) -> list[Piece]:
-    """Pieces that make up an item, none twice; the writer's own where several ranks hold the same."""
-    if item.entry.constant:
+def _cover(entry: hf.Entry, holders: Mapping[tuple[str, str], list[Piece]], writer: int) -> list[Piece]:
+    """Pieces that make up a tensor, none twice; the writer's own where several ranks hold the same."""
+    if entry.constant:
         return []
-    at, end = (0, math.prod(item.entry.shape)) if item.extra else item.entry.span
+    at, end = entry.span
     found = []
-    available = holders[item.entry.param, item.key if item.extra else ""]
+    available = holders.get((entry.param, entry.key)) or holders[entry.param, ""]
     for piece in sorted(available, key=lambda piece: (piece.start, piece.rank != writer, piece.rank)):
         if piece.stop > at and at < end:
             found.append(Piece(piece.rank, max(at, piece.start), min(end, piece.stop)))
-            assert found[-1].start == at, f"nobody holds all of {item.entry.name}"
+            assert found[-1].start == at, f"nobody holds all of {entry.name}"
             at = found[-1].stop
-    assert at == end, f"nobody holds all of {item.entry.name}"
+    assert at == end, f"nobody holds all of {entry.name}"
     return found
 
 
 @dataclass
 class _Work:
-    """One checkpoint on its way to disk; runs in the saver's thread."""
+    """One checkpoint on its way to disk; runs in the saver's thread. Messages are tagged with an item's number."""
 
     run_dir: Path
+    channel: Channel
     step: int
-    files: Mapping[str, list[int]]
     items: list[Item]
-    writers: Mapping[str, int]
-    sources: Mapping[int, list[Piece]]
-    staged: list[Staged]
+    staged: Mapping[int, Tensor]
     texts: Mapping[str, str]
     tokenizer: Tokenizer
-    channel: Channel
+
+    @property
+    def aside(self) -> Path:
+        return self.run_dir / f".step-{self.step:08d}.tmp"
 
     def write(self) -> None:
-        final = self.run_dir / f"step-{self.step:08d}"
-        aside = self.run_dir / f".{final.name}.tmp"
-        first = self.channel.rank == 0
-        self._agreed((lambda: self._prepare_folder(aside)) if first else dict, aside)
-        owner = {n: self.writers[name] for name, file in self.files.items() for n in file}
+        rank = self.channel.rank
+        self._agreed(self._prepare_folder if rank == 0 else dict)
         sends = [
-            self.channel.send(s.values, owner[s.item], s.item)
-            for s in self.staged if owner[s.item] != self.channel.rank
+            self.channel.send(values, self.items[n].writer, n)
+            for n, values in self.staged.items() if self.items[n].writer != rank
         ]  # fmt: skip
-        written = self._agreed(lambda: self._write_own(aside), aside)
+        written = self._agreed(self._write_own)
         for send in sends:
             send.wait()
-        self._agreed((lambda: self._commit(aside, final, written)) if first else dict, aside)
+        self._agreed((lambda: self._commit(written)) if rank == 0 else dict)
 
-    def _prepare_folder(self, aside: Path) -> dict[str, Any]:
+    def _prepare_folder(self) -> dict[str, Any]:
         for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
             shutil.rmtree(left_over)
-        aside.mkdir(parents=True)
+        self.aside.mkdir(parents=True)
         return {}
 
-    def _write_own(self, aside: Path) -> dict[str, Any]:
-        own = {s.item: s for s in self.staged}
+    def _write_own(self) -> dict[str, Any]:
         written, failure = {}, None
-        for name, file in self.files.items():
-            if self.writers[name] == self.channel.rank:
-                chunks = ((self.items[n].entry, self._assemble(n, own)) for n in file)
-                try:
-                    written[name] = write_tensors(aside / name, [self.items[n].entry for n in file], chunks)
-                except _FAILURES as error:
-                    failure = error
-                    for _ in chunks:  # senders wait for what is theirs to be taken
-                        pass
+        own = [n for n, item in enumerate(self.items) if item.writer == self.channel.rank]
+        for name, numbers in itertools.groupby(own, lambda n: self.items[n].file):
+            inside = list(numbers)
+            tensors = (self._assemble(n) for n in inside)
+            try:
+                written[name] = write_tensors(self.aside / name, [self.items[n].entry for n in inside], tensors)
+            except _FAILURES as error:
+                failure = error
+                for _ in tensors:  # senders wait for what is theirs to be taken
+                    pass
         if failure:
             raise failure
         return written
 
-    def _assemble(self, n: int, own: Mapping[int, Staged]) -> Tensor:
+    def _assemble(self, n: int) -> Tensor:
         """An item as its file holds it, from all ranks' pieces."""
-        item, pieces = self.items[n], self.sources[n]
-        if item.entry.constant:
-            return hf.constant(item.entry)
+        entry, pieces = self.items[n].entry, self.items[n].pieces
+        if entry.constant:
+            return hf.constant(entry)
         if len(pieces) == 1 and pieces[0].rank == self.channel.rank:
-            flat = own[n].values
-        else:
-            start = pieces[0].start
-            flat = torch.empty(pieces[-1].stop - start)
-            for piece in pieces:
-                part = flat[piece.start - start : piece.stop - start]
-                if piece.rank == self.channel.rank:
-                    part.copy_(own[n].values)
-                else:
-                    self.channel.receive(part, piece.rank, n)
-        return flat if item.extra else item.entry.from_flat(flat)
+            return entry.from_flat(self.staged[n])
+        start = pieces[0].start
+        flat = torch.empty(pieces[-1].stop - start)
+        for piece in pieces:
+            part = flat[piece.start - start : piece.stop - start]
+            if piece.rank == self.channel.rank:
+                part.copy_(self.staged[n])
+            else:
+                self.channel.receive(part, piece.rank, n)
+        return entry.from_flat(flat)
 
-    def _commit(self, aside: Path, final: Path, written: dict[str, Any]) -> dict[str, Any]:
-        for name, text in {**self.tokenizer.files(), **self.texts}.items():
-            written[name] = _write(aside / name, [text.encode()])
+    def _commit(self, written: dict[str, Any]) -> dict[str, Any]:
+        for name, text in {**self.tokenizer.files(), **self.texts, **_index(self.items)}.items():
+            written[name] = _write(self.aside / name, [text.encode()])
         manifest = {"format": _FORMAT, "step": self.step, "files": dict(sorted(written.items()))}
-        _write(aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-        sync_folder(aside)
+        _write(self.aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        sync_folder(self.aside)
+        final = self.run_dir / f"step-{self.step:08d}"
         remove(final)  # only a folder that was passed over as damaged can be here
-        aside.rename(final)
+        self.aside.rename(final)
         sync_folder(self.run_dir)
         return {}
 
-    def _agreed(self, work: Callable[[], dict[str, Any]], aside: Path) -> dict[str, Any]:
+    def _agreed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do the work; the union of what all ranks made, or one error on all of them. All ranks."""
         try:
             outcome: dict[str, Any] = {"made": work()}
         except _FAILURES as error:
-            where = Path(str(getattr(error, "filename", None) or aside)).name
+            where = Path(str(getattr(error, "filename", None) or self.aside)).name
             outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})"}
         said = self.channel.gather(outcome)
         failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
         if failed:
             if self.channel.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(self.aside, ignore_errors=True)
             raise UserError(
                 f"checkpoint of step {self.step} was not written: {failed[0]}; older checkpoints are untouched", 70
             )
         return {name: made for part in said for name, made in part["made"].items()}
 
 
-def _into_files(stem: str, items: list[Item], numbers: Sequence[int]) -> dict[str, list[int]]:
-    """Fill files in the order of the tensors: as few as let many ranks share the writing evenly."""
-    total = sum(items[n].bytes for n in numbers)
-    files: list[list[int]] = [[]]
-    largest = max(_SMALLEST_FILE[stem], total // _FILES[stem])
-    for n in numbers:
-        if files[-1] and sum(items[m].bytes for m in files[-1]) + items[n].bytes > largest:
-            files.append([])
-        files[-1].append(n)
-    if len(files) == 1 and stem == "model":  # the name that transformers expects of a lone file
-        return {"model.safetensors": files[0]}
-    return {f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": part for n, part in enumerate(files, 1)}
-
-
-def _index(files: Mapping[str, list[Item]]) -> dict[str, str]:
+def _index(items: list[Item]) -> dict[str, str]:
     """The index that transformers expects beside several model files."""
-    models = {name: items for name, items in files.items() if name.startswith("model-")}
+    models = [item for item in items if item.file.startswith("model-")]
     if not models:
         return {}
-    total = sum(item.bytes for items in models.values() for item in items)
-    where = {item.entry.name: name for name, items in models.items() for item in items}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    total = sum(item.entry.bytes for item in models)
+    index = {"metadata": {"total_size": total}, "weight_map": {item.entry.name: item.file for item in models}}
     return {"model.safetensors.index.json": json.dumps(index, indent=1)}
 
 
-def write_tensors(path: Path, entries: list[hf.Entry], tensors: Iterable[tuple[hf.Entry, Tensor]]) -> dict[str, Any]:
+def write_tensors(path: Path, entries: list[hf.Entry], tensors: Iterable[Tensor]) -> dict[str, Any]:
     """Write one safetensors file, hashing on the way and holding one tensor at a time; its size and hash."""
-    sizes = ((entry.name, "F32", entry.shape, 4 * math.prod(entry.shape)) for entry in entries)
+    sizes = ((entry.name, "F32", entry.shape, entry.bytes) for entry in entries)
     head = safetensors_head(sizes, __metadata__={"format": "pt"})
-    return _write(path, itertools.chain([head], (_bytes_of(tensor) for _, tensor in tensors)))
+    return _write(path, itertools.chain([head], map(_bytes_of, tensors)))
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -403,12 +381,15 @@ def remove(folder: Path) -> None:
 
 def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
     """Keep the newest `keep_last`, the best by validation loss, and every multiple of `keep_every`. Rank 0."""
-    folders = step_folders(run_dir)
-    losses = [(read_state(folder).get("val_loss"), folder) for folder in folders]
-    _, best = min((pair for pair in losses if pair[0] is not None), default=(None, None))
-    for folder in folders[:-keep_last]:
-        if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
-            remove(folder)
+    try:
+        folders = step_folders(run_dir)
+        losses = {folder: loss for folder in folders if (loss := read_state(folder).get("val_loss")) is not None}
+        best = min(losses, key=losses.__getitem__, default=None)
+        for folder in folders[:-keep_last]:
+            if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
+                remove(folder)
+    except (OSError, UserError) as error:  # the checkpoint just written is not worse for it
+        print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
 
 
 # --- finding and checking
@@ -496,11 +477,10 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         raise UserError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name",
                         BAD_CHECKPOINT)  # fmt: skip
     from huggingface_hub import snapshot_download  # slow, and only for hub names
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what it raises is one of the two
         raise UserError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})",
                         BAD_CHECKPOINT) from error  # fmt: skip
 
@@ -531,13 +511,11 @@ def read_weights(
     folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, average: bool = False
 ) -> dict[str, Tensor]:
     """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
-    if not average:
-        with _open_tensors(sorted(folder.glob("model*.safetensors"))) as get:
+    with _open_tensors(folder, "optimizer" if average else "model") as get:
+        if not average:
             return hf.import_tensors(model, vocab_size, seq_len, get)
-    entries = hf.own_layout(model, vocab_size, seq_len, "ema")
-    with _open_tensors(sorted(folder.glob("optimizer-*.safetensors"))) as get:
         try:
-            return hf.import_tensors(model, vocab_size, seq_len, get, entries)
+            return hf.import_tensors(model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema"))
         except hf.MissingTensor as error:
             raise UserError(
                 f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
@@ -572,10 +550,7 @@ def restore(
     for entry in hf.layout(model, vocab_size, context):
         entries.setdefault(entry.param, []).append(entry)
     shapes = hf.shapes(model, vocab_size, seq_len)
-    with (
-        _open_tensors(sorted(folder.glob("model*.safetensors"))) as get,
-        _open_tensors(sorted(folder.glob("optimizer-*.safetensors")) if optimizer else []) as get_of_optimizer,
-    ):
+    with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
         for constant in entries.get("", ()):
             hf.import_part(constant, get, None, 0, model)
         for h in held:
@@ -585,10 +560,9 @@ def restore(
                 name = f"{h.name}.{key}"
                 try:
                     if key in h.state:
-                        entry = hf.own_entry(h.name, shapes[h.name], key)
-                        hf.import_part(entry, get_of_optimizer, values, h.start, model)
+                        hf.import_part(hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model)
                     else:
-                        values.copy_(get_of_optimizer(name)[...])
+                        values.copy_(get(name)[...])
                 except (KeyError, hf.MissingTensor):
                     raise UserError(
                         f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
@@ -597,21 +571,17 @@ def restore(
 
 
 @contextlib.contextmanager
-def _open_tensors(paths: list[Path]) -> Any:
-    """A function from tensor name to tensor over several safetensors files."""
+def _open_tensors(folder: Path, *stems: str) -> Any:
+    """A function from tensor name to tensor over the safetensors files whose names begin so."""
     with contextlib.ExitStack() as stack:
         where = {}
-        for path in paths:
+        for path in sorted(path for stem in stems for path in folder.glob(f"{stem}*.safetensors")):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path}: not a whole safetensors file ({error})", BAD_CHECKPOINT) from error
             where.update(dict.fromkeys(file.keys(), file))
-
-        def get(name: str) -> Any:
-            return where[name].get_slice(name)  # KeyError where there is none
-
-        yield get
+        yield lambda name: where[name].get_slice(name)  # KeyError where there is none
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -44,6 +44,19 @@ class Section(BaseModel):
             object.__setattr__(self, name, value)
 
 
+def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
+    if of % value:
+        divisors = [d for d in range(1, of + 1) if of % d == 0]
+        below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+        nearest_text = ", ".join(str(d) for d in below + above)
+        raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest_text}")
+
+
+def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
+    if value > of:
+        raise ValueError(f"{name}={value} must be at most {of_name}={of}; nearest: {of}")
+
+
 class ModelConfig(Section):
     """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
 
@@ -70,10 +83,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        if self.width % self.heads:
-            raise ValueError(_not_a_divisor("model.heads", self.heads, "model.width", self.width))
-        if self.heads % (self.kv_heads or 1):
-            raise ValueError(_not_a_divisor("model.kv_heads", self.kv_heads, "model.heads", self.heads))
+        _check_divides("model.heads", self.heads, "model.width", self.width)
+        _check_divides("model.kv_heads", self.kv_heads or self.heads, "model.heads", self.heads)
         if self.positions == "rope" and (self.width // self.heads) % 2:
             raise ValueError(
                 f"model.width={self.width} with model.heads={self.heads} gives an odd head size, which rope cannot"
@@ -142,11 +153,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
-        if self.stride is not None and self.stride > self.seq_len:
-            raise ValueError(
-                f"data.stride={self.stride} must be at most data.seq_len={self.seq_len}, or tokens would be skipped;"
-                f" nearest: {self.seq_len}"
-            )
+        _check_at_most("data.stride", self.stride or self.seq_len, "data.seq_len", self.seq_len)
         if self.separator == "":
             raise ValueError("data.separator='' must not be empty; nearest: null (each file is one document)")
         if self.sources and self.input != DataConfig.model_fields["input"].default:
@@ -201,8 +208,7 @@ class OptimConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":
-        if self.min_lr > self.lr:
-            raise ValueError(f"optim.min_lr={self.min_lr} must be at most optim.lr={self.lr}; nearest: {self.lr}")
+        _check_at_most("optim.min_lr", self.min_lr, "optim.lr", self.lr)
         return self
 
 
@@ -250,11 +256,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        if (self.data.micro_batch or 1) > self.data.global_batch:
-            raise ValueError(
-                f"data.micro_batch={self.data.micro_batch} must be at most data.global_batch={self.data.global_batch};"
-                f" nearest: {self.data.global_batch}"
-            )
+        _check_at_most("data.micro_batch", self.data.micro_batch or 1, "data.global_batch", self.data.global_batch)
         if self.run.epochs and len(self.data.sources) > 1:
             raise ValueError(f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps")
         if self.run.epochs and self.data.stream and self.optim.schedule not in ("constant", "inverse_sqrt"):
@@ -272,15 +274,11 @@ class Config(Section):
         return {f"{s}.{f}": v for s, fields in self.model_dump(mode="json").items() for f, v in fields.items()}
 
 
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig
-}  # fmt: skip
+SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
 FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()}
 NESTED: dict[str, type[Section]] = {
-    "data.sources": SourceConfig,
-    "data.validation": SourceConfig,
-    "data.stages": Stage,
-}
+    "data.sources": SourceConfig, "data.validation": SourceConfig, "data.stages": Stage
+}  # fmt: skip
 
 # What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
 # is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
@@ -345,11 +343,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        folder = Path(path).parent
-        names = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
-        raise UserError(
-            f"--config {path}: cannot be read ({_reason(error)}){did_you_mean(str(path), names)}"
-        ) from error
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        beside = Path(path).parent.glob("*.yaml")
+        raise UserError(f"--config {path}: cannot be read ({reason}){did_you_mean(str(path), beside)}") from error
     try:
         content = yaml.load(text, _Loader) or {}
     except UserError as error:
@@ -386,7 +382,7 @@ def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict
             given.setdefault(name, []).extend(values or ["true"])
         elif name in FIELDS:
             if not values and name != "run.trackers":  # a list, which may be empty
-                raise UserError(f"--{name} needs a value: --{name} {_wanted(name)}")
+                raise UserError(f"--{name} needs a value: --{name} {FIELDS[name].default!r}")
             if name in settings:
                 raise UserError(f"--{name} is given twice; rule: once")
             settings[name] = parse_value(name, values)
@@ -433,11 +429,8 @@ def load(argv: Sequence[str], flags: Mapping[str, str], usage: str) -> tuple[Con
     given, settings = split_arguments([word for word in argv if word not in ("-h", "--help")], flags)
     levels = [(path, read_yaml(path)) for path in given.get("config", [])]
     config = resolve(*levels, ("command line", settings))
-    if wants_help:
-        print(help_text(config, flags, usage), end="")
-        sys.exit(0)
-    if "print_config" in given:
-        print(config.to_yaml(), end="")
+    if wants_help or "print_config" in given:
+        print(help_text(config, flags, usage) if wants_help else config.to_yaml(), end="")
         sys.exit(0)
     return config, given
 
@@ -446,15 +439,22 @@ def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
     """Every field with type, value under the given settings and meaning, laid out by tyro."""
     import tyro  # only here: a run needs no help text
 
+    lines = [f"--{name}: {text}" for name, text in flags.items()]
+    for name, section in NESTED.items():  # which tyro leaves out
+        lines.append(f"--{name}: {FIELDS[name].description} In YAML, each with:")
+        lines += [f"    {field}: {info.description}" for field, info in section.model_fields.items()]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=config, args=["--help"], prog=usage, description=_flags_text(flags) + _nested_text(),
+        tyro.cli(Config, default=config, args=["--help"], prog=usage, description="\n".join(lines),
                  config=(tyro.conf.FlagConversionOff,))  # fmt: skip
     return out.getvalue()
 
 
 def run_entry(main: Callable[[list[str]], Result]) -> Result:
-    """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code."""
+    """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code.
+
+    An interrupt ends with 130, a closed pipe without a word.
+    """
     gc.set_threshold(100_000)  # torch's modules are millions of objects: by default half a second of their import
     try:
         result = main(sys.argv[1:])
@@ -463,6 +463,9 @@ def run_entry(main: Callable[[list[str]], Result]) -> Result:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         sys.exit(0)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
@@ -508,43 +511,33 @@ def did_you_mean(value: str, options: Any, prefix: str = "") -> str:
     return f"; did you mean {prefix}{guess}?" if guess else ""
 
 
-def _not_a_divisor(name: str, value: int, of_name: str, of: int) -> str:
-    divisors = [d for d in range(1, of + 1) if of % d == 0]
-    below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
-    return f"{name}={value} does not divide {of_name}={of}; nearest: {', '.join(map(str, below + above))}"
-
-
 def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     """The first validation error as one line: where it was set, field, value, rule, nearest good value."""
     first = error.errors(include_url=False)[0]
-    if first["type"] == "value_error":  # one of our own rules, already worded; it may name fields set anywhere
-        text = str(first["ctx"]["error"])
+    kind, value, context = first["type"], first["input"], first.get("ctx", {})
+    if kind == "value_error":  # one of our own rules, already worded; it may name fields set anywhere
+        text = str(context["error"])
         where = next((origin[name] for name in re.findall(r"\w+\.\w+", text) if name in origin), "")
         return f"{where}: {text}" if where else text
-    name, whole = (".".join(str(part) for part in first["loc"][:end] if part != "[key]") for end in (2, None))
-    whole = whole if name in NESTED else name
-    rule, context, value = first["msg"], first.get("ctx", {}), first["input"]
-    good: Any = ""
-    if first["type"] == "literal_error":
+    path = [str(part) for part in first["loc"] if part != "[key]"]
+    name = ".".join(path[:2])
+    field = ".".join(path) if name in NESTED else name
+    where = origin.get(name, "defaults")
+    if kind == "extra_forbidden":
+        return f"{where}: unknown field {field}{did_you_mean(path[-1], NESTED[name].model_fields)}"
+    rule = first["msg"].partition(" should ")[2] or f"be right: {first['msg']}"
+    good: Any = FIELDS[name].default if field == name else None
+    if kind == "literal_error":
         options = re.findall(r"'(.*?)'", context["expected"])
-        rule, good = "must be one of " + ", ".join(options), nearest(str(value), options)
-    elif first["type"] == "extra_forbidden":
-        near = did_you_mean(str(first["loc"][-1]), NESTED[name].model_fields)
-        return f"{origin.get(name, 'defaults')}: unknown field {whole}{near}"
-    elif first["type"] in ("greater_than_equal", "less_than_equal"):
+        rule, good = "be one of " + ", ".join(options), nearest(str(value), options)
+    elif kind in ("greater_than_equal", "less_than_equal"):
         good = context.get("ge", context.get("le"))
-    elif first["type"] in ("greater_than", "less_than", "finite_number"):
-        good = FIELDS[name].default if whole == name else ""
-    elif first["type"].startswith("int_") and isinstance(value, float):
+    elif kind.startswith("int_") and isinstance(value, float):
         good = round(value)
-    elif first["type"].startswith("bool_"):
+    elif kind.startswith("bool_"):
         good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"
-    elif whole == name:
-        good = FIELDS[name].default
-    rule = rule.removeprefix("Input ").removeprefix("should ").removeprefix("must ")
-    rule = rule if rule.startswith("be ") else f"be right: {rule}"
-    nearest_text = f"; nearest: {good}" if good not in ("", None) else ""
-    return f"{origin.get(name, 'defaults')}: {whole}={value!r} must {rule}{nearest_text}"
+    hint = "" if good in ("", None) else f"; nearest: {good}"
+    return f"{where}: {field}={value!r} must {rule}{hint}"
 
 
 def parse_value(name: str, words: list[str]) -> Any:
@@ -560,24 +553,3 @@ def parse_value(name: str, words: list[str]) -> Any:
         return None if words[0] == "None" else yaml.load(words[0], _Loader)
     except yaml.YAMLError:
         return words[0]
-
-
-def _wanted(name: str) -> str:
-    return repr(FIELDS[name].default)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not UTF-8"
-
-
-def _nested_text() -> str:
-    """What tyro leaves out: fields that hold others, which are given in YAML."""
-    lines = []
-    for name, section in NESTED.items():
-        lines.append(f"--{name}: {FIELDS[name].description} In YAML, each with:")
-        lines += [f"    {field}: {info.description}" for field, info in section.model_fields.items()]
-    return "\n" + "\n".join(lines)
-
-
-def _flags_text(flags: Mapping[str, str]) -> str:
-    return "\n".join(f"--{name}: {text}" for name, text in flags.items())

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config import FlagParser, UserError, did_you_mean
+from dist_lm.config import FlagParser, UserError, did_you_mean, run_entry
 from dist_lm.text import printable
 
 if TYPE_CHECKING:
@@ -27,9 +27,26 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+HUGE = 10**9
+# Flags whose value is a number: the default, the least, the greatest, and what it means.
+NUMBERS: dict[str, tuple[Any, float, float, str]] = {
+    "max_new_tokens": (200, 1, HUGE, "tokens to make at most"),
+    "temperature": (0.8, 0, HUGE, "0 takes the likeliest token (greedy), 1 samples as learned, more is wilder"),
+    "top_k": (0, 0, HUGE, "choose among the k likeliest tokens; 0: all"),
+    "top_p": (1.0, 1e-6, 1, "choose among the fewest tokens that have this probability together; 1: all"),
+    "min_p": (0.0, 0, 1, "leave out tokens less likely than this share of the likeliest; 0: none"),
+    "repetition_penalty": (1.0, 1e-6, HUGE, "make tokens seen before less likely; 1: no change"),
+    "num_samples": (1, 1, HUGE, "continuations of each prompt"),
+}
+# Flags whose value is one of a few words, the first by default.
+WORDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "context": (("slide", "refuse"), "when the text outgrows the model's context: slide over its last part, or refuse"),
+    "device": (("auto", "cpu", "cuda"), "auto: cuda where there is one"),
+    "dtype": (tuple(DTYPES), "arithmetic of the model"),
+}
 
 
-def within(kind: type, low: float, high: float, default: Any, rule: str) -> Callable[[str], Any]:
+def within(kind: type, low: float, high: float, default: Any) -> Callable[[str], Any]:
     """An argparse type that takes numbers from low to high and names the nearest good one otherwise."""
 
     def read(text: str) -> Any:
@@ -39,13 +56,17 @@ def within(kind: type, low: float, high: float, default: Any, rule: str) -> Call
             value = math.nan
         if not low <= value <= high:  # also true of NaN
             good = default if math.isnan(value) else kind(min(max(value, low), high))
-            raise argparse.ArgumentTypeError(f"{text} must be {rule}; nearest: {good:{'d' if kind is int else 'g'}}")
+            number = "a whole number" if kind is int else "a number"
+            rule = f"of {low:g} or more" if high >= HUGE else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {number} {rule}; nearest: {good:{'d' if kind is int else 'g'}}"
+            )
         return value
 
     return read
 
 
-def one_of(*options: str) -> Callable[[str], str]:
+def one_of(options: tuple[str, ...]) -> Callable[[str], str]:
     """An argparse type that takes one of a few words."""
 
     def read(text: str) -> str:
@@ -58,7 +79,6 @@ def one_of(*options: str) -> Callable[[str], str]:
 
 def command_line(argv: list[str]) -> argparse.Namespace:
     """The validated command line; hyphens in flags count as underscores."""
-    tiny, huge = 1e-6, 1e9
     parser = FlagParser(
         "python -m dist_lm.generate",
         "Generate text from a checkpoint.\n"
@@ -68,29 +88,14 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", required=True, help="run folder (its newest step), step folder, or transformers folder")
     add("--prompt", action="append", help="text to go on from; repeatable; '' starts a new document")
     add("--prompt_file", action="append", help="file whose text is a prompt, but for its last newline; repeatable")
-    add("--max_new_tokens", type=within(int, 1, huge, 200, "a whole number of 1 or more"), default=200,
-        help="tokens to make at most (default 200)")  # fmt: skip
-    add("--temperature", type=within(float, 0, huge, 0.8, "a number of 0 or more"), default=0.8,
-        help="0 takes the likeliest token (greedy), 1 samples as learned, more is wilder (default 0.8)")  # fmt: skip
-    add("--top_k", type=within(int, 0, huge, 0, "a whole number of 0 or more"), default=0,
-        help="choose among the k likeliest tokens; 0: all (default)")  # fmt: skip
-    add("--top_p", type=within(float, tiny, 1, 1, "from 1e-6 to 1"), default=1.0,
-        help="choose among the fewest tokens that have this probability together; 1: all (default)")  # fmt: skip
-    add("--min_p", type=within(float, 0, 1, 0, "from 0 to 1"), default=0.0,
-        help="leave out tokens less likely than this share of the likeliest; 0: none (default)")  # fmt: skip
-    add("--repetition_penalty", type=within(float, tiny, huge, 1, "from 1e-6 to 1e9"), default=1.0,
-        help="make tokens seen before less likely; 1: no change (default)")  # fmt: skip
-    add("--num_samples", type=within(int, 1, huge, 1, "a whole number of 1 or more"), default=1,
-        help="continuations of each prompt (default 1)")  # fmt: skip
+    for name, (default, low, high, meaning) in NUMBERS.items():
+        kind = within(type(default), low, high, default)
+        add(f"--{name}", type=kind, default=default, help=f"{meaning} (default {default:g})")
+    for name, (options, meaning) in WORDS.items():
+        help_text, metavar = f"{meaning} (default {options[0]})", "|".join(options)
+        add(f"--{name}", type=one_of(options), default=options[0], metavar=metavar, help=help_text)
+    add("--seed", type=within(int, 0, 2**63 - 1, 0), help="repeat the same samples; unset: other ones each time")
     add("--stop", action="append", default=[], help="text that ends a continuation, itself left out; repeatable")
-    add("--context", type=one_of("slide", "refuse"), default="slide", metavar="slide|refuse",
-        help="when the text outgrows the model's context: slide over its last part (default), or refuse")  # fmt: skip
-    add("--seed", type=within(int, 0, 2**63 - 1, 0, "a whole number from 0 to 2^63 - 1"),
-        help="repeat the same samples; unset: other ones each time")  # fmt: skip
-    add("--device", type=one_of("auto", "cpu", "cuda"), default="auto", metavar="auto|cpu|cuda",
-        help="auto: cuda where there is one (default)")  # fmt: skip
-    add("--dtype", type=one_of(*DTYPES), default="fp32", metavar="|".join(DTYPES),
-        help="arithmetic of the model (default fp32)")  # fmt: skip
     add("--ema", action="store_true", help="use the moving average of the weights that a run with run.ema kept")
     add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
     add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
@@ -244,22 +249,5 @@ def main(argv: list[str]) -> None:
         generate(model, tokenizer, prompts, args)
 
 
-def entry() -> int:
-    """main() at the process edge: errors are one line, an interrupt ends with 130, a closed pipe without a word."""
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        return 0
-
-
 if __name__ == "__main__":
-    sys.exit(entry())
+    run_entry(main)

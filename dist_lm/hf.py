@@ -38,7 +38,7 @@ class MissingTensor(UserError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a model file: rows [start, stop) of a parameter, transposed or not, or a constant."""
+    """One tensor of a file: rows [start, stop) of a parameter, or of what is kept of it, or a constant."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,6 +46,11 @@ class Entry:
     rows: tuple[int, int] = (0, 0)  # before transposing
     transpose: bool = False
     constant: str = ""  # "zeros" or "sinusoid"
+    key: str = ""  # of the optimizer's tensor; empty for the weight itself
+
+    @property
+    def bytes(self) -> int:
+        return 4 * math.prod(self.shape)  # fp32
 
     @property
     def span(self) -> tuple[int, int]:
@@ -55,7 +60,7 @@ class Entry:
 
     def from_flat(self, flat: Tensor) -> Tensor:
         """The tensor of the file, from those elements: fp32, contiguous."""
-        tensor = flat.view(*(self.shape[::-1] if self.transpose else self.shape))
+        tensor = flat.view(self.shape[::-1] if self.transpose else self.shape)
         return (tensor.T if self.transpose else tensor).float().contiguous()
 
 
@@ -106,7 +111,7 @@ def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "")
 
 
 def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
-    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]))
+    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]), key=key)
 
 
 def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
@@ -134,7 +139,6 @@ def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
 
 def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
     """The rows of our parameter that a tensor of a file holds: Llama's queries, keys and values are apart."""
-    assert model.kv_heads is not None, "the config's validation fills kv_heads"
     q, kv = model.width, model.kv_heads * (model.width // model.heads)
     parts = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
     return parts.get(name.split(".")[-2], (0, rows))
@@ -230,23 +234,16 @@ def generation_config_json(eot_id: int | None) -> Json:
 
 def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
-    readers: dict[str, Callable[[Json], Json]] = {
-        "gpt2": _from_gpt2, "openai-gpt": _from_gpt2, "llama": _from_llama, "dist_lm": lambda config: config["model"]
-    }  # fmt: skip
     kind = str(config.get("model_type"))
-    if kind not in readers:
+    if kind not in _KINDS:
         raise UserError(
-            f"config.json: model_type={kind!r} must be one of {', '.join(readers)};"
-            f" nearest: {nearest(kind, readers) or 'llama'}", 66
+            f"config.json: model_type={kind!r} must be one of {', '.join(_KINDS)};"
+            f" nearest: {nearest(kind, _KINDS) or 'llama'}", 66
         )  # fmt: skip
     _require(config, "quantization_config", None, None)
-    # Their defaults, where a file leaves them out.
-    vocab_size, field, seq_len = {
-        "gpt2": (50257, "n_positions", 1024), "openai-gpt": (40478, "n_positions", 512),
-        "llama": (32000, "max_position_embeddings", 2048), "dist_lm": (0, "seq_len", 0),
-    }[kind]  # fmt: skip
+    reader, vocab_size, field, seq_len = _KINDS[kind]
     try:
-        model = ModelConfig(**readers[kind](config))
+        model = ModelConfig(**reader(config))
         return model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -306,3 +303,12 @@ def _from_llama(config: Json) -> Json:
         "norm_eps": config.get("rms_norm_eps", 1e-6), "tie_embeddings": config.get("tie_word_embeddings", False),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
     }  # fmt: skip
+
+
+# How a config.json is read; its vocabulary where it leaves that out; its field for the context, and that left out.
+_KINDS: dict[str, tuple[Callable[[Json], Json], int, str, int]] = {
+    "gpt2": (_from_gpt2, 50257, "n_positions", 1024),
+    "openai-gpt": (_from_gpt2, 40478, "n_positions", 512),
+    "llama": (_from_llama, 32000, "max_position_embeddings", 2048),
+    "dist_lm": (lambda config: config["model"], 0, "seq_len", 0),
+}

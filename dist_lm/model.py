@@ -10,7 +10,7 @@ V vocabulary (padded in memory), S tokens attended to, N = B*T, C rows of a chun
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -143,7 +143,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.kv_heads = layer, config.heads, kv_heads(config)
+        self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
         self.head_width = config.width // config.heads
         self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
         self.out = Linear(config.width, config.width, bias=config.bias)
@@ -180,7 +180,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.ffn_width is not None, "the config's validation fills ffn_width"
         self.activation, self.gated = ACTIVATIONS[config.activation], config.activation == "swiglu"
         self.up = Linear(config.width, config.ffn_width, bias=config.bias)
         if self.gated:
@@ -204,11 +203,6 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
-
-
-def kv_heads(config: ModelConfig) -> int:
-    assert config.kv_heads is not None, "the config's validation fills kv_heads"
-    return config.kv_heads
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -287,7 +281,7 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int, capacity: int, pad_B: Tensor | None = None, static: bool = False):
         weight, config = model.embed.weight, model.config
-        shape = (batch, kv_heads(config), capacity, config.width // config.heads)
+        shape = (batch, config.kv_heads, capacity, config.width // config.heads)
         self.keys = [weight.new_zeros(shape, dtype=compute_dtype(weight)) for _ in range(config.layers)]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length: Any = torch.zeros((), dtype=torch.long, device=weight.device) if static else 0
@@ -435,7 +429,7 @@ def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
     value = torch.empty(shape)
     if name in ("embed.weight", "positions.weight"):
         return value.normal_(0, 0.02, generator=generator)
-    q, kv = config.width, kv_heads(config) * config.width // config.heads
+    q, kv = config.width, config.kv_heads * config.width // config.heads
     parts = torch.split(value, [q, kv, kv]) if name.endswith("qkv.weight") else (value,)
     for part in parts:
         if config.init == "xavier":
@@ -463,18 +457,21 @@ def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, .
 
 
 @torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
-    """Set every parameter to its initial value; padding rows of the vocabulary to zero."""
-    for name, parameter in model.named_parameters():
-        shape = unpadded(name, tuple(parameter.shape), model.vocab_size)
-        parameter[shape[0] :] = 0
-        parameter[: shape[0]] = initial(model.config, seed, name, shape)
+def init_weights(model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None) -> None:
+    """Initial weights for all parameters, or for `parts` of them, flat: name, first element, where to put them."""
+    shapes = parameter_shapes(model.config, model.vocab_size, model.seq_len)
+    if parts is None:
+        parts = ((name, 0, p.view(-1)) for name, p in model.named_parameters())
+    for name, start, out in parts:
+        whole = initial(model.config, seed, name, unpadded(name, shapes[name], model.vocab_size))
+        value = whole.flatten()[start : start + len(out)]
+        out.zero_()  # rows that pad the vocabulary stay so
+        out[: len(value)] = value
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
     """Forward and backward: 6 a matrix parameter and 12 x layers x width x length for attention (PaLM, appendix B)."""
-    assert config.ffn_width is not None, "the config's validation fills ffn_width"
-    attention = 2 * config.width**2 * (1 + kv_heads(config) / config.heads)
+    attention = 2 * config.width**2 * (1 + config.kv_heads / config.heads)
     feed_forward = (3 if config.activation == "swiglu" else 2) * config.width * config.ffn_width
     matrices = config.layers * (attention + feed_forward) + vocab_size * config.width
     return 6.0 * matrices + 12.0 * config.layers * config.width * seq_len

@@ -79,10 +79,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
         return torch.optim.Adafactor(groups, lr=lr)
     if optim.name == "lion":
         return Lion(groups, lr=lr, betas=optim.betas)
-    blocks = {
-        name: p for name, p in model.named_parameters()
-        if name.startswith("blocks.") and "norm" not in name and name.endswith(".weight")
-    }  # fmt: skip
+    blocks = {name: p for name, p in model.named_parameters() if _is_matrix_of_block(name)}
     rest = [(name, p) for name, p in model.named_parameters() if name not in blocks]
     groups = [
         {"params": [p for name, p in blocks.items() if name.endswith(".qkv.weight") == merged], "merged_qkv": merged,
@@ -116,8 +113,12 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
 def moments(name: str, parameter: str) -> int:
     """How many tensors of a parameter's own shape the optimizer `name` keeps for it; adafactor's are smaller."""
-    in_block = parameter.startswith("blocks.") and "norm" not in parameter and parameter.endswith(".weight")
-    return {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0, "muon": 1 if in_block else 2}[name]
+    return {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0, "muon": 1 if _is_matrix_of_block(parameter) else 2}[name]
+
+
+def _is_matrix_of_block(parameter: str) -> bool:
+    """What Muon works on."""
+    return parameter.startswith("blocks.") and "norm" not in parameter and parameter.endswith(".weight")
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,8 @@ class Muon(torch.optim.Optimizer):
                 lengths = list(mine.lengths) if mine else [0] * world
                 update = torch.cat(self.exchange(parts, lengths))
                 if mine:
-                    split = qkv_parts if group["merged_qkv"] else lambda matrix: [matrix]
-                    made = [muon_update(m[None], self.ns_dtype)[0].flatten() for m in split(update.view(mine.shape))]
-                    update = torch.cat(made)
+                    matrices = _matrices(group, update.view(mine.shape))
+                    update = torch.cat([muon_update(m[None], self.ns_dtype)[0].flatten() for m in matrices])
                 back = self.exchange(list(torch.split(update, lengths)), [len(part) for part in parts])
                 for s, part in zip(batch, back, strict=False):
                     s.of(flat, self.rank).add_(part, alpha=-group["lr"])
@@ -207,8 +207,7 @@ class Muon(torch.optim.Optimizer):
             momentum = _state(self, p, "momentum_buffer")
             momentum.lerp_(grad, 1 - MUON_MOMENTUM)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            split = qkv_parts if group["merged_qkv"] else lambda matrix: [matrix]
-            for part in zip(split(p), split(grad), split(momentum), strict=True):
+            for part in zip(*(_matrices(group, whole) for whole in (p, grad, momentum)), strict=True):
                 by_shape.setdefault(part[0].shape, []).append(part)
         for shape, parts in by_shape.items():
             size = max(1, NS_BATCH // shape.numel())
@@ -254,6 +253,10 @@ def qkv_parts(merged: Tensor) -> list[Tensor]:
     """Views of the rows q | k | v. Queries are as wide as the stream, keys and values share what is left."""
     queries = merged.size(1)
     return list(torch.split(merged, [queries] + [(merged.size(0) - queries) // 2] * 2))
+
+
+def _matrices(group: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+    return qkv_parts(parameter) if group["merged_qkv"] else [parameter]
 
 
 def _with_grad(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from dist_lm.outcome import CODES, Attempt
 from dist_lm.watch import Watch
 from dist_lm.zero import Strategy
 
-_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
 
 
@@ -95,11 +96,10 @@ class Runtime:
         self.settings = settings  # DeepSpeed's, or None
         self.engine: zero.Engine | None = None
         self.channel = Channel(self.rank, self.world_size, self.device)
-        self.background = Channel(self.rank, self.world_size, torch.device("cpu"))
-        self.reading = Channel(self.rank, self.world_size, torch.device("cpu"))
-        if self.world_size > 1:  # groups of their own: messages of checkpoints and of data never mix with training's
-            self.background.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-            self.reading.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        # Groups of their own: messages of checkpoints and of data never mix with training's.
+        self.background, self.reading = (Channel(self.rank, self.world_size, torch.device("cpu")) for _ in range(2))
+        for channel in (self.background, self.reading) if self.world_size > 1 else ():
+            channel.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.attempt, self.stop = attempt, attempt.stop
@@ -166,10 +166,7 @@ class Runtime:
             yield from self.engine.held(self.bare.named_parameters())
             return
         for name, p in self.bare.named_parameters():
-            state = self.optimizer.state[p]
-            parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
-            others = {key: value for key, value in state.items() if value.shape != p.shape}
-            yield Held(name, 0, p.numel(), p.data.view(-1), parts, others)
+            yield Held.part(name, 0, p.numel(), p, self.optimizer.state[p])
 
     def spread(self) -> None:
         """After a change of what is held: the model computes with it on every rank. All ranks."""
@@ -325,8 +322,10 @@ class Runtime:
             if self.is_main:
                 profile.export_chrome_trace(str(trace))
 
-        schedule = torch.profiler.schedule(wait=1, warmup=1, active=max(steps, 1), repeat=1)
-        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write) if steps else _NoProfiler()
+        if not steps:
+            return SimpleNamespace(step=lambda: None, stop=lambda: None)
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
+        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
         profiler.start()
         return profiler
 
@@ -381,12 +380,6 @@ class Runtime:
         del last_sum  # kept until no thread can hold it
 
 
-class _NoProfiler:
-    def start(self) -> None: ...
-    def step(self) -> None: ...
-    def stop(self) -> None: ...
-
-
 class RunLock:
     """A run folder belongs to one run at a time: a file with host and pid, touched while the run lives.
 
@@ -425,23 +418,24 @@ class RunLock:
     def _acquire(self) -> str:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": secrets.token_hex(4)})
-        seen, since, asked = None, time.monotonic(), time.monotonic()
+        seen, asked = None, time.monotonic()
         while True:
             with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
                 file.write(mine)
                 break
             with contextlib.suppress(FileNotFoundError):  # released between the two looks
                 touched, held = self.path.stat().st_mtime_ns, self.path.read_text(encoding="utf-8")
+                first, now = seen is None, time.monotonic()
                 if touched != seen:
-                    seen, since = touched, time.monotonic()
-                if _process_is_gone(held) or time.monotonic() - since > self.STALE_SECONDS:
+                    seen, since = touched, now
+                if _process_is_gone(held) or now - since > self.STALE_SECONDS:
                     self.path.unlink(missing_ok=True)
-                elif time.monotonic() - asked > self.STALE_SECONDS + 5:
+                elif now - asked > self.STALE_SECONDS + 5:
                     raise UserError(
                         f"run.dir={self.path.parent} is in use by another run ({held}); rule: one run a folder; choose"
                         " another run.dir or end that run"
                     )
-                elif asked == since or time.monotonic() - asked < 0.2:
+                elif first:
                     self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
             time.sleep(0.5)
         threading.Thread(target=self._touch, daemon=True, name="run-lock").start()
@@ -463,16 +457,10 @@ def _process_is_gone(lock: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        pass
-    try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError as error:  # or it is another user's, or there is no /proc
+        return isinstance(error, ProcessLookupError)
 
 
 def start(
@@ -559,7 +547,7 @@ def refuse_silent_single() -> None:
         )
 
 
-def die_with_launcher(poll_seconds: float = 1.0) -> None:
+def die_with_launcher() -> None:
     """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
     if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
         return
@@ -567,8 +555,8 @@ def die_with_launcher(poll_seconds: float = 1.0) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(poll_seconds)
-        os._exit(70)
+            time.sleep(1)
+        os._exit(CODES["retryable"])
 
     threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
 
@@ -584,27 +572,23 @@ def _prove_world(runtime: Runtime) -> None:
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
     """All ranks have the same settings, code and data. All ranks."""
-    seen = runtime.channel.gather({"host": socket.gethostname(), **_what_must_be_equal(config)})
-    for name in seen[0]:
-        different = [rank for rank, own in enumerate(seen) if own[name] != seen[0][name]]
-        if name == "settings" and different:
-            raise UserError(
-                f"ranks {different} were started with other settings than rank 0; rule: the same everywhere"
-            )
-        if name != "host" and different:
-            other, first = seen[different[0]], seen[0]
-            raise UserError(
-                f"rank {different[0]} on {other['host']} has {name} {other[name]}, rank 0 on {first['host']} has"
-                f" {first[name]}; rule: the same on every node", 65 if name.startswith("data.") else 2
-            )  # fmt: skip
+    seen = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
+    first_host, first = seen[0]
+    for rank, (host, own) in enumerate(seen):
+        for name in first:
+            if own[name] != first[name]:  # settings come first: with the same ones, the names are the same too
+                raise UserError(
+                    f"rank {rank} on {host} has {name} {own[name]}, rank 0 on {first_host} has {first[name]};"
+                    " rule: the same on every node", 65 if name.startswith("data.") else 2
+                )  # fmt: skip
 
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     inputs = [spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()]
     return {
-        "settings": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
-        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
+        "settings": f"(by hash) {_short_hash(config.to_yaml().encode())}",
+        "dist_lm": f"{__version__} ({_short_hash(code)})",
         "torch": torch.__version__,
         **{f"data.input={path}": _as_seen_here(Path(path)) for path in inputs},
     }
@@ -615,7 +599,11 @@ def _as_seen_here(path: Path) -> str:
     if not path.exists():
         return "(absent)"
     listed = sorted((f.name, f.stat().st_size) for f in path.iterdir()) if path.is_dir() else path.stat().st_size
-    return hashlib.sha256(str(listed).encode()).hexdigest()[:8]
+    return _short_hash(str(listed).encode())
+
+
+def _short_hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def _why_not_joined(error: Exception, seconds: float) -> str:

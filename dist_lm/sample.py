@@ -52,22 +52,19 @@ class Continuation:
     seconds: float = 0.0
 
     def add(self, token: int, eot: int | None, settings: Sampling) -> None:
+        """Take a token in, and move on to `text` what can no longer be part of a stop text."""
         self.tokens.append(token)
         if token == eot:
-            self._release(self.decoder.flush(), settings.stop, "end_of_text")
-        elif len(self.tokens) == settings.max_new_tokens:
-            self._release(self.decoder.push(token) + self.decoder.flush(), settings.stop, "length")
+            self.finish_reason = "end_of_text"
         else:
-            self._release(self.decoder.push(token), settings.stop, "")
-
-    def _release(self, piece: str, stops: tuple[str, ...], finish_reason: str) -> None:
-        """Move on to `text` what can no longer be part of a stop text."""
-        self.held += piece
-        self.finish_reason = finish_reason
-        found = [self.held.index(stop) for stop in stops if stop in self.held]
+            self.held += self.decoder.push(token)
+            self.finish_reason = "length" if len(self.tokens) == settings.max_new_tokens else ""
+        if self.finish_reason:
+            self.held += self.decoder.flush()
+        found = [self.held.index(stop) for stop in settings.stop if stop in self.held]
         if found:
             self.held, self.finish_reason = self.held[: min(found)], "stop"
-        keep = 0 if self.finish_reason else max((_overlap(self.held, stop) for stop in stops), default=0)
+        keep = 0 if self.finish_reason else max((_overlap(self.held, stop) for stop in settings.stop), default=0)
         released = len(self.held) - keep
         self.text, self.held = self.text + self.held[:released], self.held[released:]
 

@@ -33,7 +33,7 @@ from dist_lm import __version__, checkpoint, hf
 from dist_lm.checkpoint import Saver
 from dist_lm.data import Batches, Dataset, Mix, count_left_out, merge_after, open_dataset
 from dist_lm.metrics import Metrics, draw_curves
-from dist_lm.model import GPT, NO_TARGET, flops_per_token, initial, parameter_shapes
+from dist_lm.model import GPT, NO_TARGET, flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.runtime import RunLock, Runtime, start
 from dist_lm.sample import Sampling, sample
@@ -347,7 +347,7 @@ def put(run: Run, place: Place) -> None:
         if config.run.init_from:
             runtime.together(lambda: start_from(run, config.run.init_from or ""))
         else:
-            initialise(run)
+            init_weights(run.model, config.run.seed, ((h.name, h.start, h.weight) for h in runtime.held()))
         runtime.spread()
         runtime.start_average()
         return
@@ -418,16 +418,6 @@ def start_from(run: Run, name: str) -> None:
         )
     size = (run.config.model, vocab_size, run.config.data.seq_len)
     checkpoint.restore(folder, *size, run.runtime.held(), optimizer=False)
-
-
-@torch.no_grad()
-def initialise(run: Run) -> None:
-    """Initial weights, a function of the seed and the parameter's name: each rank makes what it holds."""
-    config = run.config
-    shapes = hf.shapes(config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    for h in run.runtime.held():
-        value = initial(config.model, config.run.seed, h.name, shapes[h.name]).flatten()[h.start : h.stop]
-        h.weight[: len(value)] = value
 
 
 def describe(run: Run) -> None:

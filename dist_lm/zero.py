@@ -67,21 +67,16 @@ def choose_strategy(launch: str | None) -> Strategy:
 
 
 def _from_environment() -> Strategy:
-    variables = os.environ
-    if variables.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         return Strategy()
-    if variables.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+    prefix = "ACCELERATE_DEEPSPEED_"
+    given = {name.removeprefix(prefix).lower(): value for name, value in os.environ.items() if name.startswith(prefix)}
+    if given.get("config_file", "none") != "none":
         raise UserError(
             "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the launch file, as in"
             " launch/zero3-offload.yaml"
         )
-    paths = [variables.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{of}_NVME_PATH", "none") for of in ("OPTIMIZER", "PARAM")]
-    return Strategy(
-        int(variables.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
-        variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
-        variables.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
-        next((path for path in paths if path != "none"), "none"),
-    )
+    return _strategy({"zero_stage": "2", **given})
 
 
 def _from_file(launch: str) -> Strategy:
@@ -102,20 +97,21 @@ def _from_file(launch: str) -> Strategy:
     for key in set(inside) - set(_KEYS):
         raise UserError(f"{path}: deepspeed_config.{key} is not read; rule: only {', '.join(_KEYS)}"
                         f"{did_you_mean(key, _KEYS)}")  # fmt: skip
-    if kind != "DEEPSPEED":
-        return Strategy()
-    stage, optimizer_device, param_device, *paths = (str(inside.get(key, "none")) for key in _KEYS)
-    return Strategy(
-        int(stage) if stage.isdecimal() else 0, optimizer_device, param_device,
-        next((path for path in paths if path != "none"), "none"),
-    )  # fmt: skip
+    return _strategy(inside) if kind == "DEEPSPEED" else Strategy()
+
+
+def _strategy(given: Mapping[str, Any]) -> Strategy:
+    """What a launch file says of DeepSpeed."""
+    stage, optimizer_device, param_device, *paths = (str(given.get(key, "none")) for key in _KEYS)
+    if stage not in ("1", "2", "3"):
+        raise UserError(f"zero_stage={stage} of the launch file must be 1, 2 or 3; nearest: 2")
+    nvme_path = next((path for path in paths if path != "none"), "none")
+    return Strategy(int(stage), optimizer_device, param_device, nvme_path)
 
 
 def refuse_combinations(strategy: Strategy, config: Config) -> None:
     """What does not work under ZeRO is refused by name, before anything is built."""
     name, optimizer = strategy.name(2), config.optim.name
-    if strategy.stage not in (1, 2, 3):
-        raise UserError(f"zero_stage={strategy.stage} of the launch file must be 1, 2 or 3; nearest: 2")
     if config.run.precision == "fp16":
         raise UserError(
             f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients before it unscales them;"
@@ -257,22 +253,17 @@ class Engine:
     def __init__(self, wrapped: Any, settings: Mapping[str, Any]):
         self.wrapped, self.stage = wrapped, settings["zero_optimization"]["stage"]
         self.zero = wrapped.optimizer  # DeepSpeed's ZeRO optimizer, around ours
-        believed = {
-            "stage": wrapped.zero_optimization_stage(),
-            "train_batch_size": wrapped.train_batch_size(),
-            "train_micro_batch_size_per_gpu": wrapped.train_micro_batch_size_per_gpu(),
-            "gradient_accumulation_steps": wrapped.gradient_accumulation_steps(),
-            "gradient_clipping": wrapped.gradient_clipping(),
-            "optimizer": type(self.zero).__name__,
-            "weights cast to bf16 or fp16": wrapped.bfloat16_enabled() or wrapped.fp16_enabled(),
-            "torch_autocast": wrapped.torch_autocast_enabled(),
-        }
         kind = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
-        asked = {
-            **settings, "stage": self.stage, "optimizer": kind, "weights cast to bf16 or fp16": False,
-            "torch_autocast": "torch_autocast" in settings,
-        }  # fmt: skip
-        different = [f"{key}: {value!r}, not {asked[key]!r}" for key, value in believed.items() if value != asked[key]]
+        believed_and_asked = {
+            "stage": (wrapped.zero_optimization_stage(), self.stage),
+            "optimizer": (type(self.zero).__name__, kind),
+            "weights cast to bf16 or fp16": (wrapped.bfloat16_enabled() or wrapped.fp16_enabled(), False),
+            "torch_autocast": (wrapped.torch_autocast_enabled(), "torch_autocast" in settings),
+        }
+        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+                     "gradient_clipping"):  # fmt: skip
+            believed_and_asked[name] = (getattr(wrapped, name)(), settings[name])
+        different = [f"{name}: {a!r}, not {b!r}" for name, (a, b) in believed_and_asked.items() if a != b]
         assert not different, f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -340,10 +331,7 @@ class Engine:
             for name, (number, start), at, size in places:
                 if number in numbers:
                     flat = self.flats()[number]
-                    state = self.zero.optimizer.state.get(flat, {})
-                    parts = {key: value[at : at + size] for key, value in state.items() if value.shape == flat.shape}
-                    others = {key: value for key, value in state.items() if value.shape != flat.shape}
-                    yield Held(name, start, start + size, flat.data[at : at + size], parts, others)
+                    yield Held.part(name, start, size, flat, self.zero.optimizer.state.get(flat, {}), at)
 
     def _places(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]]

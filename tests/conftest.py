@@ -52,13 +52,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def held(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[Held]:
     """What one process alone holds: everything."""
-    found = []
-    for name, p in model.named_parameters():
-        state = optimizer.state[p] if optimizer else {}
-        parts = {key: value.view(-1) for key, value in state.items() if value.shape == p.shape}
-        others = {key: value for key, value in state.items() if value.shape != p.shape}
-        found.append(Held(name, 0, p.numel(), p.data.view(-1), parts, others))
-    return found
+    return [
+        Held.part(name, 0, p.numel(), p, optimizer.state[p] if optimizer else {})
+        for name, p in model.named_parameters()
+    ]
 
 
 def write_step(

@@ -401,11 +401,9 @@ def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
     model, optimizer, _ = trained
     index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in held(model, optimizer)]
-    files, items, _ = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
-    sizes = {name: sum(items[n].bytes for n in numbers) for name, numbers in files.items()}
-    writers = checkpoint._divide(sizes, world)
-    loads = [sum(sizes[name] for name in sizes if writers[name] == rank) for rank in range(world)]
-    assert max(loads) <= sum(loads) / world + max(item.bytes for item in items)
+    items = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
+    loads = [sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)]
+    assert max(loads) <= sum(loads) / world + max(item.entry.bytes for item in items)
     assert min(loads) > 0.7 * sum(loads) / world
 
 

@@ -113,7 +113,7 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--data.stride 500",
-            "command line: data.stride=500 must be at most data.seq_len=256, or tokens would be skipped; nearest: 256",
+            "command line: data.stride=500 must be at most data.seq_len=256; nearest: 256",
         ),
         ("--data.separator=", "command line: data.separator='' must not be empty; nearest: null (each file is one document)"),
         ("--optim.min_lr 1", "command line: optim.min_lr=1.0 must be at most optim.lr=0.004; nearest: 0.004"),

@@ -380,6 +380,9 @@ def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.Mo
         "distributed_type: FSDP": "distributed_type=FSDP must be one of NO, MULTI_CPU",
         "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_clipping: 3}":
             "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}":
+            "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
+        "distributed_type: DEEPSPEED": "zero_stage=none of the launch file must be 1, 2 or 3",
         "": "no readable launch file; rule: one of ddp",
     }.items():  # fmt: skip
         path.write_text(text)
@@ -408,7 +411,6 @@ def test_without_a_launcher_it_says_how(tmp_path: Path) -> None:
             Strategy(2, "cpu"),
             "optim.name=muon is not available under zero2-offload: only AdamW",
         ),
-        ({}, Strategy(4), "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2"),
     ],
 )
 def test_what_does_not_work_is_refused_by_name(settings: dict[str, str], strategy: Strategy, message: str) -> None:

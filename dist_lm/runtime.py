@@ -523,6 +523,8 @@ def start(
             f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
             " process per GPU, e.g. with torchrun --nproc_per_node"
         )
+    if strategy.nvme_path != "none":
+        runtime.say(f"offloading to files in {strategy.nvme_path}")
     if runtime.world_size > 1 and not examining:
         _watch_over(runtime, config)
     return runtime

@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def choose_strategy(launch: str | None) -> Strategy:
     if launch is None:
         return given
     wanted = _from_file(launch)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and wanted != given:
+    # accelerate hands on all that its file says but the folder.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and replace(wanted, nvme_path=given.nvme_path) != given:
         raise UserError(
             f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one of the two; leave"
             " out --launch, or give that file to --config_file"
@@ -105,8 +107,9 @@ def _strategy(given: Mapping[str, Any]) -> Strategy:
     stage, optimizer_device, param_device, *paths = (str(given.get(key, "none")) for key in _KEYS)
     if stage not in ("1", "2", "3"):
         raise UserError(f"zero_stage={stage} of the launch file must be 1, 2 or 3; nearest: 2")
-    nvme_path = next((path for path in paths if path != "none"), "none")
-    return Strategy(int(stage), optimizer_device, param_device, nvme_path)
+    to_disk = "nvme" in (optimizer_device, param_device)
+    folder = next((path for path in paths if path != "none"), tempfile.gettempdir()) if to_disk else "none"
+    return Strategy(int(stage), optimizer_device, param_device, folder)
 
 
 def refuse_combinations(strategy: Strategy, config: Config) -> None:

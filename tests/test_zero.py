@@ -7,6 +7,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,13 @@ def spread(run: Path, strategy: str, world: int, *arguments: str) -> str:
     """Train under a strategy; `single` and `ddp` need no --launch."""
     launch = ("--launch", strategy) if strategy.startswith("zero") else ()
     return train(run, *arguments, *launch, world=world)
+
+
+def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int, str]:
+    """What a user types on one machine, for two processes; its exit code and what all printed."""
+    command = ("-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2")
+    command += ("--main_process_port", str(free_port()), "dist_lm/train.py", "--run.dir", str(run))
+    return finish(start_ranks(1, *command, *arguments), 480)
 
 
 # --- one curve
@@ -194,7 +203,9 @@ def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
     common = tiny(prepared, "--model.width", "256", "--model.layers", "3", "--run.steps", "9")
     train(tmp_path / "one", *common)
     spread(tmp_path / "chain", "ddp", 2, *common, "--run.stop_after", "3")
-    train(tmp_path / "chain", *common, "--launch", str(launch), "--run.stop_after", "6", world=2)
+    more = ("--launch", str(launch), "--run.stop_after", "6")
+    code, output = accelerate_launch(tmp_path / "chain", launch, *common, *more)
+    assert code == 0 and f"offloading to files in {tmp_path / 'disk'}\n" in output, output
     assert len(list((tmp_path / "disk").rglob("exp_avg*.swp"))) >= 4  # both moments, both ranks
     spread(tmp_path / "chain", "zero1", 2, *common)
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
@@ -344,25 +355,10 @@ def train_with_a_nan() -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch_reads_the_same_files(prepared: Path, tmp_path: Path) -> None:
-    common = tiny(prepared, "--run.steps", "3")
-
-    def launch(*more: str) -> tuple[int, str]:
-        launcher = (
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            "launch/zero2-offload.yaml",
-            "--num_processes",
-            "2",
-        )
-        port = ("--main_process_port", str(free_port()))
-        return finish(
-            start_ranks(1, *launcher, *port, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *common, *more)
-        )
-
-    code, output = launch("--launch", "zero3")
+    start = (tmp_path / "run", "launch/zero2-offload.yaml", *tiny(prepared, "--run.steps", "3"))
+    code, output = accelerate_launch(*start, "--launch", "zero3")
     assert code == 1 and "--launch zero3 is not what accelerate launch started (zero2-offload); rule: one" in output
-    code, output = launch()
+    code, output = accelerate_launch(*start)
     assert code == 0 and "zero2-offload on 2 process(es)" in output, output
 
 
@@ -388,6 +384,13 @@ def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             choose_strategy(str(path))
+    # What accelerate puts into the environment for zero3-nvme.yaml: all but the folder.
+    for name, value in {"USE_DEEPSPEED": "true", "MIXED_PRECISION": "no", "DEEPSPEED_ZERO_STAGE": "3",
+                        "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}.items():  # fmt: skip
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert choose_strategy(None) == replace(found["zero3-nvme"], nvme_path=tempfile.gettempdir())
+    path.write_text((ROOT / "launch/zero3-nvme.yaml").read_text().replace("/tmp", "/disk"))
+    assert choose_strategy(str(path)).nvme_path == "/disk"
     with pytest.raises(UserError, match=r"--launch zero4: no readable launch file; rule: one of ddp, .*did you mean"):
         choose_strategy("zero4")
 

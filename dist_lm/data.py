@@ -356,7 +356,7 @@ def open_dataset(
         where = data.input if find_prepared(data.input) else str(folder)
         ((name, spec),) = specs.items()
         if where == str(folder):
-            on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, spec) and None)
+            on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, name) and None)
         train, kept = (_open_shards(where, split, data) for split in ("train", "val"))
         return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where), training)
     streams = on_main(lambda: _make_ready(config, folder, say))
@@ -424,9 +424,7 @@ def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dic
     if excluded and prepared:
         say("warning: prepared folders are trained on as they are: documents of data.validation may be in them")
     for name in specs.keys() & readers.keys() if not data.stream else ():
-        prepare_dataset(
-            data, folder / "sources" / name, len(os.sched_getaffinity(0)), say, specs[name], excluded, tokenizer
-        )
+        prepare_dataset(data, folder / "sources" / name, len(os.sched_getaffinity(0)), say, name, excluded, tokenizer)
     streams: dict[str, dict[str, list[Any]]] = {}
     for name in specs if data.stream else ():
         if name in readers:

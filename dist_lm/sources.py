@@ -151,6 +151,9 @@ class Reader:
             found += [Part(number, begin, end) for begin, end in pairwise(ends)]
         return found
 
+    def where(self, file: int, row: int) -> str:
+        return f"{self.sources[file].path or self.sources[file].name}: row {row}"
+
     def row_number(self, file: int, row: int) -> int:
         """The row as a reader of the file counts: of a byte range, its lines with something in them."""
         source = self.sources[file]

@@ -22,7 +22,7 @@ import numpy as np
 from dist_lm.config import UserError
 from dist_lm.order import Words, hash_words, permute
 from dist_lm.sources import Part, Reader
-from dist_lm.text import NoCutError, Tokenizer
+from dist_lm.text import Tokenizer
 
 BLOCK = 1024, 2**22  # documents or characters that fill a block: what is shuffled into each other
 BATCH = 128, 2**18  # ... and what is tokenized at once
@@ -153,10 +153,7 @@ class Lane:
             if (kept := recipe.keep(texts)) is None:
                 continue
             file = parts[number].file
-            try:
-                yield part + number, file, at, list(recipe.tokenizer.pieces(kept))
-            except NoCutError as error:
-                raise UserError(f"{recipe.reader.sources[file].name}: row {at}: {error}", 65) from error
+            yield part + number, file, at, list(recipe.tokenizer.pieces(kept, recipe.reader.where(file, at)))
 
     def _read_some(self) -> None:
         if self._failure:  # its readers are spent: what they would give now is not the rest

@@ -45,10 +45,6 @@ BYTE_OF = {chr(b): b for b in _PLAIN}
 BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
 
 
-class NoCutError(ValueError):
-    """A text too long to be encoded whole that has no place to cut."""
-
-
 class Tokenizer:
     """Text to ids and back; frozen. `eot` ends a document, `unk` (None if there is none) stands for unknown text."""
 
@@ -171,7 +167,7 @@ class Tokenizer:
         text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
         return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
-    def pieces(self, chunks: Iterable[str], size: int = 2**20) -> Iterator[str]:
+    def pieces(self, chunks: Iterable[str], where: str, size: int = 2**20) -> Iterator[str]:
         """One document's text in pieces of at most about `size` characters that encode as the whole does."""
         waiting, limit = "", size
         for chunk in chunks:
@@ -182,7 +178,8 @@ class Tokenizer:
                     yield waiting[:place]
                     waiting, limit = waiting[place:], size
                 elif limit >= LONGEST_WORD:
-                    raise NoCutError(f"the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that")
+                    said = f"{where}: the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that"
+                    raise UserError(said, 65)
                 else:
                     limit *= 2
         if waiting:

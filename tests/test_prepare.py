@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dist_lm import prepare, text
 from dist_lm import preparing as data_module
-from dist_lm.config import DataConfig, UserError
+from dist_lm.config import DataConfig, SourceConfig, UserError
 from dist_lm.preparing import document_hash, held_out, prepare_dataset
 from dist_lm.shards import MANIFEST, TokenShards, map_shard
 from dist_lm.sources import Source
@@ -290,6 +290,23 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
         assert raised.value.code == 65
     with pytest.raises(UserError, match=r"/d' is a prepared folder already; rule: text"):
         prepare_dataset(DataConfig(input=str(tmp_path / "d")), tmp_path / "e", 1, quiet)
+
+
+def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:
+    def prepared(**fields: Any) -> None:
+        source = SourceConfig(**{"input": str(tmp_path / "a.jsonl")} | fields)
+        data = DataConfig(sources={"web": source}, tokenizer="byte")
+        prepare_dataset(data, tmp_path / "d", 1, quiet, "web")
+
+    with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*/a\.jsonl': no such file"):
+        prepared()
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"):
+        prepared()
+    write_documents(tmp_path / "a.jsonl", 20)
+    prepared()
+    with pytest.raises(UserError, match=r"/d was prepared with data\.sources\.web\.text_column='text', not 'x'"):
+        prepared(text_column="x")
 
 
 def test_text_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from dist_lm.config import UserError
 from dist_lm.text import (
     EOT,
     UNK,
-    NoCutError,
     StreamDecoder,
     Tokenizer,
     few_words,
@@ -150,7 +149,7 @@ def test_pieces_encode_as_the_whole(kind: str) -> None:
     @given(TEXTS, st.integers(1, 80), st.integers(1, 50))
     def check(text: str, size: int, chunk: int) -> None:
         chunks = [text[at : at + chunk] for at in range(0, len(text), chunk)]
-        pieces = list(tokenizer.pieces(chunks, size))
+        pieces = list(tokenizer.pieces(chunks, "", size))
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
@@ -167,25 +166,25 @@ def test_long_texts_are_cut(kind: str) -> None:
     words = "".join(CORPUS).split() + ["\n", "  ", "\n\n"]
     text = " ".join(rng.choices(words, k=4000))
     tokenizer = tokenizer_of(kind)
-    pieces = list(tokenizer.pieces(iter([text]), 2000))
+    pieces = list(tokenizer.pieces(iter([text]), "", 2000))
     assert max(map(len, pieces)) <= 2000 + text_module.CONTEXT and len(pieces) >= len(text) // 2300
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_text_without_spaces_is_cut_at_its_punctuation() -> None:
     tokenizer, text = tokenizer_of("bpe:400"), "世界你好。" * 2000
-    pieces = list(tokenizer.pieces([text], 1000))
+    pieces = list(tokenizer.pieces([text], "", 1000))
     assert len(pieces) >= 9
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_without_a_cut_a_text_is_encoded_whole_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "hello world " * 1000
-    assert list(tokenizer_of("llama2").pieces([text], 100)) == [text]
+    assert list(tokenizer_of("llama2").pieces([text], "", 100)) == [text]
     monkeypatch.setattr(text_module, "LONGEST_WORD", 3200)
     for tokenizer, uncut in ((tokenizer_of("llama2"), text), (tokenizer_of("bpe:400"), "a" * 12000)):
-        with pytest.raises(NoCutError, match=r"the tokenizer cuts nowhere in 3,200 characters; rule: it must"):
-            list(tokenizer.pieces([uncut], 100))
+        with pytest.raises(UserError, match=r"^a.txt: the tokenizer cuts nowhere in 3,200 characters; rule: it must"):
+            list(tokenizer.pieces([uncut], "a.txt", 100))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "llama2"])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,9 +50,10 @@ class Micro:
     segments_BT: Tensor | None  # document numbers, when documents must not see each other
     dropout_keys_B: Tensor | None  # one hash a row, from which its dropout masks follow
 
-    def to(self, device: torch.device) -> Micro:
-        moved = (t if t is None else t.to(device, non_blocking=True) for t in self.__dict__.values())
-        return Micro(*moved)  # type: ignore[arg-type]
+    def each(self, change: Callable[[Tensor], Tensor]) -> Micro:
+        """The same done to each tensor there is."""
+        changed = (t if t is None else change(t) for t in self.__dict__.values())
+        return Micro(*changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Batches:
                 self._ahead.append(self._pool.submit(self.read, self.next_step + len(self._ahead)))
             batch = self._ahead.popleft().result()
         self.next_step += 1
-        return replace(batch, micros=[micro.to(self.device) for micro in batch.micros])
+        moved = [micro.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for micro in batch.micros]
+        return replace(batch, micros=moved)
 
     def read(self, step: int) -> Batch:
         """Read a step's rows and cut them into micro-batches; a function of (seed, step, rank, plan), of a mixture of
@@ -123,14 +126,9 @@ class Batches:
             keys = np.zeros(rows, dtype=np.int64)
             keys[: len(positions)] = row_keys(self.seed, positions)
             keys_N = self._tensor(keys)
-        tokens, targets = self._tensor(tokens_NT), self._tensor(targets_NT)
+        whole = Micro(self._tensor(tokens_NT), self._tensor(targets_NT), segments_NT, keys_N)
         size = self.plan.micro_batch
-        cuts = [slice(at, at + size) for at in range(0, rows, size)]
-        micros = [
-            Micro(tokens[c], targets[c], segments_NT if segments_NT is None else segments_NT[c],
-                  keys_N if keys_N is None else keys_N[c])
-            for c in cuts
-        ]  # fmt: skip
+        micros = [whole.each(itemgetter(slice(at, at + size))) for at in range(0, rows, size)]
         filled = np.flatnonzero(row_targets)
         hashes = _hash_rows(table[filled], self.places[filled]) if self.hash_rows else 0
         return Batch(micros, int((targets_NT != NO_TARGET).sum()), hashes, **found)
@@ -204,7 +202,7 @@ class Mix:
         starts = sorted({start for start, _ in changes} | {start for start, _ in self.ended})
         self.stages: list[tuple[int, list[float]]] = []
         for start in starts:
-            weights = max((change for change in changes if change[0] <= start), key=lambda change: change[0])[1]
+            weights = [weights for at, weights in changes if at <= start][-1]
             gone = {source for at, source in self.ended if at <= start}
             left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
             if not sum(left):
@@ -224,9 +222,10 @@ class Mix:
             wanted = np.flatnonzero(sources == number)
             if isinstance(source, TokenShards):
                 count = source.count(self.data)
-                inside = wanted[earlier[wanted] < count] if self.passes(name) else wanted
+                repeats = self.data.named_sources()[name].at_end == "repeat"
+                inside = wanted if repeats else wanted[earlier[wanted] < count]
                 own = inside[inside % self.world == self.rank]
-                ids = sequence_ids(earlier[own], count, shard_seed(self.seed, name, len(self.dataset.sources)))
+                ids = sequence_ids(earlier[own], count, int(hash_words(self.seed, 9, zlib.crc32(name.encode()))[0]))
                 table[own // self.world] = source.read(ids, length, self.data.stride)
                 row_targets[own // self.world] = length
                 self.origins |= {place: (name, made) for place, made in zip(own.tolist(), ids.tolist(), strict=True)}
@@ -250,13 +249,6 @@ class Mix:
         after = {"streams": {name: stream.snapshot() for name, stream in self.streams.items()}, "ended": [*self.ended],
                  "end": self.end}  # fmt: skip
         return {"end": not given, "after": after, "shares": self.shares(step) if len(sources) > 1 else {}}
-
-    def passes(self, name: str) -> int | None:
-        """How often a source is read; None: for ever."""
-        source = self.dataset.sources[name]
-        if isinstance(source, Recipe):
-            return source.passes
-        return None if self.data.named_sources()[name].at_end == "repeat" else 1
 
     def shares(self, step: int) -> dict[str, float]:
         """Asked and actual share of the sequences of this stage, and the passes begun, of each source up to a step."""
@@ -301,11 +293,6 @@ class Mix:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shard_seed(seed: int, name: str, sources: int) -> int:
-    """The seed of a source's order: its own in a mixture, the run's where it is the only one."""
-    return seed if sources == 1 else int(hash_words(seed, 9, zlib.crc32(name.encode()))[0])
-
-
 def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where the streams stand, from what each rank reads of them."""
     merged: dict[str, Any] = json.loads(json.dumps(ranks[0]))
@@ -316,11 +303,11 @@ def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def count_left_out(after: Mapping[str, Any]) -> dict[str, int]:
-    """What the streams left out before the blocks they stand in: filtered and bad rows, empty documents."""
+    """What the streams left out, up to the end of the blocks they stand in: filtered and bad rows, empty documents."""
     total = Counter[str]()
     for stream in after.get("streams", {}).values():
         for cursor in stream["lanes"].values():
-            total.update(cursor.get("skipped", {}))
+            total.update(cursor.get("left_out", {}))
     return dict(sorted(total.items()))
 
 

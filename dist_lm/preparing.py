@@ -17,6 +17,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise, zip_longest
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ import numpy as np
 from dist_lm.config import DataConfig, UserError
 from dist_lm.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
 from dist_lm.sources import Reader, Source, find_sources
-from dist_lm.text import Tokenizer, cutter, is_trained_spec, load_tokenizer, read_frame, train_tokenizer, write_frame
+from dist_lm.text import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
@@ -34,7 +36,7 @@ LEARNED_BYTES = 2**26  # of text at the beginning of each source from which a st
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
 PROGRESS = "progress.json"
 JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
-WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
+WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1], int(sys.argv[2]))"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
 
 Say = Callable[[str], None]
@@ -420,7 +422,8 @@ def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         if size >= JOB or len(job) >= JOB_PIECES:
             yield job
             job, size = [], 0
-    yield job
+    if job:
+        yield job
 
 
 def _encode(
@@ -432,31 +435,34 @@ def _encode(
             yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
         return
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
-    # again, and a worker ends when its pipe closes, however the parent ends.
+    # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    # Ctrl-C reaches the parent alone.
-    command, pipe = [sys.executable, "-P", "-c", WORKER, str(folder)], subprocess.PIPE
-    workers = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0) for _ in range(processes)
-    ]
-    idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
-    for worker in workers:
-        idle.put(worker)
+    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
+    workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
+    for _ in range(processes):
+        here, there = Pipe()
+        with there:
+            worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
+                                      pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        workers.append((here, worker))
+    idle = queue.SimpleQueue[tuple[Connection, subprocess.Popen[bytes]]]()
+    for pair in workers:
+        idle.put(pair)
 
     def encode(job: list[Piece]) -> list[np.ndarray]:
-        worker = idle.get()
-        assert worker.stdin and worker.stdout, "both are pipes"
+        pipe, worker = pair = idle.get()
         try:
-            write_frame(worker.stdin, [piece.text.encode() for piece in job])
-            answer = read_frame(worker.stdout)
-        except BrokenPipeError:
-            answer = None
+            pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
+            sizes, tokens = (
+                np.frombuffer(pipe.recv_bytes(), np.int64),
+                np.frombuffer(pipe.recv_bytes(), tokenizer.dtype),
+            )
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"an encoding process ended with exit code {worker.wait()}") from error
         finally:
-            idle.put(worker)
-        if answer is None:
-            raise RuntimeError(f"an encoding process ended with exit code {worker.wait()}")
-        return [np.frombuffer(ids, tokenizer.dtype) for ids in answer]
+            idle.put(pair)
+        return np.split(tokens, np.cumsum(sizes)[:-1])
 
     pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
     waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
@@ -469,11 +475,12 @@ def _encode(
             job, future = waiting.popleft()
             yield from zip(job, future.result(), strict=True)
     finally:
-        for worker in workers:
+        for _, worker in workers:
             worker.kill()
         pool.shutdown(cancel_futures=True)
-        for worker in workers:
-            worker.communicate()
+        for pipe, worker in workers:
+            worker.wait()
+            pipe.close()
 
 
 class Progress:

@@ -9,13 +9,12 @@ import contextlib
 import hashlib
 import json
 import re
-import struct
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,6 +28,7 @@ EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # of 
 SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most ...
 WORD_BYTES = 6 * 10**6  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
 CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
+SEPARATOR = b"\xff"  # is in no UTF-8
 LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document is refused (bounds memory)
 
 # A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
@@ -306,33 +306,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
 
 
-# --- encoding in worker processes: plain bytes over pipes, no pickle and no import of the parent's main module
-
-
-def write_frame(stream: IO[bytes], parts: Sequence[bytes | memoryview]) -> None:
-    sizes = [memoryview(part).nbytes for part in parts]
-    stream.write(struct.pack(f"<Q{len(parts)}Q", len(parts), *sizes))
-    for part in parts:
-        stream.write(part)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> list[bytes] | None:
-    """The next frame's parts; None where the stream ends, even in its middle."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    sizes = np.frombuffer(stream.read(8 * struct.unpack("<Q", head)[0]), "<u8")
-    parts = [stream.read(size) for size in sizes.tolist()]
-    return parts if [len(part) for part in parts] == sizes.tolist() else None
-
-
-def serve(path: str) -> None:
-    """A worker: encode frames of texts from stdin, answer with frames of tokens on stdout, until stdin closes."""
-    tokenizer = Tokenizer.load(path)
-    while (texts := read_frame(sys.stdin.buffer)) is not None:
-        ids = tokenizer.encode_batch([text.decode() for text in texts])
-        write_frame(sys.stdout.buffer, [np.array(i, tokenizer.dtype).tobytes() for i in ids])
+def serve(path: str, descriptor: int) -> None:
+    """A worker of preparing: texts come with SEPARATOR between them; how many tokens each has, and these, go back."""
+    tokenizer, pipe = Tokenizer.load(path), Connection(descriptor)
+    with contextlib.suppress(EOFError, OSError):  # the other end is closed, or its process is gone
+        while True:
+            ids = tokenizer.encode_batch([text.decode() for text in pipe.recv_bytes().split(SEPARATOR)])
+            pipe.send_bytes(np.array([len(i) for i in ids]).tobytes())
+            pipe.send_bytes(np.concatenate([np.array(i, tokenizer.dtype) for i in ids]).tobytes())
 
 
 def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]) -> Tokenizer:

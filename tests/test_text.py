@@ -1,10 +1,12 @@
 """Tokenizers round-trip, cut where ids stay the same, treat look-alikes of special tokens as text, load in transformers."""
 
-import io
 import json
+import os
 import random
 from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,17 +20,16 @@ from dist_lm import text as text_module
 from dist_lm.config import UserError
 from dist_lm.text import (
     EOT,
+    SEPARATOR,
     UNK,
     StreamDecoder,
     Tokenizer,
     few_words,
     is_trained_spec,
     load_tokenizer,
-    read_frame,
     sample,
     serve,
     train_tokenizer,
-    write_frame,
 )
 
 CORPUS = [
@@ -305,22 +306,21 @@ def test_stream_decoder_survives_broken_utf8(ids: list[int]) -> None:
     assert "".join([decoder.push(i) for i in ids]) + decoder.flush() == tokenizer.decode(ids)
 
 
-def test_worker_answers_with_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_answers_with_the_tokens(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("bpe:400")
     tokenizer.save(tmp_path)
-    asked, answered = io.BytesIO(), io.BytesIO()
-    write_frame(asked, [text.encode() for text in CORPUS])
-    write_frame(asked, [b""])
-    asked.seek(0)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(asked))
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(answered))
-    serve(str(tmp_path))
-    answered.seek(0)
+    here, there = Pipe()
+    for texts in (CORPUS, [""]):
+        here.send_bytes(SEPARATOR.join(text.encode() for text in texts))
+    worker = Thread(target=serve, args=(str(tmp_path), os.dup(there.fileno())))
+    worker.start()
     for expected in (CORPUS, [""]):
-        frame = read_frame(answered)
-        assert frame is not None
-        assert [np.frombuffer(part, np.uint16).tolist() for part in frame] == tokenizer.encode_batch(expected)
-    assert read_frame(answered) is None
+        sizes, tokens = np.frombuffer(here.recv_bytes(), np.int64), np.frombuffer(here.recv_bytes(), np.uint16)
+        assert [part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])] == tokenizer.encode_batch(expected)
+    there.close()
+    here.close()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def no_hub(*_: Any, **__: Any) -> str:

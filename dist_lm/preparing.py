@@ -7,14 +7,14 @@ stream keeps beside itself: its tokenizer, and its first held-out documents as s
 import hashlib
 import json
 import os
-import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise, zip_longest
 from multiprocessing import Pipe
@@ -26,7 +26,7 @@ import numpy as np
 
 from dist_lm.config import DataConfig, UserError
 from dist_lm.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
-from dist_lm.sources import Reader, Source, find_sources
+from dist_lm.sources import Reader, find_sources
 from dist_lm.text import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
 
 BAD_DATA = 65
@@ -123,18 +123,18 @@ class _Preparation:
         trained = not tokenizer and is_trained_spec(spec)
         learns = trained and spec != "byte"
         tokenizer = tokenizer or (cutter(spec) if trained else load_tokenizer(spec))
-        found = {"documents": 0, "bytes": 0}
-        pieces = _beginning(self.reader, tokenizer, found, "read", self.say, documents=None if learns else SMALL)
+        found = Progress("read", self.reader, self.say)
+        pieces = _beginning(self.reader, tokenizer, found, documents=None if learns else SMALL)
         if learns:
             tokenizer = train_tokenizer(spec, pieces)
         else:
             deque(pieces, maxlen=0)
-        if not found["documents"]:
+        if not found.documents:
             where = f"{self.field}={self.spec.input!r}"
             raise UserError(f"{where}: no document with text in {len(self.reader.sources)} files", BAD_DATA)
-        small = found["documents"] < SMALL
+        small = found.documents < SMALL
         if learns or small:
-            self.say(f"found {found['documents']:,} documents, {found['bytes']:,} bytes of text in {self.spec.input}")
+            self.say(f"found {found.documents:,} documents, {found.bytes:,} bytes of text in {self.spec.input}")
         if small and data.val_fraction:
             self.say(
                 f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end"
@@ -142,8 +142,8 @@ class _Preparation:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_tokenizer(self.folder, tokenizer)
         state = {
-            "bytes": found["bytes"] if learns or small else None,
-            "tail": round(found["bytes"] * (1 - data.val_fraction)) if small else None,
+            "bytes": found.bytes if learns or small else None,
+            "tail": round(found.bytes * (1 - data.val_fraction)) if small else None,
             "settings": self.settings, "sources": _listed(self.reader), "splits": {},
         }  # fmt: skip
         write_json(self.folder / PROGRESS, state)
@@ -156,15 +156,17 @@ class _Preparation:
         counts = {split: {"documents": 0, "bytes": 0} for split in ("train", "val")}
         skipped: Counter[str] = Counter()
         writers = {split: _Writer(self.folder, split, tokenizer, state) for split in counts}
-        progress = Progress("prepared", state["bytes"], self.reader.sources, self.say)
+        progress = Progress("prepared", self.reader, self.say, state["bytes"])
 
         def unfinished() -> Iterator[Piece]:
             for split, source, row, texts in _documents(self.data, self.reader, state["tail"], skipped, excluded):
                 document = counts[split]["documents"]
                 counts[split]["documents"] += 1
+                progress.documents += 1
                 for piece in _cut(self.reader, tokenizer, split, document, source, row, texts):
-                    counts[split]["bytes"] += len(piece.text.encode())
-                    progress.show(counts.values(), source)
+                    size = len(piece.text.encode())
+                    counts[split]["bytes"] += size
+                    progress.add(size, source)
                     if piece.place >= writers[split].place:
                         yield piece
 
@@ -172,7 +174,7 @@ class _Preparation:
             writers[piece.split].add(piece, ids)
         for split, writer in writers.items():
             writer.finish((counts[split]["documents"], 0), 0)
-        progress.show(counts.values(), end=True)
+        progress.show(end=True)
         return {split: counts[split] | writer.summary() for split, writer in writers.items()}, skipped
 
     def say_result(self, manifest: dict[str, Any]) -> None:
@@ -227,9 +229,9 @@ def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: 
     def beginnings() -> Iterator[str]:
         whole = cutter(data.tokenizer)
         for reader in readers:
-            found = {"documents": 0, "bytes": 0}
-            yield from _beginning(reader, whole, found, "read for the tokenizer", say, size=LEARNED_BYTES)
-            say(f"{data.tokenizer} learns from {found['documents']:,} documents, {found['bytes']:,} bytes of text in"
+            found = Progress("read for the tokenizer", reader, say)
+            yield from _beginning(reader, whole, found, size=LEARNED_BYTES)
+            say(f"{data.tokenizer} learns from {found.documents:,} documents, {found.bytes:,} bytes of text in"
                 f" {reader.spec.input}")  # fmt: skip
 
     trained = is_trained_spec(data.tokenizer)
@@ -251,11 +253,10 @@ def keep_validation(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     hashes: list[int] = []
-    seen, size, tokens = {"documents": 0, "bytes": 0}, 0, 0
-    writer = _Writer(folder, "val", tokenizer, {"splits": {}})
-    progress = Progress("looked for validation in", None, reader.sources, say)
+    writer, size, tokens = _Writer(folder, "val", tokenizer, {"splits": {}}), 0, 0
+    seen = Progress("looked for validation in", reader, say)
     for source, row, texts in reader.documents(Counter()):
-        seen["documents"] += 1
+        seen.documents += 1
         number, texts = document_hash(texts)
         if whole or held_out(number, data.val_fraction):
             for piece in _cut(reader, tokenizer, "val", len(hashes), source, row, texts):
@@ -263,14 +264,14 @@ def keep_validation(
                 writer.add(piece, ids)
                 size, tokens = size + len(piece.text.encode()), tokens + len(ids)
             hashes.append(number)
-        elif not hashes and seen["documents"] >= LOOKED_AT:
+        elif not hashes and seen.documents >= LOOKED_AT:
             break
-        progress.show([seen], source)
+        seen.add(0, source)
         if tokens >= wanted:
             break
     if not hashes:
         raise UserError(
-            f"data.val_fraction={data.val_fraction} holds out none of the first {seen['documents']} documents of"
+            f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents} documents of"
             f" {reader.spec.input}; rule: a stream's first held-out documents validate it; nearest: prepare it, a"
             " larger data.val_fraction, a source in data.validation, or run.eval_every=0", BAD_DATA
         )  # fmt: skip
@@ -302,18 +303,15 @@ def held_out(number: int, val_fraction: float) -> bool:
 
 
 def _beginning(
-    reader: Reader, tokenizer: Tokenizer, found: dict[str, int], verb: str, say: Say, *,
-    documents: int | None = None, size: int | None = None,
-) -> Iterator[str]:  # fmt: skip
+    reader: Reader, tokenizer: Tokenizer, found: "Progress", *, documents: int | None = None, size: int | None = None
+) -> Iterator[str]:
     """The text of the first documents in pieces, up to a number of documents or of bytes; `found` counts both."""
-    progress = Progress(verb, None, reader.sources, say)
     for source, row, texts in reader.documents(Counter()):
-        if found["documents"] == documents or (size and found["bytes"] >= size):
+        if found.documents == documents or (size and found.bytes >= size):
             return
-        found["documents"] += 1
+        found.documents += 1
         for piece in tokenizer.pieces(texts, reader.where(source, row)):
-            found["bytes"] += len(piece.encode())
-            progress.show([found], source)
+            found.add(len(piece.encode()), source)
             yield piece
 
 
@@ -440,31 +438,24 @@ def _encode(
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-P", "-c", WORKER, str(folder)]
     workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
-    for _ in range(processes):
-        here, there = Pipe()
+    own = threading.local()
+
+    def start() -> None:
+        own.pipe, there = Pipe()
         with there:
-            worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
-                                      pass_fds=[there.fileno()], process_group=0)  # fmt: skip
-        workers.append((here, worker))
-    idle = queue.SimpleQueue[tuple[Connection, subprocess.Popen[bytes]]]()
-    for pair in workers:
-        idle.put(pair)
+            own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
+                                          pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        workers.append((own.pipe, own.worker))
 
     def encode(job: list[Piece]) -> list[np.ndarray]:
-        pipe, worker = pair = idle.get()
         try:
-            pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
-            sizes, tokens = (
-                np.frombuffer(pipe.recv_bytes(), np.int64),
-                np.frombuffer(pipe.recv_bytes(), tokenizer.dtype),
-            )
+            own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
+            sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"an encoding process ended with exit code {worker.wait()}") from error
-        finally:
-            idle.put(pair)
+            raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
-    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
+    pool, jobs = ThreadPoolExecutor(processes, "encode", start), _jobs(pieces)
     waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:
@@ -478,35 +469,38 @@ def _encode(
         for _, worker in workers:
             worker.kill()
         pool.shutdown(cancel_futures=True)
-        for pipe, worker in workers:
-            worker.wait()
+        for pipe, worker in workers:  # one that was started in between ends with its pipe
             pipe.close()
+            worker.wait()
 
 
 class Progress:
-    """One updating line on a terminal, else a line every ten seconds."""
+    """What was read, said in one updating line on a terminal, else in a line every ten seconds."""
 
-    def __init__(self, verb: str, total: int | None, sources: list[Source], say: Say):
+    def __init__(self, verb: str, reader: Reader, say: Say, total: int | None = None):
         self.verb, self.total, self.say, self.begin = verb, total, say, time.monotonic()
-        self.ends = list(accumulate(source.size for source in sources))
+        self.ends = list(accumulate(source.size for source in reader.sources))
         self.terminal = sys.stdout.isatty() and say is print
         self.pause = 0.2 if self.terminal else 10.0
         self.due = self.begin + self.pause
+        self.documents = self.bytes = 0
         self.source, self.before = 0, 0  # the source being read, and the bytes of text before it
 
-    def show(self, counts: Iterable[dict[str, int]], source: int = 0, end: bool = False) -> None:
-        documents, done = (sum(values) for values in zip(*((c["documents"], c["bytes"]) for c in counts), strict=True))
+    def add(self, size: int, source: int) -> None:
+        self.bytes += size
         if source != self.source:
-            self.source, self.before = source, done
+            self.source, self.before = source, self.bytes
+        if time.monotonic() >= self.due:
+            self.show()
+
+    def show(self, end: bool = False) -> None:
         now = time.monotonic()
-        if now < self.due and not end:
-            return
         self.due = now + self.pause
-        rate = done / max(now - self.begin, 1e-9)
-        line = f"{self.verb} {documents:,} documents, {done / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
+        rate = self.bytes / max(now - self.begin, 1e-9)
+        line = f"{self.verb} {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
         # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
         ratio = self.before / self.ends[self.source - 1] if self.source else 1
-        left = (self.total or ratio * self.ends[-1]) - done
+        left = (self.total or ratio * self.ends[-1]) - self.bytes
         if left > 0 and not end:
             line += f", about {left / max(rate, 1):,.0f} s left"
         if self.terminal:

@@ -20,7 +20,7 @@ from dist_lm import preparing as data_module
 from dist_lm.config import DataConfig, SourceConfig, UserError
 from dist_lm.preparing import document_hash, held_out, prepare_dataset
 from dist_lm.shards import MANIFEST, TokenShards, map_shard
-from dist_lm.sources import Source
+from dist_lm.sources import Reader, Source
 from dist_lm.text import Tokenizer
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
@@ -332,10 +332,11 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
     sources = [Source("a", "a", 2_000_000), Source("b", "b", 6_000_000)]
-    progress = data_module.Progress("prepared", None, sources, said.append)
-    for now, done, source in ((5, 500_000, 0), (10, 1_000_000, 0), (20, 1_500_000, 1), (30, 3_000_000, 1)):
+    progress = data_module.Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
+    progress.documents = 1
+    for now, more, source in ((5, 500_000, 0), (10, 500_000, 0), (20, 500_000, 1), (30, 1_500_000, 1)):
         clock[0] = float(now)
-        progress.show([{"documents": 1, "bytes": done}, {"documents": 0, "bytes": 0}], source)
+        progress.add(more, source)
     assert said == [
         "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
         "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte

@@ -153,29 +153,24 @@ class _Preparation:
         self, state: dict[str, Any], tokenizer: Tokenizer, excluded: Container[int], processes: int
     ) -> tuple[dict[str, Any], Counter[str]]:
         """Encode what no finished shard has; the splits' entries in the manifest, and what was left out."""
-        counts = {split: {"documents": 0, "bytes": 0} for split in ("train", "val")}
         skipped: Counter[str] = Counter()
-        writers = {split: _Writer(self.folder, split, tokenizer, state) for split in counts}
+        writers = {split: _Writer(self.folder, split, tokenizer, state) for split in ("train", "val")}
         progress = Progress("prepared", self.reader, self.say, state["bytes"])
 
         def unfinished() -> Iterator[Piece]:
             for split, source, row, texts in _documents(self.data, self.reader, state["tail"], skipped, excluded):
-                document = counts[split]["documents"]
-                counts[split]["documents"] += 1
                 progress.documents += 1
-                for piece in _cut(self.reader, tokenizer, split, document, source, row, texts):
-                    size = len(piece.text.encode())
-                    counts[split]["bytes"] += size
-                    progress.add(size, source)
-                    if piece.place >= writers[split].place:
+                writer = writers[split]
+                for piece in writer.cut(self.reader, source, row, texts):
+                    progress.add(len(piece.text.encode()), source)
+                    if piece.place >= writer.place:
                         yield piece
 
         for piece, ids in _encode(unfinished(), tokenizer, self.folder, processes):
             writers[piece.split].add(piece, ids)
-        for split, writer in writers.items():
-            writer.finish((counts[split]["documents"], 0), 0)
+        splits = {split: writer.close() for split, writer in writers.items()}
         progress.show(end=True)
-        return {split: counts[split] | writer.summary() for split, writer in writers.items()}, skipped
+        return splits, skipped
 
     def say_result(self, manifest: dict[str, Any]) -> None:
         for split, entry in manifest["splits"].items():
@@ -252,17 +247,16 @@ def keep_validation(
         return list(json.loads(kept.read_bytes()))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    hashes: list[int] = []
-    writer, size, tokens = _Writer(folder, "val", tokenizer, {"splits": {}}), 0, 0
+    writer, hashes, tokens = _Writer(folder, "val", tokenizer, {"splits": {}}), list[int](), 0
     seen = Progress("looked for validation in", reader, say)
     for source, row, texts in reader.documents(Counter()):
         seen.documents += 1
         number, texts = document_hash(texts)
         if whole or held_out(number, data.val_fraction):
-            for piece in _cut(reader, tokenizer, "val", len(hashes), source, row, texts):
+            for piece in writer.cut(reader, source, row, texts):
                 ids = np.array(tokenizer.encode(piece.text), tokenizer.dtype)
                 writer.add(piece, ids)
-                size, tokens = size + len(piece.text.encode()), tokens + len(ids)
+                tokens += len(ids)
             hashes.append(number)
         elif not hashes and seen.documents >= LOOKED_AT:
             break
@@ -275,11 +269,9 @@ def keep_validation(
             f" {reader.spec.input}; rule: a stream's first held-out documents validate it; nearest: prepare it, a"
             " larger data.val_fraction, a source in data.validation, or run.eval_every=0", BAD_DATA
         )  # fmt: skip
-    writer.finish((len(hashes), 0), 0)
+    splits = {"train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}, "val": writer.close()}
     _write_tokenizer(folder, tokenizer)
-    nothing = {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}
-    val = {"documents": len(hashes), "bytes": size} | writer.summary()
-    _write_manifest(folder, data, tokenizer, reader, {"train": nothing, "val": val}, {})
+    _write_manifest(folder, data, tokenizer, reader, splits, {})
     write_json(kept, hashes)
     say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.input} are kept for validation")
     return hashes
@@ -351,15 +343,6 @@ def _documents(
             yield "val", source, row, chain([first], texts)
 
 
-def _cut(
-    reader: Reader, tokenizer: Tokenizer, split: str, document: int, source: int, row: int, texts: Iterator[str]
-) -> Iterator[Piece]:
-    """A document's text in pieces that encode as the whole does."""
-    texts = tokenizer.pieces(texts, reader.where(source, row))
-    for n, (text, following) in enumerate(pairwise(chain(texts, [""]))):
-        yield Piece(split, (document, n), source, row, text, last=not following)
-
-
 class _Writer:
     """The token stream of a split, cut into shards of SHARD_TOKENS; notes in the progress file what is finished."""
 
@@ -372,7 +355,16 @@ class _Writer:
         self.skip: int = done["skip"]  # ... after so many of its tokens
         self.buffer = np.empty(SHARD_TOKENS, tokenizer.dtype)
         self.filled = 0
-        self.documents = array("q"), array("q"), array("q")  # start, source, row
+        self.columns = array("q"), array("q"), array("q")  # start, source and row of each document in the shard
+        self.documents = self.bytes = 0  # of text, those in finished shards too
+
+    def cut(self, reader: Reader, source: int, row: int, texts: Iterator[str]) -> Iterator[Piece]:
+        """The next document's text in pieces that encode as the whole does."""
+        pieces, document = self.tokenizer.pieces(texts, reader.where(source, row)), self.documents
+        self.documents += 1
+        for n, (text, following) in enumerate(pairwise(chain(pieces, [""]))):
+            self.bytes += len(text.encode())
+            yield Piece(self.split, (document, n), source, row, text, last=not following)
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         if piece.last:
@@ -380,7 +372,7 @@ class _Writer:
         at = self.skip if piece.place == self.place else 0
         while at < len(ids):
             if not self.filled or (piece.place[1] == 0 and at == 0):
-                for column, value in zip(self.documents, (self.filled, piece.source, piece.row), strict=True):
+                for column, value in zip(self.columns, (self.filled, piece.source, piece.row), strict=True):
                     column.append(value)
             taken = min(len(ids) - at, SHARD_TOKENS - self.filled)
             self.buffer[self.filled : self.filled + taken] = ids[at : at + taken]
@@ -396,19 +388,22 @@ class _Writer:
         if self.tokenizer.unk is not None:
             self.unknown += int((tokens == self.tokenizer.unk).sum())
         path = self.folder / f"{self.split}-{len(self.shards):05d}.safetensors"
-        self.shards.append(write_shard(path, tokens, *self.documents))
+        self.shards.append(write_shard(path, tokens, *self.columns))
         self.place, self.skip = place, skip
         self.state["splits"][self.split] = {
             "shards": self.shards, "unknown": self.unknown, "place": place, "skip": skip
         }  # fmt: skip
         write_json(self.folder / PROGRESS, self.state)
         self.filled = 0
-        for column in self.documents:
+        for column in self.columns:
             del column[:]
 
-    def summary(self) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
+        """Write the last shard; the split's entry in the manifest."""
+        self.finish((self.documents, 0), 0)
         tokens = sum(shard["tokens"] for shard in self.shards)
-        return {"tokens": tokens, "unknown": self.unknown, "shards": self.shards}
+        return {"documents": self.documents, "bytes": self.bytes, "tokens": tokens, "unknown": self.unknown,
+                "shards": self.shards}  # fmt: skip
 
 
 def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

@@ -77,7 +77,7 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
         files = [file for file in root.rglob("*.py") if not _NOT_STDLIB.intersection(file.relative_to(root).parts)]
     elif remote.is_remote(spec.input):
         endings = tuple(ending + packing for ending in FORMATS for packing in ("", *_PACKINGS))
-        return [Source(*found) for found in remote.find(spec.input, endings)]
+        return [Source(*found) for found in remote.find(spec.input, endings, label)]
     elif path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():

@@ -131,9 +131,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens."""
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token, i in self.vocabulary.items():
-            if i not in self.special:
-                sizes[i] = len(self.bytes_of(token))
+        for i, token in self.text_tokens.items():
+            sizes[i] = len(self.bytes_of(token))
         return sizes
 
     def bytes_of(self, token: str) -> bytes:

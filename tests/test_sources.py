@@ -52,12 +52,10 @@ def test_a_separator_ends_documents_wherever_chunks_end(
 ) -> None:
     text, path = "<|>".join(parts), tmp_path_factory.getbasetemp() / "separated.txt"
     path.write_bytes(text.encode())
-    before, sources.CHUNK = sources.CHUNK, chunk
-    try:
-        expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
+    expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
         assert [(row, text) for _, row, text in read(path, separator="<|>")] == expected
-    finally:
-        sources.CHUNK = before
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,15 +69,13 @@ def test_rows_come_back_from_every_format(
     (folder / "r.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), "utf-8")
     pq.write_table(pa.table({"text": pa.array(rows, pa.string()), "id": list(range(len(rows)))}), folder / "r.parquet")
     expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
-    before, sources.CHUNK = sources.CHUNK, chunk
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
         for name in ("r.jsonl", "r.json", "r.parquet"):
             skipped: Counter[str] = Counter()
             assert [(row, text) for _, row, text in read(folder / name, skipped)] == expected, name
             assert skipped["null rows"] == rows.count(None)
             assert sum(skipped.values()) == len(rows) - len(expected)
-    finally:
-        sources.CHUNK = before
 
 
 @settings(max_examples=30, deadline=None)
@@ -308,6 +304,9 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
             find_sources(SourceConfig(input=name))
         assert raised.value.code == 65
+    for name in ("no/such/file.txt", "memory://no/such/file.txt"):
+        with pytest.raises(UserError, match=f"^data.sources.web.input='{name}': no"):
+            find_sources(SourceConfig(input=name), "data.sources.web.input")
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

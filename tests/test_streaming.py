@@ -73,6 +73,12 @@ def single(path: Any, *more: str) -> list[str]:
     return ["--data.input", str(path), *tiny(Path("unused"), "--data.stream", "true", *STREAM, *more)[2:]]
 
 
+def two_passes(path: Any, *more: str) -> list[str]:
+    flags = single(path, "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0", *more)
+    at = flags.index("--run.steps")
+    return flags[:at] + flags[at + 2 :]
+
+
 def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
     fields = {"input": str(path), "stream": True, "tokenizer": "byte", "seq_len": 16, "global_batch": 4, "workers": 0}
     run = {"dir": str(folder), "eval_batches": 2} | data.pop("run", {})
@@ -112,9 +118,7 @@ def test_a_chain_of_strategies_over_two_streams(corpus: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_whole_passes_end_the_run_wherever_it_is_killed(corpus: Path, tmp_path: Path) -> None:
-    flags = single(corpus / "parquet", "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0",
-                   "--run.save_every", "5", "--data.lanes", "3", "--data.global_batch", "64")  # fmt: skip
-    del flags[flags.index("--run.steps") : flags.index("--run.steps") + 2]
+    flags = two_passes(corpus / "parquet", "--run.save_every", "5", "--data.lanes", "3", "--data.global_batch", "64")
     train(tmp_path / "whole", *flags, world=2)
     ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *flags)
     wait_for_step(tmp_path / "killed", 12, ranks)
@@ -138,8 +142,7 @@ def is_held_out(text: str) -> bool:
 def test_a_killed_object_store_changes_nothing(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "parquet", tmp_path / "store/bucket/parquet")
     store = ObjectStore(tmp_path / "store")
-    flags = single("s3://bucket/parquet", "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0")
-    del flags[flags.index("--run.steps") : flags.index("--run.steps") + 2]
+    flags = two_passes("s3://bucket/parquet")
     env = {**store.env, "AWS_MAX_ATTEMPTS": "1"}
     try:
         store.start()

@@ -143,7 +143,7 @@ def test_char_counts_unknown_characters_as_one_token_each() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_encode_as_the_whole(kind: str) -> None:
+def test_pieces_encode_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(kind)
 
     @settings(max_examples=60, deadline=None)
@@ -154,11 +154,8 @@ def test_pieces_encode_as_the_whole(kind: str) -> None:
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
-    context, text_module.CONTEXT = text_module.CONTEXT, 24
-    try:
-        check()
-    finally:
-        text_module.CONTEXT = context
+    monkeypatch.setattr(text_module, "CONTEXT", 24)
+    check()
 
 
 @pytest.mark.parametrize("kind", KINDS)

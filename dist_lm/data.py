@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,9 +50,10 @@ class Micro:
     segments_BT: Tensor | None  # document numbers, when documents must not see each other
     dropout_keys_B: Tensor | None  # one hash a row, from which its dropout masks follow
 
-    def to(self, device: torch.device) -> Micro:
-        moved = (t if t is None else t.to(device, non_blocking=True) for t in self.__dict__.values())
-        return Micro(*moved)  # type: ignore[arg-type]
+    def each(self, change: Callable[[Tensor], Tensor]) -> Micro:
+        """The same done to each tensor there is."""
+        changed = (t if t is None else change(t) for t in self.__dict__.values())
+        return Micro(*changed)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Batches:
                 self._ahead.append(self._pool.submit(self.read, self.next_step + len(self._ahead)))
             batch = self._ahead.popleft().result()
         self.next_step += 1
-        return replace(batch, micros=[micro.to(self.device) for micro in batch.micros])
+        moved = [micro.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for micro in batch.micros]
+        return replace(batch, micros=moved)
 
     def read(self, step: int) -> Batch:
         """Read a step's rows and cut them into micro-batches; a function of (seed, step, rank, plan), of a mixture of
@@ -123,14 +126,9 @@ class Batches:
             keys = np.zeros(rows, dtype=np.int64)
             keys[: len(positions)] = row_keys(self.seed, positions)
             keys_N = self._tensor(keys)
-        tokens, targets = self._tensor(tokens_NT), self._tensor(targets_NT)
+        whole = Micro(self._tensor(tokens_NT), self._tensor(targets_NT), segments_NT, keys_N)
         size = self.plan.micro_batch
-        cuts = [slice(at, at + size) for at in range(0, rows, size)]
-        micros = [
-            Micro(tokens[c], targets[c], segments_NT if segments_NT is None else segments_NT[c],
-                  keys_N if keys_N is None else keys_N[c])
-            for c in cuts
-        ]  # fmt: skip
+        micros = [whole.each(itemgetter(slice(at, at + size))) for at in range(0, rows, size)]
         filled = np.flatnonzero(row_targets)
         hashes = _hash_rows(table[filled], self.places[filled]) if self.hash_rows else 0
         return Batch(micros, int((targets_NT != NO_TARGET).sum()), hashes, **found)
@@ -204,7 +202,7 @@ class Mix:
         starts = sorted({start for start, _ in changes} | {start for start, _ in self.ended})
         self.stages: list[tuple[int, list[float]]] = []
         for start in starts:
-            weights = max((change for change in changes if change[0] <= start), key=lambda change: change[0])[1]
+            weights = [weights for at, weights in changes if at <= start][-1]
             gone = {source for at, source in self.ended if at <= start}
             left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
             if not sum(left):
@@ -224,9 +222,10 @@ class Mix:
             wanted = np.flatnonzero(sources == number)
             if isinstance(source, TokenShards):
                 count = source.count(self.data)
-                inside = wanted[earlier[wanted] < count] if self.passes(name) else wanted
+                repeats = self.data.named_sources()[name].at_end == "repeat"
+                inside = wanted if repeats else wanted[earlier[wanted] < count]
                 own = inside[inside % self.world == self.rank]
-                ids = sequence_ids(earlier[own], count, shard_seed(self.seed, name, len(self.dataset.sources)))
+                ids = sequence_ids(earlier[own], count, int(hash_words(self.seed, 9, zlib.crc32(name.encode()))[0]))
                 table[own // self.world] = source.read(ids, length, self.data.stride)
                 row_targets[own // self.world] = length
                 self.origins |= {place: (name, made) for place, made in zip(own.tolist(), ids.tolist(), strict=True)}
@@ -249,14 +248,7 @@ class Mix:
             self._plan_mixture()
         after = {"streams": {name: stream.snapshot() for name, stream in self.streams.items()}, "ended": [*self.ended],
                  "end": self.end}  # fmt: skip
-        return {"end": not given, "after": after, "shares": self.shares(step) if len(sources) > 1 else {}}
-
-    def passes(self, name: str) -> int | None:
-        """How often a source is read; None: for ever."""
-        source = self.dataset.sources[name]
-        if isinstance(source, Recipe):
-            return source.passes
-        return None if self.data.named_sources()[name].at_end == "repeat" else 1
+        return {"end": not given, "after": after, "shares": self.shares(step)}
 
     def shares(self, step: int) -> dict[str, float]:
         """Asked and actual share of the sequences of this stage, and the passes begun, of each source up to a step."""
@@ -301,11 +293,6 @@ class Mix:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def shard_seed(seed: int, name: str, sources: int) -> int:
-    """The seed of a source's order: its own in a mixture, the run's where it is the only one."""
-    return seed if sources == 1 else int(hash_words(seed, 9, zlib.crc32(name.encode()))[0])
-
-
 def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where the streams stand, from what each rank reads of them."""
     merged: dict[str, Any] = json.loads(json.dumps(ranks[0]))
@@ -316,11 +303,11 @@ def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def count_left_out(after: Mapping[str, Any]) -> dict[str, int]:
-    """What the streams left out before the blocks they stand in: filtered and bad rows, empty documents."""
+    """What the streams left out, up to the end of the blocks they stand in: filtered and bad rows, empty documents."""
     total = Counter[str]()
     for stream in after.get("streams", {}).values():
         for cursor in stream["lanes"].values():
-            total.update(cursor.get("skipped", {}))
+            total.update(cursor.get("left_out", {}))
     return dict(sorted(total.items()))
 
 
@@ -352,24 +339,23 @@ def open_dataset(
     """Open the sources; what has to be prepared or looked up is, once, in the run folder, by rank 0. All ranks."""
     data, folder = config.data, Path(config.run.dir) / "data"
     specs = data.named_sources()
+    prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
     if len(specs) == 1 and not data.stream and not data.validation:
-        where = data.input if find_prepared(data.input) else str(folder)
-        ((name, spec),) = specs.items()
-        if where == str(folder):
-            on_main(lambda: prepare_dataset(data, folder, len(os.sched_getaffinity(0)), say, spec) and None)
+        (name,) = specs
+        where = prepared.get(name, str(folder))
+        if not prepared:
+            on_main(lambda: prepare_dataset(data, folder, _cores(), say, name) and None)
         train, kept = (_open_shards(where, split, data) for split in ("train", "val"))
         return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where), training)
-    streams = on_main(lambda: _make_ready(config, folder, say))
-    prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
+    streams = on_main(lambda: _make_ready(config, folder, prepared, say))
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
     sources: dict[str, TokenShards | Recipe] = {}
     val = {n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data) for n in data.validation}
     for name, spec in specs.items():
         if name in streams:
-            found = streams[name]
-            reader = Reader(spec, [Source(*file) for file in found["files"]], data.bad_rows)
-            parts = [Part(*part) for part in found["parts"]]
+            reader = Reader(spec, [Source(*file) for file in streams[name]["files"]], data.bad_rows)
+            parts = [Part(*part) for part in streams[name]["parts"]]
             sources[name] = Recipe(
                 reader, parts, tokenizer, data.seq_len, min(data.lanes, len(parts)),
                 hash_words(config.run.seed, 5, zlib.crc32(name.encode())), partial(_keep, data.val_fraction, excluded),
@@ -401,40 +387,47 @@ def _tokenizer_of(folder: str) -> Tokenizer:
         return Tokenizer.load(scratch)
 
 
-def _make_ready(config: Config, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _make_ready(
+    config: Config, folder: Path, prepared: Mapping[str, str], say: Callable[[str], None]
+) -> dict[str, dict[str, list[Any]]]:
     """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
     data, specs = config.data, config.data.named_sources()
     readers = {
         name: Reader(spec, find_sources(spec, data.field_of(name)), data.bad_rows)
-        for name, spec in (specs | data.validation).items() if not find_prepared(spec.input)
+        for name, spec in (specs | data.validation).items() if name not in prepared
     }  # fmt: skip
+    raw = [name for name in specs if name in readers]
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = [spec.input for spec in [*specs.values(), *data.validation.values()] if find_prepared(spec.input)]
-    for other in prepared[1:]:
-        if _tokenizer_of(other).sha256 != _tokenizer_of(prepared[0]).sha256:
-            raise UserError(f"{other} has another tokenizer than {prepared[0]}; rule: one for all; nearest: prepare it"
-                            f" with --tokenizer {prepared[0]}", BAD_DATA)  # fmt: skip
     if not prepared:
-        learn_tokenizer(data, [readers[name] for name in specs], folder, say)
-    tokenizer = _tokenizer_of(prepared[0] if prepared else str(folder))
+        learn_tokenizer(data, [readers[name] for name in raw], folder, say)
+    first, *others = prepared.values() or [str(folder)]
+    tokenizer = _tokenizer_of(first)
+    for other in others:
+        if _tokenizer_of(other).sha256 != tokenizer.sha256:
+            raise UserError(f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
+                            f" with --tokenizer {first}", BAD_DATA)  # fmt: skip
     wanted = config.run.eval_batches * data.global_batch * data.seq_len + 1
-    for name in data.validation.keys() & readers.keys():
-        keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True)
+    for name in data.validation:
+        if name in readers:
+            keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True)
     excluded = _validation_hashes(config, folder)
     if excluded and prepared:
         say("warning: prepared folders are trained on as they are: documents of data.validation may be in them")
-    for name in specs.keys() & readers.keys() if not data.stream else ():
-        prepare_dataset(
-            data, folder / "sources" / name, len(os.sched_getaffinity(0)), say, specs[name], excluded, tokenizer
-        )
-    streams: dict[str, dict[str, list[Any]]] = {}
-    for name in specs if data.stream else ():
-        if name in readers:
-            streams[name] = {"files": list(readers[name].sources), "parts": list(readers[name].parts(data.lanes))}
+    if not data.stream:
+        for name in raw:
+            prepare_dataset(data, folder / "sources" / name, _cores(), say, name, excluded, tokenizer)
+        return {}
+    streams: dict[str, dict[str, list[Any]]] = {
+        name: {"files": [*readers[name].sources], "parts": [*readers[name].parts(data.lanes)]} for name in raw
+    }
     _refuse_changed(streams, folder / "streams.json")
-    for name, stream in streams.items():
-        if len(stream["parts"]) < data.lanes:
-            say(f"{specs[name].input} has {len(stream['parts'])} parts, so {name} is read in as many lanes, not"
+    for name in raw:
+        if len(streams[name]["parts"]) < data.lanes:
+            say(f"{specs[name].input} has {len(streams[name]['parts'])} parts, so {name} is read in as many lanes, not"
                 f" data.lanes={data.lanes}")  # fmt: skip
         packed = [file.name for file in readers[name].sources if not file.name.endswith((".parquet", ".jsonl"))]
         if packed:
@@ -453,7 +446,8 @@ def _refuse_changed(streams: Mapping[str, Any], record: Path) -> None:
     """A stream's files must stay as they were when the run began, or its cursors would point elsewhere."""
     now = {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
     if not record.is_file():
-        write_json(record, now) if now else None
+        if now:
+            write_json(record, now)
         return
     for name, files in json.loads(record.read_bytes()).items():
         have = {file: marks for file, _, *marks in now.get(name, [])}  # where a file lies may change
@@ -491,7 +485,7 @@ def _check(
         else:
             if not source.count(data) and (training or not sum(shards.count(data) for shards in val.values())):
                 raise UserError(
-                    f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, data.input="
+                    f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, {data.field_of(name)}="
                     f"{specs[name].input} has {sum(source.sizes)} to train on; nearest:"
                     f" {max(max(source.sizes, default=0) - 1, 1)}", BAD_DATA
                 )  # fmt: skip

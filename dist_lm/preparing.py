@@ -7,34 +7,27 @@ stream keeps beside itself: its tokenizer, and its first held-out documents as s
 import hashlib
 import json
 import os
-import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate, chain, count, zip_longest
+from itertools import accumulate, chain, pairwise, zip_longest
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_lm.config import DataConfig, SourceConfig, UserError
+from dist_lm.config import DataConfig, UserError
 from dist_lm.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
-from dist_lm.sources import Reader, Source, find_sources
-from dist_lm.text import (
-    NoCutError,
-    Tokenizer,
-    cutter,
-    is_trained_spec,
-    load_tokenizer,
-    read_frame,
-    train_tokenizer,
-    write_frame,
-)
+from dist_lm.sources import Reader, find_sources
+from dist_lm.text import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
@@ -43,9 +36,10 @@ LEARNED_BYTES = 2**26  # of text at the beginning of each source from which a st
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
 PROGRESS = "progress.json"
 JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
-WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1])"
+WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1], int(sys.argv[2]))"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
-_DECIDING = ("input", "text_column", "separator", "template", "filter", "subset", "split")  # fields of a source ...
+
+Say = Callable[[str], None]
 
 
 class Piece(NamedTuple):
@@ -55,161 +49,235 @@ class Piece(NamedTuple):
     place: tuple[int, int]
     source: int
     row: int
-    text: str  # empty if its tokens are in a finished shard
+    text: str
     last: bool
 
 
 def prepare_dataset(
-    data: DataConfig, folder: str | Path, processes: int = 1, say: Callable[[str], None] = print,
-    spec: SourceConfig | None = None, excluded: Container[int] = (), tokenizer: Tokenizer | None = None,
+    data: DataConfig, folder: str | Path, processes: int = 1, say: Say = print, name: str = "text",
+    excluded: Container[int] = (), tokenizer: Tokenizer | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Make a prepared folder of `spec` (`data.input`), or go on with one; the manifest. One process calls it.
+    """Make a prepared folder of a source (else of `data.input`), or go on with one; the manifest. One process calls it.
 
     Documents whose hash is among `excluded` are left out: they are validation documents of another source. A tokenizer
     is learned as `data.tokenizer` says, unless one is given.
     """
-    folder, spec = Path(folder), spec or data.as_source()
-    settings: dict[str, Any] = {name: getattr(spec, name) for name in _DECIDING}
-    settings = {n: v for n, v in settings.items() if n in _DECIDING[:3] or v != SourceConfig.model_fields[n].default}
-    settings |= {"tokenizer": data.tokenizer, "val_fraction": data.val_fraction}  # ... that decide the content
+    work = _Preparation(data, Path(folder), name, say)
     if find_prepared(folder):
-        manifest = read_manifest(folder)
-        _refuse_other(folder, manifest["settings"], settings)
-        say(f"{folder}: prepared before, used as it is")
-        return manifest
-    if find_prepared(spec.input):
-        raise UserError(f"data.input={spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
-    sources = [s for s in find_sources(spec) if not s.path or folder.resolve() not in Path(s.path).resolve().parents]
-    reader = Reader(spec, sources, data.bad_rows)
-    listed = [{"name": source.name, "bytes": source.size} for source in sources]
-    state = _read_progress(folder, settings, listed)
-    if state is None:
-        tokenizer, state = _survey(data, reader, say, tokenizer)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in tokenizer.files().items():
-            write_file(folder / name, [text.encode()])
-        state |= {"settings": settings, "sources": listed, "tokenizer": tokenizer.sha256, "splits": {}}
-        write_json(folder / PROGRESS, state)
-    else:
-        tokenizer = Tokenizer.load(folder)
-        done = sum(len(split["shards"]) for split in state["splits"].values())
-        say(f"{folder}: going on after {done} finished shards; their text is read again but not encoded again")
-    counts = {split: {"documents": 0, "bytes": 0} for split in ("train", "val")}
-    skipped: Counter[str] = Counter()
-    writers = {split: _Writer(folder, split, tokenizer, state) for split in counts}
-    pieces = _pieces(data, reader, tokenizer, state["tail"], counts, skipped, excluded)
-    pieces = (piece._replace(text="") if piece.place < writers[piece.split].place else piece for piece in pieces)
-    progress = Progress("prepared", state["bytes"], sources, say)
-    for piece, ids in _encode(pieces, tokenizer, folder, processes):
-        if ids is not None:
-            writers[piece.split].add(piece, ids)
-        progress.show(counts.values(), piece.source)
-    for split, writer in writers.items():
-        writer.finish((counts[split]["documents"], 0), 0)
-    progress.show(counts.values(), end=True)
-    manifest = {
-        **_about(tokenizer, data.tokenizer),
-        "settings": settings,
-        "skipped": dict(sorted(skipped.items())),
-        "splits": {split: counts[split] | writers[split].summary() for split in counts},
-        "sources": listed,
-    }  # fmt: skip
-    write_json(folder / MANIFEST, manifest)
-    (folder / PROGRESS).unlink()
-    for split, entry in manifest["splits"].items():
-        lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
-        say(f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text, {entry['tokens']:,} tokens"
-            f"{lost} in {len(entry['shards'])} shards")  # fmt: skip
-        if not entry["shards"]:
-            say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or text of more lines")
-    if skipped:
-        say("skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items())))
+        return work.read_finished()
+    work.find_text()
+    state = work.read_progress() or work.begin(tokenizer)
+    tokenizer = Tokenizer.load(folder)
+    splits, skipped = work.write_shards(state, tokenizer, excluded, processes)
+    more = {"settings": work.settings, "skipped": dict(sorted(skipped.items()))}
+    manifest = _write_manifest(work.folder, data, tokenizer, work.reader, splits, more)
+    work.say_result(manifest)
     return manifest
 
 
-def _about(tokenizer: Tokenizer, name: str) -> dict[str, Any]:
-    facts = {"name": name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-             "unk": tokenizer.unk, "dtype": tokenizer.dtype.name}  # fmt: skip
-    return {"format": FORMAT, "tokenizer": facts}
+class _Preparation:
+    """The phases of preparing one source into a folder."""
+
+    def __init__(self, data: DataConfig, folder: Path, name: str, say: Say):
+        self.data, self.folder, self.say = data, folder, say
+        self.spec, self.field = data.named_sources()[name], data.field_of(name)
+        # what decides the content of the folder; the later fields of a source only where they are given
+        self.settings = self.spec.model_dump(include={"input", "text_column", "separator"})
+        given = self.spec.model_dump(include={"template", "filter", "subset", "split"}, exclude_defaults=True)
+        self.settings |= given | {"tokenizer": data.tokenizer, "val_fraction": data.val_fraction}
+
+    def read_finished(self) -> dict[str, Any]:
+        manifest = read_manifest(self.folder)
+        self._refuse_other(manifest["settings"])
+        self.say(f"{self.folder}: prepared before, used as it is")
+        return manifest
+
+    def find_text(self) -> None:
+        if find_prepared(self.spec.input):
+            raise UserError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
+        found, inside = find_sources(self.spec, self.field), self.folder.resolve()
+        sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
+        self.reader = Reader(self.spec, sources, self.data.bad_rows)
+
+    def read_progress(self) -> dict[str, Any] | None:
+        """What an interrupted preparation with the same settings left; None if nothing."""
+        for stray in self.folder.glob("tmp-*"):
+            stray.unlink()
+        if not (self.folder / PROGRESS).is_file():
+            return None
+        state: dict[str, Any] = json.loads((self.folder / PROGRESS).read_bytes())
+        self._refuse_other(state["settings"])
+        for before, now in zip_longest(state["sources"], _listed(self.reader)):
+            if before != now:
+                raise UserError(f"{self.folder}: the text changed since its preparation began: {before} is now {now};"
+                                " nearest: remove the folder", BAD_DATA)  # fmt: skip
+        done = sum(len(split["shards"]) for split in state["splits"].values())
+        self.say(
+            f"{self.folder}: going on after {done} finished shards; their text is read again but not encoded again"
+        )
+        return state
+
+    def begin(self, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Read the text once, if need be, to learn the tokenizer and where a small source's held-out tail begins."""
+        data, spec = self.data, self.data.tokenizer
+        trained = not tokenizer and is_trained_spec(spec)
+        learns = trained and spec != "byte"
+        tokenizer = tokenizer or (cutter(spec) if trained else load_tokenizer(spec))
+        found = Progress("read", self.reader, self.say)
+        pieces = _beginning(self.reader, tokenizer, found, documents=None if learns else SMALL)
+        if learns:
+            tokenizer = train_tokenizer(spec, pieces)
+        else:
+            deque(pieces, maxlen=0)
+        if not found.documents:
+            where = f"{self.field}={self.spec.input!r}"
+            raise UserError(f"{where}: no document with text in {len(self.reader.sources)} files", BAD_DATA)
+        small = found.documents < SMALL
+        if learns or small:
+            self.say(f"found {found.documents:,} documents, {found.bytes:,} bytes of text in {self.spec.input}")
+        if small and data.val_fraction:
+            self.say(
+                f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_tokenizer(self.folder, tokenizer)
+        state = {
+            "bytes": found.bytes if learns or small else None,
+            "tail": round(found.bytes * (1 - data.val_fraction)) if small else None,
+            "settings": self.settings, "sources": _listed(self.reader), "splits": {},
+        }  # fmt: skip
+        write_json(self.folder / PROGRESS, state)
+        return state
+
+    def write_shards(
+        self, state: dict[str, Any], tokenizer: Tokenizer, excluded: Container[int], processes: int
+    ) -> tuple[dict[str, Any], Counter[str]]:
+        """Encode what no finished shard has; the splits' entries in the manifest, and what was left out."""
+        skipped: Counter[str] = Counter()
+        writers = {split: _Writer(self.folder, split, tokenizer, state) for split in ("train", "val")}
+        progress = Progress("prepared", self.reader, self.say, state["bytes"])
+
+        def unfinished() -> Iterator[Piece]:
+            for split, source, row, texts in _documents(self.data, self.reader, state["tail"], skipped, excluded):
+                progress.documents += 1
+                writer = writers[split]
+                for piece in writer.cut(self.reader, source, row, texts):
+                    progress.add(len(piece.text.encode()), source)
+                    if piece.place >= writer.place:
+                        yield piece
+
+        for piece, ids in _encode(unfinished(), tokenizer, self.folder, processes):
+            writers[piece.split].add(piece, ids)
+        splits = {split: writer.close() for split, writer in writers.items()}
+        progress.show(end=True)
+        return splits, skipped
+
+    def say_result(self, manifest: dict[str, Any]) -> None:
+        for split, entry in manifest["splits"].items():
+            lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
+            self.say(f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
+                     f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards")  # fmt: skip
+            if not entry["shards"]:
+                self.say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or text of more lines")
+        if manifest["skipped"]:
+            self.say("skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest["skipped"].items()))
+
+    def _refuse_other(self, have: dict[str, Any]) -> None:
+        for name, value in self.settings.items():
+            if have.get(name) != value:
+                section = "data." if name in ("tokenizer", "val_fraction") else self.field.removesuffix("input")
+                raise UserError(
+                    f"{self.folder} was prepared with {section}{name}={have.get(name)!r}, not {value!r};"
+                    " rule: one folder, one preparation; nearest: another folder, or remove this one", BAD_DATA
+                )  # fmt: skip
 
 
-def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: Callable[[str], None]) -> None:
-    """The tokenizer of several sources or of streams, made once: from the beginning of each, if it is to be learned."""
-    if (folder / "tokenizer.json").is_file():
-        return
-    if is_trained_spec(data.tokenizer):
-        made = train_tokenizer(data.tokenizer, () if data.tokenizer == "byte" else _beginnings(data, readers, say))
-    else:
-        made = load_tokenizer(data.tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in reversed(made.files().items()):  # tokenizer.json last: where it is, all is there
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    for name, text in reversed(tokenizer.files().items()):  # tokenizer.json last: where it is, all is there
         write_file(folder / name, [text.encode()])
 
 
-def _beginnings(data: DataConfig, readers: list[Reader], say: Callable[[str], None]) -> Iterator[str]:
-    whole = cutter(data.tokenizer)
-    for reader in readers:
-        found, progress = {"documents": 0, "bytes": 0}, Progress("read for the tokenizer", None, reader.sources, say)
-        for source, row, texts in reader.documents(Counter()):
-            found["documents"] += 1
-            for piece in cut_document(whole, texts, reader.sources[source], row):
-                found["bytes"] += len(piece.encode())
-                progress.show([found], source)
-                yield piece
-            if found["bytes"] >= LEARNED_BYTES:
-                break
-        say(f"{data.tokenizer} learns from {found['documents']:,} documents, {found['bytes']:,} bytes of text in"
-            f" {reader.spec.input}")  # fmt: skip
+def _listed(reader: Reader) -> list[dict[str, Any]]:
+    return [{"name": source.name, "bytes": source.size} for source in reader.sources]
+
+
+def _write_manifest(
+    folder: Path, data: DataConfig, tokenizer: Tokenizer, reader: Reader, splits: dict[str, Any], more: dict[str, Any]
+) -> dict[str, Any]:
+    """What makes a folder a prepared one, last of all."""
+    facts = {"name": data.tokenizer, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
+             "eot": tokenizer.eot, "unk": tokenizer.unk, "dtype": tokenizer.dtype.name}  # fmt: skip
+    manifest = {"format": FORMAT, "tokenizer": facts, **more, "splits": splits, "sources": _listed(reader)}
+    write_json(folder / MANIFEST, manifest)
+    (folder / PROGRESS).unlink()
+    return manifest
+
+
+# --- what a stream keeps beside itself
+
+
+def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: Say) -> None:
+    """The tokenizer of several sources or of streams, made once: from the beginning of each, if it is to be learned."""
+    if (folder / "tokenizer.json").is_file():
+        return
+
+    def beginnings() -> Iterator[str]:
+        whole = cutter(data.tokenizer)
+        for reader in readers:
+            found = Progress("read for the tokenizer", reader, say)
+            yield from _beginning(reader, whole, found, size=LEARNED_BYTES)
+            say(f"{data.tokenizer} learns from {found.documents:,} documents, {found.bytes:,} bytes of text in"
+                f" {reader.spec.input}")  # fmt: skip
+
+    trained = is_trained_spec(data.tokenizer)
+    tokenizer = train_tokenizer(data.tokenizer, beginnings()) if trained else load_tokenizer(data.tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, tokenizer)
 
 
 def keep_validation(
-    data: DataConfig, reader: Reader, tokenizer: Tokenizer, folder: Path, wanted: int, say: Callable[[str], None],
-    *, whole: bool = False,
-) -> list[int]:  # fmt: skip
+    data: DataConfig, reader: Reader, tokenizer: Tokenizer, folder: Path, wanted: int, say: Say, *, whole: bool = False
+) -> list[int]:
     """Write the first held-out documents of a source, in its order, as shards of at least so many tokens.
 
     `whole`: all its documents are for validation. Their hashes are kept beside them, and returned.
     """
     kept = folder / "documents.json"
     if kept.is_file():
-        hashes: list[int] = json.loads(kept.read_bytes())
-        return hashes
+        return list(json.loads(kept.read_bytes()))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    hashes, skipped, seen = [], Counter[str](), {"documents": 0, "bytes": 0}
-    writer = _Writer(folder, "val", tokenizer, {"splits": {}})
-    progress, size, tokens = Progress("looked for validation in", None, reader.sources, say), 0, 0
-    for source, row, texts in reader.documents(skipped):
-        seen["documents"] += 1
+    writer, hashes, tokens = _Writer(folder, "val", tokenizer, {"splits": {}}), list[int](), 0
+    seen = Progress("looked for validation in", reader, say)
+    for source, row, texts in reader.documents(Counter()):
+        seen.documents += 1
         number, texts = document_hash(texts)
         if whole or held_out(number, data.val_fraction):
-            for n, text in enumerate(chain(cut_document(tokenizer, texts, reader.sources[source], row), [""])):
-                ids = np.array(tokenizer.encode(text), tokenizer.dtype)
-                writer.add(Piece("val", (len(hashes), n), source, row, text, not text), ids)
-                size, tokens = size + len(text.encode()), tokens + len(ids)
+            for piece in writer.cut(reader, source, row, texts):
+                ids = np.array(tokenizer.encode(piece.text), tokenizer.dtype)
+                writer.add(piece, ids)
+                tokens += len(ids)
             hashes.append(number)
-        elif not hashes and seen["documents"] >= LOOKED_AT:
+        elif not hashes and seen.documents >= LOOKED_AT:
             break
-        progress.show([seen], source)
+        seen.add(0, source)
         if tokens >= wanted:
             break
     if not hashes:
         raise UserError(
-            f"data.val_fraction={data.val_fraction} holds out none of the first {seen['documents']} documents of"
+            f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents} documents of"
             f" {reader.spec.input}; rule: a stream's first held-out documents validate it; nearest: prepare it, a"
             " larger data.val_fraction, a source in data.validation, or run.eval_every=0", BAD_DATA
         )  # fmt: skip
-    writer.finish((len(hashes), 0), 0)
-    (folder / PROGRESS).unlink()
-    listed = [{"name": source.name, "bytes": source.size} for source in reader.sources]
-    nothing = {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}
-    splits = {"train": nothing, "val": {"documents": len(hashes), "bytes": size} | writer.summary()}
-    for name, text in tokenizer.files().items():
-        write_file(folder / name, [text.encode()])
-    write_json(folder / MANIFEST, {**_about(tokenizer, data.tokenizer), "splits": splits, "sources": listed})
+    splits = {"train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}, "val": writer.close()}
+    _write_tokenizer(folder, tokenizer)
+    _write_manifest(folder, data, tokenizer, reader, splits, {})
     write_json(kept, hashes)
     say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.input} are kept for validation")
     return hashes
+
+
+# --- documents and their pieces
 
 
 def document_hash(texts: Iterator[str]) -> tuple[int, Iterator[str]]:
@@ -226,64 +294,17 @@ def held_out(number: int, val_fraction: float) -> bool:
     return number < val_fraction * 2**64
 
 
-def _refuse_other(folder: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
-    for name, value in want.items():
-        if have.get(name) != value:
-            raise UserError(
-                f"{folder} was prepared with data.{name}={have.get(name)!r}, not {value!r};"
-                " rule: one folder, one preparation; nearest: another folder, or remove this one", BAD_DATA
-            )  # fmt: skip
-
-
-def _read_progress(folder: Path, settings: dict[str, Any], listed: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What an interrupted preparation with the same settings left; None if nothing."""
-    for stray in folder.glob("tmp-*"):
-        stray.unlink()
-    if not (folder / PROGRESS).is_file():
-        return None
-    state: dict[str, Any] = json.loads((folder / PROGRESS).read_bytes())
-    _refuse_other(folder, state["settings"], settings)
-    for before, now in zip_longest(state["sources"], listed):
-        if before != now:
-            raise UserError(f"{folder}: the text changed since its preparation began: {before} is now {now};"
-                            " nearest: remove the folder", BAD_DATA)  # fmt: skip
-    return state
-
-
-def _survey(
-    data: DataConfig, reader: Reader, say: Callable[[str], None], given: Tokenizer | None
-) -> tuple[Tokenizer, dict[str, Any]]:
-    """Read the text once, if need be, to learn the tokenizer and where a small source's held-out tail begins."""
-    trained = not given and is_trained_spec(data.tokenizer)
-    tokenizer = given or (cutter(data.tokenizer) if trained else load_tokenizer(data.tokenizer))
-    learns = trained and data.tokenizer != "byte"
-    found, progress = {"documents": 0, "bytes": 0}, Progress("read", None, reader.sources, say)
-
-    def pieces() -> Iterator[str]:
-        for source, row, texts in reader.documents(Counter()):
-            if found["documents"] >= SMALL and not learns:
-                return
-            found["documents"] += 1
-            for piece in cut_document(tokenizer, texts, reader.sources[source], row):
-                found["bytes"] += len(piece.encode())
-                progress.show([found], source)
-                yield piece
-
-    if learns:
-        tokenizer = train_tokenizer(data.tokenizer, pieces())
-    else:
-        deque(pieces(), maxlen=0)
-    if not found["documents"]:
-        raise UserError(
-            f"data.input={reader.spec.input!r}: no document with text in {len(reader.sources)} files", BAD_DATA
-        )
-    small = found["documents"] < SMALL
-    if learns or small:
-        say(f"found {found['documents']:,} documents, {found['bytes']:,} bytes of text in {reader.spec.input}")
-    if small and data.val_fraction:
-        say(f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end")
-    tail = round(found["bytes"] * (1 - data.val_fraction)) if small else None
-    return tokenizer, {"bytes": found["bytes"] if learns or small else None, "tail": tail}
+def _beginning(
+    reader: Reader, tokenizer: Tokenizer, found: "Progress", *, documents: int | None = None, size: int | None = None
+) -> Iterator[str]:
+    """The text of the first documents in pieces, up to a number of documents or of bytes; `found` counts both."""
+    for source, row, texts in reader.documents(Counter()):
+        if found.documents == documents or (size and found.bytes >= size):
+            return
+        found.documents += 1
+        for piece in tokenizer.pieces(texts, reader.where(source, row)):
+            found.add(len(piece.encode()), source)
+            yield piece
 
 
 def _documents(
@@ -322,32 +343,6 @@ def _documents(
             yield "val", source, row, chain([first], texts)
 
 
-def _pieces(
-    data: DataConfig, reader: Reader, tokenizer: Tokenizer, tail: int | None,
-    counts: dict[str, dict[str, int]], skipped: Counter[str], excluded: Container[int],
-) -> Iterator[Piece]:  # fmt: skip
-    """Every document's text in pieces that encode as the whole does; counts documents and bytes as it goes."""
-    for split, source, row, texts in _documents(data, reader, tail, skipped, excluded):
-        document = counts[split]["documents"]
-        counts[split]["documents"] += 1
-        pieces = cut_document(tokenizer, texts, reader.sources[source], row)
-        text = next(pieces, "")
-        for n in count():
-            following = next(pieces, "")
-            counts[split]["bytes"] += len(text.encode())
-            yield Piece(split, (document, n), source, row, text, not following)
-            if not following:
-                break
-            text = following
-
-
-def cut_document(tokenizer: Tokenizer, texts: Iterator[str], source: Source, row: int) -> Iterator[str]:
-    try:
-        yield from tokenizer.pieces(texts)
-    except NoCutError as error:
-        raise UserError(f"{source.path or source.name}: row {row}: {error}", BAD_DATA) from error
-
-
 class _Writer:
     """The token stream of a split, cut into shards of SHARD_TOKENS; notes in the progress file what is finished."""
 
@@ -360,7 +355,16 @@ class _Writer:
         self.skip: int = done["skip"]  # ... after so many of its tokens
         self.buffer = np.empty(SHARD_TOKENS, tokenizer.dtype)
         self.filled = 0
-        self.documents = array("q"), array("q"), array("q")  # start, source, row
+        self.columns = array("q"), array("q"), array("q")  # start, source and row of each document in the shard
+        self.documents = self.bytes = 0  # of text, those in finished shards too
+
+    def cut(self, reader: Reader, source: int, row: int, texts: Iterator[str]) -> Iterator[Piece]:
+        """The next document's text in pieces that encode as the whole does."""
+        pieces, document = self.tokenizer.pieces(texts, reader.where(source, row)), self.documents
+        self.documents += 1
+        for n, (text, following) in enumerate(pairwise(chain(pieces, [""]))):
+            self.bytes += len(text.encode())
+            yield Piece(self.split, (document, n), source, row, text, last=not following)
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         if piece.last:
@@ -368,7 +372,7 @@ class _Writer:
         at = self.skip if piece.place == self.place else 0
         while at < len(ids):
             if not self.filled or (piece.place[1] == 0 and at == 0):
-                for column, value in zip(self.documents, (self.filled, piece.source, piece.row), strict=True):
+                for column, value in zip(self.columns, (self.filled, piece.source, piece.row), strict=True):
                     column.append(value)
             taken = min(len(ids) - at, SHARD_TOKENS - self.filled)
             self.buffer[self.filled : self.filled + taken] = ids[at : at + taken]
@@ -384,19 +388,22 @@ class _Writer:
         if self.tokenizer.unk is not None:
             self.unknown += int((tokens == self.tokenizer.unk).sum())
         path = self.folder / f"{self.split}-{len(self.shards):05d}.safetensors"
-        self.shards.append(write_shard(path, tokens, *self.documents))
+        self.shards.append(write_shard(path, tokens, *self.columns))
         self.place, self.skip = place, skip
         self.state["splits"][self.split] = {
             "shards": self.shards, "unknown": self.unknown, "place": place, "skip": skip
         }  # fmt: skip
         write_json(self.folder / PROGRESS, self.state)
         self.filled = 0
-        for column in self.documents:
+        for column in self.columns:
             del column[:]
 
-    def summary(self) -> dict[str, Any]:
+    def close(self) -> dict[str, Any]:
+        """Write the last shard; the split's entry in the manifest."""
+        self.finish((self.documents, 0), 0)
         tokens = sum(shard["tokens"] for shard in self.shards)
-        return {"tokens": tokens, "unknown": self.unknown, "shards": self.shards}
+        return {"documents": self.documents, "bytes": self.bytes, "tokens": tokens, "unknown": self.unknown,
+                "shards": self.shards}  # fmt: skip
 
 
 def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -408,48 +415,43 @@ def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
         if size >= JOB or len(job) >= JOB_PIECES:
             yield job
             job, size = [], 0
-    yield job
+    if job:
+        yield job
 
 
 def _encode(
     pieces: Iterator[Piece], tokenizer: Tokenizer, folder: Path, processes: int
-) -> Iterator[tuple[Piece, np.ndarray | None]]:
+) -> Iterator[tuple[Piece, np.ndarray]]:
     """Pieces with their tokens, in order; texts go in jobs to worker processes, a few jobs ahead of the writer."""
     if processes == 1:
         for piece in pieces:
-            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype) if piece.text else None
+            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
         return
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
-    # again, and a worker ends when its pipe closes, however the parent ends.
+    # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    # Ctrl-C reaches the parent alone.
-    command, pipe = [sys.executable, "-P", "-c", WORKER, str(folder)], subprocess.PIPE
-    workers = [
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, process_group=0) for _ in range(processes)
-    ]
-    idle = queue.SimpleQueue[subprocess.Popen[bytes]]()
-    for worker in workers:
-        idle.put(worker)
+    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
+    workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
+    own = threading.local()
 
-    def encode(job: list[Piece]) -> list[np.ndarray | None]:
-        texts = [piece.text.encode() for piece in job if piece.text]
-        worker = idle.get()
-        assert worker.stdin and worker.stdout, "both are pipes"
+    def start() -> None:
+        own.pipe, there = Pipe()
+        with there:
+            own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
+                                          pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        workers.append((own.pipe, own.worker))
+
+    def encode(job: list[Piece]) -> list[np.ndarray]:
         try:
-            write_frame(worker.stdin, texts)
-            answer = read_frame(worker.stdout)
-        except BrokenPipeError:
-            answer = None
-        finally:
-            idle.put(worker)
-        if answer is None:
-            raise RuntimeError(f"an encoding process ended with exit code {worker.wait()}")
-        arrays = iter(answer)
-        return [np.frombuffer(next(arrays), tokenizer.dtype) if piece.text else None for piece in job]
+            own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
+            sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
+        except (EOFError, OSError) as error:
+            raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
+        return np.split(tokens, np.cumsum(sizes)[:-1])
 
-    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
-    waiting: deque[tuple[list[Piece], Future[list[np.ndarray | None]]]] = deque()
+    pool, jobs = ThreadPoolExecutor(processes, "encode", start), _jobs(pieces)
+    waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:
             while len(waiting) < 2 * processes and (job := next(jobs, None)) is not None:
@@ -459,37 +461,41 @@ def _encode(
             job, future = waiting.popleft()
             yield from zip(job, future.result(), strict=True)
     finally:
-        for worker in workers:
+        for _, worker in workers:
             worker.kill()
         pool.shutdown(cancel_futures=True)
-        for worker in workers:
-            worker.communicate()
+        for pipe, worker in workers:  # one that was started in between ends with its pipe
+            pipe.close()
+            worker.wait()
 
 
 class Progress:
-    """One updating line on a terminal, else a line every ten seconds."""
+    """What was read, said in one updating line on a terminal, else in a line every ten seconds."""
 
-    def __init__(self, verb: str, total: int | None, sources: list[Source], say: Callable[[str], None]):
+    def __init__(self, verb: str, reader: Reader, say: Say, total: int | None = None):
         self.verb, self.total, self.say, self.begin = verb, total, say, time.monotonic()
-        self.ends = list(accumulate(source.size for source in sources))
+        self.ends = list(accumulate(source.size for source in reader.sources))
         self.terminal = sys.stdout.isatty() and say is print
         self.pause = 0.2 if self.terminal else 10.0
         self.due = self.begin + self.pause
+        self.documents = self.bytes = 0
         self.source, self.before = 0, 0  # the source being read, and the bytes of text before it
 
-    def show(self, counts: Iterable[dict[str, int]], source: int = 0, end: bool = False) -> None:
-        documents, done = (sum(values) for values in zip(*((c["documents"], c["bytes"]) for c in counts), strict=True))
+    def add(self, size: int, source: int) -> None:
+        self.bytes += size
         if source != self.source:
-            self.source, self.before = source, done
+            self.source, self.before = source, self.bytes
+        if time.monotonic() >= self.due:
+            self.show()
+
+    def show(self, end: bool = False) -> None:
         now = time.monotonic()
-        if now < self.due and not end:
-            return
         self.due = now + self.pause
-        rate = done / max(now - self.begin, 1e-9)
-        line = f"{self.verb} {documents:,} documents, {done / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
+        rate = self.bytes / max(now - self.begin, 1e-9)
+        line = f"{self.verb} {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
         # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
         ratio = self.before / self.ends[self.source - 1] if self.source else 1
-        left = (self.total or ratio * self.ends[-1]) - done
+        left = (self.total or ratio * self.ends[-1]) - self.bytes
         if left > 0 and not end:
             line += f", about {left / max(rate, 1):,.0f} s left"
         if self.terminal:

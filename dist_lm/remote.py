@@ -58,7 +58,7 @@ def is_remote(path: str) -> bool:
     return re.match(r"[a-zA-Z][\w+.-]+://", path) is not None
 
 
-def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
+def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> list[Found]:
     """The files of a URL that is a file, a folder (all below with such an ending) or a glob, ordered by name."""
     fs, path = _connect(pattern)
     is_web = pattern.startswith(("http://", "https://"))  # what follows a ? in a web address is a query
@@ -90,12 +90,12 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[Found]:
                 raise OSError(f"{path_}: the server does not say its size; nearest: download it")
             found.append(Found(name, fs.unstrip_protocol(path_), info["size"], _mark(info)))
     except FileNotFoundError as error:
-        raise UserError(f"data.input={pattern!r}: nothing is there", _BAD_DATA) from error
+        raise UserError(f"{label}={pattern!r}: nothing is there", _BAD_DATA) from error
     except OSError as error:
-        raise UserError(f"data.input={pattern!r}: {_one_line(error)}", _BAD_DATA) from error
+        raise UserError(f"{label}={pattern!r}: {_one_line(error)}", _BAD_DATA) from error
     if not found:
         what = "no file matches" if is_glob else f"it has none of {' '.join(endings)}"
-        raise UserError(f"data.input={pattern!r}: {what}", _BAD_DATA)
+        raise UserError(f"{label}={pattern!r}: {what}", _BAD_DATA)
     return sorted(found)
 
 

@@ -62,7 +62,7 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
         raise UserError(f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s", 65)
     held_out, length = sum(data.val["val"].sizes) > 0, config.data.seq_len
     shards = data.val["val"] if held_out else data.train
-    sequences = sum(shards.counts(length, config.data.stride or length))
+    sequences = sum(shards.counts(length, config.data.stride))
     if not sequences:
         raise UserError(
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of data.input="

@@ -172,7 +172,7 @@ class TokenShards:
         # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
         self._map = lru_cache(maxsize=64)(lambda shard: map_shard(Path(folder, self.files[shard])))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
-        self._ends: dict[tuple[int, int], list[int]] = {}
+        self._ends = lru_cache(lambda seq_len, stride: list(accumulate(self.counts(seq_len, stride))))
 
     @contextlib.contextmanager
     def _shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
@@ -193,23 +193,17 @@ class TokenShards:
 
     def count(self, data: DataConfig) -> int:
         """How many sequences there are in an epoch."""
-        return (self._ends_of(data.seq_len, data.stride) or [0])[-1]
+        ends: list[int] = self._ends(data.seq_len, data.stride)
+        return ends[-1] if ends else 0
 
     def tail_tokens(self, seq_len: int, stride: int) -> int:
         """Tokens at the shards' ends that are no sequence's target."""
         counts = zip(self.sizes, self.counts(seq_len, stride), strict=True)
         return sum(size - 1 - ((n - 1) * stride + seq_len if n else 0) for size, n in counts)
 
-    def _ends_of(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences there are up to the end of each shard."""
-        key = (seq_len, stride)
-        if key not in self._ends:
-            self._ends[key] = list(accumulate(self.counts(seq_len, stride)))
-        return self._ends[key]
-
     def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
         """The shard of a sequence, and where in it its first token is."""
-        ends = self._ends_of(seq_len, stride)
+        ends: list[int] = self._ends(seq_len, stride)  # sequences up to the end of each shard
         assert 0 <= sequence < (ends[-1] if ends else 0), f"sequence {sequence} is none of {ends[-1] if ends else 0}"
         shard = bisect_right(ends, sequence)
         return shard, (sequence - (ends[shard - 1] if shard else 0)) * stride
@@ -217,19 +211,14 @@ class TokenShards:
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        numbers = np.asarray(sequences).tolist()
-        if self.cache is None:
-            for row, sequence in enumerate(numbers):
-                shard, start = self.find(sequence, seq_len, stride)
-                out[row] = self._map(shard)["tokens"][start : start + seq_len + 1]
-            return out
-        places = [self.find(sequence, seq_len, stride) for sequence in numbers]
+        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
         rows = sorted(range(len(places)), key=places.__getitem__)
         for shard, here in groupby(rows, key=lambda row: places[row][0]):
             with self._shard(shard) as arrays:
+                tokens = arrays["tokens"]
                 for row in here:
                     start = places[row][1]
-                    out[row] = arrays["tokens"][start : start + seq_len + 1]
+                    out[row] = tokens[start : start + seq_len + 1]
         return out
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:

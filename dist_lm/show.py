@@ -12,7 +12,7 @@ only that one's. --find prints the steps so far whose sequences held the passage
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,8 @@ def main(argv: list[str]) -> None:
         print(__doc__, end="")
         return
     given, settings = split_arguments([] if argv[0].startswith("--") else argv[1:], FLAGS)
-    if (
-        not given
-        or settings
-        or any(len(values) > 1 for values in given.values())
-        or ("find" in given and len(given) > 1)
-    ):
+    twice = any(len(values) > 1 for values in given.values())
+    if not given or settings or twice or ("find" in given and len(given) > 1):
         raise UserError(f"{' '.join(argv)}: {RULE}")
     run_dir, settings_file = argv[0], Path(argv[0], "config.yaml")
     if not settings_file.is_file():
@@ -80,9 +76,9 @@ def open_data(config: Config) -> Dataset:
     data = open_dataset(config, only_if_prepared, say=lambda _: None)
     for state in _checkpoints(config)[-1:]:
         if _read_state(state)["data"] != data.identity:
-            raise UserError(
-                f"{_where(config, data)}: its hashes are not those that {state.parent} trained on", BAD_DATA
-            )
+            first = next(iter(data.sources.values()))
+            where = first.folder if isinstance(first, TokenShards) else f"the text of {config.run.dir}"
+            raise UserError(f"{where}: its hashes are not those that {state.parent} trained on", BAD_DATA)
     return data
 
 
@@ -96,36 +92,32 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
     for place, (name, sequence) in sorted(made.items()):
         if rank in (None, place % world):
             on_rank = f", rank {place % world}" if world > 1 else ""
-            source = data.sources[name]
-            if isinstance(source, TokenShards):
-                position = (step - 1) * config.data.global_batch + place
-                _show_shards(config, data, source, sequence, f"place {place}{on_rank}", position)
-            else:
-                _show_stream(data, source, name, sequence, f"place {place}{on_rank}")
+            position = (step - 1) * config.data.global_batch + place
+            title, tokens, spans = _look_up(config, data, name, sequence, position)
+            print(f"\nplace {place}{on_rank}: {title}")
+            for file, row, start, stop in spans:
+                print(f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence")
+                for line in data.tokenizer.decode(tokens[start:stop], skip_special=False).split("\n"):
+                    print(f"    | {printable(line)}")
 
 
-def _show_shards(config: Config, data: Dataset, shards: TokenShards, sequence: Any, place: str, position: int) -> None:
-    length, stride = config.data.seq_len, config.data.stride
-    shard, first = shards.find(sequence, length, stride)
-    epoch = f" of epoch {position // data.sequences + 1}" if data.sequences else ""
-    print(f"\n{place}: sequence {sequence}{epoch}, {shards.files[shard]} tokens {first} to {first + length}")
-    (tokens,) = shards.read([sequence], length, stride)
-    for span in shards.documents_of(sequence, length, stride):
-        _print_span(data, span.source, span.row, tokens, span.start, span.stop)
-
-
-def _show_stream(data: Dataset, recipe: Recipe, name: str, row: Any, place: str) -> None:
-    print(f"\n{place}: source {name}, pass {row.passed + 1}, {len(row.tokens)} tokens")
-    number = cache(recipe.reader.row_number)
-    for span in row.spans:
-        file = recipe.reader.sources[span.file].name
-        _print_span(data, file, number(span.file, span.row), row.tokens, span.start, span.stop)
-
-
-def _print_span(data: Dataset, file: str, row: int, tokens: np.ndarray, start: int, stop: int) -> None:
-    print(f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence")
-    for line in data.tokenizer.decode(tokens[start:stop], skip_special=False).split("\n"):
-        print(f"    | {printable(line)}")
+def _look_up(
+    config: Config, data: Dataset, name: str, sequence: int | Row, position: int
+) -> tuple[str, np.ndarray, Sequence[tuple[str, int, int, int]]]:
+    """What a sequence is, its tokens, and the documents in them: file, row, and where they begin and end."""
+    source, length, stride = data.sources[name], config.data.seq_len, config.data.stride
+    if isinstance(source, TokenShards):
+        assert isinstance(sequence, int)
+        shard, first = source.find(sequence, length, stride)
+        epoch = f" of epoch {position // data.sequences + 1}" if data.sequences else ""
+        title = f"sequence {sequence}{epoch}, {source.files[shard]} tokens {first} to {first + length}"
+        (tokens,) = source.read([sequence], length, stride)
+        return title, tokens, source.documents_of(sequence, length, stride)
+    assert isinstance(sequence, Row)
+    number, files = cache(source.reader.row_number), source.reader.sources
+    spans = [(files[span.file].name, number(span.file, span.row), span.start, span.stop) for span in sequence.spans]
+    title = f"source {name}, pass {sequence.passed + 1}, {len(sequence.tokens)} tokens"
+    return title, sequence.tokens, spans
 
 
 def read_steps(config: Config, data: Dataset, first: int) -> Iterator[Step]:
@@ -180,7 +172,7 @@ def find(config: Config, data: Dataset, text: str) -> None:
 def _holding(config: Config, data: Dataset, shards: TokenShards, text: str) -> set[int]:
     """The sequences of prepared shards that hold a passage, or a part of one that goes on in their successor."""
     found, before = set[int](), np.empty(0, np.int64)
-    length, stride = config.data.seq_len, config.data.stride or config.data.seq_len
+    length, stride = config.data.seq_len, config.data.stride
     for sequence in range(shards.count(config.data)):
         (tokens,) = shards.read([sequence], length, stride)
         if text in data.tokenizer.decode(tokens):
@@ -201,11 +193,6 @@ def _read_state(path: Path) -> dict[str, Any]:
         return {"step": state.get("step", 0), "data": state["data"], "streams": state.get("streams")}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__})", BAD_CHECKPOINT) from error
-
-
-def _where(config: Config, data: Dataset) -> str:
-    source = next(iter(data.sources.values()))
-    return str(source.folder) if isinstance(source, TokenShards) else f"the text of {config.run.dir}"
 
 
 def _number(given: dict[str, list[str]], name: str, low: int, high: int) -> int:

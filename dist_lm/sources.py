@@ -22,9 +22,8 @@ import string
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import chain, groupby, islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count, groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -41,7 +40,9 @@ _NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encoding
 _TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt file, which is read piece by piece"
 _BATCH = 64  # rows taken from Parquet or the hub at once
 
-Rows = Iterator[tuple[int, str | None]]  # (row, stretch of its text); None is a null
+Texts = Iterator[tuple[int, str | None]]  # (row, stretch of its text); None is a null
+Rows = Iterator[tuple[int, Any]]  # (row, its content as the format has it)
+Convert = Callable[[Any], str | None]  # that content as text
 
 
 class Source(NamedTuple):
@@ -66,7 +67,6 @@ class FilteredError(Exception):
 
 
 _DAMAGE = (ValueError, OSError, RecursionError, csv.Error)  # what readers raise over a file's content
-_END: Any = object()
 
 
 def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
@@ -77,12 +77,12 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
         files = [file for file in root.rglob("*.py") if not _NOT_STDLIB.intersection(file.relative_to(root).parts)]
     elif remote.is_remote(spec.input):
         endings = tuple(ending + packing for ending in FORMATS for packing in ("", *_PACKINGS))
-        return [Source(*found) for found in remote.find(spec.input, endings)]
+        return [Source(*found) for found in remote.find(spec.input, endings, label)]
     elif path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
         root = path
-        files = [f for f in path.rglob("[!.]*") if _format(f.name) and f.is_file()]
+        files = [f for f in path.rglob("*") if _format(f.name) and f.is_file()]
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not files:
             raise UserError(f"{said}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)", 65)
@@ -136,22 +136,23 @@ class Reader:
         plain = sum(source.size for source in self.sources if source.name.endswith(".jsonl"))
         step = max(SMALLEST_RANGE, plain // (4 * lanes))  # several a lane, so that lanes end about together
         for number, source in enumerate(self.sources):
-            pieces = [Part(number)]
-            with self._leaving_damage(Counter()), self._naming(source):
+            ends: Sequence[int] = (0, 0)  # the whole file
+            with self._guarded(source, Counter()):
                 if not source.path:
-                    pieces = [Part(number, n, n + 1) for n in range(_hub_stream(source, self.spec).num_shards)]
+                    ends = range(_hub_stream(source, self.spec).num_shards + 1)
                 elif source.name.endswith(".jsonl"):
                     cuts = -(-source.size // step) or 1
                     ends = [source.size * n // cuts for n in range(cuts + 1)]
-                    pieces = [Part(number, *ends[n : n + 2]) for n in range(cuts)]
                 elif source.name.endswith(".parquet"):
                     import pyarrow.parquet  # slow, and needed for these files only
 
-                    with _open(source) as file, _at_head():
-                        groups = pyarrow.parquet.ParquetFile(file).num_row_groups
-                        pieces = [Part(number, n, n + 1) for n in range(groups)]
-            found += pieces
+                    with _open(source) as file:
+                        ends = range(pyarrow.parquet.ParquetFile(file).num_row_groups + 1)
+            found += [Part(number, begin, end) for begin, end in pairwise(ends)]
         return found
+
+    def where(self, file: int, row: int) -> str:
+        return f"{self.sources[file].path or self.sources[file].name}: row {row}"
 
     def row_number(self, file: int, row: int) -> int:
         """The row as a reader of the file counts: of a byte range, its lines with something in them."""
@@ -161,108 +162,59 @@ class Reader:
         with _open(source) as lines:
             return 1 + sum(bool(line.strip()) for at, line in _lines(lines) if at < row)
 
-    def _read(self, part: Part, start: int, skipped: Counter[str]) -> Rows:
-        """The rows of one part; what is wrong with it is said with its name, or left out and counted."""
+    def _read(self, part: Part, start: int, skipped: Counter[str]) -> Texts:
+        """The rows of one part, from the row `start` on, as text."""
         source = self.sources[part.file]
-        with self._leaving_damage(skipped), self._naming(source):
-            yield from self._rows(source, part, start, skipped)
+        with self._guarded(source, skipped):
+            if not source.path:
+                tables = _hub_tables(_hub_stream(source, self.spec), part, self.fields)
+                numbered = zip(count(1), self.fields.scalars(tables))
+                yield from self._texts(numbered, self.fields.of_scalars, start, skipped)
+                return
+            kind = _format(source.name)
+            with _open(source) as file:
+                if kind in _ROWS:
+                    rows, convert = _ROWS[kind](file, part, start, self.fields)
+                    label = "at byte" if kind == ".jsonl" and part.end else "row"
+                    yield from self._texts(rows, convert, start, skipped, label)
+                else:
+                    yield from (text for text in _split(_decode(file), self.spec.separator) if text[0] >= start)
 
     @contextlib.contextmanager
-    def _leaving_damage(self, skipped: Counter[str]) -> Iterator[None]:
+    def _guarded(self, source: Source, skipped: Counter[str]) -> Iterator[None]:
+        """What is wrong with a file is said with its name, or the rest of it left out and counted."""
         try:
             yield
-        except UserError as error:
+        except _DAMAGE as error:
             if self.bad_rows == "error" or not _is_damage(error):
-                raise
+                raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
             skipped["rests of damaged files"] += 1
 
-    @contextlib.contextmanager
-    def _naming(self, source: Source) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{source.path or source.name}: {error}", 65) from error
-        except OSError as error:
-            raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
-
-    def _rows(self, source: Source, part: Part, start: int, skipped: Counter[str]) -> Rows:
-        fields, numbered = self.fields, partial(self._numbered, skipped=skipped)
-        if not source.path:
-            arrays = _hub_batches(_hub_stream(source, self.spec), part, fields.names)
-            yield from _from(start, numbered(enumerate(fields.values(arrays), 1), fields.of_value))
-            return
-        with _open(source) as file:
-            kind = _format(source.name)
-            if kind == ".parquet":
-                yield from self._parquet(file, part, start, numbered)
-            elif kind == ".arrow":
-                values = fields.values(_arrow_batches(file, fields))
-                yield from _from(start, numbered(enumerate(values, 1), fields.of_value))
-            elif kind == ".csv":
-                csv.field_size_limit(LONGEST_ROW)
-                reader = csv.reader((fields.of_bytes(line) for _, line in _lines(file)), strict=True)
-                with _at_head():
-                    header = next(reader, [])
-                    fields.check(header) if header else None
-                rows = (dict(zip(header, row, strict=False)) for row in reader if row)
-                yield from _from(start, numbered(enumerate(rows, 1), fields.of_cells))
-            elif kind == ".jsonl" and part.end:
-                yield from numbered(_range(file, max(part.begin, start), part.end), fields.of_line, label="at byte")
-            elif kind in (".json", ".jsonl"):
-                convert: Callable[[Any], str | None] = fields.of_line
-                values = (line for _, line in _lines(file) if line.strip())
-                if file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
-                    values, convert = _json_array(_decode(iter(lambda: file.read(CHUNK), b""))), fields.of_row
-                yield from _from(start, numbered(enumerate(values, 1), convert))
-            else:
-                yield from _from(start, _split(_decode(iter(lambda: file.read(CHUNK), b"")), self.spec.separator))
-
-    def _numbered(
-        self, rows: Iterator[tuple[int, Any]], convert: Callable[[Any], str | None], *, skipped: Counter[str],
-        label: str = "row",
-    ) -> Rows:  # fmt: skip
+    def _texts(self, rows: Rows, convert: Convert, start: int, skipped: Counter[str], label: str = "row") -> Texts:
         """Rows as text in stretches; an unreadable one is refused, or left out and counted."""
         row = 0
         while True:
             row += 1  # should reading it fail
             try:
-                row, raw = next(rows, (row, _END))
-                if raw is _END:
-                    return
+                row, raw = next(rows)
+                if row < start:
+                    continue
                 text = convert(raw)
+            except StopIteration:
+                return
             except FilteredError:
                 skipped["filtered rows"] += 1
                 continue
             except _DAMAGE as error:
                 if self.bad_rows == "error" or isinstance(error, OSError):
                     raise UserError(f"{label} {row}: {_one_line(error)}", 65) from error
-                skipped["bad rows"] += 1
+                if row >= start:
+                    skipped["bad rows"] += 1
                 continue
             if not text:
                 yield row, text
             else:
                 yield from ((row, text[at : at + CHUNK]) for at in range(0, len(text), CHUNK))
-
-    def _parquet(self, file: BinaryIO, part: Part, start: int, numbered: Callable[..., Rows]) -> Rows:
-        import pyarrow.parquet  # slow, and needed for these files only
-
-        names = self.fields.names
-        with contextlib.ExitStack() as stack:
-            if not file.seekable():  # packed once more around its own packing
-                packed, file = file, stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(packed, file)
-            with _at_head():
-                table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as needed
-                self.fields.check(table.schema_arrow.names)
-                average = sum(_average_row(table, name) for name in names)
-            groups = list(range(part.begin, part.end or table.num_row_groups))
-            before = sum(table.metadata.row_group(n).num_rows for n in range(part.begin))
-            first = max(start, before + 1)
-            batches = table.iter_batches(
-                max(1, min(_BATCH, 2**24 // average)), groups, columns=names, use_threads=False
-            )
-            columns = _behind(first - before - 1, batches, names)
-            yield from numbered(enumerate(self.fields.values(columns), first), self.fields.of_value)
 
 
 class _Fields:
@@ -272,10 +224,26 @@ class _Fields:
         self.spec = spec
         in_template = [name for _, name, _, _ in string.Formatter().parse(spec.template or "") if name]
         self.names = list(dict.fromkeys([*(in_template if spec.template else [spec.text_column]), *spec.filter]))
+        self.is_composed = bool(spec.template or spec.filter)
 
-    def check(self, columns: Iterable[str]) -> None:
+    def check(self, columns: Collection[str]) -> None:
         for name in self.names:
-            _find_column(name, list(columns))
+            if name not in columns:
+                raise ValueError(f"no data.text_column={name!r} among {', '.join(columns)}{_near(name, columns)}")
+
+    def check_schema(self, schema: Any) -> None:
+        """The columns of an Arrow table, and that what shall be text is."""
+        import pyarrow as pa  # loaded by the callers
+
+        self.check(schema.names)
+        kind = schema.field(self.names[0]).type
+        text = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not self.is_composed and text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+            raise ValueError(f"data.text_column={self.names[0]!r} holds {kind}, not text")
+
+    def of_line(self, line: bytes) -> str | None:
+        """The text of a line of JSON."""
+        return self.of_row(json.loads(_line_text(line)))
 
     def of_row(self, row: Any) -> str | None:
         """The text of a JSON row."""
@@ -283,14 +251,6 @@ class _Fields:
             raise ValueError(f"must be an object with data.text_column={self.names[0]!r}, not {type(row).__name__}")
         self.check(row)
         return self.of_cells(row)
-
-    def of_line(self, line: bytes) -> str | None:
-        return self.of_row(json.loads(self.of_bytes(line)))
-
-    def of_bytes(self, line: bytes) -> str:
-        if len(line) > LONGEST_ROW:
-            raise ValueError(_TOO_LONG)
-        return line.decode()
 
     def of_cells(self, row: Mapping[str, Any]) -> str | None:
         for name, wanted in self.spec.filter.items():
@@ -304,68 +264,159 @@ class _Fields:
         (text or "").encode()  # refuses lone surrogates
         return text
 
-    def values(self, batches: Iterable[list[Any]]) -> Iterator[Any]:
-        """Rows of Arrow columns, which come in the order of `names`: what of_value() takes."""
-        if self.spec.template or self.spec.filter:
-            return chain.from_iterable(zip(*(c.to_pylist() for c in columns), strict=True) for columns in batches)
-        return chain.from_iterable(self._texts(*columns) for columns in batches)
-
-    def of_value(self, value: Any) -> str | None:
-        if isinstance(value, tuple):
-            return self.of_cells(dict(zip(self.names, value, strict=True)))
-        raw = value.as_buffer() if value.is_valid else b""
-        if len(raw) > LONGEST_ROW:
-            raise ValueError(_TOO_LONG)
-        return str(raw, "utf-8") if value.is_valid else None  # decoded here: Parquet's text is not checked
-
-    def _texts(self, array: Any) -> Any:
+    def scalars(self, tables: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+        """Rows of Arrow tables, as scalars in the order of `names`."""
         import pyarrow as pa  # loaded by the callers
 
-        array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-        if array.type not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise ValueError(f"data.text_column={self.spec.text_column!r} holds {array.type}, not text")
-        return array
+        for table in tables:
+            columns = [table.column(name) for name in self.names]
+            plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in columns]
+            yield from zip(*plain, strict=True)
+
+    def of_scalars(self, scalars: tuple[Any, ...]) -> str | None:
+        if self.is_composed:
+            return self.of_cells({n: scalar.as_py() for n, scalar in zip(self.names, scalars, strict=True)})
+        (scalar,) = scalars
+        if not scalar.is_valid:
+            return None
+        raw = scalar.as_buffer()
+        if len(raw) > LONGEST_ROW:
+            raise ValueError(_TOO_LONG)
+        return str(raw, "utf-8")  # decoded here: Parquet's text is not checked
 
 
-def _is_damage(error: BaseException) -> bool:
-    """Whether the content of a file is at fault, not the disk or the network."""
-    while error.__cause__:
-        error = error.__cause__
-    return not isinstance(error, OSError) or "Truncated compressed stream" in str(error)
+# --- formats: the rows of an open file, and how they become text
 
 
-def _from(start: int, rows: Rows) -> Rows:
-    """Rows from number `start` on."""
-    return (row for row in rows if row[0] >= start) if start > 1 else rows
+def _json_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
+    """Lines, those of a range of bytes by where they begin; or the values of an array."""
+    if part.end:
+        return _range(file, max(part.begin, start), part.end), fields.of_line
+    if file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
+        return zip(count(1), _json_array(_decode(file))), fields.of_row
+    return zip(count(1), (line for _, line in _lines(file) if line.strip())), fields.of_line
 
 
-def _split(chunks: Iterator[str], separator: str | None) -> Rows:
+def _csv_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
+    # map() and filter() go on behind a line that cannot be read; a generator would end there
+    csv.field_size_limit(LONGEST_ROW)
+    cells = csv.reader(map(_line_text, map(itemgetter(1), _lines(file))), strict=True)
+    header = next(cells, [])
+    if header:
+        fields.check(header)
+    rows = map(lambda row: dict(zip(header, row, strict=False)), filter(None, cells))
+    return zip(count(1), rows), fields.of_cells
+
+
+def _parquet_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
+    import pyarrow.parquet  # slow, and needed for these files only
+
+    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as needed
+    fields.check_schema(table.schema_arrow)
+    average = sum(_average_row(table, name) for name in fields.names)
+    groups = list(range(part.begin, part.end or table.num_row_groups))
+    before = sum(table.metadata.row_group(n).num_rows for n in range(part.begin))
+    first = max(start, before + 1)
+    size = max(1, min(_BATCH, 2**24 // average))
+    batches = table.iter_batches(size, groups, columns=fields.names, use_threads=False)
+    return zip(count(first), fields.scalars(_behind(first - before - 1, batches))), fields.of_scalars
+
+
+def _arrow_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
+    import pyarrow as pa  # slow, and needed for these files only
+
+    if file.peek()[:6] == b"ARROW1":  # type: ignore[attr-defined]
+        table = pa.ipc.open_file(file)
+        batches = map(table.get_batch, range(table.num_record_batches))
+    else:
+        table = batches = pa.ipc.open_stream(file)
+    fields.check_schema(table.schema)
+    return zip(count(1), fields.scalars(batches)), fields.of_scalars
+
+
+_ROWS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
+
+
+def _hub_stream(source: Source, spec: SourceConfig) -> Any:
+    """A hub dataset as `datasets` streams it, in as many shards as it can be cut into."""
+    import datasets  # slow, and needed for hub names only
+
+    try:
+        stream = datasets.load_dataset(
+            source.name, name=spec.subset, split=spec.split, revision=source.mark or spec.revision, streaming=True
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
+    with contextlib.suppress(NotImplementedError):  # only Parquet can be cut finer than files
+        stream = stream.reshard()
+    return stream.with_format("arrow")
+
+
+def _hub_tables(stream: Any, part: Part, fields: _Fields) -> Iterator[Any]:
+    if part.end:
+        stream = stream.shard(stream.num_shards, part.begin)
+    tables = stream.iter(_BATCH)
+    try:
+        for table in tables:
+            fields.check_schema(table.schema)
+            yield table
+    finally:
+        del stream, tables  # an abandoned streamed iterator can abort the process at its exit
+        gc.collect()
+
+
+def _hub_revision(spec: SourceConfig) -> str:
+    """The commit that a revision stands for, so that a resumed run reads the same; "" where no hub is reached."""
+    import huggingface_hub  # slow, and needed for hub names only
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(spec.input, revision=spec.revision, timeout=10).sha or ""
+    except Exception:  # offline, or another host's dataset: `datasets` says what is wrong, or has a copy
+        return ""
+
+
+def _behind(rows: int, batches: Iterable[Any]) -> Iterator[Any]:
+    """Record batches without so many rows at their beginning."""
+    for batch in batches:
+        passed = min(rows, len(batch))
+        rows -= passed
+        yield batch.slice(passed)
+
+
+def _average_row(table: Any, column: str) -> int:
+    """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
+    paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
+    groups = [table.metadata.row_group(n) for n in range(table.num_row_groups if column in paths else 0)]
+    sizes = [g.column(paths.index(column)).total_uncompressed_size // max(g.num_rows, 1) for g in groups]
+    if max(sizes, default=0) > LONGEST_ROW:
+        raise ValueError(f"row group {sizes.index(max(sizes)) + 1}: its rows are {_TOO_LONG}")
+    return max(sizes, default=0) + 1
+
+
+def _split(chunks: Iterator[str], separator: str | None) -> Texts:
     """Text as one row, or as several that `separator` ends."""
-    row = 1
-    waiting, keep = "", len(separator or " ") - 1  # at the end of a chunk may stand the beginning of a separator
-    while True:
-        try:
-            text = next(chunks, None)
-        except _DAMAGE as error:
-            raise UserError(f"row {row}: {_one_line(error)}", 65) from error
-        if text is None:
-            break
-        waiting += text
-        if separator:
-            *ended, waiting = waiting.split(separator)
-            for part in ended:
-                yield row, part
-                row += 1
-        cut = max(len(waiting) - keep, 0)
-        yield row, waiting[:cut]
-        waiting = waiting[cut:]
+    row, waiting = 1, ""
+    keep = len(separator or " ") - 1  # at the end of a chunk may stand the beginning of a separator
+    try:
+        for text in chunks:
+            waiting += text
+            if separator:
+                *ended, waiting = waiting.split(separator)
+                for part in ended:
+                    yield row, part
+                    row += 1
+            cut = max(len(waiting) - keep, 0)
+            yield row, waiting[:cut]
+            waiting = waiting[cut:]
+    except _DAMAGE as error:
+        raise UserError(f"row {row}: {_one_line(error)}", 65) from error
     if waiting or row == 1:
         yield row, waiting
 
 
-def _decode(chunks: Iterable[bytes]) -> Iterator[str]:
+def _decode(file: BinaryIO) -> Iterator[str]:
     decoder, end = codecs.getincrementaldecoder("utf-8")(), 0
-    for chunk in chain(chunks, [b""]):
+    for chunk in chain(iter(lambda: file.read(CHUNK), b""), [b""]):
         end += len(chunk)
         try:
             text = decoder.decode(chunk, final=not chunk)
@@ -386,6 +437,12 @@ def _lines(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
             if more.endswith(b"\n"):
                 break
         yield begin, line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
+
+
+def _line_text(line: bytes) -> str:
+    if len(line) > LONGEST_ROW:
+        raise ValueError(_TOO_LONG)
+    return line.decode()
 
 
 def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -422,102 +479,32 @@ def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
             yield value
 
 
-def _average_row(table: Any, column: str) -> int:
-    """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
-    paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
-    groups = [table.metadata.row_group(n) for n in range(table.num_row_groups if column in paths else 0)]
-    sizes = [g.column(paths.index(column)).total_uncompressed_size // max(g.num_rows, 1) for g in groups]
-    if max(sizes, default=0) > LONGEST_ROW:
-        raise ValueError(f"row group {sizes.index(max(sizes)) + 1}: its rows are {_TOO_LONG}")
-    return max(sizes, default=0) + 1
-
-
-def _behind(rows: int, batches: Iterator[Any], names: list[str]) -> Iterator[list[Any]]:
-    """The columns of record batches without so many rows at their beginning."""
-    for batch in batches:
-        passed = min(rows, len(batch))
-        rows -= passed
-        if passed < len(batch):
-            yield [batch.column(name)[passed:] for name in names]
-
-
-def _arrow_batches(file: BinaryIO, fields: _Fields) -> Iterator[list[Any]]:
-    """The columns of an Arrow file, in either of its two forms."""
-    import pyarrow as pa  # slow, and needed for these files only
-
-    if file.peek()[:6] == b"ARROW1":  # type: ignore[attr-defined]
-        table = pa.ipc.open_file(file)
-        batches = (table.get_batch(n) for n in range(table.num_record_batches))
-    else:
-        table = batches = pa.ipc.open_stream(file)
-    with _at_head():
-        fields.check(table.schema.names)
-    return _behind(0, batches, fields.names)
-
-
-def _hub_stream(source: Source, spec: SourceConfig) -> Any:
-    """A hub dataset as `datasets` streams it, in as many shards as it can be cut into."""
-    import datasets  # slow, and needed for hub names only
-
-    try:
-        stream = datasets.load_dataset(
-            source.name, name=spec.subset, split=spec.split, revision=source.mark or spec.revision, streaming=True
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
-    with contextlib.suppress(NotImplementedError):  # only Parquet can be cut finer than files
-        stream = stream.reshard()
-    return stream.with_format("arrow")
-
-
-def _hub_batches(stream: Any, part: Part, names: list[str]) -> Iterator[list[Any]]:
-    if part.end:
-        stream = stream.shard(stream.num_shards, part.begin)
-    batches = stream.iter(_BATCH)
-    try:
-        for table in batches:
-            for name in names:
-                _find_column(name, table.column_names)
-            yield [table[name].combine_chunks() for name in names]
-    finally:
-        del stream, batches  # an abandoned streamed iterator can abort the process at its exit
-        gc.collect()
-
-
-def _hub_revision(spec: SourceConfig) -> str:
-    """The commit that a revision stands for, so that a resumed run reads the same; "" where no hub is reached."""
-    import huggingface_hub  # slow, and needed for hub names only
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(spec.input, revision=spec.revision, timeout=10).sha or ""
-    except Exception:  # offline, or another host's dataset: `datasets` says what is wrong, or has a copy
-        return ""
-
-
-def _find_column(column: str, columns: Iterable[str]) -> None:
-    columns = list(columns)
-    if column not in columns:
-        raise ValueError(f"no data.text_column={column!r} among {', '.join(columns)}{_near(column, columns)}")
-
-
 @contextlib.contextmanager
-def _at_head() -> Iterator[None]:
-    """Whatever is wrong with a file as a whole."""
-    try:
-        yield
-    except _DAMAGE as error:
-        raise UserError(_one_line(error), 65) from error
+def _open(source: Source) -> Iterator[BinaryIO]:
+    """A file, unpacked."""
+    with contextlib.ExitStack() as stack:
+        far = remote.is_remote(source.path)
+        opened = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
+        file: BinaryIO = stack.enter_context(opened)
+        if source.path.endswith(_PACKINGS):
+            import pyarrow  # slow, and needed for packed files only
+
+            packing = "gzip" if source.path.endswith(".gz") else "zstd"
+            unpacked = pyarrow.input_stream(file, compression=packing)  # raises if cut short
+            file = stack.enter_context(io.BufferedReader(unpacked))
+            if _format(source.name) in (".parquet", ".arrow"):  # which are read from their end
+                whole = stack.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(file, whole)
+                whole.seek(0)
+                file = whole
+        yield file
 
 
-def _open(source: Source) -> BinaryIO:
-    far = remote.is_remote(source.path)
-    file = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
-    if not source.path.endswith(_PACKINGS):
-        return file
-    import pyarrow  # slow, and needed for packed files only
-
-    packing = "gzip" if source.path.endswith(".gz") else "zstd"
-    return io.BufferedReader(pyarrow.input_stream(file, compression=packing))  # raises if cut short
+def _is_damage(error: BaseException) -> bool:
+    """Whether the content of a file is at fault, not the disk or the network."""
+    while error.__cause__:
+        error = error.__cause__
+    return not isinstance(error, OSError) or "Truncated compressed stream" in str(error)
 
 
 def _format(name: str) -> str:

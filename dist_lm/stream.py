@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 from dist_lm.config import UserError
 from dist_lm.order import Words, hash_words, permute
 from dist_lm.sources import Part, Reader
-from dist_lm.text import NoCutError, Tokenizer
+from dist_lm.text import Tokenizer
 
 BLOCK = 1024, 2**22  # documents or characters that fill a block: what is shuffled into each other
 BATCH = 128, 2**18  # ... and what is tokenized at once
@@ -47,16 +47,8 @@ class Row(NamedTuple):
     after: tuple["Document", int] | None  # the document and place in it where the lane stands then; None: at its end
 
 
-@dataclass
-class Block:
-    """Where a block begins: what a cursor needs to read it again."""
-
-    cursor: dict[str, Any]
-    documents: Iterator["Document"] = field(default_factory=lambda: iter(()))
-
-
 class Document(NamedTuple):
-    block: Block
+    block: dict[str, Any]  # where its block begins: what a cursor needs to read it again
     number: int  # in the block
     file: int
     row: int
@@ -100,8 +92,10 @@ class Lane:
         self.ready: deque[Row] = deque()
         self.ended = cursor["pass"] - 1  # the newest pass of which nothing is left to read
         self.is_empty = True  # no document was found so far
-        self._cursor, self._pass, self._block = cursor, cursor["pass"], cursor["block"]
-        self._skipped = Counter[str](cursor.get("skipped", {}))
+        self.cursor = cursor  # where it stands after what was taken; what was only read ahead does not count
+        self._pass, self._block = cursor["pass"], cursor["block"]
+        self._skipped = Counter[str](cursor.get("skipped", {}))  # what was left out so far ...
+        self._before = self._skipped  # ... and before the newest document
         self._found = self._open(cursor["part"], cursor["row"])
         self._documents: Iterator[Document] = iter(())
         # A lane begins with little, for its first sequences to come soon; what best fit packs together must not vary.
@@ -111,11 +105,6 @@ class Lane:
         self._passed_over = cursor["document"]
         self._lock = threading.Lock()
         self._failure: UserError | None = None
-
-    @property
-    def cursor(self) -> dict[str, Any]:
-        """Where the lane stands after what was taken from it; what was only read ahead does not count."""
-        return self._cursor
 
     def count(self, passed: int) -> int:
         """How many sequences of a pass are ready."""
@@ -141,22 +130,20 @@ class Lane:
         taken = self.ready.popleft()
         if taken.after:
             document, offset = taken.after
-            self._cursor = {**document.block.cursor, "document": document.number, "offset": offset}
+            self.cursor = {**document.block, "document": document.number, "offset": offset}
         else:
-            self._cursor = {**START, "pass": taken.passed + 1}
+            self.cursor = {**START, "pass": taken.passed + 1, **_counts(skipped=self._skipped, left_out=self._skipped)}
         return taken
 
     def _open(self, part: int = 0, row: int = 0) -> Iterator[tuple[int, int, int, list[str]]]:
         """(number of the part in this pass, file, row, text) of the documents that training may see."""
         recipe, parts = self.recipe, self.recipe.parts_of(self.number, self._pass)[part:]
         for number, at, texts in recipe.reader.documents(self._skipped, parts, row):
+            self._before = self._skipped.copy()
             if (kept := recipe.keep(texts)) is None:
                 continue
             file = parts[number].file
-            try:
-                yield part + number, file, at, list(recipe.tokenizer.pieces(kept))
-            except NoCutError as error:
-                raise UserError(f"{recipe.reader.sources[file].name}: row {at}: {error}", 65) from error
+            yield part + number, file, at, list(recipe.tokenizer.pieces(kept, recipe.reader.where(file, at)))
 
     def _read_some(self) -> None:
         if self._failure:  # its readers are spent: what they would give now is not the rest
@@ -177,22 +164,23 @@ class Lane:
             return
         self.ended = self._pass
         if self.ended + 1 == self.recipe.passes and self._left() > 1:  # nothing follows: what is left is filled up
-            self.ready.append(self._cut(None))
+            self.ready.append(self._cut(self._left())._replace(after=None))
         self._pass, self._block = self._pass + 1, 0
         self._found = self._open()
 
     def _next_block(self) -> Iterator[Document]:
         """The documents of the next block in their new order; none where the pass has ended."""
         found: list[tuple[int, int, list[str]]] = []
-        size, block = 0, Block({})
+        size, block = 0, dict[str, Any]()
         for part, file, row, text in self._found:
             if not found:
-                block.cursor = {"pass": self._pass, "block": self._block, "part": part, "row": row}
-                block.cursor |= {"skipped": dict(self._skipped)} if self._skipped else {}
+                block = {"pass": self._pass, "block": self._block, "part": part, "row": row}
+                block |= _counts(skipped=self._before)
             found.append((file, row, text))
             size += sum(map(len, text))
             if len(found) >= self.recipe.block[0] or size >= self.recipe.block[1]:
                 break
+        block |= _counts(left_out=self._skipped)
         order = shuffled(len(found), hash_words(self.recipe.key, 7, self.number, self._pass, self._block))
         nothing = np.empty(0, self.recipe.tokenizer.dtype)
         made = (Document(block, n, *found[place], nothing) for n, place in enumerate(order))
@@ -214,48 +202,51 @@ class Lane:
             return
         self._pending.extend(documents)
         for _ in range((self._left() - 1) // length):
-            self.ready.append(self._cut(length))
+            self.ready.append(self._cut(length + 1))
 
     def _left(self) -> int:
         """Tokens that are in no sequence yet."""
         return sum([len(document.tokens) for document in self._pending], -self._offset)
 
-    def _cut(self, length: int | None) -> Row:
-        """The next length + 1 tokens, the last of which also begins the next sequence; None: all that is left."""
-        parts, spans, place, skip = list[np.ndarray](), list[Span](), 0, self._offset
+    def _cut(self, size: int) -> Row:
+        """The next so many tokens, the last of which also begins the next sequence, if there is one."""
+        stretches, begin, wanted = list[tuple[Document, int, int]](), self._offset, size
         for document in self._pending:
-            parts.append(document.tokens[skip : None if length is None else skip + length + 1 - place])
-            spans.append(Span(document.file, document.row, place, place + len(parts[-1])))
-            place, skip = spans[-1].stop, 0
-            if length is not None and place > length:
+            end = min(len(document.tokens), begin + wanted)
+            stretches.append((document, begin, end))
+            wanted -= end - begin
+            begin = 0
+            if not wanted:
                 break
-        if length is None:
-            self._pending.clear()
-            return Row(np.concatenate(parts), spans, self._pass, None)
-        self._offset += length
+        self._offset += size - 1
         while self._offset >= len(self._pending[0].tokens):
             self._offset -= len(self._pending.popleft().tokens)
-        return Row(np.concatenate(parts), spans, self._pass, (self._pending[0], self._offset))
+        return self._row(stretches, (self._pending[0], self._offset))
 
     def _pack(self, documents: list[Document]) -> None:
         """Sequences of whole documents of these few; the offset of a cursor counts sequences."""
         rows = best_fit([len(document.tokens) for document in documents], self.recipe.seq_len)
         first = documents[0]
-        order = shuffled(len(rows), hash_words(self.recipe.key, 8, self.number, *map(int, _place(first))))
+        place = first.block["pass"], first.block["block"], first.number
+        order = shuffled(len(rows), hash_words(self.recipe.key, 8, self.number, *place))
         for n, row in enumerate(order):
-            parts, spans, place = list[np.ndarray](), list[Span](), 0
-            for number, begin, end in rows[row]:
-                document = documents[number]
-                parts.append(document.tokens[begin:end])
-                spans.append(Span(document.file, document.row, place, place + len(parts[-1])))
-                place = spans[-1].stop
             if n >= self._rewind:
-                self.ready.append(Row(np.concatenate(parts), spans, self._pass, (first, n + 1)))
+                stretches = [(documents[number], begin, end) for number, begin, end in rows[row]]
+                self.ready.append(self._row(stretches, (first, n + 1)))
         self._rewind = 0
 
+    def _row(self, stretches: list[tuple[Document, int, int]], after: tuple[Document, int] | None) -> Row:
+        spans, place = list[Span](), 0
+        for document, begin, end in stretches:
+            spans.append(Span(document.file, document.row, place, place + end - begin))
+            place += end - begin
+        tokens = np.concatenate([document.tokens[begin:end] for document, begin, end in stretches])
+        return Row(tokens, spans, self._pass, after)
 
-def _place(document: Document) -> tuple[int, ...]:
-    return document.block.cursor["pass"], document.block.cursor["block"], document.number
+
+def _counts(**counts: Counter[str]) -> dict[str, Any]:
+    """What a cursor has if something was left out: `skipped` before its block, to count on from, `left_out` with it."""
+    return {name: dict(count) for name, count in counts.items() if count}
 
 
 def _few(documents: Iterator[Document], most: tuple[int, int]) -> list[Document]:
@@ -301,14 +292,8 @@ class Stream:
         gather: Callable[[Any], list[Any]] = lambda value: [value], pool: Executor | None = None, shift: int = 0,
     ):  # fmt: skip
         begun, state = bool(state), state or {"pass": 0, "turn": 0, "done": [], "lanes": {}}
-        self.recipe, self.rank, self.world, self.gather, self.pool, self.shift = (
-            recipe,
-            rank,
-            world,
-            gather,
-            pool,
-            shift,
-        )
+        self.recipe, self.rank, self.world, self.shift = recipe, rank, world, shift
+        self.gather, self.pool = gather, pool
         self.passed, self.turn, self.done = state["pass"], state["turn"], set(state["done"])
         own = [n for n in range(recipe.lanes) if self.owner(n) == rank]
         self.lanes = {n: Lane(recipe, n, state["lanes"].get(str(n))) for n in own}

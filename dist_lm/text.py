@@ -9,13 +9,12 @@ import contextlib
 import hashlib
 import json
 import re
-import struct
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,6 +28,7 @@ EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # of 
 SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most ...
 WORD_BYTES = 6 * 10**6  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
 CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
+SEPARATOR = b"\xff"  # is in no UTF-8
 LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document is refused (bounds memory)
 
 # A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
@@ -43,10 +43,6 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_OF = {chr(b): b for b in _PLAIN}
 BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
-
-
-class NoCutError(ValueError):
-    """A text too long to be encoded whole that has no place to cut."""
 
 
 class Tokenizer:
@@ -135,9 +131,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens."""
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token, i in self.vocabulary.items():
-            if i not in self.special:
-                sizes[i] = len(self.bytes_of(token))
+        for i, token in self.text_tokens.items():
+            sizes[i] = len(self.bytes_of(token))
         return sizes
 
     def bytes_of(self, token: str) -> bytes:
@@ -171,7 +166,7 @@ class Tokenizer:
         text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
         return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
-    def pieces(self, chunks: Iterable[str], size: int = 2**20) -> Iterator[str]:
+    def pieces(self, chunks: Iterable[str], where: str, size: int = 2**20) -> Iterator[str]:
         """One document's text in pieces of at most about `size` characters that encode as the whole does."""
         waiting, limit = "", size
         for chunk in chunks:
@@ -182,7 +177,8 @@ class Tokenizer:
                     yield waiting[:place]
                     waiting, limit = waiting[place:], size
                 elif limit >= LONGEST_WORD:
-                    raise NoCutError(f"the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that")
+                    said = f"{where}: the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that"
+                    raise UserError(said, 65)
                 else:
                     limit *= 2
         if waiting:
@@ -309,33 +305,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
 
 
-# --- encoding in worker processes: plain bytes over pipes, no pickle and no import of the parent's main module
-
-
-def write_frame(stream: IO[bytes], parts: Sequence[bytes | memoryview]) -> None:
-    sizes = [memoryview(part).nbytes for part in parts]
-    stream.write(struct.pack(f"<Q{len(parts)}Q", len(parts), *sizes))
-    for part in parts:
-        stream.write(part)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> list[bytes] | None:
-    """The next frame's parts; None where the stream ends, even in its middle."""
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    sizes = np.frombuffer(stream.read(8 * struct.unpack("<Q", head)[0]), "<u8")
-    parts = [stream.read(size) for size in sizes.tolist()]
-    return parts if [len(part) for part in parts] == sizes.tolist() else None
-
-
-def serve(path: str) -> None:
-    """A worker: encode frames of texts from stdin, answer with frames of tokens on stdout, until stdin closes."""
-    tokenizer = Tokenizer.load(path)
-    while (texts := read_frame(sys.stdin.buffer)) is not None:
-        ids = tokenizer.encode_batch([text.decode() for text in texts])
-        write_frame(sys.stdout.buffer, [np.array(i, tokenizer.dtype).tobytes() for i in ids])
+def serve(path: str, descriptor: int) -> None:
+    """A worker of preparing: texts come with SEPARATOR between them; how many tokens each has, and these, go back."""
+    tokenizer, pipe = Tokenizer.load(path), Connection(descriptor)
+    with contextlib.suppress(EOFError, OSError):  # the other end is closed, or its process is gone
+        while True:
+            ids = tokenizer.encode_batch([text.decode() for text in pipe.recv_bytes().split(SEPARATOR)])
+            pipe.send_bytes(np.array([len(i) for i in ids]).tobytes())
+            pipe.send_bytes(np.concatenate([np.array(i, tokenizer.dtype) for i in ids]).tobytes())
 
 
 def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]) -> Tokenizer:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import Config, DataConfig, RunConfig, UserError, plan
+from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
 from dist_lm.data import Batch, Batches, Dataset, open_dataset
 from dist_lm.model import NO_TARGET
 
@@ -98,6 +98,12 @@ def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
         UserError, match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger"
     ):
         opened(prepared, tmp_path, seq_len=20_000)
+
+
+def test_a_single_named_source_is_the_same_data(prepared: Path, tmp_path: Path) -> None:
+    plain = opened(prepared, tmp_path)[1]
+    named = opened(prepared, tmp_path, input="stdlib", sources={"one": SourceConfig(input=str(prepared))})[1]
+    assert named.identity == plain.identity and named.sequences == plain.sequences
 
 
 def test_the_identity_is_that_of_the_tokens(prepared: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from dist_lm import prepare, text
 from dist_lm import preparing as data_module
-from dist_lm.config import DataConfig, UserError
+from dist_lm.config import DataConfig, SourceConfig, UserError
 from dist_lm.preparing import document_hash, held_out, prepare_dataset
 from dist_lm.shards import MANIFEST, TokenShards, map_shard
-from dist_lm.sources import Source
+from dist_lm.sources import Reader, Source
 from dist_lm.text import Tokenizer
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
@@ -292,6 +292,23 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
         prepare_dataset(DataConfig(input=str(tmp_path / "d")), tmp_path / "e", 1, quiet)
 
 
+def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:
+    def prepared(**fields: Any) -> None:
+        source = SourceConfig(**{"input": str(tmp_path / "a.jsonl")} | fields)
+        data = DataConfig(sources={"web": source}, tokenizer="byte")
+        prepare_dataset(data, tmp_path / "d", 1, quiet, "web")
+
+    with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*/a\.jsonl': no such file"):
+        prepared()
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"):
+        prepared()
+    write_documents(tmp_path / "a.jsonl", 20)
+    prepared()
+    with pytest.raises(UserError, match=r"/d was prepared with data\.sources\.web\.text_column='text', not 'x'"):
+        prepared(text_column="x")
+
+
 def test_text_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_documents(tmp_path / "a.jsonl", 20)
     config = DataConfig(input=str(tmp_path), tokenizer="byte")
@@ -315,10 +332,11 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
     sources = [Source("a", "a", 2_000_000), Source("b", "b", 6_000_000)]
-    progress = data_module.Progress("prepared", None, sources, said.append)
-    for now, done, source in ((5, 500_000, 0), (10, 1_000_000, 0), (20, 1_500_000, 1), (30, 3_000_000, 1)):
+    progress = data_module.Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
+    progress.documents = 1
+    for now, more, source in ((5, 500_000, 0), (10, 500_000, 0), (20, 500_000, 1), (30, 1_500_000, 1)):
         clock[0] = float(now)
-        progress.show([{"documents": 1, "bytes": done}, {"documents": 0, "bytes": 0}], source)
+        progress.add(more, source)
     assert said == [
         "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
         "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte

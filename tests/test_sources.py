@@ -52,12 +52,10 @@ def test_a_separator_ends_documents_wherever_chunks_end(
 ) -> None:
     text, path = "<|>".join(parts), tmp_path_factory.getbasetemp() / "separated.txt"
     path.write_bytes(text.encode())
-    before, sources.CHUNK = sources.CHUNK, chunk
-    try:
-        expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
+    expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
         assert [(row, text) for _, row, text in read(path, separator="<|>")] == expected
-    finally:
-        sources.CHUNK = before
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,15 +69,13 @@ def test_rows_come_back_from_every_format(
     (folder / "r.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), "utf-8")
     pq.write_table(pa.table({"text": pa.array(rows, pa.string()), "id": list(range(len(rows)))}), folder / "r.parquet")
     expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
-    before, sources.CHUNK = sources.CHUNK, chunk
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
         for name in ("r.jsonl", "r.json", "r.parquet"):
             skipped: Counter[str] = Counter()
             assert [(row, text) for _, row, text in read(folder / name, skipped)] == expected, name
             assert skipped["null rows"] == rows.count(None)
             assert sum(skipped.values()) == len(rows) - len(expected)
-    finally:
-        sources.CHUNK = before
 
 
 @settings(max_examples=30, deadline=None)
@@ -106,12 +102,15 @@ def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Pat
     assert texts(write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}']), text_column="body") == ["x"]
 
 
-@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
 def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None:
     plain = tmp_path / f"a{ending}"
     rows = [{"text": f"{n} " * 50} for n in range(100)]
     if ending == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), plain)
+    elif ending == ".arrow":
+        with pa.ipc.new_file(plain, pa.schema([("text", pa.string())])) as file:
+            file.write(pa.Table.from_pylist(rows))
     elif ending == ".csv":
         plain.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
     else:
@@ -258,8 +257,8 @@ def bad_files(folder: Path) -> dict[str, str]:
         "bytes.parquet": "row 2: 'utf-8' codec can't decode byte 0xff in position 0",
         "long.parquet": too_long,
         "longer.parquet": "row group 1: its rows are longer than 32 MB; nearest: a .txt file",
-        "numbers.parquet": "row 1: data.text_column='text' holds int64, not text",
-        "list.parquet": "row 1: data.text_column='text' holds list<.*string>, not text",
+        "numbers.parquet": "data.text_column='text' holds int64, not text",
+        "list.parquet": "data.text_column='text' holds list<.*string>, not text",
         "missing.parquet": "no data.text_column='text' among test; did you mean test?",
         "long.jsonl": too_long, "long.json": too_long, "line.csv": too_long,
         "long.csv": r"row 2: field larger than field limit \(2000\)",
@@ -273,6 +272,22 @@ def test_bad_input_is_refused_by_file_and_row(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(UserError, match=f"^{tmp_path}/{name}: .*{message}") as raised:
             texts(tmp_path / name, separator="#")
         assert raised.value.code == 65 and "\n" not in str(raised.value), name
+
+
+@pytest.mark.parametrize("name", ["bytes.jsonl", "bytes.csv", "bytes.parquet"])
+@pytest.mark.parametrize("template", [None, "{text}"])
+def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_path: Path) -> None:
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "yo"}\n')
+    (tmp_path / "bytes.csv").write_bytes(b"text\nok\n\xff\nyo\n")
+    column = pa.StringArray.from_buffers(3, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 5, 0, 0, 0])),
+                                         pa.py_buffer(b"ok\xffyo"))  # fmt: skip
+    pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
+    source, skipped = SourceConfig(input=str(tmp_path / name), template=template), Counter[str]()
+    reader = Reader(source, find_sources(source), bad_rows="skip")
+    assert [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)] == [(1, "ok"), (3, "yo")]
+    assert skipped == {"bad rows": 1}
+    assert [row for _, row, _ in reader.documents(skipped, start=3)] == [3]  # what lies before is counted once
+    assert skipped == {"bad rows": 1}
 
 
 def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +304,9 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
             find_sources(SourceConfig(input=name))
         assert raised.value.code == 65
+    for name in ("no/such/file.txt", "memory://no/such/file.txt"):
+        with pytest.raises(UserError, match=f"^data.sources.web.input='{name}': no"):
+            find_sources(SourceConfig(input=name), "data.sources.web.input")
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

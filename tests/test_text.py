@@ -1,10 +1,12 @@
 """Tokenizers round-trip, cut where ids stay the same, treat look-alikes of special tokens as text, load in transformers."""
 
-import io
 import json
+import os
 import random
 from collections.abc import Callable
+from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,16 @@ from dist_lm import text as text_module
 from dist_lm.config import UserError
 from dist_lm.text import (
     EOT,
+    SEPARATOR,
     UNK,
-    NoCutError,
     StreamDecoder,
     Tokenizer,
     few_words,
     is_trained_spec,
     load_tokenizer,
-    read_frame,
     sample,
     serve,
     train_tokenizer,
-    write_frame,
 )
 
 CORPUS = [
@@ -143,22 +143,19 @@ def test_char_counts_unknown_characters_as_one_token_each() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_encode_as_the_whole(kind: str) -> None:
+def test_pieces_encode_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of(kind)
 
     @settings(max_examples=60, deadline=None)
     @given(TEXTS, st.integers(1, 80), st.integers(1, 50))
     def check(text: str, size: int, chunk: int) -> None:
         chunks = [text[at : at + chunk] for at in range(0, len(text), chunk)]
-        pieces = list(tokenizer.pieces(chunks, size))
+        pieces = list(tokenizer.pieces(chunks, "", size))
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
-    context, text_module.CONTEXT = text_module.CONTEXT, 24
-    try:
-        check()
-    finally:
-        text_module.CONTEXT = context
+    monkeypatch.setattr(text_module, "CONTEXT", 24)
+    check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,25 +164,25 @@ def test_long_texts_are_cut(kind: str) -> None:
     words = "".join(CORPUS).split() + ["\n", "  ", "\n\n"]
     text = " ".join(rng.choices(words, k=4000))
     tokenizer = tokenizer_of(kind)
-    pieces = list(tokenizer.pieces(iter([text]), 2000))
+    pieces = list(tokenizer.pieces(iter([text]), "", 2000))
     assert max(map(len, pieces)) <= 2000 + text_module.CONTEXT and len(pieces) >= len(text) // 2300
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_text_without_spaces_is_cut_at_its_punctuation() -> None:
     tokenizer, text = tokenizer_of("bpe:400"), "世界你好。" * 2000
-    pieces = list(tokenizer.pieces([text], 1000))
+    pieces = list(tokenizer.pieces([text], "", 1000))
     assert len(pieces) >= 9
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_without_a_cut_a_text_is_encoded_whole_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "hello world " * 1000
-    assert list(tokenizer_of("llama2").pieces([text], 100)) == [text]
+    assert list(tokenizer_of("llama2").pieces([text], "", 100)) == [text]
     monkeypatch.setattr(text_module, "LONGEST_WORD", 3200)
     for tokenizer, uncut in ((tokenizer_of("llama2"), text), (tokenizer_of("bpe:400"), "a" * 12000)):
-        with pytest.raises(NoCutError, match=r"the tokenizer cuts nowhere in 3,200 characters; rule: it must"):
-            list(tokenizer.pieces([uncut], 100))
+        with pytest.raises(UserError, match=r"^a.txt: the tokenizer cuts nowhere in 3,200 characters; rule: it must"):
+            list(tokenizer.pieces([uncut], "a.txt", 100))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "llama2"])
@@ -306,22 +303,21 @@ def test_stream_decoder_survives_broken_utf8(ids: list[int]) -> None:
     assert "".join([decoder.push(i) for i in ids]) + decoder.flush() == tokenizer.decode(ids)
 
 
-def test_worker_answers_with_the_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_answers_with_the_tokens(tmp_path: Path) -> None:
     tokenizer = tokenizer_of("bpe:400")
     tokenizer.save(tmp_path)
-    asked, answered = io.BytesIO(), io.BytesIO()
-    write_frame(asked, [text.encode() for text in CORPUS])
-    write_frame(asked, [b""])
-    asked.seek(0)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(asked))
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(answered))
-    serve(str(tmp_path))
-    answered.seek(0)
+    here, there = Pipe()
+    for texts in (CORPUS, [""]):
+        here.send_bytes(SEPARATOR.join(text.encode() for text in texts))
+    worker = Thread(target=serve, args=(str(tmp_path), os.dup(there.fileno())))
+    worker.start()
     for expected in (CORPUS, [""]):
-        frame = read_frame(answered)
-        assert frame is not None
-        assert [np.frombuffer(part, np.uint16).tolist() for part in frame] == tokenizer.encode_batch(expected)
-    assert read_frame(answered) is None
+        sizes, tokens = np.frombuffer(here.recv_bytes(), np.int64), np.frombuffer(here.recv_bytes(), np.uint16)
+        assert [part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])] == tokenizer.encode_batch(expected)
+    there.close()
+    here.close()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 def no_hub(*_: Any, **__: Any) -> str:

@@ -107,9 +107,7 @@ class Watch:
         time.sleep(4 * self.beat)
         silent = self._silent(2.5 * self.beat)
         others = {r: said for r, said in self._said.items() if r != self.rank}
-        ours = [
-            r for r, said in others.items() if said["error"] and not any(word in said["error"] for word in _OF_PEERS)
-        ]
+        ours = [r for r, said in others.items() if said["error"] and not _is_of_peers(said["error"])]
         behind = [r for r, said in others.items() if said["progress"] < self._progress() and not said["error"]]
         if ours:
             text = ", ".join(f"{self._names([r])} ended: {others[r]['error']}" for r in ours)

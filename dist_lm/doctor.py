@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
     try:
         run = config.run.model_copy(update={"timeout_seconds": float(seconds)})
         runtime = start(config.model_copy(update={"run": run}), given.get("launch", [None])[0], examining=True)
-        checks.extend(examine(runtime, config, float(seconds)))
+        for check in examine(runtime, config, float(seconds)):
+            checks.append(check)  # one by one, so that a peer's end leaves what was found before
     except UserError as error:
         code = error.code if error.code in (BAD_SETTINGS, BAD_DATA) else BAD_MACHINE
         checks.append(Check("start", "fail", str(error), "correct what it names", code))
@@ -122,7 +123,8 @@ def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Check]
                 failed.add(name)
                 yield Check(name, "fail", str(error), remedy, BAD_DATA if look in (data, tokenizer) else BAD_MACHINE)
     finally:
-        within(seconds / 4, ranks.clean)
+        if ranks.is_main:
+            within(seconds / 4, ranks.clean)
 
 
 class Ranks:
@@ -136,17 +138,13 @@ class Ranks:
         self.facts: list[dict[str, Any]] = []  # each rank's machine()
         self.checkpoint_bytes = 0  # not known yet
         self.folder = Path(config.run.dir).absolute()
-        self.made: list[Path] = []  # folders on the way there, which are taken away again
-        self.stamp = self.gather(f".doctor-{os.getpid()}-{time.time_ns()}")[0]
-
-    def probe(self, rank: int) -> Path:
-        """The file that a rank leaves in the run folder for the others to see."""
-        return self.folder / f"{self.stamp}-{rank}"
+        self.probe: Path  # a folder in it, for all that is written; see run_folder()
+        self.made: list[Path] = []  # folders on the way there, which rank 0 takes away again
 
     def clean(self) -> None:
-        """What was left in the run folder goes; rank 0 sees to the ranks that died."""
-        for path in self.folder.glob(".doctor-*") if self.is_main else [self.probe(self.runtime.rank)]:
-            path.unlink(missing_ok=True)
+        """Leave nothing in the run folder, nor what a killed doctor left."""
+        for path in self.folder.glob(".doctor-*"):
+            shutil.rmtree(path, ignore_errors=True)
         for path in self.made:
             path.rmdir()
 
@@ -200,11 +198,10 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts = {
         "versions": versions, "host": socket.gethostname(), "device": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)), "memory": memory,
-        "device_memory": 0, "address": own_address(), "backend": "gloo",
+        "device_memory": 0, "address": own_address(),
     }  # fmt: skip
     if device.type == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(device), "backend": "nccl",
-                  "device_memory": torch.cuda.mem_get_info(device)[0]}  # fmt: skip
+        facts["device"], facts["device_memory"] = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
         with contextlib.suppress(OSError, IndexError):
             driver = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
             facts["device"] = f"{facts['device']} {driver.strip()}"
@@ -281,7 +278,7 @@ def rendezvous(ranks: Ranks) -> Found:
     hosts = {fact["host"]: fact["address"] for fact in ranks.facts}
     addresses = _few([f"{host} {address}" for host, address in hosts.items()], ", ")
     only_itself = len(hosts) > 1 and any(address.startswith("127.") for address in hosts.values())
-    return f"{where}, {ranks.facts[0]['backend']}, {addresses}", only_itself
+    return f"{where}, {'nccl' if ranks.device.type == 'cuda' else 'gloo'}, {addresses}", only_itself
 
 
 def sums(ranks: Ranks) -> Found:
@@ -358,34 +355,23 @@ def best_of(turns: int, work: Callable[[], Any]) -> float:
 
 
 def run_folder(ranks: Ranks) -> Found:
-    """Rank 0 sees what every rank writes there. All ranks."""
-    probes = [ranks.probe(rank) for rank in range(ranks.world)]
+    """Every rank can write into a folder that rank 0 has just made there. All ranks."""
 
-    def make() -> None:
+    def make() -> str:
         ranks.made = [path for path in (ranks.folder, *ranks.folder.parents) if not path.exists()]
         ranks.folder.mkdir(parents=True, exist_ok=True)
+        ranks.probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=ranks.folder))
+        return ranks.probe.name
 
-    def read() -> None:
-        for probe in probes:
-            patiently(probe.read_bytes, ranks.seconds / 4)
+    def write() -> None:
+        deadline = time.monotonic() + ranks.seconds / 4
+        while not ranks.probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)  # NFS remembers for a while what was not there
+        (ranks.probe / str(ranks.runtime.rank)).touch()
 
-    ranks.ask(make, asked=ranks.is_main)
-    ranks.ask(lambda: patiently(probes[ranks.runtime.rank].touch, ranks.seconds / 4))
-    ranks.ask(read, asked=ranks.is_main)
+    ranks.probe = ranks.folder / ranks.ask(make, asked=ranks.is_main)[0]  # seen from here
+    ranks.ask(write)
     return f"{ranks.folder}: all ranks see the same", False
-
-
-def patiently(work: Callable[[], object], seconds: float) -> None:
-    """Again and again, because NFS remembers for a while what was not there."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            work()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def space(ranks: Ranks) -> Found:
@@ -410,7 +396,7 @@ def disk(ranks: Ranks) -> Found:
 
     def write() -> float:
         began = time.monotonic()
-        with tempfile.NamedTemporaryFile(dir=ranks.folder, prefix=".doctor-disk-") as file:
+        with tempfile.NamedTemporaryFile(dir=ranks.probe) as file:
             file.write(os.urandom(DISK_BYTES))
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -249,13 +250,13 @@ def memory(ranks: Ranks) -> Found:
         vocab_size = vocabulary(ranks.config)
     except UserError:
         return text, False
+    if on_gpu and "offload_optimizer" in zero:
+        return text, False
     weights = 4 * parameters(ranks.config, vocab_size)
-    least = (weights + checkpoint_bytes(ranks.config, vocab_size)) / (
-        ranks.world if zero["stage"] else 1
-    )  # gradients, and weights with moments
-    least += weights if zero["stage"] in (1, 2) else 0  # there the optimizer has copies of its share
-    least *= 1 if on_gpu else sum(fact["host"] == host for fact in ranks.facts)
-    least *= 0 if on_gpu and "offload_optimizer" in zero else 1
+    divided = weights + checkpoint_bytes(ranks.config, vocab_size)  # gradients; weights and moments
+    on_each = weights if zero["stage"] in (1, 2) else 0  # there the optimizer has copies of its share
+    processes = 1 if on_gpu else sum(fact["host"] == host for fact in ranks.facts)
+    least = processes * (on_each + divided / (ranks.world if zero["stage"] else 1))
     text += f", weights, gradients and moments take {_gb(least)}"
     if least > free:
         raise UserError(text)
@@ -344,14 +345,9 @@ def speed(ranks: Ranks) -> Found:
     return text + (f"; slow: {_few(slow, ', ')}" if slow else ""), bool(slow)
 
 
-def best_of(turns: int, work: Callable[[], Any]) -> float:
+def best_of(turns: int, work: Callable[[], object]) -> float:
     """Seconds of the fastest turn, after one to warm up."""
-    times = []
-    for _ in range(turns + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min(timeit.repeat(work, number=1, repeat=turns + 1)[1:])
 
 
 def run_folder(ranks: Ranks) -> Found:

@@ -484,7 +484,7 @@ CHECKS: tuple[tuple[str, Callable[[Ranks], Found], str], ...] = (
     ("pairs", pairs, "look at the link of the pair that is slower than the median"),
     ("speed", speed, "all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"),
     ("run folder", run_folder, "a run.dir that all hosts share and may write to, by its absolute path"),
-    ("space", space, "another run.dir, a smaller run.keep_last, or free some"),
+    ("space", space, "another run.dir, a smaller run.keep_last, or free some; if unknown, prepare the text first"),
     ("disk", disk, "another disk, or a larger run.save_every"),
     ("data", data, "the same copy where every host sees it, by its absolute path"),
     ("tokenizer", tokenizer, "data, data.tokenizer and checkpoint that belong together"),

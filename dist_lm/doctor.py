@@ -7,6 +7,16 @@ or is silent, all others say so.
 Each rank finds out its own facts, all get all of them, rank 0 prints what follows from them.
 """
 
+from dist_lm.config import Config, UserError, load, run_entry
+
+FLAGS = {
+    "launch": "The strategy that train.py will get: a file of launch/.",
+    "json": "Print one JSON object.",
+    "timeout_seconds": "How long to wait for a silent rank or a hanging folder (60).",
+}
+if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes
+    ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/doctor.py"))
+
 import contextlib
 import hashlib
 import json
@@ -19,28 +29,31 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import timeit
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from dist_lm import __version__
-from dist_lm.config import Config, UserError, load, run_entry
+from dist_lm.checkpoint import step_folders, tokenizer_hash
+from dist_lm.outcome import in_a_line
+from dist_lm.remote import is_remote
+from dist_lm.runtime import Runtime, start
+from dist_lm.shards import MANIFEST, TokenShards, find_prepared, read_manifest
+from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
+from dist_lm.sources import find_sources
+from dist_lm.text import Tokenizer, is_trained_spec
 
-if TYPE_CHECKING:
-    from dist_lm.runtime import Runtime
-
-FLAGS = {
-    "launch": "The strategy that train.py will get: a file of launch/.",
-    "json": "Print one JSON object.",
-    "timeout_seconds": "How long to wait for a silent rank or a hanging folder (60).",
-}
 BAD_SETTINGS, BAD_DATA, BAD_MACHINE = 2, 65, 70
 PACKAGES = ("torch", "accelerate", "deepspeed", "datasets")
-SLOW, SKEW_SECONDS, SAVE_SECONDS = 0.8, 1.0, 300.0  # share of the median; what a clock, and a save, may take
-PAIR_BYTES, SUM_BYTES, DISK_BYTES = 2**22, 2**24, 2**26
+SLOW, SLOW_LINK = 0.8, 0.4  # shares of the median
+SKEW_SECONDS, SAVE_SECONDS = 1.0, 300.0  # what clocks may differ by, and a checkpoint may take
+MESSAGE_BYTES, DISK_BYTES = 2**24, 2**25
 
 
 @dataclass(frozen=True)
@@ -54,40 +67,35 @@ class Check:
     code: int = 0
 
 
-def main(argv: list[str]) -> None:
-    config, given = load(argv, FLAGS, "dist_lm/doctor.py")
+def main(config: Config, given: Mapping[str, list[str]]) -> None:
     seconds = given.get("timeout_seconds", ["60"])[-1]
     if not seconds.isdecimal() or int(seconds) < 1:
         raise UserError(f"--timeout_seconds={seconds} must be a whole number of 1 or more; nearest: 60")
     checks: list[Check] = []
     runtime = None
     try:
-        from dist_lm.runtime import start  # after the command line: torch takes seconds to import
-
         run = config.run.model_copy(update={"timeout_seconds": float(seconds)})
-        launch = next(iter(given.get("launch", [])), None)
-        runtime = start(config.model_copy(update={"run": run}), launch, examining=True)
+        runtime = start(config.model_copy(update={"run": run}), given.get("launch", [None])[0], examining=True)
         for check in examine(runtime, config, float(seconds)):
-            checks.append(check)
+            checks.append(check)  # one by one, so that a peer's end leaves what was found before
     except UserError as error:
         code = error.code if error.code in (BAD_SETTINGS, BAD_DATA) else BAD_MACHINE
         checks.append(Check("start", "fail", str(error), "correct what it names", code))
     except RuntimeError as error:  # of torch.distributed
         after = f"after the check of {checks[-1].name}" if checks else "at the start"
-        where = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '?')}"
-        text = f"a rank is missing, died or was silent for {seconds} s, {after} (rendezvous {where}): {_line(error)}"
+        where = f"rendezvous {os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '?')}"
+        text = f"a rank is missing, died or was silent for {seconds} s, {after} ({where}): {in_a_line(error)}"
         remedy = "look at the ranks that do not say this, and whether every host reaches MASTER_ADDR at MASTER_PORT"
         checks.append(Check("peers", "fail", text, remedy, BAD_MACHINE))
     code = next((check.code for check in checks if check.grade == "fail"), 0)
-    broken, rank = checks[-1].name in ("start", "peers"), os.environ.get("RANK", "0")
+    last, rank = checks[-1], os.environ.get("RANK", "0")
     if rank == "0":
         print(report(checks, runtime.world_size if runtime else 0, code, "json" in given), flush=True)
-    elif checks[-1].name == "peers":  # rank 0 may be the one that is gone
-        print(f"rank {rank} ({socket.gethostname()}): {checks[-1].text}", file=sys.stderr, flush=True)
-    if broken:
+    elif last.name == "peers":  # rank 0 may be the one that is gone
+        print(f"rank {rank} ({socket.gethostname()}): {last.text}", file=sys.stderr, flush=True)
+    if runtime is None or last.name == "peers":
         os._exit(code)  # threads may wait for a dead peer for ever
-    if runtime:
-        runtime.close()
+    runtime.close()
     sys.exit(code)
 
 
@@ -103,48 +111,104 @@ def report(checks: Sequence[Check], world: int, code: int, as_json: bool) -> str
     return "\n".join([*lines, f"{len(grades)} checks: {grades.count('warn')} warn, {grades.count('fail')} fail"])
 
 
-def examine(runtime: "Runtime", config: Config, seconds: float) -> Iterator[Check]:
+def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Check]:
     """All checks, in order. All ranks."""
-    facts = runtime.channel.gather(within(seconds / 2, lambda: machine(runtime)))
-    names = [f"rank {rank} ({fact.get('host', '?')})" for rank, fact in enumerate(facts)]
-    for name, fact in zip(names, facts, strict=True):
-        if "error" in fact:
-            yield Check("machine", "fail", f"{name}: {fact['error']}", "see that host", BAD_MACHINE)
-            return
-    yield same_versions(facts, names)
-    yield devices(facts, runtime)
-    yield threads(facts)
-    yield free_memory(facts, runtime, config)
-    yield clocks(runtime, names)
-    yield rendezvous(facts)
-    yield sums(runtime)
-    yield from pairs(runtime, facts, names)
-    yield speed(runtime, names)
-    yield from run_folder(runtime, config, names, seconds)
-    yield from data(runtime, config, names, seconds)
+    ranks = Ranks(runtime, config, seconds)
+    failed = set()
+    try:
+        for name, look, remedy in CHECKS:
+            if NEEDS.get(name, "devices") in failed:
+                failed.add(name)
+                continue
+            try:
+                text, is_wrong = look(ranks)
+                yield Check(name, "warn", text, remedy) if is_wrong else Check(name, "ok", text)
+            except UserError as error:
+                failed.add(name)
+                yield Check(name, "fail", str(error), remedy, BAD_DATA if look in (data, tokenizer) else BAD_MACHINE)
+    finally:
+        if ranks.is_main:
+            within(seconds / 4, ranks.clean)
 
 
-def machine(runtime: "Runtime") -> dict[str, Any]:
+class Ranks:
+    """All ranks, asked in bounded time: one that fails or hangs is named, and all others know of it."""
+
+    def __init__(self, runtime: Runtime, config: Config, seconds: float):
+        self.runtime, self.config, self.seconds = runtime, config, seconds
+        self.world, self.is_main, self.device = runtime.world_size, runtime.is_main, runtime.device
+        self.gather = runtime.channel.gather
+        self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.gather(socket.gethostname()))]
+        self.facts: list[dict[str, Any]] = []  # each rank's machine()
+        self.checkpoint_bytes = 0  # not known yet
+        self.folder = Path(config.run.dir).absolute()
+        self.probe: Path  # a folder in it, for all that is written; see run_folder()
+        self.made: list[Path] = []  # folders on the way there, which rank 0 takes away again
+
+    def clean(self) -> None:
+        """Leave nothing in the run folder, nor what a killed doctor left."""
+        for path in self.folder.glob(".doctor-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.made:
+            path.rmdir()
+
+    def ask(self, work: Callable[[], Any], asked: bool = True) -> list[Any]:
+        """What `work` finds on each rank that is asked, or else all raise what it failed of. All ranks."""
+        # Half of the time, so that the others do not give up a slow rank first.
+        said = self.gather(within(self.seconds / 2, work) if asked else {"found": None})
+        failed = [f"{who}: {one['error']}" for who, one in zip(self.names, said, strict=True) if "error" in one]
+        if failed:
+            raise UserError(_few(failed, "; "))
+        return [one["found"] for one in said]
+
+
+def within(seconds: float, work: Callable[[], Any]) -> dict[str, Any]:
+    """{"found": what `work` gives}, or {"error": why} if it fails or does not end in time (a mount that hangs)."""
+    said: list[dict[str, Any]] = []
+
+    def run() -> None:
+        try:
+            said.append({"found": work()})
+        except Exception as error:
+            said.append({"error": str(error) if isinstance(error, UserError) else in_a_line(error)})
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return said[0] if said else {"error": f"no answer within {seconds:g} s"}
+
+
+# --- the checks: each gives a text and whether it is a warning, or raises UserError, on all ranks alike, if it fails
+
+Found = tuple[str, bool]
+
+
+def devices(ranks: Ranks) -> Found:
+    ranks.facts = ranks.ask(lambda: machine(ranks.device))
+    kinds, hosts = ({fact[name] for fact in ranks.facts} for name in ("device", "host"))
+    text = f"{ranks.world} ranks on {len(hosts)} host(s): {', '.join(sorted(kinds))}; {ranks.runtime.strategy}"
+    return text, len(kinds) > 1
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     """What this rank's machine and software are."""
-    import torch
-
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    found: dict[str, Any] = {"python": platform.python_version(), "dist_lm": f"{__version__} ({code.hexdigest()[:8]})"}
+    versions = {"python": platform.python_version(), "dist_lm": f"{__version__} ({code.hexdigest()[:8]})"}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
     with open("/proc/meminfo") as file:
         memory = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     facts = {
-        "versions": found, "host": socket.gethostname(), "device": platform.processor() or platform.machine(),
-        "driver": "", "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)), "memory": memory,
-        "device_memory": 0, "address": own_address(), "backend": "gloo",
+        "versions": versions, "host": socket.gethostname(), "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)), "memory": memory,
+        "device_memory": 0, "address": own_address(),
     }  # fmt: skip
-    if runtime.device.type == "cuda":
+    if device.type == "cuda":
+        facts["device"], facts["device_memory"] = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
         with contextlib.suppress(OSError, IndexError):
-            facts["driver"] = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
-        facts |= {"device": torch.cuda.get_device_name(runtime.device), "backend": "nccl",
-                  "device_memory": torch.cuda.mem_get_info(runtime.device)[0]}  # fmt: skip
+            driver = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
+            facts["device"] = f"{facts['device']} {driver.strip()}"
     return facts
 
 
@@ -157,385 +221,282 @@ def own_address() -> str:
     return "no route to MASTER_ADDR"
 
 
-def same_versions(facts: list[dict[str, Any]], names: list[str]) -> Check:
-    first = facts[0]["versions"]
+def versions(ranks: Ranks) -> Found:
+    first = ranks.facts[0]["versions"]
     different = [
-        f"{name}: {key} {fact['versions'].get(key, 'missing')}, not {first.get(key, 'missing')}"
-        for name, fact in zip(names, facts, strict=True)
+        f"{who}: {key} {fact['versions'].get(key, 'missing')}, not {first.get(key, 'missing')}"
+        for who, fact in zip(ranks.names, ranks.facts, strict=True)
         for key in {**first, **fact["versions"]} if fact["versions"].get(key) != first.get(key)
     ]  # fmt: skip
     if different:
-        return Check("versions", "fail", "; ".join(different[:4]), "install the same on every host", BAD_MACHINE)
-    return Check("versions", "ok", ", ".join(f"{key} {value}" for key, value in first.items()))
+        raise UserError(_few(different, "; "))
+    return ", ".join(f"{key} {value}" for key, value in first.items()), False
 
 
-def devices(facts: list[dict[str, Any]], runtime: "Runtime") -> Check:
-    kinds = sorted({" ".join(f"{fact['device']} {fact['driver']}".split()) for fact in facts})
-    text = (
-        f"{len(facts)} ranks on {len({fact['host'] for fact in facts})} host(s): {', '.join(kinds)}; {runtime.strategy}"
-    )
-    if len(kinds) > 1:
-        return Check("devices", "warn", text, "all wait for the slowest kind in each step")
-    return Check("devices", "ok", text)
-
-
-def threads(facts: list[dict[str, Any]]) -> Check:
-    for host in dict.fromkeys(fact["host"] for fact in facts):
-        here = [fact for fact in facts if fact["host"] == host]
+def threads(ranks: Ranks) -> Found:
+    for host in dict.fromkeys(fact["host"] for fact in ranks.facts):
+        here = [fact for fact in ranks.facts if fact["host"] == host]
         cores, wanted = len(set().union(*(fact["cores"] for fact in here))), sum(fact["threads"] for fact in here)
         if wanted > cores:
-            text = f"{host}: {wanted} threads of {len(here)} ranks share {cores} core(s)"
-            return Check("threads", "warn", text, "fewer ranks there, or more cores for them")
-    return Check("threads", "ok", f"{facts[0]['threads']} a rank on {len(facts[0]['cores'])} cores")
+            return f"{host}: {wanted} threads of {len(here)} ranks share {cores} core(s)", True
+    return f"{ranks.facts[0]['threads']} a rank on {len(ranks.facts[0]['cores'])} cores", False
 
 
-def free_memory(facts: list[dict[str, Any]], runtime: "Runtime", config: Config) -> Check:
-    """Against the least that the strategy needs before any activation."""
-    from dist_lm.size import checkpoint_bytes, vocabulary, weight_bytes
-
-    smallest = min(facts, key=lambda fact: fact["device_memory"] or fact["memory"])
-    on_gpu, world = bool(smallest["device_memory"]), len(facts)
-    free = smallest["device_memory"] if on_gpu else smallest["memory"]
+def memory(ranks: Ranks) -> Found:
+    """What is free against the least that the strategy needs before any activation."""
+    smallest = min(ranks.facts, key=lambda fact: fact["device_memory"] or fact["memory"])
+    on_gpu, host = bool(smallest["device_memory"]), smallest["host"]
+    free = smallest["device_memory"] or smallest["memory"]
+    text = f"{_gb(free)} free on {host}"
+    zero = ranks.runtime.settings["zero_optimization"] if ranks.runtime.settings else {"stage": 0}
     try:
-        weights, state = (count(config, vocabulary(config)) for count in (weight_bytes, checkpoint_bytes))
+        vocab_size = vocabulary(ranks.config)
     except UserError:
-        return Check("memory", "ok", f"{_gb(free)} free on {smallest['host']}")
-    stage = int(runtime.strategy[4]) if runtime.strategy.startswith("zero") else 0
-    whole, parts = {0: (weights + state, 0), 3: (0, weights + state)}.get(stage, (weights, weights + state))
-    least = (whole + parts / world) * (0 if on_gpu and "-" in runtime.strategy else 1)
-    ranks = 1 if on_gpu else sum(fact["host"] == smallest["host"] for fact in facts)
-    text = f"{_gb(free)} free on {smallest['host']}, weights, gradients and moments take {_gb(least * ranks)}"
-    if least * ranks > free:
-        return Check("memory", "fail", text, "python -m dist_lm.plan shows what would fit", BAD_MACHINE)
-    return Check("memory", "ok", text)
+        return text, False
+    if on_gpu and "offload_optimizer" in zero:
+        return text, False
+    weights = 4 * parameters(ranks.config, vocab_size)
+    divided = weights + checkpoint_bytes(ranks.config, vocab_size)  # gradients; weights and moments
+    on_each = weights if zero["stage"] in (1, 2) else 0  # there the optimizer has copies of its share
+    processes = 1 if on_gpu else sum(fact["host"] == host for fact in ranks.facts)
+    least = processes * (on_each + divided / (ranks.world if zero["stage"] else 1))
+    text += f", weights, gradients and moments take {_gb(least)}"
+    if least > free:
+        raise UserError(text)
+    return text, False
 
 
-def clocks(runtime: "Runtime", names: list[str]) -> Check:
-    offsets = []
+def clocks(ranks: Ranks) -> Found:
+    """Each rank's time less rank 0's; of several looks the smallest has least of the look's own delay. All ranks."""
+    looks = []
     for _ in range(5):
-        runtime.barrier()
-        times = runtime.channel.gather(time.time())
-        offsets.append([own - times[0] for own in times])
-    return judge_clocks(offsets, names)
+        ranks.runtime.barrier()
+        times = ranks.gather(time.time())
+        looks.append([abs(own - times[0]) for own in times])
+    apart, who = max(zip(map(min, zip(*looks, strict=True)), ranks.names, strict=True))
+    return f"at most {apart:.3g} s apart ({who} from rank 0)", apart > SKEW_SECONDS
 
 
-def judge_clocks(offsets: list[list[float]], names: list[str]) -> Check:
-    """From several looks at each rank's time less rank 0's, of which the smallest has least of the look's own delay."""
-    best = [min(column, key=abs) for column in zip(*offsets, strict=True)]
-    worst = max(range(len(best)), key=lambda rank: abs(best[rank]))
-    text = f"at most {abs(best[worst]):.3g} s apart ({names[worst]} from rank 0)"
-    if abs(best[worst]) > SKEW_SECONDS:
-        return Check("clocks", "warn", text, "set the clocks by NTP: times in logs and metrics do not compare")
-    return Check("clocks", "ok", text)
-
-
-def rendezvous(facts: list[dict[str, Any]]) -> Check:
+def rendezvous(ranks: Ranks) -> Found:
     where = f"{os.environ.get('MASTER_ADDR', 'none: one process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")
-    addresses = [f"{fact['host']} {fact['address']}" for fact in {fact["host"]: fact for fact in facts}.values()]
-    several = len(addresses) > 1
-    loopback = [text for text in addresses if " 127." in text]
-    text = f"{where}, {facts[0]['backend']}, {', '.join(addresses[:4])}{' ...' if len(addresses) > 4 else ''}"
-    if several and loopback:
-        remedy = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts"
-        return Check("rendezvous", "warn", text, remedy)
-    return Check("rendezvous", "ok", text)
+    hosts = {fact["host"]: fact["address"] for fact in ranks.facts}
+    addresses = _few([f"{host} {address}" for host, address in hosts.items()], ", ")
+    only_itself = len(hosts) > 1 and any(address.startswith("127.") for address in hosts.values())
+    return f"{where}, {'nccl' if ranks.device.type == 'cuda' else 'gloo'}, {addresses}", only_itself
 
 
-def sums(runtime: "Runtime") -> Check:
+def sums(ranks: Ranks) -> Found:
     """Latency and bandwidth of a sum over all ranks. All ranks."""
-    import torch
-
-    if runtime.world_size == 1:
-        return Check("all-reduce", "ok", "one process: none")
-    one = torch.ones(1, device=runtime.device)
-    latency = best_of(20, lambda: runtime.sum(one.fill_(1)).item())
-    tensor = torch.ones(SUM_BYTES // 4, device=runtime.device)
-    seconds = best_of(3, lambda: (runtime.sum(tensor.fill_(1)), tensor[0].item()))
-    if tensor[0].item() != runtime.world_size:
-        return Check("all-reduce", "fail", f"ones added up to {tensor[0].item()} over {runtime.world_size} ranks",
-                     "the network or its library corrupts data", BAD_MACHINE)  # fmt: skip
-    bus = 2 * (runtime.world_size - 1) / runtime.world_size * SUM_BYTES / seconds
-    return Check("all-reduce", "ok", f"{1000 * latency:.3g} ms, {_gb(bus)}/s on the bus")
+    if ranks.world == 1:
+        return "one process: none", False
+    latency, rate = latency_and_rate(ranks.device, lambda tensor: ranks.runtime.sum(tensor)[0].item())
+    bus = 2 * (ranks.world - 1) / ranks.world * rate
+    return f"{1000 * latency:.3g} ms, {_gb(bus)}/s on the bus", False
 
 
-def pairs(runtime: "Runtime", facts: list[dict[str, Any]], names: list[str]) -> Iterator[Check]:
+def pairs(ranks: Ranks) -> Found:
     """Neighbouring ranks send to and fro, even and odd pairs in turns; the slowest pair of each class. All ranks."""
-    mine = [pair_speed(runtime, low, low + 1) for first in (0, 1) for low in range(first, len(facts) - 1, 2)
-            if runtime.rank in (low, low + 1)]  # fmt: skip
-    gathered = {tuple(entry[0]): entry[1:] for entries in runtime.channel.gather(mine) for entry in entries}
-    for kind in ("same node", "between nodes"):
-        own = {
-            (low, high): gathered[low, high] for low, high in pairwise(range(len(facts)))
-            if (facts[low]["host"] == facts[high]["host"]) == (kind == "same node")
-        }  # fmt: skip
-        if own:
-            slow, (latency, rate) = min(own.items(), key=lambda item: item[1][1])
-            middle = statistics.median(rate for _, rate in own.values())
-            text = f"{kind}: {1000 * latency:.3g} ms, {_gb(rate)}/s at least ({names[slow[0]]} and {names[slow[1]]})"
-            grade = "warn" if rate < SLOW / 2 * middle else "ok"
-            remedy = f"the median is {_gb(middle)}/s: look at the link of these two" if grade == "warn" else ""
-            yield Check("pairs", grade, text, remedy)
+    lower = [low for first in (0, 1) for low in range(first, ranks.world - 1, 2)]
+    own = [(low, *pair_speed(ranks.runtime, low)) for low in lower if ranks.runtime.rank in (low, low + 1)]
+    found: defaultdict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    for said in ranks.gather(own):
+        for low, latency, rate in said:
+            same = ranks.facts[low]["host"] == ranks.facts[low + 1]["host"]
+            found["same node" if same else "between nodes"].append((rate, latency, low))
+    texts, slow = [], False
+    for kind, measured in found.items():
+        rate, latency, low = min(measured)
+        middle = statistics.median(rate for rate, _, _ in measured)
+        who = f"{ranks.names[low]} and {ranks.names[low + 1]}"
+        texts.append(f"{kind}: {1000 * latency:.3g} ms, {_gb(rate)}/s at least ({who}), median {_gb(middle)}/s")
+        slow |= rate < SLOW_LINK * middle
+    return "; ".join(texts) or "one process: none", slow
 
 
-def pair_speed(runtime: "Runtime", low: int, high: int) -> list[Any]:
-    """[pair, seconds one way, bytes a second], between two ranks that both call this."""
-    import torch
+def pair_speed(runtime: Runtime, low: int) -> tuple[float, float]:
+    """Seconds one way, and bytes a second, between rank `low` and the next, which both call this."""
+    other = low + 1 if runtime.rank == low else low
 
-    other, found = high if runtime.rank == low else low, []
-    for size, turns in ((1, 20), (PAIR_BYTES // 4, 3)):
-        tensor = torch.ones(size, device=runtime.device)
+    def there_and_back(tensor: torch.Tensor) -> None:
+        for sender in (low, low + 1):
+            if runtime.rank == sender:
+                runtime.channel.send(tensor, other, 0).wait()
+            else:
+                runtime.channel.receive(tensor, other, 0)
+        tensor[0].item()
 
-        def there_and_back(tensor: Any = tensor) -> None:
-            for sender in (low, high):
-                if runtime.rank == sender:
-                    runtime.channel.send(tensor, other, 0).wait()
-                else:
-                    runtime.channel.receive(tensor, other, 0)
-            tensor[0].item()
-
-        found.append(best_of(turns, there_and_back) / 2)
-    return [[low, high], found[0], PAIR_BYTES / found[1]]
+    latency, rate = latency_and_rate(runtime.device, there_and_back)
+    return latency / 2, 2 * rate
 
 
-def speed(runtime: "Runtime", names: list[str]) -> Check:
+def latency_and_rate(device: torch.device, work: Callable[[torch.Tensor], object]) -> tuple[float, float]:
+    """Seconds for one number, and bytes a second for many."""
+    one, many = (torch.zeros(size // 4, device=device) for size in (4, MESSAGE_BYTES))
+    return best_of(20, lambda: work(one)), MESSAGE_BYTES / best_of(3, lambda: work(many))
+
+
+def speed(ranks: Ranks) -> Found:
     """The same product of matrices on every device at the same time. All ranks."""
-    import torch
-
-    on_gpu = runtime.device.type == "cuda"
-    size, kind = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a = torch.randn(size, size, device=runtime.device).to(kind)
-    runtime.barrier()
+    size, kind = (8192, torch.bfloat16) if ranks.device.type == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=ranks.device).to(kind)
+    ranks.runtime.barrier()
     seconds = best_of(8, lambda: (a @ a)[0, 0].item())
-    rates = [2 * size**3 / took for took in runtime.channel.gather(seconds)]
+    rates = [2 * size**3 / took for took in ranks.gather(seconds)]
     middle = statistics.median(rates) if len(rates) > 2 else max(rates)
-    slow = [f"{names[rank]} {rate / 1e12:.3g}" for rank, rate in enumerate(rates) if rate < SLOW * middle]
+    slow = [f"{who} {rate / 1e12:.3g}" for who, rate in zip(ranks.names, rates, strict=True) if rate < SLOW * middle]
     text = f"{min(rates) / 1e12:.3g} to {max(rates) / 1e12:.3g} TFLOP/s in {str(kind).removeprefix('torch.')}"
-    if slow:
-        remedy = "all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"
-        return Check("speed", "warn", f"{text}; slow: {', '.join(slow[:4])}", remedy)
-    return Check("speed", "ok", text)
+    return text + (f"; slow: {_few(slow, ', ')}" if slow else ""), bool(slow)
 
 
-def run_folder(runtime: "Runtime", config: Config, names: list[str], seconds: float) -> Iterator[Check]:
-    """Seen by all ranks, with the same content; room and speed of its disk. All ranks."""
-    folder = Path(config.run.dir).absolute()
-    made: list[Path] = []
-    name = f".doctor-{os.getpid()}-{time.time_ns()}"
-
-    def write() -> dict[str, Any]:
-        made.extend(path for path in (folder, *folder.parents) if not path.exists())
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-        return {"name": name, "free": shutil.disk_usage(folder).free}
-
-    try:
-        said = runtime.channel.gather(within(seconds / 2, write) if runtime.is_main else {})[0]
-        if "error" in said:
-            yield Check("run folder", "fail", f"run.dir={config.run.dir} cannot be written: {said['error']}",
-                        "another run.dir, or its permissions", BAD_MACHINE)  # fmt: skip
-            return
-        seen = runtime.channel.gather(
-            within(seconds / 2, lambda: answer(folder / said["name"], seconds / 4, runtime.rank))
-        )
-        blind = [f"{who}: {found['error']}" for who, found in zip(names, seen, strict=True) if "error" in found]
-        listed = within(seconds / 4, lambda: {"names": os.listdir(folder)}) if runtime.is_main else {}
-        answers = runtime.channel.gather(listed)[0].get("names", [])
-        blind += [f"{who}: rank 0 does not see what it wrote" for rank, who in enumerate(names)
-                  if not blind and f"{said['name']}-{rank}" not in answers]  # fmt: skip
-        if blind:
-            yield Check("run folder", "fail", f"run.dir={config.run.dir}: {'; '.join(blind[:4])}",
-                        "a folder that all hosts share, by its absolute path", BAD_MACHINE)  # fmt: skip
-            return
-        yield Check("run folder", "ok", f"{folder}: all ranks see the same")
-        yield from disk(runtime, config, folder, said["free"], names, seconds)
-    finally:
-        if runtime.is_main:
-            within(seconds / 4, lambda: clean(folder, made))
-
-
-def clean(folder: Path, made: list[Path]) -> dict[str, Any]:
-    for path in folder.glob(".doctor-*"):
-        path.unlink(missing_ok=True)
-    for path in made:
-        with contextlib.suppress(OSError):
-            path.rmdir()
-    return {}
-
-
-def answer(written: Path, patience: float, rank: int) -> dict[str, Any]:
-    """Wait until what rank 0 wrote is seen here (NFS remembers what was not there), and write beside it."""
-    began = time.monotonic()
-    while not written.exists() or written.read_text() != written.name:
-        if time.monotonic() - began > patience:
-            return {"error": f"{written.parent} here has not what rank 0 wrote there"}
-        time.sleep(0.1)
-    written.with_name(f"{written.name}-{rank}").write_text(str(rank))
-    return {}
-
-
-def disk(
-    runtime: "Runtime", config: Config, folder: Path, free: int, names: list[str], seconds: float
-) -> Iterator[Check]:
-    from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
-
-    def figures() -> dict[str, Any]:
-        size = checkpoint_bytes(config, vocabulary(config))
-        return {"size": size, "number": checkpoints_kept(config, steps_of(config))}
-
-    found = runtime.channel.gather(within(seconds / 2, figures) if runtime.is_main else {})[0]
-    if "error" in found:
-        yield Check(
-            "space", "warn", f"{_gb(free)} free; what is needed is not known: {found['error']}", "prepare first"
-        )
-        found = {"size": 0, "number": 0}
-    else:
-        needed = found["size"] * found["number"]
-        text = f"{_gb(free)} free, {found['number']} checkpoints of {_gb(found['size'])} need {_gb(needed)}"
-        short = needed > free
-        yield Check("space", "fail" if short else "ok", text, "another run.dir, a smaller run.keep_last, or free some"
-                    if short else "", BAD_MACHINE if short else 0)  # fmt: skip
-    size = min(DISK_BYTES, free // 4)
-
-    def write() -> dict[str, Any]:
-        began, written, chunk = time.monotonic(), 0, os.urandom(2**20)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-disk-", buffering=0) as file:
-            while written < size and time.monotonic() - began < seconds / 8:
-                written += file.write(chunk)
-            os.fsync(file.fileno())
-        return {"rate": written / (time.monotonic() - began)}
-
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank of each host writes
-    wrote = runtime.channel.gather(within(seconds / 2, write) if first else {"rate": None})
-    failed = [f"{who}: {one['error']}" for who, one in zip(names, wrote, strict=True) if "error" in one]
-    if failed:
-        yield Check("disk", "fail", "; ".join(failed[:4]), "see that host's disk", BAD_MACHINE)
-        return
-    rate = min(one["rate"] for one in wrote if one["rate"])
-    text, lasts = f"{_gb(rate)}/s a host at least", found["size"] / rate
-    text += f", a checkpoint in about {lasts:.2g} s" if found["size"] else ""
-    slow = lasts > SAVE_SECONDS
-    yield Check("disk", "warn" if slow else "ok", text, "a faster disk, or a larger run.save_every" if slow else "")
-
-
-def data(runtime: "Runtime", config: Config, names: list[str], seconds: float) -> Iterator[Check]:
-    """Reachable and the same from every rank; its tokenizer that of the checkpoint. All ranks."""
-    seen = runtime.channel.gather(within(seconds / 2, lambda: look(config)))
-    bad = [f"{who}: {one['error']}" for who, one in zip(names, seen, strict=True) if "error" in one]
-    if bad:
-        yield Check("data", "fail", "; ".join(bad[:4]), "put it where every host sees it, by its absolute path",
-                    BAD_DATA)  # fmt: skip
-        return
-    other = [who for who, one in zip(names, seen, strict=True) if one["hash"] != seen[0]["hash"]]
-    if other:
-        yield Check("data", "fail", f"data.input={config.data.input}: {', '.join(other[:4])} see(s) other content than"
-                    " rank 0", "the same copy on every host", BAD_DATA)  # fmt: skip
-        return
-    yield Check("data", "ok", seen[0]["what"])
-    said = runtime.channel.gather(within(seconds / 2, lambda: tokenizer(config, seen[0])) if runtime.is_main else {})[0]
-    if "error" in said:
-        yield Check("tokenizer", "fail", said["error"], "data and checkpoint that belong together", said["code"])
-    else:
-        yield Check("tokenizer", said["grade"], said["text"], said["remedy"])
-
-
-def look(config: Config) -> dict[str, Any]:
-    """What this rank sees of the data; raises UserError or OSError where it cannot be read."""
-    from dist_lm.remote import is_remote
-    from dist_lm.shards import MANIFEST, TokenShards, find_prepared
-    from dist_lm.sources import find_sources
-    from dist_lm.text import Tokenizer
-
-    for folder in (Path(config.data.input), Path(config.run.dir, "data")):
-        if find_prepared(folder):
-            train, _ = TokenShards(folder, "train"), TokenShards(folder, "val")  # every shard has its size
-            length, stride = config.data.seq_len, config.data.stride or config.data.seq_len
-            if sequences := sum(train.counts(length, stride)):
-                train.read([0, sequences - 1], length, stride)
-            facts, own = train.manifest["tokenizer"], Tokenizer.load(folder)
-            return {"what": f"{folder}: prepared, {sum(train.sizes):,} tokens to train on", "folder": str(folder),
-                    "hash": hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(), "sha256": own.sha256,
-                    "manifest": facts["sha256"], "size": own.vocab_size,
-                    "spec": train.manifest["settings"]["tokenizer"]}  # fmt: skip
-    named = config.data.named_sources()
-    raw = {name: spec for name, spec in named.items() if not find_prepared(spec.input)}
-    sources = [source for name, spec in raw.items() for source in find_sources(spec, config.data.field_of(name))]
-    for source in sources:
-        if source.path and not is_remote(source.path):
-            with open(source.path, "rb") as file:
-                file.read(1)
-    listed = json.dumps([[source.name, source.size] for source in sources])
-    total = _gb(sum(source.size for source in sources))
-    where, local = ", ".join(spec.input for spec in named.values()), all(source.path for source in sources)
-    text = f"{len(sources)} file(s), {total}" if local else "a hub dataset, not looked at"
-    return {"what": f"{where}: {text}", "hash": hashlib.sha256(listed.encode()).hexdigest()}
-
-
-def tokenizer(config: Config, seen: dict[str, Any]) -> dict[str, Any]:
-    """Whether tokenizer, prepared data and the checkpoints that would be gone on from belong together."""
-    from dist_lm.checkpoint import step_folders, tokenizer_hash
-    from dist_lm.text import Tokenizer, is_trained_spec
-
-    spec, ok = config.data.tokenizer, {"grade": "ok", "remedy": ""}
-    if "sha256" not in seen:
-        if is_trained_spec(spec):
-            return ok | {"text": f"{spec}: made from the text as a run begins"}
-        if not Path(spec).exists():
-            return ok | {"text": f"{spec}: from the hub, not looked at"}
-        own, size = Tokenizer.load(spec).sha256, Tokenizer.load(spec).vocab_size
-    else:
-        own, size = seen["sha256"], seen["size"]
-        if own != seen["manifest"]:
-            return _wrong(f"{seen['folder']}/tokenizer.json is not the one that the folder was prepared with", BAD_DATA)
-    folders = step_folders(Path(config.run.dir))[-1:]
-    if config.run.init_from and Path(config.run.init_from).is_dir():
-        folders += [Path(config.run.init_from), *step_folders(Path(config.run.init_from))[-1:]]
-    for folder in folders:
-        if tokenizer_hash(folder) not in (None, own):
-            return _wrong(f"{folder} was trained with another tokenizer than data.input={config.data.input} has",
-                          BAD_DATA)  # fmt: skip
-    text = f"{size:,} tokens" + (f", as {folders[0]}" if folders else "")
-    if (used := seen.get("spec", spec)) != spec:
-        text += f"; prepared with data.tokenizer={used}, which stands, not {spec}"
-        return {"grade": "warn", "text": text, "remedy": f"--data.tokenizer {used}"}
-    return ok | {"text": text}
-
-
-def _wrong(text: str, code: int) -> dict[str, Any]:
-    return {"error": text, "code": code}
-
-
-def within(seconds: float, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` finds, or {"error": why} if it fails or does not end in time (a hanging mount holds a thread)."""
-    outcome: dict[str, Any] = {"error": f"no answer within {seconds:g} s", "code": BAD_MACHINE}
-
-    def run() -> None:
-        try:
-            made = work()
-            outcome.clear()
-            outcome.update(made)
-        except UserError as error:
-            outcome.update(error=str(error), code=error.code)
-        except Exception as error:
-            outcome.update(error=_line(error), code=BAD_MACHINE)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return dict(outcome)
-
-
-def best_of(turns: int, work: Callable[[], Any]) -> float:
+def best_of(turns: int, work: Callable[[], object]) -> float:
     """Seconds of the fastest turn, after one to warm up."""
-    times = []
-    for _ in range(turns + 1):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+    return min(timeit.repeat(work, number=1, repeat=turns + 1)[1:])
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def run_folder(ranks: Ranks) -> Found:
+    """Every rank can write into a folder that rank 0 has just made there. All ranks."""
+
+    def make() -> str:
+        ranks.made = [path for path in (ranks.folder, *ranks.folder.parents) if not path.exists()]
+        ranks.folder.mkdir(parents=True, exist_ok=True)
+        ranks.probe = Path(tempfile.mkdtemp(prefix=".doctor-", dir=ranks.folder))
+        return ranks.probe.name
+
+    def write() -> None:
+        deadline = time.monotonic() + ranks.seconds / 4
+        while not ranks.probe.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)  # NFS remembers for a while what was not there
+        (ranks.probe / str(ranks.runtime.rank)).touch()
+
+    ranks.probe = ranks.folder / ranks.ask(make, asked=ranks.is_main)[0]  # seen from here
+    ranks.ask(write)
+    return f"{ranks.folder}: all ranks see the same", False
+
+
+def space(ranks: Ranks) -> Found:
+    def sizes() -> tuple[int, int]:
+        config = ranks.config
+        return checkpoint_bytes(config, vocabulary(config)), checkpoints_kept(config, steps_of(config))
+
+    free = ranks.ask(lambda: shutil.disk_usage(ranks.folder).free, asked=ranks.is_main)[0]
+    try:
+        size, number = ranks.ask(sizes, asked=ranks.is_main)[0]
+    except UserError as unknown:
+        return f"{_gb(free)} free; what is needed is not known: {unknown}", True
+    ranks.checkpoint_bytes = size
+    text = f"{_gb(free)} free, {number} checkpoints of {_gb(size)} need {_gb(number * size)}"
+    if number * size > free:
+        raise UserError(text)
+    return text, False
+
+
+def disk(ranks: Ranks) -> Found:
+    """The speed of writing, by one rank of each host. All ranks."""
+
+    def write() -> float:
+        began = time.monotonic()
+        with tempfile.NamedTemporaryFile(dir=ranks.probe) as file:
+            file.write(os.urandom(DISK_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        return DISK_BYTES / (time.monotonic() - began)
+
+    rates = ranks.ask(write, asked=os.environ.get("LOCAL_RANK", "0") == "0")
+    rate, size = min(rate for rate in rates if rate), ranks.checkpoint_bytes
+    text = f"{_gb(rate)}/s a host at least" + (f", a checkpoint in about {size / rate:.2g} s" if size else "")
+    return text, size / rate > SAVE_SECONDS
+
+
+def data(ranks: Ranks) -> Found:
+    """Reachable and the same from every rank. All ranks."""
+    seen = ranks.ask(lambda: seen_here(ranks.config))
+    text, content = seen[0]
+    others = [who for who, (_, own) in zip(ranks.names, seen, strict=True) if own != content]
+    if others:
+        raise UserError(f"data.input={ranks.config.data.input}: {_few(others, ', ')} see(s) other content than rank 0")
+    return text, False
+
+
+def seen_here(config: Config) -> tuple[str, str]:
+    """The data that this rank can read, in words and as a hash."""
+    if folder := prepared_folder(config):
+        train, val = TokenShards(folder, "train"), TokenShards(folder, "val")  # every shard has its size
+        files = [str(folder / name) for name in (*train.files, *val.files)]
+        content = b"".join((folder / name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
+        text = f"{folder}: prepared, {sum(train.sizes):,} tokens to train on"
+    else:
+        named = config.data.named_sources()
+        raw = {name: spec for name, spec in named.items() if not find_prepared(spec.input)}
+        sources = [source for name, spec in raw.items() for source in find_sources(spec, config.data.field_of(name))]
+        files = [source.path for source in sources if source.path and not is_remote(source.path)]
+        content = json.dumps([[source.name, source.size] for source in sources]).encode()
+        text = f"{', '.join(spec.input for spec in named.values())}: "
+        size = _gb(sum(source.size for source in sources))
+        is_hub = any(not source.path for source in sources)
+        text += "a hub dataset, not looked at" if is_hub else f"{len(sources)} file(s), {size}"
+    for name in files:
+        with open(name, "rb") as file:
+            file.read(1)
+    return text, hashlib.sha256(content).hexdigest()
+
+
+def prepared_folder(config: Config) -> Path | None:
+    folders = (Path(config.data.input), Path(config.run.dir, "data"))
+    return next((folder for folder in folders if find_prepared(folder)), None)
+
+
+def tokenizer(ranks: Ranks) -> Found:
+    text, is_another = ranks.ask(lambda: compare_tokenizers(ranks.config), asked=ranks.is_main)[0]
+    return text, is_another
+
+
+def compare_tokenizers(config: Config) -> Found:
+    """Whether tokenizer, prepared data and the checkpoints to go on from belong together."""
+    used = spec = config.data.tokenizer
+    if folder := prepared_folder(config):
+        manifest, own = read_manifest(folder), Tokenizer.load(folder)
+        used = manifest["settings"]["tokenizer"]
+        if own.sha256 != manifest["tokenizer"]["sha256"]:
+            raise UserError(f"{folder}/tokenizer.json is not the one that the folder was prepared with")
+    elif is_trained_spec(spec):
+        return f"{spec}: made from the text as a run begins", False
+    elif not Path(spec).exists():
+        return f"{spec}: from the hub, not looked at", False
+    else:
+        own = Tokenizer.load(spec)
+    text = f"{own.vocab_size:,} tokens"
+    places = [Path(place) for place in (config.run.dir, config.run.init_from) if place]
+    for folder in [folder for place in places for folder in (place, *step_folders(place)[-1:])]:
+        theirs = tokenizer_hash(folder)
+        if theirs not in (None, own.sha256):
+            raise UserError(f"{folder} was trained with another tokenizer than data.input={config.data.input} has")
+        text += f", as {folder}" if theirs else ""
+    text += f"; prepared with data.tokenizer={used}, which stands, not {spec}" if used != spec else ""
+    return text, used != spec
+
+
+# In order: a line's name, its check, and what to do if it is not ok.
+CHECKS: tuple[tuple[str, Callable[[Ranks], Found], str], ...] = (
+    ("devices", devices, "look at that host; of several kinds all wait for the slowest in each step"),
+    ("versions", versions, "install the same on every host"),
+    ("threads", threads, "fewer ranks there, or more cores for them"),
+    ("memory", memory, "python -m dist_lm.plan shows what would fit"),
+    ("clocks", clocks, "set the clocks by NTP: times in logs and metrics do not compare"),
+    ("rendezvous", rendezvous, "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts"),
+    ("all-reduce", sums, ""),
+    ("pairs", pairs, "look at the link of the pair that is slower than the median"),
+    ("speed", speed, "all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"),
+    ("run folder", run_folder, "a run.dir that all hosts share and may write to, by its absolute path"),
+    ("space", space, "another run.dir, a smaller run.keep_last, or free some; if unknown, prepare the text first"),
+    ("disk", disk, "another disk, or a larger run.save_every"),
+    ("data", data, "the same copy where every host sees it, by its absolute path"),
+    ("tokenizer", tokenizer, "data, data.tokenizer and checkpoint that belong together"),
+)  # fmt: skip
+NEEDS = {"space": "run folder", "disk": "space", "tokenizer": "data"}  # all others: devices
+
+
+def _few(texts: Sequence[str], separator: str) -> str:
+    return separator.join(texts[:4]) + (" ..." if len(texts) > 4 else "")
 
 
 def _gb(number: float) -> str:
@@ -543,4 +504,4 @@ def _gb(number: float) -> str:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(lambda _: main(*ARGUMENTS))

@@ -8,12 +8,14 @@ benchmarks/plan.py. `--table` prints the shipped recipes under every strategy, a
 import json
 import math
 import os
-import time
+import timeit
 import weakref
-from dataclasses import asdict, dataclass
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_lm import hf
 from dist_lm.config import Config, ModelConfig, UserError, did_you_mean, load, plan, read_yaml, resolve, run_entry
 from dist_lm.metrics import peak_flops, shorten
 from dist_lm.model import GPT, flops_per_token, parameter_shapes
 from dist_lm.optim import moments
-from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
+from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
 from dist_lm.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 
 FLAGS = {
@@ -47,8 +48,7 @@ GATHERED = 10**9  # elements: DeepSpeed's stage3_max_live_parameters, which laun
 TEXT_VOCABULARY = 100  # characters of a text, where --table has none to look at
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A kind of device: the name its driver gives (metrics.py knows its peak), memory as torch sees it, full power."""
 
     device: str
@@ -62,6 +62,37 @@ GPUS = {
     "b200": Gpu("B200", 178.4 * 2**30, 1000), "l40s": Gpu("L40S", 44.4 * 2**30, 350),
     "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450), "cpu": Gpu("cpu", 0, 0),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What to plan for: a process on each GPU, or so many processes that share this machine's processor."""
+
+    kind: str = "h100"
+    nodes: int = 1
+    per_node: int = 8
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind != "cpu"
+
+    @property
+    def room(self) -> float:
+        """Bytes that training may take of one GPU, or of this machine's memory by one of its processes."""
+        if self.on_gpu:
+            return GPUS[self.kind].memory - OVERHEAD
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.per_node
+
+    def peak(self) -> float:
+        """FLOP/s of one process's device: the data sheet's in dense bf16; of a CPU what it reaches."""
+        if self.on_gpu:
+            return peak_flops(GPUS[self.kind].device)
+        a = torch.ones(1024, 1024)
+        return 2 * 1024**3 / min(timeit.repeat(lambda: a @ a, number=1)) / self.per_node
 
 
 @dataclass(frozen=True)
@@ -84,9 +115,9 @@ class Memory:
     activations: float
     logits: float  # with the loss's gradients
     peak: float  # most at one time: less than the sum, where one goes before another comes
-    host: float = 0.0  # offloaded parts
-    saving: float = 0.0  # host memory of a checkpoint on its way to disk
-    disk: float = 0.0  # NVMe
+    host: float  # offloaded parts
+    disk: float  # NVMe
+    saving: float  # host memory of a checkpoint on its way to disk
 
 
 def main(argv: list[str]) -> None:
@@ -95,19 +126,25 @@ def main(argv: list[str]) -> None:
     kind = words.get("gpu", "h100")
     if kind not in GPUS:
         raise UserError(f"--gpu={kind} must be one of {', '.join(GPUS)}{did_you_mean(kind, GPUS)}")
-    nodes, per_node = _whole(words, "nodes", 1), _whole(words, "gpus_per_node", 8)
-    try:
-        mfu = float(words.get("mfu", "0.4"))
-    except ValueError:
-        mfu = 0.0
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={words['mfu']} must be a number above 0 and at most 1; nearest: 0.4")
+    cluster = Cluster(kind, int(_number(words, "nodes", 1)), int(_number(words, "gpus_per_node", 8)))
+    mfu = _number(words, "mfu", 0.4, "a number above 0 and at most 1")
     if "table" in words:
-        print(table(kind, nodes, per_node), end="")
+        print(table(cluster), end="")
         return
-    vocab_size = _whole(words, "vocab_size", 0) or vocabulary(config)
-    figures = estimate(config, vocab_size, words.get("launch"), kind, nodes, per_node, mfu)
+    vocab_size = int(_number(words, "vocab_size", 1)) if "vocab_size" in words else vocabulary(config)
+    figures = estimate(config, vocab_size, words.get("launch"), cluster, mfu)
     print(json.dumps(figures, indent=1) if "json" in words else describe(figures, words.get("config", "defaults")))
+
+
+def _number(words: Mapping[str, str], name: str, default: float, rule: str = "a whole number of 1 or more") -> float:
+    text = words.get(name, str(default))
+    try:
+        number = float(text) if name == "mfu" else int(text)
+    except ValueError:
+        number = 0
+    if number <= 0 or (name == "mfu" and not number <= 1):
+        raise UserError(f"--{name}={text} must be {rule}; nearest: {default}")
+    return number
 
 
 # --- what a process holds
@@ -127,7 +164,7 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
     if not strategy.stage:
         early = weights if world > 1 or added_up else 0.0  # DDP's buckets, which gradients are views of, always exist
         peak = weights + kept + max(early + first, weights + live.end)
-        return Memory(weights, weights, kept, activations, logits, peak, saving=saving)
+        return Memory(weights, weights, kept, activations, logits, peak, 0.0, 0.0, saving)
 
     # ZeRO: the optimizer works on fp32 copies of its share, gradients travel in a bucket that is copied to be summed.
     share, state, bucket = weights / world, (weights + kept) / world, min(4.0 * BUCKET, weights)
@@ -153,7 +190,7 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         host, held = host + share, held - share
     if "nvme" in (strategy.optimizer_device, strategy.param_device):
         host, disk = share, host - share
-    return Memory(held, gradients, state, activations, logits, held + state + moving, host, saving, disk)
+    return Memory(held, gradients, state, activations, logits, held + state + moving, host, disk, saving)
 
 
 def live_bytes(config: Config, vocab_size: int, micro: int, slices: bool, on_gpu: bool) -> Live:
@@ -251,157 +288,123 @@ def strategies(world: int) -> dict[str, Strategy]:
     return dict(sorted(found.items(), key=lambda item: (item[1].stage, devices.index(item[1].optimizer_device))))
 
 
-def capacity(kind: str, per_node: int) -> float:
-    """Bytes that training may take of one GPU, or of this machine's memory by one of its processes."""
-    if kind == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
-    return GPUS[kind].memory - OVERHEAD
-
-
-def peak_of(kind: str, per_node: int) -> float:
-    """FLOP/s of one process's device: the data sheet's in dense bf16; of a CPU what a product of matrices reaches."""
-    if kind != "cpu":
-        return peak_flops(GPUS[kind].device)
-    a, times = torch.ones(1024, 1024), []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return 2 * 1024**3 / min(times) / per_node
-
-
-def needed(figures: Memory, kind: str) -> float:
+def needed(figures: Memory, cluster: Cluster) -> float:
     """What must fit into a device; a CPU's memory also holds what is offloaded or on its way to disk."""
-    return figures.peak + (figures.host + figures.saving if kind == "cpu" else 0.0)
+    return figures.peak + (0.0 if cluster.on_gpu else figures.host + figures.saving)
 
 
-def largest_micro_batch(config: Config, strategy: Strategy, world: int, vocab_size: int, kind: str, room: float) -> int:
+def largest_micro_batch(config: Config, strategy: Strategy, cluster: Cluster, vocab_size: int) -> int:
     """The largest micro-batch that fits, 0 if none does; at most a process's whole share of the global batch."""
-    fits, fails = 0, plan(config, world).share + 1
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        tried = memory(with_micro_batch(config, middle), strategy, world, vocab_size, kind != "cpu")
-        fits, fails = (middle, fails) if needed(tried, kind) <= room else (fits, middle)
-    return fits
+
+    def is_too_large(micro: int) -> bool:
+        tried = changed(config, "data", micro_batch=micro)
+        figures = memory(tried, strategy, cluster.world, vocab_size, cluster.on_gpu)
+        return needed(figures, cluster) > cluster.room
+
+    return bisect_left(range(1, plan(config, cluster.world).share + 1), True, key=is_too_large)
 
 
-def with_micro_batch(config: Config, micro: int) -> Config:
-    data = config.data.model_copy(update={"micro_batch": micro})
-    return Config(model=config.model, data=data, optim=config.optim, run=config.run)
+def changed(config: Config, section: str, **fields: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
 
 
-def refusal(strategy: Strategy, config: Config) -> str:
-    try:
-        if strategy.stage:
-            refuse_combinations(strategy, config)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def estimate(
-    config: Config, vocab_size: int, launch: str | None, kind: str, nodes: int, per_node: int, mfu: float
-) -> dict[str, Any]:
-    """All figures, as --json prints them: bytes, seconds and counts, unrounded."""
-    world, room = nodes * per_node, capacity(kind, per_node)
-    layout, found = plan(config, world), strategies(world)
-    asked = launch or next(iter(found))
-    chosen = choose_strategy(asked).name(world)  # refuses an unknown name
+def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str, Any]]:
+    """For each strategy what a process holds, whether that fits and with which micro-batch; or why it is refused."""
     rows: dict[str, dict[str, Any]] = {}
-    for name, strategy in found.items():
-        if why := refusal(strategy, config):
-            rows[name] = {"refused": why}
+    for name, strategy in strategies(cluster.world).items():
+        try:
+            if strategy.stage:
+                refuse_combinations(strategy, config)
+        except UserError as error:
+            rows[name] = {"refused": str(error)}
             continue
-        figures = memory(config, strategy, world, vocab_size, kind != "cpu")
-        most = largest_micro_batch(config, strategy, world, vocab_size, kind, room)
-        fits = needed(figures, kind) <= room
-        rows[name] = {**asdict(figures), "needed": needed(figures, kind), "fits": fits, "largest_micro_batch": most}
-    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
-    padded, steps = sum(math.prod(shape) for shape in shapes.values()), steps_of(config)
-    parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
+        figures = memory(config, strategy, cluster.world, vocab_size, cluster.on_gpu)
+        takes, most = needed(figures, cluster), largest_micro_batch(config, strategy, cluster, vocab_size)
+        rows[name] = {**asdict(figures), "needed": takes, "fits": takes <= cluster.room, "largest_micro_batch": most}
+    return rows
+
+
+def estimate(config: Config, vocab_size: int, launch: str | None, cluster: Cluster, mfu: float) -> dict[str, Any]:
+    """All figures, as --json prints them: bytes, seconds and counts, unrounded."""
+    layout, steps, world = plan(config, cluster.world), steps_of(config), cluster.world
+    asked = choose_strategy(launch or next(iter(strategies(world)))).name(world)  # refuses an unknown name
+    rows = fit(config, vocab_size, cluster)
     flops, tokens = flops_per_token(config.model, vocab_size, config.data.seq_len), steps * layout.tokens_per_step
-    rate = mfu * peak_of(kind, per_node) * world / flops
-    seconds, size = tokens / rate, checkpoint_bytes(config, vocab_size)
+    rate = mfu * cluster.peak() * world / flops
+    seconds = tokens / rate
     return {
-        "parameters": parameters, "padded_parameters": padded, "vocab_size": vocab_size, "steps": steps,
-        "flops_per_token": flops, "tokens": tokens, "flops": flops * tokens, "gpu": kind, "nodes": nodes,
-        "gpus_per_node": per_node, "micro_batch": layout.micro_batch, "accumulation": layout.accumulation,
-        "room": room, "overhead": 0.0 if kind == "cpu" else OVERHEAD, "strategies": rows, "asked": chosen, "mfu": mfu,
-        "tokens_per_second": rate, "seconds": seconds, "watts": GPUS[kind].watts * world,
-        "kilowatt_hours": GPUS[kind].watts * world * seconds / 3.6e6, "checkpoint": size,
-        "checkpoints_kept": checkpoints_kept(config, steps),
-        "advice": advice(config, rows, chosen, world, vocab_size, kind, room),
+        "parameters": parameters(config, vocab_size), "vocab_size": vocab_size, "steps": steps,
+        "flops_per_token": flops, "tokens": tokens, "flops": flops * tokens, "gpu": cluster.kind,
+        "nodes": cluster.nodes, "gpus_per_node": cluster.per_node, "micro_batch": layout.micro_batch,
+        "accumulation": layout.accumulation, "room": cluster.room, "overhead": OVERHEAD if cluster.on_gpu else 0.0,
+        "strategies": rows, "asked": asked, "mfu": mfu, "tokens_per_second": rate, "seconds": seconds,
+        "kilowatt_hours": GPUS[cluster.kind].watts * world * seconds / 3.6e6,
+        "checkpoint": checkpoint_bytes(config, vocab_size), "checkpoints_kept": checkpoints_kept(config, steps),
+        "advice": advice(config, vocab_size, cluster, rows, asked),
     }  # fmt: skip
 
 
-def advice(
-    config: Config, rows: dict[str, Any], asked: str, world: int, vocab_size: int, kind: str, room: float
-) -> list[str]:
+def advice(config: Config, vocab_size: int, cluster: Cluster, rows: dict[str, Any], asked: str) -> list[str]:
     """Whether what was asked for fits; if not, what would."""
     own = rows[asked]
     if "refused" in own:
         return [own["refused"]]
     if own["fits"]:
         return [f"{asked} fits"]
-    said = [f"{asked} does not fit: {_gb(own['needed'])} GB of {_gb(room)} GB; what would:"]
+    would = []
     if own["largest_micro_batch"]:
-        said.append(f"--data.micro_batch {own['largest_micro_batch']}")
-    if not config.run.activation_checkpointing:
-        run = config.run.model_copy(update={"activation_checkpointing": True})
-        spared = Config(model=config.model, data=config.data, optim=config.optim, run=run)
-        most = largest_micro_batch(spared, strategies(world)[asked], world, vocab_size, kind, room)
-        if most:
-            said.append(f"--run.activation_checkpointing true, micro-batches up to {most}")
-    said += [
+        would.append(f"--data.micro_batch {own['largest_micro_batch']}")
+    spared = changed(config, "run", activation_checkpointing=True)
+    if spared != config and (
+        most := largest_micro_batch(spared, strategies(cluster.world)[asked], cluster, vocab_size)
+    ):
+        would.append(f"--run.activation_checkpointing true, micro-batches up to {most}")
+    would += [
         f"--launch {name}, micro-batches up to {row['largest_micro_batch']}"
         for name, row in rows.items() if name != asked and row.get("largest_micro_batch")
     ]  # fmt: skip
-    bigger = [other for other in GPUS if "cpu" not in (other, kind) and own["needed"] <= capacity(other, 1)]
-    said += [f"--gpu {' or '.join(bigger)}"] if bigger else []
-    return said if len(said) > 1 else [said[0].removesuffix(" what would:") + " nothing here would; more GPUs might"]
-
-
-COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits", "peak", "host", "disk", "saving")
+    bigger = [kind for kind in GPUS if "cpu" not in (kind, cluster.kind) and own["needed"] <= Cluster(kind).room]
+    would += [f"--gpu {' or '.join(bigger)}"] if bigger else []
+    said = f"{asked} does not fit: {_gb(own['needed'])} GB of {_gb(cluster.room)} GB;"
+    return [f"{said} what would:", *would] if would else [f"{said} nothing here would; more GPUs might"]
 
 
 def describe(figures: dict[str, Any], source: str) -> str:
     """One page. GB are 10^9 bytes."""
-    f, world = figures, figures["nodes"] * figures["gpus_per_node"]
-    kind = GPUS[f["gpu"]]
-    device = f"{world} x {f['gpu']}, {f['nodes']} node(s) of {f['gpus_per_node']}; {_gb(f['room'])} GB for each process"
-    device += f" beside {_gb(f['overhead'])} GB assumed for CUDA, NCCL and fragmentation" if f["overhead"] else ""
+    f, columns = figures, [field.name for field in fields(Memory)]
+    overhead = f" beside {_gb(f['overhead'])} GB assumed for CUDA, NCCL and fragmentation" if f["overhead"] else ""
+    energy = f"{f['kilowatt_hours']:,.0f} kWh at the GPUs' full power, " if f["kilowatt_hours"] else ""
     lines = [
         f"{source}: {f['parameters']:,} parameters, {shorten(f['flops_per_token'])} FLOP a token; {f['steps']:,} steps,"
         f" {shorten(f['tokens'])} tokens, {f['flops']:.3g} FLOP",
-        f"{device}; micro-batch {f['micro_batch']}, {f['accumulation']} backward passes a step",
+        f"{f['nodes'] * f['gpus_per_node']} x {f['gpu']}, {f['nodes']} node(s) of {f['gpus_per_node']};"
+        f" {_gb(f['room'])} GB for each process{overhead}; micro-batch {f['micro_batch']}, {f['accumulation']} backward"
+        " passes a step",
         "",
-        f"{'GB a process':15}" + "".join(f"{name:>12}" for name in (*COLUMNS, "micro-batch")),
+        f"{'GB a process':15}" + "".join(f"{name:>12}" for name in (*columns, "micro-batch")),
     ]
     for name, row in f["strategies"].items():
-        marked = "*" if name == f["asked"] else " "
+        lines.append(f"{'*' if name == f['asked'] else ' '} {name:13}")
         if "refused" in row:
-            lines.append(f"{marked} {name:13}{'refused for this optimizer or precision':>40}")
+            lines[-1] += f"{'refused for this optimizer or precision':>40}"
             continue
         most = f"<= {row['largest_micro_batch']}" if row["largest_micro_batch"] else "none fits"
-        lines.append(f"{marked} {name:13}" + "".join(f"{_gb(row[c]):>12}" for c in COLUMNS) + f"{most:>12}")
-    days = f["seconds"] / 86400
-    energy = f"{f['kilowatt_hours']:,.0f} kWh at the GPUs' full power, " if kind.watts else ""
+        lines[-1] += "".join(f"{_gb(row[column]):>12}" for column in columns) + f"{most:>12}"
     lines += [
         "",
         *f["advice"],
         f"at an MFU of {f['mfu']:g} (--mfu; a guess until measured): {shorten(f['tokens_per_second'])} tokens/s,"
-        f" {days:,.2f} days, {energy}a checkpoint {_gb(f['checkpoint'])} GB, at most {f['checkpoints_kept']} on disk:"
-        f" {_gb(f['checkpoint'] * f['checkpoints_kept'])} GB",
+        f" {f['seconds'] / 86400:,.2f} days, {energy}a checkpoint {_gb(f['checkpoint'])} GB, at most"
+        f" {f['checkpoints_kept']} on disk: {_gb(f['checkpoint'] * f['checkpoints_kept'])} GB",
     ]
     if f["gpu"] == "cpu":
         lines.append("glibc may keep much freed memory on top; MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back")
     return "\n".join(lines)
 
 
-def table(kind: str, nodes: int, per_node: int) -> str:
+def table(cluster: Cluster) -> str:
     """Markdown: peak GB of a process and the largest micro-batch, of each shipped recipe under each strategy."""
-    world, room = nodes * per_node, capacity(kind, per_node)
-    names = list(strategies(world))
+    names = list(strategies(cluster.world))
     lines = ["| recipe | parameters | micro-batch | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = resolve((str(path), read_yaml(path)))
@@ -409,26 +412,16 @@ def table(kind: str, nodes: int, per_node: int) -> str:
             vocab_size = vocabulary(config)
         except UserError:
             vocab_size = TEXT_VOCABULARY
-        cells = []
-        for strategy in strategies(world).values():
-            figures = memory(config, strategy, world, vocab_size, kind != "cpu")
-            most = largest_micro_batch(config, strategy, world, vocab_size, kind, room)
-            cells.append(f"{_gb(needed(figures, kind))}, {f'<= {most}' if most else 'none'}")
-        shapes = hf.shapes(config.model, vocab_size, config.data.seq_len)
-        parameters = shorten(sum(math.prod(shape) for shape in shapes.values()))
-        lines.append(f"| {path.stem} | {parameters} | {plan(config, world).micro_batch} | {' | '.join(cells)} |")
+        cells = [path.stem, shorten(parameters(config, vocab_size)), str(plan(config, cluster.world).micro_batch)]
+        for row in fit(config, vocab_size, cluster).values():
+            most = row.get("largest_micro_batch")
+            cells.append("refused" if "refused" in row else f"{_gb(row['needed'])}, {f'<= {most}' if most else 'none'}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _gb(number: float) -> str:
     return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
-
-
-def _whole(words: dict[str, str], name: str, default: int) -> int:
-    text = words.get(name, str(default))
-    if not text.isdecimal() or (name in words and int(text) < 1):
-        raise UserError(f"--{name}={text} must be a whole number of 1 or more; nearest: {max(default, 1)}")
-    return int(text)
 
 
 if __name__ == "__main__":

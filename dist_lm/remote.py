@@ -20,13 +20,14 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from dist_lm.config import UserError
+from dist_lm.outcome import in_a_line
 
 BLOCK = 2**22  # bytes fetched at once, and read ahead
 LARGEST_READ = 2**25  # bytes of one request
@@ -92,7 +93,7 @@ def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> l
     except FileNotFoundError as error:
         raise UserError(f"{label}={pattern!r}: nothing is there", _BAD_DATA) from error
     except OSError as error:
-        raise UserError(f"{label}={pattern!r}: {_one_line(error)}", _BAD_DATA) from error
+        raise UserError(f"{label}={pattern!r}: {in_a_line(error)}", _BAD_DATA) from error
     if not found:
         what = "no file matches" if is_glob else f"it has none of {' '.join(endings)}"
         raise UserError(f"{label}={pattern!r}: {what}", _BAD_DATA)
@@ -201,10 +202,10 @@ def _connect(url: str) -> tuple[Any, str]:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
         scheme, extra = url.partition("://")[0], " (pip install 'dist_lm[s3]')" if url.startswith("s3") else ""
-        raise UserError(f"{url}: {scheme}:// needs a package: {_one_line(error)}{extra}") from error
+        raise UserError(f"{url}: {scheme}:// needs a package: {in_a_line(error)}{extra}") from error
     except ValueError as error:
         raise UserError(
-            f"{url}: {_one_line(error)}; rule: a scheme that fsspec knows, like s3, gs, hf, https"
+            f"{url}: {in_a_line(error)}; rule: a scheme that fsspec knows, like s3, gs, hf, https"
         ) from error
     return fs, path
 
@@ -219,7 +220,7 @@ def _retry(url: str, action: Callable[[], T]) -> T:
         except (ChangedError, UserError):
             raise
         except Exception as error:  # botocore's and aiohttp's are not all OSErrors
-            reason = _one_line(error)
+            reason = in_a_line(error)
             status = getattr(error.__cause__, "status", 0)  # fsspec calls whatever fails at a web server not found
             is_web = type(error.__cause__).__module__.startswith("aiohttp") and not 400 <= status < 429
             if isinstance(error, FileNotFoundError) and not is_web:
@@ -239,10 +240,6 @@ def _retry(url: str, action: Callable[[], T]) -> T:
 def _mark(info: Mapping[str, Any]) -> str:
     value = next((info[key] for key in _MARKS if info.get(key)), "")
     return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')  # lists and files differ in form
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class ShardCache:
@@ -274,28 +271,24 @@ class ShardCache:
         os.close(self.held[name].pop())
 
     def _take(self, path: Path, size: int, sha256: str) -> int | None:
-        """Lock a copy as in use, if there is a good one."""
-        with contextlib.ExitStack() as stack:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                return None
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if not _is_at(descriptor, path):  # deleted, or replaced, before it was locked
-                return None
-            good = os.fstat(descriptor).st_size == size
-            if good and path.name not in self.checked:
-                with open(descriptor, "rb", closefd=False) as file:
-                    good = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-            if not good:
-                with self._locked():
-                    if _is_at(descriptor, path):  # not what another process has just put there
-                        path.unlink()
-                return None
+        """Lock a copy as in use, if there is a good one; a damaged one is deleted."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        good = _is_at(descriptor, path) and os.fstat(descriptor).st_size == size
+        if good and path.name not in self.checked:
+            with open(descriptor, "rb", closefd=False) as file:
+                good = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        if good:
             self.checked.add(path.name)
-            stack.pop_all()
             return descriptor
+        with self._locked():
+            if _is_at(descriptor, path):  # not what another process has just put there
+                path.unlink()
+        os.close(descriptor)
+        return None
 
     def _begin(self, name: str, path: Path, size: int, deadline: float) -> int | None:
         """Make room and a locked file of that size to write to; None, after a wait, if it is to be looked for again."""
@@ -304,19 +297,15 @@ class ShardCache:
             self._sweep()
             if path.exists():
                 return None
-            try:
-                other = os.open(aside, os.O_RDONLY)
-            except FileNotFoundError:
-                other = -1
-                in_use = self._make_room(size)
-                if not in_use:
-                    descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    os.ftruncate(descriptor, size)
-                    return descriptor
-        if other >= 0:
-            fcntl.flock(other, fcntl.LOCK_SH)  # until its writer is done, or dead
-            os.close(other)
+            is_begun, in_use = aside.exists(), 0
+            if not is_begun and not (in_use := self._make_room(size)):
+                descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                os.ftruncate(descriptor, size)
+                return descriptor
+        if is_begun:
+            with contextlib.suppress(FileNotFoundError), _open_locked(aside, fcntl.LOCK_SH):
+                pass  # its writer is done, or dead
         elif time.monotonic() > deadline:
             self._refuse(name, size, in_use + size)
         else:
@@ -359,7 +348,7 @@ class ShardCache:
         for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
             if total + size <= self.limit:
                 return 0
-            if _is_copy(file.name) and _unlink_unused(file):
+            if re.match(r"[0-9a-f]{16}-", file.name) and _unlink_unused(file):
                 total -= stat.st_size
         return 0 if total + size <= self.limit else total
 
@@ -368,11 +357,8 @@ class ShardCache:
         for file in self.folder.glob("tmp-*"):
             _unlink_unused(file)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Any:
-        with open(self.folder / "lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _locked(self) -> contextlib.AbstractContextManager[int]:
+        return _open_locked(self.folder / "lock", fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
 
     def _refuse(self, name: str, size: int, needed: int) -> NoReturn:
         gigabytes = math.ceil(needed / 1e7) / 100
@@ -382,8 +368,15 @@ class ShardCache:
         )
 
 
-def _is_copy(name: str) -> bool:
-    return re.match(r"[0-9a-f]{16}-", name) is not None
+@contextlib.contextmanager
+def _open_locked(path: Path, how: int, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Inside, this process has the file open and locked."""
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        fcntl.flock(descriptor, how)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -396,15 +389,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _unlink_unused(file: Path) -> bool:
     """Delete a file unless a process has it locked."""
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        with _open_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
+            if _is_at(descriptor, file):
+                file.unlink()
     except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, file):
-            file.unlink()
         return True
     except BlockingIOError:
         return False
-    finally:
-        os.close(descriptor)
+    return True

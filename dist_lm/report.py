@@ -9,27 +9,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from dist_lm.config import UserError, run_entry, split_arguments
+from dist_lm.config import FlagParser, UserError, run_entry
 from dist_lm.metrics import draw_curves, duration, read_metrics, run_names, shorten, smooth
 
-FLAGS = {"output": "The PNG to draw."}
 COLUMNS = ("run", "steps", "tokens", "tokens/s", "time", "data wait", "loss", "best val loss", "bits per byte")
 
 
 def main(argv: list[str]) -> None:
-    if not argv or {"-h", "--help"} & set(argv):
-        print(__doc__, end="")
-        return
-    flags_from = next((n for n, word in enumerate(argv) if word.startswith("--")), len(argv))
-    given, settings = split_arguments(argv[flags_from:], FLAGS)
-    if settings:
-        raise UserError(f"--{next(iter(settings))} is a setting of training; rule: report takes runs and --output")
-    output, *more_runs = given.get("output", [""])
-    runs = argv[:flags_from] + more_runs
-    if not runs:
-        raise UserError("no run is named; rule: python -m dist_lm.report RUN [RUN ...] [--output PNG]")
+    parser = FlagParser("python -m dist_lm.report", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="The folder of a run.")
+    parser.add_argument("--output", metavar="PNG", help="The picture to draw.")
+    given = parser.read(argv)
+    runs = given.runs
     print_table([COLUMNS, *(summary(name, run) for name, run in zip(run_names(runs), runs, strict=True))])
-    png = Path(output or (Path(runs[0], "loss.png") if len(runs) == 1 else "comparison.png"))
+    png = Path(given.output or (Path(runs[0], "loss.png") if len(runs) == 1 else "comparison.png"))
     try:
         draw_curves(runs, png)
     except OSError as error:

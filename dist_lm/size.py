@@ -47,9 +47,9 @@ def steps_of(config: Config) -> int:
     return -(-(config.run.epochs or 0) * sequences // config.data.global_batch)
 
 
-def weight_bytes(config: Config, vocab_size: int) -> int:
-    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
-    return 4 * sum(math.prod(shape) for shape in shapes.values())
+def parameters(config: Config, vocab_size: int) -> int:
+    """How many there are, without what pads the vocabulary."""
+    return sum(math.prod(shape) for shape in SHAPES(config.model, vocab_size, config.data.seq_len).values())
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:

@@ -46,9 +46,7 @@ class Watch:
 
     def start(self) -> None:
         """After every rank has told something once."""
-        self._listening_to, everybody = range(self.world_size), self._listening_to
-        self._listen()  # whom we may have to name later
-        self._listening_to = everybody
+        self._listen(range(self.world_size))  # whom we may have to name later
         self._talking = threading.Thread(target=self._talk, daemon=True, name="watch-talk")
         self._talking.start()
         threading.Thread(target=self._judge, daemon=True, name="watch-judge").start()
@@ -62,8 +60,7 @@ class Watch:
         said = {"at": time.time(), "host": socket.gethostname(), "progress": self._progress(), "error": self._own_error}
         self._store.set(f"{self.name}/{self.rank}", json.dumps(said))
 
-    def _listen(self) -> None:
-        ranks = list(self._listening_to)
+    def _listen(self, ranks: range) -> None:
         for rank, message in zip(ranks, self._store.multi_get([f"{self.name}/{r}" for r in ranks]), strict=True):
             said = json.loads(message)
             if said != self._said.get(rank):
@@ -73,7 +70,7 @@ class Watch:
         while not self._closed.wait(self.beat):
             try:
                 self._tell()
-                self._listen()
+                self._listen(self._listening_to)
             except Exception:  # the store is gone, and so is rank 0's host or process: the judge will see it
                 continue
 
@@ -107,9 +104,7 @@ class Watch:
         time.sleep(4 * self.beat)
         silent = self._silent(2.5 * self.beat)
         others = {r: said for r, said in self._said.items() if r != self.rank}
-        ours = [
-            r for r, said in others.items() if said["error"] and not any(word in said["error"] for word in _OF_PEERS)
-        ]
+        ours = [r for r, said in others.items() if said["error"] and not _is_of_peers(said["error"])]
         behind = [r for r, said in others.items() if said["progress"] < self._progress() and not said["error"]]
         if ours:
             text = ", ".join(f"{self._names([r])} ended: {others[r]['error']}" for r in ours)

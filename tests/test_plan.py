@@ -8,11 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_lm import plan
 from dist_lm.checkpoint import step_folders
 from dist_lm.config import Config, UserError, load, read_yaml, resolve
 from dist_lm.model import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
-from dist_lm.plan import FLAGS, Watch, describe, estimate, largest_micro_batch, live_bytes, main, memory, strategies
+from dist_lm.plan import (
+    FLAGS,
+    Cluster,
+    Watch,
+    describe,
+    estimate,
+    largest_micro_batch,
+    live_bytes,
+    main,
+    memory,
+    strategies,
+)
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from dist_lm.zero import Strategy
 from tests.conftest import TINY
@@ -34,7 +46,7 @@ def tiny(**changes: object) -> Config:
 def test_gpt2_124m_by_hand() -> None:
     """Every number worked out beside it: V 50257 (padded to 50304), T 1024, D 768, 12 layers."""
     config = recipe("gpt2-124m")
-    figures = estimate(config, vocabulary(config), "ddp", "h100", 1, 8, 0.4)
+    figures = estimate(config, vocabulary(config), "ddp", Cluster("h100", 1, 8), 0.4)
     block = (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768
     parameters = 50257 * 768 + 1024 * 768 + 12 * block + 2 * 768
     assert figures["parameters"] == parameters == 124_439_808
@@ -72,12 +84,10 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
                                       {"model.dropout": 0.1, "model.kv_heads": 1, "model.tie_embeddings": False}])  # fmt: skip
 def test_blocks_are_alike(settings: dict[str, object]) -> None:
     """What is inferred from one and two blocks and rows is what five blocks and seven rows take when run whole."""
-    from dist_lm.plan import _run_fake
-
     config = tiny(**{"model.layers": 5, "data.seq_len": 64, **settings})
     inferred = live_bytes(config, 257, 7, False, False)
     data, run = config.data, config.run
-    whole = _run_fake(
+    whole = plan._run_fake(
         config.model, 5, 257, 7, data.seq_len, False, run.precision, run.activation_checkpointing, False, False
     )
     assert inferred.activations == pytest.approx(whole[0], rel=0.01)
@@ -87,8 +97,6 @@ def test_blocks_are_alike(settings: dict[str, object]) -> None:
 
 def test_live_bytes_are_those_of_real_tensors() -> None:
     """The same watch over a real forward and backward sees the same bytes as over a fake one."""
-    from dist_lm.plan import _run_fake
-
     config = tiny(**{"data.seq_len": 64})
     model = GPT(config.model, 257, 64)
     for p in model.parameters():
@@ -97,7 +105,7 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
     watch = Watch([*model.parameters(), *model.buffers()])
     with watch:
         model(tokens, tokens).backward()
-    whole = _run_fake(config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False)
+    whole = plan._run_fake(config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False)
     assert watch.most == pytest.approx(max(whole[1:]), rel=0.02)
 
 
@@ -145,19 +153,18 @@ def test_strategies_divide_what_they_say() -> None:
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
-    config, strategy = recipe("llama-1b"), Strategy()
-    most = largest_micro_batch(config, strategy, 8, 32000, "h100", 70e9)
+    config, strategy, cluster = recipe("llama-1b"), Strategy(), Cluster("h100")
+    most = largest_micro_batch(config, strategy, cluster, 32000)
     assert 1 < most < 128
-    from dist_lm.plan import with_micro_batch
-
-    peaks = [memory(with_micro_batch(config, n), strategy, 8, 32000, True).peak for n in (most, most + 1)]
-    assert peaks[0] <= 70e9 < peaks[1]
-    assert largest_micro_batch(config, strategy, 8, 32000, "h100", 1e9) == 0
+    tried = [plan.changed(config, "data", micro_batch=n) for n in (most, most + 1)]
+    peaks = [memory(config, strategy, 8, 32000, True).peak for config in tried]
+    assert peaks[0] <= cluster.room < peaks[1]
+    assert largest_micro_batch(config, strategy, Cluster("rtx4090"), 32000) == 0
 
 
 def test_what_does_not_fit_and_what_would() -> None:
     config = recipe("llama-7b")
-    figures = estimate(config, 32000, "ddp", "h100", 8, 8, 0.4)
+    figures = estimate(config, 32000, "ddp", Cluster("h100", 8, 8), 0.4)
     first, *others = figures["advice"]
     assert re.fullmatch(r"ddp does not fit: \d+ GB of 83 GB; what would:", first)
     assert any(line.startswith("--launch zero3, micro-batches up to ") for line in others)
@@ -165,14 +172,13 @@ def test_what_does_not_fit_and_what_would() -> None:
     assert not figures["strategies"]["ddp"]["fits"] and figures["strategies"]["zero3"]["fits"]
     page = describe(figures, "x.yaml")
     assert "* ddp" in page and "none fits" in page and "at an MFU of 0.4 (--mfu; a guess until measured)" in page
-    spared = estimate(
-        recipe("llama-7b", **{"run.activation_checkpointing": False}), 32000, "zero3", "a100-40", 8, 8, 0.4
-    )
+    config = recipe("llama-7b", **{"run.activation_checkpointing": False})
+    spared = estimate(config, 32000, "zero3", Cluster("a100-40", 8, 8), 0.4)
     assert any(line.startswith("--run.activation_checkpointing true, ") for line in spared["advice"])
-    small = estimate(tiny(**{"optim.name": "adafactor"}), 257, "zero2", "cpu", 1, 2, 0.4)
+    small = estimate(tiny(**{"optim.name": "adafactor"}), 257, "zero2", Cluster("cpu", 1, 2), 0.4)
     assert small["advice"][0].startswith("optim.name=adafactor is not available under zero2")
     assert "refused" in describe(small, "x")
-    assert estimate(tiny(), 257, None, "cpu", 1, 1, 0.4)["advice"] == ["single fits"]
+    assert estimate(tiny(), 257, None, Cluster("cpu", 1, 1), 0.4)["advice"] == ["single fits"]
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,10 +52,11 @@ def measure(strategy: str, size: str, folder: str) -> None:
     config, before_saving = settings(strategy, size, folder), []
     runtime = start(config, strategy)
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    run = train.build(runtime, config)
+    place = train.find_place(runtime, config, [])
+    assert place, f"{config.run.dir} is finished"
+    run = train.build(runtime, config, place)
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # building under ZeRO-3 has set others
         zero._tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
-    train.resume(run, [])
     save = train.save
 
     def save_and_note(run: train.Run, last: bool) -> None:

@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dist_lm import train
 from dist_lm.config import Config, DataConfig, resolve
 from dist_lm.model import GPT, init_weights
+from dist_lm.outcome import Attempt
 from dist_lm.preparing import prepare_dataset
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round
@@ -54,7 +55,7 @@ def ours(config: Config) -> list[float]:
 
     train.settle = timed
     try:
-        train.main(config, {})
+        train.main(config, {}, Attempt(Path(config.run.dir)))
     finally:
         train.settle = settle
     return times

@@ -480,7 +480,7 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:  # what it raises is one of the two
+    except Exception as error:  # of the hub's client, of its HTTP library, of the system
         raise UserError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})",
                         BAD_CHECKPOINT) from error  # fmt: skip
 

@@ -480,7 +480,7 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=form)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        arguments, rest = self.parse_known_args([_with_underscores(word) for word in argv])
+        arguments, rest = self.parse_known_intermixed_args([_with_underscores(word) for word in argv])
         if rest:
             raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
         return arguments

@@ -14,8 +14,19 @@ FLAGS = {
     "json": "Print one JSON object.",
     "timeout_seconds": "How long to wait for a silent rank or a hanging folder (60).",
 }
+
+
+def arguments(argv: list[str]) -> tuple[Config, float, dict[str, list[str]]]:
+    """Settings, seconds to wait, and flags."""
+    config, given = load(argv, FLAGS, "dist_lm/doctor.py")
+    seconds = given.get("timeout_seconds", ["60"])[-1]
+    if not seconds.isdecimal() or int(seconds) < 1:
+        raise UserError(f"--timeout_seconds={seconds} must be a whole number of 1 or more; nearest: 60")
+    return config, float(seconds), given
+
+
 if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes
-    ARGUMENTS = run_entry(lambda argv: load(argv, FLAGS, "dist_lm/doctor.py"))
+    ARGUMENTS = run_entry(arguments)
 
 import contextlib
 import hashlib
@@ -67,16 +78,13 @@ class Check:
     code: int = 0
 
 
-def main(config: Config, given: Mapping[str, list[str]]) -> None:
-    seconds = given.get("timeout_seconds", ["60"])[-1]
-    if not seconds.isdecimal() or int(seconds) < 1:
-        raise UserError(f"--timeout_seconds={seconds} must be a whole number of 1 or more; nearest: 60")
+def main(config: Config, seconds: float, given: Mapping[str, list[str]]) -> None:
     checks: list[Check] = []
     runtime = None
     try:
-        run = config.run.model_copy(update={"timeout_seconds": float(seconds)})
+        run = config.run.model_copy(update={"timeout_seconds": seconds})
         runtime = start(config.model_copy(update={"run": run}), given.get("launch", [None])[0], examining=True)
-        for check in examine(runtime, config, float(seconds)):
+        for check in examine(runtime, config, seconds):
             checks.append(check)  # one by one, so that a peer's end leaves what was found before
     except UserError as error:
         code = error.code if error.code in (BAD_SETTINGS, BAD_DATA) else BAD_MACHINE
@@ -84,7 +92,7 @@ def main(config: Config, given: Mapping[str, list[str]]) -> None:
     except RuntimeError as error:  # of torch.distributed
         after = f"after the check of {checks[-1].name}" if checks else "at the start"
         where = f"rendezvous {os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '?')}"
-        text = f"a rank is missing, died or was silent for {seconds} s, {after} ({where}): {in_a_line(error)}"
+        text = f"a rank is missing, died or was silent for {seconds:g} s, {after} ({where}): {in_a_line(error)}"
         remedy = "look at the ranks that do not say this, and whether every host reaches MASTER_ADDR at MASTER_PORT"
         checks.append(Check("peers", "fail", text, remedy, BAD_MACHINE))
     code = next((check.code for check in checks if check.grade == "fail"), 0)
@@ -150,7 +158,8 @@ class Ranks:
         for path in self.folder.glob(".doctor-*"):
             shutil.rmtree(path, ignore_errors=True)
         for path in self.made:
-            path.rmdir()
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def ask(self, work: Callable[[], Any], asked: bool = True) -> list[Any]:
         """What `work` finds on each rank that is asked, or else all raise what it failed of. All ranks."""
@@ -392,14 +401,16 @@ def space(ranks: Ranks) -> Found:
 
 def disk(ranks: Ranks) -> Found:
     """The speed of writing, by one rank of each host. All ranks."""
+    part = os.urandom(2**20)
 
     def write() -> float:
-        began = time.monotonic()
+        written, began = 0, time.monotonic()
         with tempfile.NamedTemporaryFile(dir=ranks.probe) as file:
-            file.write(os.urandom(DISK_BYTES))
+            while written < DISK_BYTES and time.monotonic() - began < ranks.seconds / 8:
+                written += file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        return DISK_BYTES / (time.monotonic() - began)
+        return written / (time.monotonic() - began)
 
     rates = ranks.ask(write, asked=os.environ.get("LOCAL_RANK", "0") == "0")
     rate, size = min(rate for rate in rates if rate), ranks.checkpoint_bytes
@@ -465,8 +476,10 @@ def compare_tokenizers(config: Config) -> Found:
     else:
         own = Tokenizer.load(spec)
     text = f"{own.vocab_size:,} tokens"
-    places = [Path(place) for place in (config.run.dir, config.run.init_from) if place]
-    for folder in [folder for place in places for folder in (place, *step_folders(place)[-1:])]:
+    folders = step_folders(Path(config.run.dir))[-1:]
+    if config.run.init_from:
+        folders += [Path(config.run.init_from), *step_folders(Path(config.run.init_from))[-1:]]
+    for folder in folders:
         theirs = tokenizer_hash(folder)
         if theirs not in (None, own.sha256):
             raise UserError(f"{folder} was trained with another tokenizer than data.input={config.data.input} has")

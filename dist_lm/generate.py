@@ -55,12 +55,11 @@ def within(kind: type, low: float, high: float, default: Any) -> Callable[[str],
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # also true of NaN
-            good = default if math.isnan(value) else kind(min(max(value, low), high))
-            number = "a whole number" if kind is int else "a number"
-            rule = f"of {low:g} or more" if high >= HUGE else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {number} {rule}; nearest: {good:{'d' if kind is int else 'g'}}"
-            )
+            good = default if value != value else kind(min(max(value, low), high))
+            number, form = ("a whole number", "d") if kind is int else ("a number", "g")
+            is_limit_told = high < HUGE or value > high
+            rule = f"from {low:{form}} to {high:{form}}" if is_limit_told else f"of {low:{form}} or more"
+            raise argparse.ArgumentTypeError(f"{text} must be {number} {rule}; nearest: {good:{form}}")
         return value
 
     return read

@@ -86,7 +86,7 @@ def _from_file(launch: str) -> Strategy:
     path = LAUNCH_FILES / f"{launch}.yaml" if "/" not in launch and not launch.endswith(".yaml") else Path(launch)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind, inside = str(content["distributed_type"]), content.get("deepspeed_config", {})
+        kind, inside = str(content["distributed_type"]), content.get("deepspeed_config") or {}
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         names = [file.stem for file in sorted(LAUNCH_FILES.glob("*.yaml"))]
         raise UserError(
@@ -104,7 +104,7 @@ def _from_file(launch: str) -> Strategy:
 
 def _strategy(given: Mapping[str, Any]) -> Strategy:
     """What a launch file says of DeepSpeed."""
-    stage, optimizer_device, param_device, *paths = (str(given.get(key, "none")) for key in _KEYS)
+    stage, optimizer_device, param_device, *paths = (str(given.get(key) or "none") for key in _KEYS)
     if stage not in ("1", "2", "3"):
         raise UserError(f"zero_stage={stage} of the launch file must be 1, 2 or 3; nearest: 2")
     to_disk = "nvme" in (optimizer_device, param_device)

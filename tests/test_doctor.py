@@ -18,9 +18,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from dist_lm.config import DataConfig, UserError, load
+from dist_lm.config import DataConfig, UserError
 from dist_lm.data import prepare_dataset
-from dist_lm.doctor import CHECKS, FLAGS, Check, clocks, main, rendezvous, report, within
+from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, within
+from dist_lm.doctor import arguments as judged
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env, entry, finish, free_port, train
 
@@ -296,7 +297,7 @@ def test_a_rank_that_dies_or_falls_silent(prepared: Path, tmp_path: Path, how: s
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        main(*load(arguments, FLAGS, "dist_lm/doctor.py"))
+        judged(arguments)
     assert (str(refused.value), refused.value.code) == (message, 2)
 
 

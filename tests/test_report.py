@@ -44,6 +44,8 @@ def test_where_the_picture_goes(runs):
     assert (runs / "comparison.png").exists()
     main(["--output", "flag-first.png", "fast"])
     assert (runs / "flag-first.png").exists()
+    main(["slow", "--output", "between.png", "fast"])
+    assert (runs / "between.png").exists()
 
 
 def test_help_names_the_command(capsys):

@@ -378,7 +378,7 @@ def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.Mo
             "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
         "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}":
             "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
-        "distributed_type: DEEPSPEED": "zero_stage=none of the launch file must be 1, 2 or 3",
+        "distributed_type: DEEPSPEED\ndeepspeed_config:": "zero_stage=none of the launch file must be 1, 2 or 3",
         "": "no readable launch file; rule: one of ddp",
     }.items():  # fmt: skip
         path.write_text(text)

@@ -502,9 +502,12 @@ def _open(source: Source) -> Iterator[BinaryIO]:
 
 def _is_damage(error: BaseException) -> bool:
     """Whether the content of a file is at fault, not the disk or the network."""
-    while error.__cause__:
-        error = error.__cause__
-    return not isinstance(error, OSError) or "Truncated compressed stream" in str(error)
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError):  # it decides: behind a network's may be one that is none, like botocore's
+            return "Truncated compressed stream" in str(cause)
+        cause = cause.__cause__
+    return True
 
 
 def _format(name: str) -> str:

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import sources
+from dist_lm import remote, sources
 from dist_lm.config import DataConfig, SourceConfig, UserError
 from dist_lm.sources import Reader, find_sources
 
@@ -316,3 +317,20 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.remove(tmp_path / "a.txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/a.txt: .*No such file"):
         list(Reader(source, found).documents(Counter()))
+
+
+def test_an_outage_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndpointError(Exception):
+        """No OSError, as botocore's are."""
+
+    def fail(reader: Any, count: int) -> bytes:
+        raise EndpointError("could not connect")
+
+    fsspec.filesystem("memory").pipe("/outage/a.jsonl", b'{"text": "ok"}\n')
+    source = SourceConfig(input="memory://outage/a.jsonl")
+    found = find_sources(source)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    monkeypatch.setattr(remote._Reader, "_fetch", fail)
+    with pytest.raises(UserError, match=r"a\.jsonl: .*given up after \d+ tries .*could not connect"):
+        list(Reader(source, found, bad_rows="skip").documents(Counter()))

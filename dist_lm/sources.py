@@ -23,6 +23,7 @@ import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, count, groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -300,11 +301,13 @@ def _json_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple
 def _csv_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
     # map() and filter() go on behind a line that cannot be read; a generator would end there
     csv.field_size_limit(LONGEST_ROW)
-    cells = csv.reader(map(_line_text, map(itemgetter(1), _lines(file))), strict=True)
-    header = next(cells, [])
+    # bad bytes pass csv.reader: raised inside a quoted cell of several lines, it would take the next line for a new row
+    lines = map(partial(_line_text, errors="surrogateescape"), map(itemgetter(1), _lines(file)))
+    cells = csv.reader(lines, strict=True)
+    header = _strict(next(cells, []))
     if header:
         fields.check(header)
-    rows = map(lambda row: dict(zip(header, row, strict=False)), filter(None, cells))
+    rows = map(lambda row: dict(zip(header, _strict(row), strict=False)), filter(None, cells))
     return zip(count(1), rows), fields.of_cells
 
 
@@ -439,10 +442,15 @@ def _lines(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
         yield begin, line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
 
 
-def _line_text(line: bytes) -> str:
+def _line_text(line: bytes, errors: str = "strict") -> str:
     if len(line) > LONGEST_ROW:
         raise ValueError(_TOO_LONG)
-    return line.decode()
+    return line.decode(errors=errors)
+
+
+def _strict(cells: list[str]) -> list[str]:
+    """Cells that were decoded with surrogateescape; raises where that hid bytes that are not UTF-8."""
+    return [cell if cell.isascii() else cell.encode(errors="surrogateescape").decode() for cell in cells]
 
 
 def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:

@@ -291,6 +291,22 @@ def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_pat
     assert skipped == {"bad rows": 1}
 
 
+def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
+    rows = b'text,id\n"bad \xff line\nends with a newline\n",2\n"good one",3\n"good two",4\ngood three,5\n'
+    (tmp_path / "a.csv").write_bytes(rows)
+    source, skipped = SourceConfig(input=str(tmp_path / "a.csv")), Counter[str]()
+    found = find_sources(source)
+    documents = Reader(source, found, bad_rows="skip").documents(skipped)
+    assert [(row, "".join(texts)) for _, row, texts in documents] == [
+        (2, "good one"),
+        (3, "good two"),
+        (4, "good three"),
+    ]
+    assert skipped == {"bad rows": 1}
+    with pytest.raises(UserError, match=r"a\.csv: row 1: 'utf-8' codec can't decode byte 0xff in position 4"):
+        list(Reader(source, found).documents(Counter()))
+
+
 def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("shakespeare.txt").write_text("To be")

@@ -271,7 +271,8 @@ class _Fields:
 
         for table in tables:
             columns = [table.column(name) for name in self.names]
-            plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in columns]
+            # not decoded as a whole: neither cast() nor dictionary_decode() knows every kind of value
+            plain = [(cell.value for cell in c) if pa.types.is_dictionary(c.type) else c for c in columns]
             yield from zip(*plain, strict=True)
 
     def of_scalars(self, scalars: tuple[Any, ...]) -> str | None:

@@ -136,6 +136,15 @@ def test_parquet_kinds_of_text(tmp_path: Path) -> None:
         assert texts(tmp_path / f"{n}.parquet") == ([] if pa.types.is_null(kind) else ["a"])
 
 
+def test_dictionaries_of_any_kind_of_value(tmp_path: Path) -> None:
+    for n, values in enumerate([pa.array(["a", "b", None], pa.string_view()), pa.array([["a"], ["b"], None])]):
+        column = pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 2], pa.int32()), values)
+        with pa.ipc.new_file(tmp_path / f"{n}.arrow", pa.schema([("text", column.type)])) as file:
+            file.write(pa.table({"text": column}))
+    assert read(tmp_path / "0.arrow") == [("0.arrow", 1, "b"), ("0.arrow", 3, "a")]
+    assert texts(tmp_path / "1.arrow", template="{text}") == ["['b']", "['a']"]
+
+
 def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/10.txt", "a.jsonl", ".hidden/x.txt", "notes.md", "c.txt.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -18,7 +18,6 @@ import io
 import json
 import re
 import shutil
-import string
 import sysconfig
 import tempfile
 from collections import Counter
@@ -223,8 +222,8 @@ class _Fields:
 
     def __init__(self, spec: SourceConfig):
         self.spec = spec
-        in_template = [name for _, name, _, _ in string.Formatter().parse(spec.template or "") if name]
-        self.names = list(dict.fromkeys([*(in_template if spec.template else [spec.text_column]), *spec.filter]))
+        shown = spec.template_columns() if spec.template else [spec.text_column]
+        self.names = list(dict.fromkeys([*shown, *spec.filter]))
         self.is_composed = bool(spec.template or spec.filter)
 
     def check(self, columns: Collection[str]) -> None:

@@ -436,13 +436,20 @@ def _encode(
     own = threading.local()
 
     def start() -> None:
-        own.pipe, there = Pipe()
-        with there:
-            own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
-                                          pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        here, there = Pipe()
+        try:
+            with there:
+                own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL,
+                                              env=environment, pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        except OSError as error:
+            here.close()
+            raise RuntimeError(f"an encoding process could not be started: {error}") from error
+        own.pipe = here
         workers.append((own.pipe, own.worker))
 
     def encode(job: list[Piece]) -> list[np.ndarray]:
+        if not hasattr(own, "pipe"):  # not the pool's initializer, which keeps its errors to itself
+            start()
         try:
             own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
             sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
@@ -450,7 +457,7 @@ def _encode(
             raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
-    pool, jobs = ThreadPoolExecutor(processes, "encode", start), _jobs(pieces)
+    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
     waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:

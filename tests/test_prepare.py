@@ -207,6 +207,13 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
 
+def test_a_worker_that_cannot_be_started_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"):
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
+
+
 # --- held out
 
 

@@ -501,7 +501,8 @@ class Progress:
         rate = self.bytes / max(now - self.begin, 1e-9)
         line = f"{self.verb} {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
         # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
-        ratio = self.before / self.ends[self.source - 1] if self.source else 1
+        read = self.ends[self.source - 1] if self.source else 0
+        ratio = self.before / read if read else 1
         left = (self.total or ratio * self.ends[-1]) - self.bytes
         if left > 0 and not end:
             line += f", about {left / max(rate, 1):,.0f} s left"

@@ -351,6 +351,16 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
+def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    reader = Reader(SourceConfig(input="ab"), [Source("a", "a", 0), Source("b", "b", 2_000_000)])
+    progress = data_module.Progress("prepared", reader, said.append)
+    clock[0] = 10.0
+    progress.add(1_000_000, 1)
+    assert said == ["prepared 0 documents, 1.0 MB, 0.10 MB/s, about 10 s left"]
+
+
 # --- the command
 
 

@@ -256,10 +256,13 @@ class _Fields:
         for name, wanted in self.spec.filter.items():
             if row.get(name) != wanted:
                 raise FilteredError(f"{name}={row.get(name)!r} is not {wanted!r}")
-        if self.spec.template:
-            return self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
         text = row.get(self.spec.text_column)
-        if text is not None and not isinstance(text, str):
+        if self.spec.template:
+            for name in self.names:
+                if name not in row:  # a row of .csv with too few cells
+                    raise ValueError(f"has no {name!r} for the template")
+            text = self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
+        elif text is not None and not isinstance(text, str):
             raise ValueError(f"data.text_column={self.spec.text_column!r} holds {type(text).__name__}, not text")
         (text or "").encode()  # refuses lone surrogates
         return text

@@ -316,6 +316,19 @@ def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
         list(Reader(source, found).documents(Counter()))
 
 
+def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud800", "b": 1}\n{"a": "ok", "b": 2}\n')
+    (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")
+    for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "has no 'b' for the template"}.items():
+        source, skipped = SourceConfig(input=str(tmp_path / name), template="{a} {b}"), Counter[str]()
+        found = find_sources(source)
+        documents = Reader(source, found, bad_rows="skip").documents(skipped)
+        assert [(row, "".join(texts)) for _, row, texts in documents] == [(2, "ok 2")]
+        assert skipped == {"bad rows": 1}
+        with pytest.raises(UserError, match=rf"{name}: row 1: .*{message}"):
+            list(Reader(source, found).documents(Counter()))
+
+
 def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("shakespeare.txt").write_text("To be")

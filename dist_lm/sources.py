@@ -497,10 +497,10 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         far = remote.is_remote(source.path)
         opened = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
         file: BinaryIO = stack.enter_context(opened)
-        if source.path.endswith(_PACKINGS):
+        if source.name.endswith(_PACKINGS):  # not the path: behind a URL's may stand a signature
             import pyarrow  # slow, and needed for packed files only
 
-            packing = "gzip" if source.path.endswith(".gz") else "zstd"
+            packing = "gzip" if source.name.endswith(".gz") else "zstd"
             unpacked = pyarrow.input_stream(file, compression=packing)  # raises if cut short
             file = stack.enter_context(io.BufferedReader(unpacked))
             if _format(source.name) in (".parquet", ".arrow"):  # which are read from their end

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from dist_lm import remote, sources
 from dist_lm.config import DataConfig, SourceConfig, UserError
-from dist_lm.sources import Reader, find_sources
+from dist_lm.sources import Reader, Source, find_sources
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -127,6 +128,14 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
         Path(f"{plain}{packing}").write_bytes(packed[:-20])
         with pytest.raises(UserError, match=rf"a{ending}{packing}: .*Truncated compressed stream"):
             texts(f"{plain}{packing}")
+
+
+def test_a_packed_file_at_a_signed_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(b'{"text": "ok"}')
+    monkeypatch.setattr(remote, "open_file", lambda *_: io.BufferedReader(io.BytesIO(packed)))  # type: ignore[arg-type]
+    source = Source("a.jsonl.gz", "https://host/a.jsonl.gz?signature", len(packed))
+    documents = Reader(SourceConfig(input=source.path), [source]).documents(Counter())
+    assert ["".join(texts) for _, _, texts in documents] == ["ok"]
 
 
 def test_parquet_kinds_of_text(tmp_path: Path) -> None:

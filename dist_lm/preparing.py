@@ -97,7 +97,7 @@ class _Preparation:
             raise UserError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
         found, inside = find_sources(self.spec, self.field), self.folder.resolve()
         sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
-        self.reader = Reader(self.spec, sources, self.data.bad_rows)
+        self.reader = Reader(self.spec, sources, self.data.bad_rows, self.field)
 
     def read_progress(self) -> dict[str, Any] | None:
         """What an interrupted preparation with the same settings left; None if nothing."""

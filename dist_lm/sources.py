@@ -103,9 +103,9 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
 class Reader:
     """The documents of one source, whole or part by part; `skipped` counts what has no text or was left out."""
 
-    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error"):
+    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error", label: str = "data.input"):
         self.spec, self.sources, self.bad_rows = spec, sources, bad_rows
-        self.fields = _Fields(spec)
+        self.fields = _Fields(spec, label.removesuffix("input"))
 
     def documents(
         self, skipped: Counter[str], parts: Iterable[Part] | None = None, start: int = 0
@@ -220,16 +220,23 @@ class Reader:
 class _Fields:
     """What of a row becomes text: one column, or a template of several, where the filter lets the row through."""
 
-    def __init__(self, spec: SourceConfig):
-        self.spec = spec
+    def __init__(self, spec: SourceConfig, section: str):
+        self.spec, self.section = spec, section
         shown = spec.template_columns() if spec.template else [spec.text_column]
         self.names = list(dict.fromkeys([*shown, *spec.filter]))
         self.is_composed = bool(spec.template or spec.filter)
 
+    def said(self, name: str) -> str:
+        """A column with the setting that asks for it."""
+        if name == self.spec.text_column and not self.spec.template:
+            return f"{self.section}text_column={name!r}"
+        field = "template" if name in self.spec.template_columns() else "filter"
+        return f"column {name!r} of {self.section}{field}"
+
     def check(self, columns: Collection[str]) -> None:
         for name in self.names:
             if name not in columns:
-                raise ValueError(f"no data.text_column={name!r} among {', '.join(columns)}{_near(name, columns)}")
+                raise ValueError(f"no {self.said(name)} among {', '.join(columns)}{_near(name, columns)}")
 
     def check_schema(self, schema: Any) -> None:
         """The columns of an Arrow table, and that what shall be text is."""
@@ -239,7 +246,7 @@ class _Fields:
         kind = schema.field(self.names[0]).type
         text = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not self.is_composed and text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise ValueError(f"data.text_column={self.names[0]!r} holds {kind}, not text")
+            raise ValueError(f"{self.said(self.names[0])} holds {kind}, not text")
 
     def of_line(self, line: bytes) -> str | None:
         """The text of a line of JSON."""
@@ -248,7 +255,7 @@ class _Fields:
     def of_row(self, row: Any) -> str | None:
         """The text of a JSON row."""
         if not isinstance(row, Mapping):
-            raise ValueError(f"must be an object with data.text_column={self.names[0]!r}, not {type(row).__name__}")
+            raise ValueError(f"must be an object with {self.said(self.names[0])}, not {type(row).__name__}")
         self.check(row)
         return self.of_cells(row)
 
@@ -260,10 +267,10 @@ class _Fields:
         if self.spec.template:
             for name in self.names:
                 if name not in row:  # a row of .csv with too few cells
-                    raise ValueError(f"has no {name!r} for the template")
+                    raise ValueError(f"no {self.said(name)} in it")
             text = self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
         elif text is not None and not isinstance(text, str):
-            raise ValueError(f"data.text_column={self.spec.text_column!r} holds {type(text).__name__}, not text")
+            raise ValueError(f"{self.said(self.spec.text_column)} holds {type(text).__name__}, not text")
         (text or "").encode()  # refuses lone surrogates
         return text
 

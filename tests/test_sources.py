@@ -328,7 +328,7 @@ def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud800", "b": 1}\n{"a": "ok", "b": 2}\n')
     (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")
-    for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "has no 'b' for the template"}.items():
+    for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "no column 'b' of data.template in it"}.items():
         source, skipped = SourceConfig(input=str(tmp_path / name), template="{a} {b}"), Counter[str]()
         found = find_sources(source)
         documents = Reader(source, found, bad_rows="skip").documents(skipped)
@@ -336,6 +336,20 @@ def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
         assert skipped == {"bad rows": 1}
         with pytest.raises(UserError, match=rf"{name}: row 1: .*{message}"):
             list(Reader(source, found).documents(Counter()))
+
+
+def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": 1, "id": 2}])
+    for fields, message in [
+        ({"text_column": "body"}, "no data.sources.web.text_column='body' among text, id"),
+        ({}, "data.sources.web.text_column='text' holds int, not text"),
+        ({"template": "{texts}"}, "no column 'texts' of data.sources.web.template among text, id; did you mean text"),
+        ({"filter": {"lang": "en"}}, "no column 'lang' of data.sources.web.filter among text, id"),
+    ]:
+        source = SourceConfig.model_validate({"input": str(path), **fields})
+        reader = Reader(source, find_sources(source), label="data.sources.web.input")
+        with pytest.raises(UserError, match=f"row 1: {message}"):
+            list(reader.documents(Counter()))
 
 
 def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

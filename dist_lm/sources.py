@@ -2,7 +2,8 @@
 
 A .txt file is one document, or several that `separator` ends; a row of .jsonl, .json, .csv, .parquet and .arrow is one.
 Invariant: the same input gives the same documents in the same order, in bounded memory, and a `Part` of it can be read
-from any of its documents on. What is not text is refused by file and row (rows count from 1), or left out and counted.
+from any of its documents on. What is not text is refused by file and row (rows count from 1; by file alone, where its
+columns are at fault), or left out and counted.
 
 Hub datasets are streamed by `datasets`. Files are read here, because its readers were seen to drop newlines (.txt),
 refuse rows whose keys differ and turn texts into dates (.json), into null or numbers (.csv), and to hold a whole row

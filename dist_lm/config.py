@@ -12,6 +12,7 @@ import gc
 import io
 import os
 import re
+import string
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,16 @@ class ModelConfig(Section):
         return self
 
 
+def _check_template(name: str, source: "SourceConfig") -> None:
+    try:
+        has_columns = bool(source.template_columns())
+    except ValueError:  # a brace alone
+        has_columns = False
+    if source.template and not has_columns:
+        near = f"{{{source.text_column}}}"
+        raise ValueError(f"{name}={source.template!r} must name columns in pairs of braces; nearest: {near!r}")
+
+
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -117,6 +128,9 @@ class SourceConfig(Section):
     at_end: Literal["repeat", "stop", "hand_on"] = Field(
         "repeat", description="After a pass: begin again, end the run, or leave the share to the others."
     )
+
+    def template_columns(self) -> list[str]:
+        return [name for _, name, _, _ in string.Formatter().parse(self.template or "") if name]
 
 
 class Stage(Section):
@@ -160,6 +174,8 @@ class DataConfig(Section):
             raise ValueError(f"data.input={self.input!r} and data.sources exclude each other; rule: give one")
         for name in self.validation.keys() & self.named_sources().keys():
             raise ValueError(f"data.validation.{name} has the name of a source; rule: names of their own")
+        for name, spec in (self.sources | self.validation).items():
+            _check_template(self.field_of(name).removesuffix("input") + "template", spec)
         for stage in self.stages:
             for name in stage.weights.keys() - self.sources.keys():
                 raise ValueError(f"data.stages: {name!r} is none of data.sources{did_you_mean(name, self.sources)}")

@@ -354,7 +354,9 @@ def open_dataset(
     val = {n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data) for n in data.validation}
     for name, spec in specs.items():
         if name in streams:
-            reader = Reader(spec, [Source(*file) for file in streams[name]["files"]], data.bad_rows)
+            reader = Reader(
+                spec, [Source(*file) for file in streams[name]["files"]], data.bad_rows, data.field_of(name)
+            )
             parts = [Part(*part) for part in streams[name]["parts"]]
             sources[name] = Recipe(
                 reader, parts, tokenizer, data.seq_len, min(data.lanes, len(parts)),
@@ -397,7 +399,7 @@ def _make_ready(
     """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
     data, specs = config.data, config.data.named_sources()
     readers = {
-        name: Reader(spec, find_sources(spec, data.field_of(name)), data.bad_rows)
+        name: Reader(spec, find_sources(spec, data.field_of(name)), data.bad_rows, data.field_of(name))
         for name, spec in (specs | data.validation).items() if name not in prepared
     }  # fmt: skip
     raw = [name for name in specs if name in readers]

@@ -97,7 +97,7 @@ class _Preparation:
             raise UserError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
         found, inside = find_sources(self.spec, self.field), self.folder.resolve()
         sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
-        self.reader = Reader(self.spec, sources, self.data.bad_rows)
+        self.reader = Reader(self.spec, sources, self.data.bad_rows, self.field)
 
     def read_progress(self) -> dict[str, Any] | None:
         """What an interrupted preparation with the same settings left; None if nothing."""
@@ -436,13 +436,20 @@ def _encode(
     own = threading.local()
 
     def start() -> None:
-        own.pipe, there = Pipe()
-        with there:
-            own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL, env=environment,
-                                          pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        here, there = Pipe()
+        try:
+            with there:
+                own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL,
+                                              env=environment, pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+        except OSError as error:
+            here.close()
+            raise RuntimeError(f"an encoding process could not be started: {error}") from error
+        own.pipe = here
         workers.append((own.pipe, own.worker))
 
     def encode(job: list[Piece]) -> list[np.ndarray]:
+        if not hasattr(own, "pipe"):  # not the pool's initializer, which keeps its errors to itself
+            start()
         try:
             own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
             sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
@@ -450,7 +457,7 @@ def _encode(
             raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
-    pool, jobs = ThreadPoolExecutor(processes, "encode", start), _jobs(pieces)
+    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
     waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:
@@ -494,7 +501,8 @@ class Progress:
         rate = self.bytes / max(now - self.begin, 1e-9)
         line = f"{self.verb} {self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s"
         # bytes of text in all: known from the survey, or as the sources so far had them for their size on disk
-        ratio = self.before / self.ends[self.source - 1] if self.source else 1
+        read = self.ends[self.source - 1] if self.source else 0
+        ratio = self.before / read if read else 1
         left = (self.total or ratio * self.ends[-1]) - self.bytes
         if left > 0 and not end:
             line += f", about {left / max(rate, 1):,.0f} s left"

@@ -24,7 +24,7 @@ from dist_lm.data import Dataset, Mix, open_dataset
 from dist_lm.metrics import read_metrics
 from dist_lm.order import sequence_ids
 from dist_lm.preparing import BAD_DATA
-from dist_lm.shards import TokenShards
+from dist_lm.shards import MANIFEST, TokenShards, find_prepared
 from dist_lm.stream import Recipe, Row
 from dist_lm.text import printable
 
@@ -66,11 +66,20 @@ def open_data(config: Config) -> Dataset:
     """The run's data as it was prepared; never prepares anything, and refuses what is not what the run trained on."""
 
     def only_if_prepared(look: Callable[[], Any]) -> Any:
-        if not Path(config.run.dir, "data", "tokenizer.json").is_file():
-            raise UserError(
-                f"{config.run.dir}: its data is neither in {config.run.dir}/data nor prepared at data.input="
-                f"{config.data.input} (seen from here); rule: run this where the run was started", BAD_DATA
-            )  # fmt: skip
+        specs, folder = config.data.named_sources() | config.data.validation, Path(config.run.dir, "data")
+        raw = {name: spec for name, spec in specs.items() if not find_prepared(spec.input)}
+        for name, spec in raw.items():
+            own = folder / ("val" if name in config.data.validation else "sources") / name / MANIFEST
+            if len(raw) == len(specs):  # the tokenizer was learned for the run, not a prepared source's
+                own = folder / "tokenizer.json"
+            elif config.data.stream and name not in config.data.validation:
+                own = folder / "streams.json"
+            if not own.is_file():
+                raise UserError(
+                    f"{config.run.dir}: its data is neither in {folder} nor prepared at"
+                    f" {config.data.field_of(name)}={spec.input} (seen from here); rule: run this where the run was"
+                    " started", BAD_DATA
+                )  # fmt: skip
         return look()
 
     data = open_dataset(config, only_if_prepared, say=lambda _: None)

@@ -2,7 +2,8 @@
 
 A .txt file is one document, or several that `separator` ends; a row of .jsonl, .json, .csv, .parquet and .arrow is one.
 Invariant: the same input gives the same documents in the same order, in bounded memory, and a `Part` of it can be read
-from any of its documents on. What is not text is refused by file and row (rows count from 1), or left out and counted.
+from any of its documents on. What is not text is refused by file and row (rows count from 1; by file alone, where its
+columns are at fault), or left out and counted.
 
 Hub datasets are streamed by `datasets`. Files are read here, because its readers were seen to drop newlines (.txt),
 refuse rows whose keys differ and turn texts into dates (.json), into null or numbers (.csv), and to hold a whole row
@@ -18,11 +19,11 @@ import io
 import json
 import re
 import shutil
-import string
 import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, count, groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -103,9 +104,9 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
 class Reader:
     """The documents of one source, whole or part by part; `skipped` counts what has no text or was left out."""
 
-    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error"):
+    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error", label: str = "data.input"):
         self.spec, self.sources, self.bad_rows = spec, sources, bad_rows
-        self.fields = _Fields(spec)
+        self.fields = _Fields(spec, label.removesuffix("input"))
 
     def documents(
         self, skipped: Counter[str], parts: Iterable[Part] | None = None, start: int = 0
@@ -220,16 +221,23 @@ class Reader:
 class _Fields:
     """What of a row becomes text: one column, or a template of several, where the filter lets the row through."""
 
-    def __init__(self, spec: SourceConfig):
-        self.spec = spec
-        in_template = [name for _, name, _, _ in string.Formatter().parse(spec.template or "") if name]
-        self.names = list(dict.fromkeys([*(in_template if spec.template else [spec.text_column]), *spec.filter]))
+    def __init__(self, spec: SourceConfig, section: str):
+        self.spec, self.section = spec, section
+        shown = spec.template_columns() if spec.template else [spec.text_column]
+        self.names = list(dict.fromkeys([*shown, *spec.filter]))
         self.is_composed = bool(spec.template or spec.filter)
+
+    def said(self, name: str) -> str:
+        """A column with the setting that asks for it."""
+        if name == self.spec.text_column and not self.spec.template:
+            return f"{self.section}text_column={name!r}"
+        field = "template" if name in self.spec.template_columns() else "filter"
+        return f"column {name!r} of {self.section}{field}"
 
     def check(self, columns: Collection[str]) -> None:
         for name in self.names:
             if name not in columns:
-                raise ValueError(f"no data.text_column={name!r} among {', '.join(columns)}{_near(name, columns)}")
+                raise ValueError(f"no {self.said(name)} among {', '.join(columns)}{_near(name, columns)}")
 
     def check_schema(self, schema: Any) -> None:
         """The columns of an Arrow table, and that what shall be text is."""
@@ -239,7 +247,7 @@ class _Fields:
         kind = schema.field(self.names[0]).type
         text = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not self.is_composed and text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-            raise ValueError(f"data.text_column={self.names[0]!r} holds {kind}, not text")
+            raise ValueError(f"{self.said(self.names[0])} holds {kind}, not text")
 
     def of_line(self, line: bytes) -> str | None:
         """The text of a line of JSON."""
@@ -248,7 +256,7 @@ class _Fields:
     def of_row(self, row: Any) -> str | None:
         """The text of a JSON row."""
         if not isinstance(row, Mapping):
-            raise ValueError(f"must be an object with data.text_column={self.names[0]!r}, not {type(row).__name__}")
+            raise ValueError(f"must be an object with {self.said(self.names[0])}, not {type(row).__name__}")
         self.check(row)
         return self.of_cells(row)
 
@@ -256,11 +264,14 @@ class _Fields:
         for name, wanted in self.spec.filter.items():
             if row.get(name) != wanted:
                 raise FilteredError(f"{name}={row.get(name)!r} is not {wanted!r}")
-        if self.spec.template:
-            return self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
         text = row.get(self.spec.text_column)
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"data.text_column={self.spec.text_column!r} holds {type(text).__name__}, not text")
+        if self.spec.template:
+            for name in self.names:
+                if name not in row:  # a row of .csv with too few cells
+                    raise ValueError(f"no {self.said(name)} in it")
+            text = self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
+        elif text is not None and not isinstance(text, str):
+            raise ValueError(f"{self.said(self.spec.text_column)} holds {type(text).__name__}, not text")
         (text or "").encode()  # refuses lone surrogates
         return text
 
@@ -270,7 +281,8 @@ class _Fields:
 
         for table in tables:
             columns = [table.column(name) for name in self.names]
-            plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in columns]
+            # not decoded as a whole: neither cast() nor dictionary_decode() knows every kind of value
+            plain = [(cell.value for cell in c) if pa.types.is_dictionary(c.type) else c for c in columns]
             yield from zip(*plain, strict=True)
 
     def of_scalars(self, scalars: tuple[Any, ...]) -> str | None:
@@ -300,11 +312,13 @@ def _json_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple
 def _csv_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
     # map() and filter() go on behind a line that cannot be read; a generator would end there
     csv.field_size_limit(LONGEST_ROW)
-    cells = csv.reader(map(_line_text, map(itemgetter(1), _lines(file))), strict=True)
-    header = next(cells, [])
+    # bad bytes pass csv.reader: raised inside a quoted cell of several lines, it would take the next line for a new row
+    lines = map(partial(_line_text, errors="surrogateescape"), map(itemgetter(1), _lines(file)))
+    cells = csv.reader(lines, strict=True)
+    header = _strict(next(cells, []))
     if header:
         fields.check(header)
-    rows = map(lambda row: dict(zip(header, row, strict=False)), filter(None, cells))
+    rows = map(lambda row: dict(zip(header, _strict(row), strict=False)), filter(None, cells))
     return zip(count(1), rows), fields.of_cells
 
 
@@ -439,10 +453,15 @@ def _lines(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
         yield begin, line.removeprefix(codecs.BOM_UTF8) if begin == 0 else line
 
 
-def _line_text(line: bytes) -> str:
+def _line_text(line: bytes, errors: str = "strict") -> str:
     if len(line) > LONGEST_ROW:
         raise ValueError(_TOO_LONG)
-    return line.decode()
+    return line.decode(errors=errors)
+
+
+def _strict(cells: list[str]) -> list[str]:
+    """Cells that were decoded with surrogateescape; raises where that hid bytes that are not UTF-8."""
+    return [cell if cell.isascii() else cell.encode(errors="surrogateescape").decode() for cell in cells]
 
 
 def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -486,10 +505,10 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         far = remote.is_remote(source.path)
         opened = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
         file: BinaryIO = stack.enter_context(opened)
-        if source.path.endswith(_PACKINGS):
+        if source.name.endswith(_PACKINGS):  # not the path: behind a URL's may stand a signature
             import pyarrow  # slow, and needed for packed files only
 
-            packing = "gzip" if source.path.endswith(".gz") else "zstd"
+            packing = "gzip" if source.name.endswith(".gz") else "zstd"
             unpacked = pyarrow.input_stream(file, compression=packing)  # raises if cut short
             file = stack.enter_context(io.BufferedReader(unpacked))
             if _format(source.name) in (".parquet", ".arrow"):  # which are read from their end
@@ -502,9 +521,12 @@ def _open(source: Source) -> Iterator[BinaryIO]:
 
 def _is_damage(error: BaseException) -> bool:
     """Whether the content of a file is at fault, not the disk or the network."""
-    while error.__cause__:
-        error = error.__cause__
-    return not isinstance(error, OSError) or "Truncated compressed stream" in str(error)
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError):  # it decides: behind a network's may be one that is none, like botocore's
+            return "Truncated compressed stream" in str(cause)
+        cause = cause.__cause__
+    return True
 
 
 def _format(name: str) -> str:

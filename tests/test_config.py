@@ -144,6 +144,14 @@ def test_command_line_errors(argv: str, message: str) -> None:
         ("model: {layers: [", "FILE: not valid YAML: "),
         ("run: !!python/object:os.system {}", "FILE: not valid YAML: could not determine a constructor"),
         ("data: {input: 3}", "FILE: data.input=3 must be a valid string; nearest: stdlib"),
+        (
+            "data: {sources: {web: {input: a.csv, template: const, text_column: body}}}",
+            "FILE: data.sources.web.template='const' must name columns in pairs of braces; nearest: '{body}'",
+        ),
+        (
+            "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
+            "FILE: data.validation.held.template='a}' must name columns in pairs of braces; nearest: '{text}'",
+        ),
         ("run: {steps: 3, epochs: 4}", "FILE: run.steps=3 and run.epochs=4 exclude each other; rule: give one"),
     ],
 )

@@ -207,6 +207,13 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
 
+def test_a_worker_that_cannot_be_started_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with pytest.raises(RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"):
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
+
+
 # --- held out
 
 
@@ -342,6 +349,16 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
         "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
         "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
     ]
+
+
+def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    reader = Reader(SourceConfig(input="ab"), [Source("a", "a", 0), Source("b", "b", 2_000_000)])
+    progress = data_module.Progress("prepared", reader, said.append)
+    clock[0] = 10.0
+    progress.add(1_000_000, 1)
+    assert said == ["prepared 0 documents, 1.0 MB, 0.10 MB/s, about 10 s left"]
 
 
 # --- the command

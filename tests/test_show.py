@@ -1,6 +1,7 @@
 """show.py: what it prints is what the loader read, and nothing else is guessed."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_lm.config import Config, DataConfig, RunConfig, UserError, plan
+from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
 from dist_lm.data import Batches
 from dist_lm.shards import TokenShards
 from dist_lm.show import main
@@ -135,6 +136,25 @@ def test_data_that_is_gone_or_other(run, prepared):
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(f"input: {prepared}", "input: gone.txt"))
     with pytest.raises(UserError, match=r"neither in .*/data nor prepared at data\.input=gone\.txt \(seen from here\)"):
         main([str(run), "--step", "1"])
+
+
+def test_a_mixture_of_prepared_folders(prepared, tmp_path, capsys):
+    """Its run's own folder has no tokenizer: nothing was prepared in there."""
+
+    def write_run(**sources):
+        data = DataConfig(sources=sources, seq_len=LENGTH, global_batch=BATCH)
+        config = Config(data=data, run=RunConfig(dir="elsewhere", steps=5, seed=SEED))
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+
+    shutil.copytree(prepared, tmp_path / "copy")
+    write_run(a=SourceConfig(input=str(prepared)), b=SourceConfig(input=str(tmp_path / "copy")))
+    main([str(tmp_path), "--step", "1"])
+    assert len(texts(capsys.readouterr().out)) == BATCH
+    (tmp_path / "raw.txt").write_text("raw")
+    write_run(a=SourceConfig(input=str(prepared)), b=SourceConfig(input=str(tmp_path / "raw.txt")))
+    with pytest.raises(UserError, match=r"neither in .*/data nor prepared at data\.sources\.b\.input=.*/raw\.txt "):
+        main([str(tmp_path), "--step", "1"])
+    assert not (tmp_path / "data" / "sources").exists()
 
 
 def test_a_reader_that_has_seen_enough(run):

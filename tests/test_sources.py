@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,9 +18,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import sources
+from dist_lm import remote, sources
 from dist_lm.config import DataConfig, SourceConfig, UserError
-from dist_lm.sources import Reader, find_sources
+from dist_lm.sources import Reader, Source, find_sources
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -128,11 +130,28 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
             texts(f"{plain}{packing}")
 
 
+def test_a_packed_file_at_a_signed_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(b'{"text": "ok"}')
+    monkeypatch.setattr(remote, "open_file", lambda *_: io.BufferedReader(io.BytesIO(packed)))  # type: ignore[arg-type]
+    source = Source("a.jsonl.gz", "https://host/a.jsonl.gz?signature", len(packed))
+    documents = Reader(SourceConfig(input=source.path), [source]).documents(Counter())
+    assert ["".join(texts) for _, _, texts in documents] == ["ok"]
+
+
 def test_parquet_kinds_of_text(tmp_path: Path) -> None:
     for n, kind in enumerate([pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]):
         column = pa.array([None, None] if pa.types.is_null(kind) else ["a", None]).cast(kind)
         pq.write_table(pa.table({"text": column}), tmp_path / f"{n}.parquet")
         assert texts(tmp_path / f"{n}.parquet") == ([] if pa.types.is_null(kind) else ["a"])
+
+
+def test_dictionaries_of_any_kind_of_value(tmp_path: Path) -> None:
+    for n, values in enumerate([pa.array(["a", "b", None], pa.string_view()), pa.array([["a"], ["b"], None])]):
+        column = pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 2], pa.int32()), values)
+        with pa.ipc.new_file(tmp_path / f"{n}.arrow", pa.schema([("text", column.type)])) as file:
+            file.write(pa.table({"text": column}))
+    assert read(tmp_path / "0.arrow") == [("0.arrow", 1, "b"), ("0.arrow", 3, "a")]
+    assert texts(tmp_path / "1.arrow", template="{text}") == ["['b']", "['a']"]
 
 
 def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
@@ -290,6 +309,49 @@ def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_pat
     assert skipped == {"bad rows": 1}
 
 
+def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
+    rows = b'text,id\n"bad \xff line\nends with a newline\n",2\n"good one",3\n"good two",4\ngood three,5\n'
+    (tmp_path / "a.csv").write_bytes(rows)
+    source, skipped = SourceConfig(input=str(tmp_path / "a.csv")), Counter[str]()
+    found = find_sources(source)
+    documents = Reader(source, found, bad_rows="skip").documents(skipped)
+    assert [(row, "".join(texts)) for _, row, texts in documents] == [
+        (2, "good one"),
+        (3, "good two"),
+        (4, "good three"),
+    ]
+    assert skipped == {"bad rows": 1}
+    with pytest.raises(UserError, match=r"a\.csv: row 1: 'utf-8' codec can't decode byte 0xff in position 4"):
+        list(Reader(source, found).documents(Counter()))
+
+
+def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud800", "b": 1}\n{"a": "ok", "b": 2}\n')
+    (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")
+    for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "no column 'b' of data.template in it"}.items():
+        source, skipped = SourceConfig(input=str(tmp_path / name), template="{a} {b}"), Counter[str]()
+        found = find_sources(source)
+        documents = Reader(source, found, bad_rows="skip").documents(skipped)
+        assert [(row, "".join(texts)) for _, row, texts in documents] == [(2, "ok 2")]
+        assert skipped == {"bad rows": 1}
+        with pytest.raises(UserError, match=rf"{name}: row 1: .*{message}"):
+            list(Reader(source, found).documents(Counter()))
+
+
+def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "a.jsonl", [{"text": 1, "id": 2}])
+    for fields, message in [
+        ({"text_column": "body"}, "no data.sources.web.text_column='body' among text, id"),
+        ({}, "data.sources.web.text_column='text' holds int, not text"),
+        ({"template": "{texts}"}, "no column 'texts' of data.sources.web.template among text, id; did you mean text"),
+        ({"filter": {"lang": "en"}}, "no column 'lang' of data.sources.web.filter among text, id"),
+    ]:
+        source = SourceConfig.model_validate({"input": str(path), **fields})
+        reader = Reader(source, find_sources(source), label="data.sources.web.input")
+        with pytest.raises(UserError, match=f"row 1: {message}"):
+            list(reader.documents(Counter()))
+
+
 def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("shakespeare.txt").write_text("To be")
@@ -316,3 +378,20 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     os.remove(tmp_path / "a.txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/a.txt: .*No such file"):
         list(Reader(source, found).documents(Counter()))
+
+
+def test_an_outage_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndpointError(Exception):
+        """No OSError, as botocore's are."""
+
+    def fail(reader: Any, count: int) -> bytes:
+        raise EndpointError("could not connect")
+
+    fsspec.filesystem("memory").pipe("/outage/a.jsonl", b'{"text": "ok"}\n')
+    source = SourceConfig(input="memory://outage/a.jsonl")
+    found = find_sources(source)
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    monkeypatch.setattr(remote._Reader, "_fetch", fail)
+    with pytest.raises(UserError, match=r"a\.jsonl: .*given up after \d+ tries .*could not connect"):
+        list(Reader(source, found, bad_rows="skip").documents(Counter()))

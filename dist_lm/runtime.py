@@ -438,13 +438,15 @@ class RunLock:
                 elif first:
                     self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
             time.sleep(0.5)
-        threading.Thread(target=self._touch, daemon=True, name="run-lock").start()
-        return mine
+        path, released, pause = self.path, self._released, self.STALE_SECONDS / 5
 
-    def _touch(self) -> None:
-        while not self._released.wait(self.STALE_SECONDS / 5):
-            with contextlib.suppress(OSError):  # a full or slow disk must not end the run
-                os.utime(self.path)
+        def touch() -> None:  # without self: a thread whose end frees the runtime's tensors may abort Python's exit
+            while not released.wait(pause):
+                with contextlib.suppress(OSError):  # a full or slow disk must not end the run
+                    os.utime(path)
+
+        threading.Thread(target=touch, daemon=True, name="run-lock").start()
+        return mine
 
 
 def _process_is_gone(lock: str) -> bool:

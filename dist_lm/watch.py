@@ -47,14 +47,15 @@ class Watch:
     def start(self) -> None:
         """After every rank has told something once."""
         self._listen(range(self.world_size))  # whom we may have to name later
-        self._talking = threading.Thread(target=self._talk, daemon=True, name="watch-talk")
-        self._talking.start()
-        threading.Thread(target=self._judge, daemon=True, name="watch-judge").start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._talk, self._judge)]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """A thread inside the store while Python shuts down would abort the process."""
+        """A thread that is inside the store, or frees tensors, while Python shuts down would abort the process."""
         self._closed.set()
-        self._talking.join(5)
+        for thread in self._threads:
+            thread.join(5)
 
     def _tell(self) -> None:
         said = {"at": time.time(), "host": socket.gethostname(), "progress": self._progress(), "error": self._own_error}

@@ -55,11 +55,7 @@ def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float
         commands = {"train.py": ours, "plain loop": [__file__, path, "plain"]}
         began, seconds = time.monotonic(), {}
         running = {
-            name: subprocess.Popen(
-                ["taskset", "-c", str(core), sys.executable, *command],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            name: subprocess.Popen(["taskset", "-c", str(core), sys.executable, *command], stdout=subprocess.DEVNULL)
             for core, (name, command) in zip(cores, commands.items(), strict=True)
         }
         while len(seconds) < len(running):
@@ -68,6 +64,7 @@ def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float
                     assert process.returncode == 0, f"{name}: exit code {process.returncode}"
                     seconds[name] = time.monotonic() - began
             time.sleep(0.05)
+        print((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])  # the validation loss, if it evaluated
     return seconds
 
 

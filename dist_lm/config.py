@@ -471,7 +471,7 @@ def run_entry(main: Callable[[list[str]], Result]) -> Result:
 
     An interrupt ends with 130, a closed pipe without a word.
     """
-    gc.set_threshold(100_000)  # torch's modules are millions of objects: by default half a second of their import
+    gc.set_threshold(100_000)  # by default all of torch's modules are looked through again and again as they come
     try:
         result = main(sys.argv[1:])
         sys.stdout.flush()

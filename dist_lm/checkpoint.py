@@ -7,17 +7,21 @@ Only safetensors and JSON are ever read back.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import stat
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +32,7 @@ from torch import Tensor
 from dist_lm import hf
 from dist_lm.config import ModelConfig, UserError
 from dist_lm.model import GPT
-from dist_lm.shards import safetensors_head, sync_folder, write_parts
+from dist_lm.shards import FILE_NAME, SHA256, safetensors_head, sync_folder, write_parts
 from dist_lm.text import Tokenizer
 
 BAD_CHECKPOINT = 66
@@ -37,8 +41,9 @@ _FORMAT = 1
 _FILES = {"model": 16, "optimizer": 32}
 _SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
 _FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then answer for; torch's memory is the second
-_STEP_NAME = re.compile(r"step-(\d{8,})")
-_FILE_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_STEP_NAME = re.compile(r"step-([0-9]{8,})")
+_LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
+_LARGEST_JSON = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,14 @@ class Saver:
     checkpoints are untouched, and all ranks get the same UserError, from `poll` or `finish`.
     """
 
-    def __init__(self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0):
+    def __init__(
+        self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0, resumed: Path | None = None
+    ):
+        """`resumed` is the folder that this run goes on from; it has been verified."""
         self.run_dir, self.channel = run_dir, channel
-        self._keep = (keep_last, keep_every)
+        self._retention = Retention(run_dir, keep_last, keep_every)
+        if resumed:
+            self._retention.trust(resumed)
         self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
         self._items: list[Item] = []  # the same for all checkpoints of a run
         self._thread: threading.Thread | None = None
@@ -133,7 +143,7 @@ class Saver:
             try:
                 work.write()
                 if self.channel.rank == 0:
-                    prune(self.run_dir, *self._keep)
+                    self._retention.prune(work.final)
             except BaseException as error:
                 self._error = error
 
@@ -263,6 +273,10 @@ class _Work:
     def aside(self) -> Path:
         return self.run_dir / f".step-{self.step:08d}.tmp"
 
+    @property
+    def final(self) -> Path:
+        return self.run_dir / f"step-{self.step:08d}"
+
     def write(self) -> None:
         rank = self.channel.rank
         self._agreed(self._prepare_folder if rank == 0 else dict)
@@ -277,7 +291,10 @@ class _Work:
 
     def _prepare_folder(self) -> dict[str, Any]:
         for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
-            shutil.rmtree(left_over)
+            try:
+                delete(left_over)
+            except OSError as error:  # it takes space, but this checkpoint can be written
+                _warn(f"{left_over.name} stays: {error}")
         self.aside.mkdir(parents=True)
         return {}
 
@@ -320,9 +337,8 @@ class _Work:
         manifest = {"format": _FORMAT, "step": self.step, "files": dict(sorted(written.items()))}
         _write(self.aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         sync_folder(self.aside)
-        final = self.run_dir / f"step-{self.step:08d}"
-        remove(final)  # only a folder that was passed over as damaged can be here
-        self.aside.rename(final)
+        remove(self.final)  # only a folder that was passed over as damaged can be here
+        self.aside.rename(self.final)
         sync_folder(self.run_dir)
         return {}
 
@@ -371,25 +387,101 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+# --- deleting
+
+
+def delete(path: Path) -> None:
+    """Delete a folder and all that is in it. A link is deleted itself; what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves no half of it under its name."""
-    if folder.exists():
+    if os.path.lexists(folder):
         doomed = folder.with_name(f".{folder.name}.old.tmp")
+        delete(doomed)
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        delete(doomed)
 
 
-def prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Keep the newest `keep_last`, the best by validation loss, and every multiple of `keep_every`. Rank 0."""
-    try:
-        folders = step_folders(run_dir)
-        losses = {folder: loss for folder in folders if (loss := read_state(folder).get("val_loss")) is not None}
-        best = min(losses, key=losses.__getitem__, default=None)
-        for folder in folders[:-keep_last]:
-            if folder != best and not (keep_every and step_of(folder) % keep_every == 0):
+class Retention:
+    """Decides which steps of a run stay, and deletes the others. Rank 0 uses it, in the saver's thread.
+
+    The newest `keep_last` stay, the best by validation loss, every multiple of `keep_every`, and always the step that
+    was just saved. Only valid steps count: those that this process saved or verified. A step of an earlier start is
+    verified when its turn comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
+    counts, is deleted or is renamed.
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int, keep_every: int):
+        self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
+        self._valid: dict[Path, bool] = {}  # what is known of each step folder
+
+    def trust(self, folder: Path) -> None:
+        """This process saved or verified the folder."""
+        self._valid[folder] = True
+
+    def prune(self, saved: Path) -> None:
+        """Delete what need not stay, now that `saved` is written. What cannot be deleted is only worth a warning."""
+        self.trust(saved)
+        try:
+            superseded = self._superseded(saved)
+        except OSError as error:
+            _warn(f"older checkpoints stay: {error}")
+            return
+        for folder in superseded:
+            try:
                 remove(folder)
-    except (OSError, UserError) as error:  # the checkpoint just written is not worse for it
-        print(f"warning: older checkpoints stay: {error}", file=sys.stderr)
+            except OSError as error:
+                _warn(f"{folder.name} stays: {error}")
+
+    def _superseded(self, saved: Path) -> list[Path]:
+        """The valid steps that need not stay."""
+        losses = self._losses()
+        if len(losses) <= self.keep_last:
+            return []  # and nothing need be verified
+        newest = self._first_valid(sorted(losses, key=step_of, reverse=True), self.keep_last)
+        evaluated = [folder for folder in losses if losses[folder] < math.inf]  # this leaves out NaN too
+        best = self._first_valid(sorted(evaluated, key=losses.__getitem__), 1)
+        staying = {saved, *newest, *best}
+        if self.keep_every:
+            staying.update(folder for folder in losses if step_of(folder) % self.keep_every == 0)
+        return [folder for folder in losses if folder not in staying and self._is_valid(folder)]
+
+    def _losses(self) -> dict[Path, float]:
+        """The validation loss of each step folder whose state can be read, infinite where there was no evaluation."""
+        losses = {}
+        for folder in step_folders(self.run_dir):
+            if folder.is_symlink():
+                continue
+            try:
+                loss = read_state(folder).get("val_loss")
+            except UserError:  # damaged
+                continue
+            losses[folder] = loss if isinstance(loss, float) else math.inf
+        return losses
+
+    def _first_valid(self, folders: list[Path], count: int) -> list[Path]:
+        """The first valid ones. It looks at no more folders than it must, because a look may read all of a folder."""
+        return list(itertools.islice(filter(self._is_valid, folders), count))
+
+    def _is_valid(self, folder: Path) -> bool:
+        """Whether this process saved or verified the folder. The first look at an older one reads all of it."""
+        if folder not in self._valid:
+            try:
+                verify(folder)
+                self._valid[folder] = True
+            except UserError as error:
+                _warn(f"a damaged checkpoint is left alone: {error}")
+                self._valid[folder] = False
+        return self._valid[folder]
+
+
+def _warn(what: str) -> None:
+    print(f"warning: {what}", file=sys.stderr)
 
 
 # --- finding and checking
@@ -425,32 +517,74 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file's size and hash against the manifest."""
+    """Check every file's size and hash against the manifest, and return the manifest.
 
-    def refuse(file: str, why: str) -> UserError:
-        return UserError(f"{folder.name}/{file}: {why}", BAD_CHECKPOINT)
-
-    manifest = _read_json(folder / "manifest.json")
-    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
-        raise refuse("manifest.json", f"is not of format {_FORMAT}")
-    if manifest.get("step") != step_of(folder):
-        raise refuse("manifest.json", f"belongs to step {manifest.get('step')}")
-    extra = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {"manifest.json"}
+    A folder may have been copied or renamed to something that is not step-*: then its step is what the manifest says.
+    """
+    manifest = _read_manifest(folder)
+    files, step = manifest["files"], manifest["step"]
+    if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
+        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{folder.name}: cannot be read ({error.strerror})", BAD_CHECKPOINT) from error
+    extra = present - set(files) - {"manifest.json"}
     if extra:
-        raise refuse(min(extra), "is not in the manifest")
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        if not _FILE_NAME.fullmatch(name) or path.is_symlink() or not path.is_file():
-            raise refuse(name, "is missing or not a regular file")
-        if path.stat().st_size != facts["size"]:
-            raise refuse(name, f"has {path.stat().st_size} bytes, the manifest says {facts['size']}")
-        try:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                    raise refuse(name, "does not match its hash in the manifest")
-        except OSError as error:
-            raise refuse(name, f"cannot be read ({error.strerror})") from error
+        raise _damaged(folder / min(extra), "is not in the manifest")
+    for name, facts in files.items():
+        _check_file(folder / name, facts["size"], facts["sha256"])
     return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. What it says can be used as it is: types, names and hashes have been checked."""
+    path = folder / "manifest.json"
+    manifest = _read_json(path, _LARGEST_MANIFEST)
+    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
+        raise _damaged(path, f"is not of format {_FORMAT}")
+    if not _is_count(manifest.get("step")):
+        raise _damaged(path, "its step is not a number >= 0")
+    for name, facts in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name):
+            raise _damaged(path, f"{_printable(name)} is not a file name")
+        if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
+            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
+        if not _is_count(facts["size"]):
+            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
+        if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
+            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
+    return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is an int too
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    """Refuse a file that is not what the manifest says."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _damaged(path, "is missing or not a regular file")
+        with _open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise _damaged(path, f"has {found} bytes, the manifest says {size}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise _damaged(path, "does not match its hash in the manifest")
+    except FileNotFoundError as error:
+        raise _damaged(path, "is missing or not a regular file") from error
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}", BAD_CHECKPOINT)
+
+
+def _printable(name: str) -> str:
+    """A file name for a message. One that we did not write may be long or hold control characters."""
+    return name if FILE_NAME.fullmatch(name) and len(name) <= 255 else ascii(name[:255])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -463,7 +597,7 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     name."""
     path = Path(name)
     if (path / "config.json").is_file():
-        if (path / "manifest.json").exists():
+        if os.path.lexists(path / "manifest.json"):
             verify(path)
         return path
     if path.is_dir():
@@ -485,11 +619,11 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
                         BAD_CHECKPOINT) from error  # fmt: skip
 
 
-def set_aside_newer(run_dir: Path, chosen: Path, say: Callable[[str], None]) -> None:
+def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
     """Going back to a step starts another trajectory: later steps of the old one must not be resumed by mistake."""
     for folder in step_folders(run_dir):
-        if step_of(folder) > step_of(chosen):
-            aside = next(p for n in range(1000) if not (p := run_dir / f"replaced-{n}-{folder.name}").exists())
+        if step_of(folder) > step:
+            aside = next(p for n in range(1000) if not os.path.lexists(p := run_dir / f"replaced-{n}-{folder.name}"))
             folder.rename(aside)
             say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
 
@@ -584,12 +718,28 @@ def _open_tensors(folder: Path, *stems: str) -> Any:
         yield lambda name: where[name].get_slice(name)  # KeyError where there is none
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+    """A JSON object of a checkpoint. Whatever lies there instead is refused with a UserError, after bounded work."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not valid JSON"
-        raise UserError(f"{path.parent.name}/{path.name}: {reason}", BAD_CHECKPOINT) from error
+        with _open_regular(path) as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    if len(data) > largest:
+        raise _damaged(path, f"has more than {largest} bytes")
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "not valid JSON") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path.parent.name}/{path.name}: must be a JSON object", BAD_CHECKPOINT)
+        raise _damaged(path, "must be a JSON object")
     return content
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; refuses pipes and devices, where opening or reading may wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")

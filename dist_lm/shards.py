@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -24,6 +25,8 @@ from dist_lm.remote import ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 16 * 2**20
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -297,8 +297,8 @@ def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | 
             return None
         if config.run.resume != "auto":
             folder = Path(config.run.resume)
-            checkpoint.verify(folder)
-            checkpoint.set_aside_newer(run_dir, folder, runtime.say)
+            step = checkpoint.verify(folder)["step"]
+            checkpoint.set_aside_newer(run_dir, step, runtime.say)
             return str(folder)
         newest, passed_over = checkpoint.newest_valid(run_dir)
         for why in passed_over:
@@ -333,7 +333,8 @@ def build(runtime: Runtime, config: Config, place: Place) -> Run:
         config.run.dir, steps=place.steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
         device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
     )  # fmt: skip
-    saver = Saver(Path(config.run.dir), runtime.background, config.run.keep_last, config.run.keep_every)
+    keep = (config.run.keep_last, config.run.keep_every)
+    saver = Saver(Path(config.run.dir), runtime.background, *keep, resumed=place.folder)
     layout = plan(config, runtime.world_size)
     run = Run(config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState())
     put(run, place)

@@ -1,11 +1,13 @@
 """Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what they say."""
 
+import hashlib
 import itertools
 import json
 import math
 import os
 import queue
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dist_lm import checkpoint, hf
@@ -24,7 +28,6 @@ from dist_lm.checkpoint import (
     Held,
     Saver,
     newest_valid,
-    prune,
     read_model,
     restore,
     set_aside_newer,
@@ -101,6 +104,7 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
     assert torch.equal(again.embed.weight, trained[0].embed.weight)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -114,8 +118,29 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: is not of format 1"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file or directory"),
         (lambda f: _edit(f, step=4), "manifest.json: belongs to step 4"),
-        (lambda f: _edit(f, files={"../x": {}}), "is not in the manifest"),
+        (lambda f: _edit(f, step=True), "manifest.json: its step is not a number >= 0"),
+        (lambda f: _edit(f, step=-2), "manifest.json: its step is not a number >= 0"),
+        (lambda f: _edit(f, files=[]), "manifest.json: is not of format 1"),
+        (lambda f: _edit(f, files={"../x": {}}), "manifest.json: '../x' is not a file name"),
+        (lambda f: _edit(f, files={"-x": {}}), "manifest.json: '-x' is not a file name"),
+        (lambda f: _edit(f, files={"x\n": {}}), r"manifest.json: 'x\n' is not a file name"),
+        (lambda f: _edit(f, files={"\x1b[2J": {}}), r"manifest.json: '\x1b[2J' is not a file name"),
+        (lambda f: _edit(f, files={"x": "text"}), "manifest.json: x must have a size and a sha256, nothing else"),
+        (lambda f: _edit(f, files={"x": {"sha256": "0" * 64}}), "x must have a size and a sha256, nothing else"),
+        (lambda f: _edit_entry(f, mode=1), "state.json must have a size and a sha256, nothing else"),
+        (lambda f: _edit_entry(f, size=-1), "manifest.json: the size of state.json is not a number >= 0"),
+        (lambda f: _edit_entry(f, size=2.0), "manifest.json: the size of state.json is not a number >= 0"),
+        (lambda f: _edit_entry(f, sha256="0" * 63), "the sha256 of state.json is not 64 hexadecimal digits"),
+        (lambda f: _edit_entry(f, sha256="A" * 64), "the sha256 of state.json is not 64 hexadecimal digits"),
+        (lambda f: _edit_entry(f, sha256=None), "the sha256 of state.json is not 64 hexadecimal digits"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json: not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}"), "manifest.json: not valid JSON"),
+        (lambda f: (f / "manifest.json").write_bytes(b'{"\xff": 1}'), "manifest.json: not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text("{}" + " " * 2**20), "manifest.json: has more than 1048576 bytes"),
+        (lambda f: _pipe(f / "manifest.json"), "manifest.json: not a regular file"),
+        (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
         (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
+        (lambda f: _link(f / "config.json", to="/dev/zero"), "config.json: is missing or not a regular file"),
     ],
 )
 def test_damage_is_seen_and_the_step_before_is_taken(
@@ -123,9 +148,9 @@ def test_damage_is_seen_and_the_step_before_is_taken(
 ) -> None:
     older, newer = write(tmp_path, 1, trained), write(tmp_path, 2, trained)
     damage(newer)
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         verify(newer)
-    assert error.value.code == 66
+    assert error.value.code == 66 and str(error.value).isprintable()
     found, passed_over = newest_valid(tmp_path)
     assert found == older and len(passed_over) == 1 and message in passed_over[0]
     shutil.rmtree(older)
@@ -144,10 +169,71 @@ def _edit(folder: Path, **changes: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest | changes))
 
 
-def _link(file: Path) -> None:
+def _edit_entry(folder: Path, **changes: Any) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    _edit(folder, files=files | {"state.json": files["state.json"] | changes})
+
+
+def _link(file: Path, to: str | None = None) -> None:
     elsewhere = file.parent.parent / "elsewhere"
     file.rename(elsewhere)
-    file.symlink_to(elsewhere)
+    file.symlink_to(to or elsewhere)
+
+
+def _pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_json_as_a_manifest_is_right_or_damaged(
+    trained: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """One value of a right manifest is replaced by any other: nothing but UserError comes of it."""
+    run = tmp_path_factory.getbasetemp() / "any-json"
+    folder = run / "step-00000001"
+    if not folder.exists():
+        write(run, 1, trained)
+        shutil.copy(folder / "manifest.json", run / "right.json")
+    right = (run / "right.json").read_text()
+    manifest, new = json.loads(right), data.draw(JSON)
+    places = [(manifest, key) for key in manifest]
+    places += [(manifest["files"], "state.json"), (manifest["files"], data.draw(st.text(max_size=5)))]
+    places += [(manifest["files"]["state.json"], "size"), (manifest["files"]["state.json"], "sha256")]
+    inside, key = data.draw(st.sampled_from(places))
+    inside[key] = new
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        assert verify(folder) == json.loads(right)
+    except UserError as error:
+        assert error.code == 66 and str(error).isprintable()
+
+
+def test_a_manifest_that_is_a_dangling_link_is_damage(trained: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 1, trained)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match="manifest.json: No such file or directory"):
+        read_model(str(folder))
+
+
+def test_a_step_under_another_name_is_the_step_that_its_manifest_says(trained: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path, 2, trained)
+    best = tmp_path / "best"
+    folder.rename(best)
+    assert verify(best)["step"] == 2
+    assert read_model(str(best))[2] == best
+    best.rename(tmp_path / "step-00000003")
+    with pytest.raises(UserError, match="step-00000003/manifest.json: belongs to step 2"):
+        read_model(str(tmp_path / "step-00000003"))
 
 
 def test_a_folder_that_is_no_step_is_left_alone(trained: Any, tmp_path: Path) -> None:
@@ -210,19 +296,227 @@ def test_a_full_disk_leaves_the_older_checkpoint(trained: Any, tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
 
 
-def test_what_stays(trained: Any, tmp_path: Path) -> None:
-    losses = [3.0, 1.5, 2.0, None, 2.5, 2.2, 2.1, None]
-    for step, loss in enumerate(losses, 1):
+# --- what stays
+
+
+class Saves:
+    """Saves one step after another with the same Saver, as a run does. `write` has a new one each time."""
+
+    def __init__(self, run: Path, trained: Any, keep_last: int, keep_every: int = 0, resumed: Path | None = None):
+        more = {"resumed": resumed} if resumed else {}
+        self.run, self.trained = run, trained
+        self.saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last, keep_every, **more)
+
+    def __call__(self, step: int, val_loss: float | None = None) -> Path:
+        model, optimizer, tokenizer = self.trained
+        config = hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
+        texts = {"config.json": json.dumps(config), "state.json": json.dumps({"step": step, "val_loss": val_loss})}
+        self.saver.begin(step, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: held(model, optimizer), texts, tokenizer)
+        self.saver.finish()
+        return self.run / f"step-{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in step_folders(run)]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_what_stays(trained: Any, tmp_path: Path, restarted: bool) -> None:
+    """The best, every third and the last two stay, also where all were saved by earlier starts."""
+    losses = [math.nan, 1.5, 2.0, None, 2.5, 2.2, 2.1, None]
+    for step, loss in enumerate(losses[:-1], 1):
         write(tmp_path, step, trained, loss)
-    prune(tmp_path, keep_last=2, keep_every=3)
-    assert [checkpoint.step_of(f) for f in step_folders(tmp_path)] == [2, 3, 6, 7, 8]  # best, every third, the last two
+    newest = tmp_path / "step-00000007"
+    Saves(tmp_path, trained, keep_last=2, keep_every=3, resumed=newest if restarted else None)(8, losses[-1])
+    assert steps(tmp_path) == [2, 3, 6, 7, 8]
+
+
+def test_damaged_newer_steps_take_no_place_of_a_valid_one(
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step, trained)
+    for step in (30, 40):
+        os.truncate(write(tmp_path, step, trained) / "model.safetensors", 100)
+    save = Saves(tmp_path, trained, keep_last=2)
+    save(3)
+    save(4)
+    assert steps(tmp_path) == [3, 4, 30, 40]
+    assert newest_valid(tmp_path)[0] == tmp_path / "step-00000004"
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "step-00000040/model.safetensors: has 100 bytes" in said[0]  # each is read and said once
+
+
+def test_what_was_just_saved_stays_below_valid_newer_steps(trained: Any, tmp_path: Path) -> None:
+    for step in (30, 40):
+        write(tmp_path, step, trained)
+    save = Saves(tmp_path, trained, keep_last=1)
+    save(3)
+    assert steps(tmp_path) == [3, 40]
+    save(4)
+    assert steps(tmp_path) == [4, 40]
+
+
+def test_a_step_of_an_earlier_start_is_verified_once(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 7):
+        write(tmp_path, step, trained, val_loss=float(step))
+    os.truncate(tmp_path / "step-00000003" / "model.safetensors", 100)
+    looked_at: list[str] = []
+
+    def look(folder: Path) -> dict[str, Any]:
+        looked_at.append(folder.name)
+        return verify(folder)
+
+    monkeypatch.setattr(checkpoint, "verify", look)
+    save = Saves(tmp_path, trained, keep_last=2, resumed=tmp_path / "step-00000006")
+    for step in (7, 8, 9):
+        save(step)
+    assert steps(tmp_path) == [1, 3, 8, 9]
+    assert sorted(looked_at) == [f"step-0000000{step}" for step in (1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"val_loss": "x"}', '{"val_loss": [1]}'])
+def test_a_damaged_state_does_not_stop_the_pruning(trained: Any, tmp_path: Path, text: str) -> None:
+    save = Saves(tmp_path, trained, keep_last=2)
+    save(1)
+    (save(2) / "state.json").write_text(text)
+    for step in (3, 4, 5):
+        save(step)
+    assert {4, 5} <= set(steps(tmp_path)) <= {2, 4, 5}
+
+
+def test_links_and_files_in_the_way_of_saving(trained: Any, tmp_path: Path) -> None:
+    """What a link points to is never touched; a linked step stays, a link or a file under a name of ours goes."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save = Saves(run, trained, keep_last=1)
+    save(1).rename(elsewhere)
+    (run / "step-00000001").symlink_to(elsewhere)
+    (run / "step-00000004").symlink_to(elsewhere)
+    (run / "step-00000005").symlink_to("nowhere")
+    (run / "step-00000006").write_text("a file")
+    (run / ".step-00000009.tmp").write_text("a file")
+    (run / ".step-00000008.tmp").symlink_to(elsewhere)
+    (run / ".step-00000002.tmp").symlink_to(elsewhere)
+    (run / ".step-00000001.old.tmp").symlink_to("nowhere")
+    before = sorted((path.name, path.read_bytes()) for path in elsewhere.iterdir())
+    for step in range(2, 8):
+        verify(save(step))
+    assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000007"]
+    assert (run / "step-00000001").is_symlink()
+    assert sorted((path.name, path.read_bytes()) for path in elsewhere.iterdir()) == before
+
+
+def test_what_cannot_be_deleted_is_a_warning(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    really = shutil.rmtree
+
+    def stuck(path: Path, *args: Any, **more: Any) -> None:
+        if "step-00000001" in str(path):
+            raise OSError(16, "Device or resource busy", str(path))
+        really(path, *args, **more)
+
+    save = Saves(tmp_path, trained, keep_last=1)
+    save(1)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    for step in (2, 3):
+        save(step)
+    assert steps(tmp_path) == [3]
+    said = capsys.readouterr().err
+    assert "warning: step-00000001 stays: [Errno 16] Device or resource busy" in said
+    assert "warning: .step-00000001.old.tmp stays: [Errno 16] Device or resource busy" in said
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut": lambda f: os.truncate(f / "model.safetensors", 100),
+    "flipped": lambda f: _flip(f / "optimizer-00001-of-00001.safetensors"),
+    "deep state": lambda f: (f / "state.json").write_text("[" * 100_000),
+    "deep manifest": lambda f: (f / "manifest.json").write_text("[" * 100_000),
+    "piped manifest": lambda f: _pipe(f / "manifest.json"),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "empty": lambda f: shutil.rmtree(f) or f.mkdir(),  # type: ignore[func-returns-value]
+    "renamed": lambda f: _edit(f, step=99),
+    "signed text": lambda f: _sign(f, "state.json", b"[1]"),
+    "link": lambda f: f.rename(f.parent.parent / f.name) and f.symlink_to(f.parent.parent / f.name),
+    "dangling": lambda f: shutil.rmtree(f) or f.symlink_to("nowhere"),  # type: ignore[func-returns-value]
+    "file": lambda f: shutil.rmtree(f) or f.write_text("x"),  # type: ignore[func-returns-value]
+}
+LOSSES = st.sampled_from([None, 1.0, 2.0, 3.0])
+
+
+def _sign(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    _edit(folder, files=files | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+
+
+def plant(folder: Path, template: Path, step: int, loss: float | None, damage: str | None) -> None:
+    shutil.copytree(template, folder)
+    _sign(folder, "state.json", json.dumps({"step": step, "val_loss": loss}).encode())
+    _edit(folder, step=step)
+    if damage:
+        DAMAGES[damage](folder)
+
+
+def look_at(path: Path) -> Any:
+    """What lies at a path: where a link points, what a file holds, what a folder has."""
+    if path.is_symlink():
+        return os.readlink(path)
+    if path.is_dir():
+        return {inside.name: look_at(inside) for inside in path.iterdir()}
+    return path.read_bytes() if path.is_file() else "a pipe"
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    planted=st.dictionaries(
+        st.integers(1, 12), st.tuples(LOSSES, st.sampled_from([None, None, None, *DAMAGES])), max_size=7
+    ),
+    saves=st.lists(st.tuples(st.integers(1, 12), LOSSES, st.booleans()), min_size=1, max_size=4),
+    keep_last=st.integers(1, 3),
+    keep_every=st.sampled_from([0, 0, 4]),
+)
+def test_whatever_lies_there_the_right_steps_stay(
+    trained: Any, tmp_path_factory: pytest.TempPathFactory, planted: Any, saves: Any, keep_last: int, keep_every: int
+) -> None:
+    """Any folders, any saves and restarts: what was just saved stays, nothing damaged or linked is touched, and of the
+    valid steps those stay that should."""
+    top = tmp_path_factory.mktemp("retention")
+    template = write(top, 1, trained)
+    run = top / "runs" / "run"
+    run.mkdir(parents=True)
+    valid: dict[int, float | None] = {}
+    for step, (loss, damage) in planted.items():
+        plant(run / f"step-{step:08d}", template, step, loss, damage)
+        if damage is None:
+            valid[step] = loss
+    save = Saves(run, trained, keep_last, keep_every)
+    for step, loss, restart in saves:
+        if restart:
+            save = Saves(run, trained, keep_last, keep_every)
+        others = {path.name: look_at(path) for path in run.iterdir() if int(path.name[5:]) not in {*valid, step}}
+        linked = {path.name: look_at(path) for path in run.parent.iterdir() if path != run}
+        verify(save(step, loss))
+        valid[step] = loss
+        best = min((s for s in sorted(valid) if valid[s] is not None), key=lambda s: valid[s] or 0, default=0)
+        staying = {step, best, *sorted(valid)[-keep_last:]}
+        valid = {s: valid[s] for s in valid if s in staying or (keep_every and s % keep_every == 0)}
+        assert {path.name for path in run.iterdir()} == {*others, *(f"step-{s:08d}" for s in valid)}
+        assert {name: look_at(run / name) for name in others} == others
+        assert {path.name: look_at(path) for path in run.parent.iterdir() if path != run} == linked
+        for s in valid:
+            verify(run / f"step-{s:08d}")
+    shutil.rmtree(top)
 
 
 def test_going_back_sets_newer_steps_aside(trained: Any, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         write(tmp_path, step, trained)
     said: list[str] = []
-    set_aside_newer(tmp_path, tmp_path / "step-00000001", said.append)
+    set_aside_newer(tmp_path, 1, said.append)
     assert [f.name for f in step_folders(tmp_path)] == ["step-00000001"] and len(said) == 2
     assert (tmp_path / "replaced-0-step-00000003").is_dir()
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from dist_lm.order import sequence_ids
 from dist_lm.shards import TokenShards
 from dist_lm.text import Tokenizer
 from tests.conftest import TINY
-from tests.procs import ROOT, clean_env, finish, free_port, start_ranks, train
+from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
@@ -264,6 +265,40 @@ def test_a_damaged_checkpoint_is_passed_over_and_only_bad_ones_are_refused(prepa
     for folder in step_folders(run):
         flip_a_bit(folder / "model.safetensors")
     assert "holds no valid checkpoint: step-00000012/model.safetensors" in train(run, *common, code=66)
+
+
+@pytest.mark.slow
+def test_damaged_newer_steps_do_not_cost_the_valid_ones(prepared: Path, tmp_path: Path) -> None:
+    """Two damaged folders above all steps, and two of the run to keep: the run's own stay, and can be resumed."""
+    run = tmp_path / "run"
+
+    def go_on_to(step: int) -> str:
+        return train(run, *tiny(prepared, "--run.save_every", "2", "--run.steps", str(step)))
+
+    go_on_to(6)
+    for step in (31, 41):
+        planted = run / f"step-{step:08d}"
+        shutil.copytree(run / "step-00000006", planted)
+        manifest = json.loads((planted / "manifest.json").read_text())
+        (planted / "manifest.json").write_text(json.dumps(manifest | {"step": step}))
+        os.truncate(planted / "model.safetensors", 100)
+    output = go_on_to(9)
+    assert output.count("passed over a damaged checkpoint") == 2 and "step 9 is saved" in output
+    assert [folder.name for folder in step_folders(run)] == [f"step-{step:08d}" for step in (8, 9, 31, 41)]
+    assert "resuming step-00000009" in go_on_to(10)
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_step_under_another_name_can_be_resumed(prepared: Path, tmp_path: Path) -> None:
+    run, common = tmp_path / "run", tiny(prepared, "--run.save_every", "4", "--run.keep_last", "9")
+    train(run, *common)
+    whole = tensors(run / "step-00000012")
+    shutil.copytree(run / "step-00000004", run / "best")
+    output = train(run, *common, "--run.resume", str(run / "best"))
+    assert "resuming best" in output and "step-00000008 is of another trajectory now" in output
+    again = tensors(run / "step-00000012")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert entry("generate", "--ckpt", str(run / "best"), "--prompt", "the", "--max_new_tokens", "5").startswith("the")
 
 
 def flip_a_bit(file: Path) -> None:

@@ -479,7 +479,6 @@ def start(
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
     _check_trackers(config.run.trackers)
     strategy = zero.choose_strategy(launch)
-    die_with_launcher()
     no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
@@ -554,20 +553,6 @@ def refuse_silent_single() -> None:
             "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
             " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
         )
-
-
-def die_with_launcher() -> None:
-    """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(CODES["retryable"])
-
-    threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
 
 
 def _prove_world(runtime: Runtime) -> None:

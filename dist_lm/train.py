@@ -8,6 +8,11 @@ optimizer's tensors. Running the same command again goes on where the run folder
 import gc
 from pathlib import Path
 
+from dist_lm.launcher import die_with_launcher
+
+if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
+    die_with_launcher()
+
 from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
 from dist_lm.outcome import CODES, TRAIN_FLAGS, Attempt
 

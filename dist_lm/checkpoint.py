@@ -107,8 +107,11 @@ class Saver:
     checkpoints are untouched, and all ranks get the same UserError, from `poll` or `finish`.
     """
 
-    def __init__(self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0):
-        self.run_dir, self.channel = run_dir, channel
+    def __init__(
+        self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0, lost: Callable[[], str] = str
+    ):  # fmt: skip
+        """`lost` says why the run folder is no longer this run's, or nothing. Rank 0 asks it before it changes one."""
+        self.run_dir, self.channel, self._lost = run_dir, channel, lost
         self._keep = (keep_last, keep_every)
         self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
         self._items: list[Item] = []  # the same for all checkpoints of a run
@@ -127,12 +130,12 @@ class Saver:
                 for h in held()
             ]
             self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer)
+        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer, self._lost)
 
         def run() -> None:
             try:
                 work.write()
-                if self.channel.rank == 0:
+                if self.channel.rank == 0 and not self._lost():
                     prune(self.run_dir, *self._keep)
             except BaseException as error:
                 self._error = error
@@ -258,6 +261,7 @@ class _Work:
     staged: Mapping[int, Tensor]
     texts: Mapping[str, str]
     tokenizer: Tokenizer
+    lost: Callable[[], str]
 
     @property
     def aside(self) -> Path:
@@ -275,7 +279,12 @@ class _Work:
             send.wait()
         self._agreed((lambda: self._commit(written)) if rank == 0 else dict)
 
+    def _refuse_lost_folder(self) -> None:
+        if why := self.lost():
+            raise UserError(why)
+
     def _prepare_folder(self) -> dict[str, Any]:
+        self._refuse_lost_folder()
         for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
             shutil.rmtree(left_over)
         self.aside.mkdir(parents=True)
@@ -321,6 +330,7 @@ class _Work:
         _write(self.aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         sync_folder(self.aside)
         final = self.run_dir / f"step-{self.step:08d}"
+        self._refuse_lost_folder()
         remove(final)  # only a folder that was passed over as damaged can be here
         self.aside.rename(final)
         sync_folder(self.run_dir)
@@ -332,14 +342,19 @@ class _Work:
             outcome: dict[str, Any] = {"made": work()}
         except _FAILURES as error:
             where = Path(str(getattr(error, "filename", None) or self.aside)).name
-            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})"}
+            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})", "code": 70}
+        except UserError as error:
+            outcome = {"error": str(error), "code": error.code}
         said = self.channel.gather(outcome)
-        failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
+        failed = [(rank, part) for rank, part in enumerate(said) if "error" in part]
         if failed:
-            if self.channel.rank == 0:
+            if self.channel.rank == 0 and not self.lost():
                 shutil.rmtree(self.aside, ignore_errors=True)
+            rank, part = failed[0]
             raise UserError(
-                f"checkpoint of step {self.step} was not written: {failed[0]}; older checkpoints are untouched", 70
+                f"checkpoint of step {self.step} was not written: rank {rank}: {part['error']}; older checkpoints are"
+                " untouched",
+                part["code"],
             )
         return {name: made for part in said for name, made in part["made"].items()}
 

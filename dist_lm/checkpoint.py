@@ -113,10 +113,19 @@ class Saver:
     """
 
     def __init__(
-        self, run_dir: Path, channel: Channel, keep_last: int = 2, keep_every: int = 0, resumed: Path | None = None
+        self,
+        run_dir: Path,
+        channel: Channel,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        resumed: Path | None = None,
+        lost: Callable[[], str] = str,
     ):
-        """`resumed` is the folder that this run goes on from; it has been verified."""
-        self.run_dir, self.channel = run_dir, channel
+        """`resumed` is the folder that this run goes on from; it has been verified.
+
+        `lost` says why the run folder is no longer this run's, or nothing. Rank 0 asks it before it changes one.
+        """
+        self.run_dir, self.channel, self._lost = run_dir, channel, lost
         self._retention = Retention(run_dir, keep_last, keep_every)
         if resumed:
             self._retention.trust(resumed)
@@ -137,12 +146,12 @@ class Saver:
                 for h in held()
             ]
             self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer)
+        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer, self._lost)
 
         def run() -> None:
             try:
                 work.write()
-                if self.channel.rank == 0:
+                if self.channel.rank == 0 and not self._lost():
                     self._retention.prune(work.final)
             except BaseException as error:
                 self._error = error
@@ -268,6 +277,7 @@ class _Work:
     staged: Mapping[int, Tensor]
     texts: Mapping[str, str]
     tokenizer: Tokenizer
+    lost: Callable[[], str]
 
     @property
     def aside(self) -> Path:
@@ -289,7 +299,12 @@ class _Work:
             send.wait()
         self._agreed((lambda: self._commit(written)) if rank == 0 else dict)
 
+    def _refuse_lost_folder(self) -> None:
+        if why := self.lost():
+            raise UserError(why)
+
     def _prepare_folder(self) -> dict[str, Any]:
+        self._refuse_lost_folder()
         for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
             try:
                 delete(left_over)
@@ -337,6 +352,7 @@ class _Work:
         manifest = {"format": _FORMAT, "step": self.step, "files": dict(sorted(written.items()))}
         _write(self.aside / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         sync_folder(self.aside)
+        self._refuse_lost_folder()
         remove(self.final)  # only a folder that was passed over as damaged can be here
         self.aside.rename(self.final)
         sync_folder(self.run_dir)
@@ -348,14 +364,19 @@ class _Work:
             outcome: dict[str, Any] = {"made": work()}
         except _FAILURES as error:
             where = Path(str(getattr(error, "filename", None) or self.aside)).name
-            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})"}
+            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})", "code": 70}
+        except UserError as error:
+            outcome = {"error": str(error), "code": error.code}
         said = self.channel.gather(outcome)
-        failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(said) if "error" in part]
+        failed = [(rank, part) for rank, part in enumerate(said) if "error" in part]
         if failed:
-            if self.channel.rank == 0:
+            if self.channel.rank == 0 and not self.lost():
                 shutil.rmtree(self.aside, ignore_errors=True)
+            rank, part = failed[0]
             raise UserError(
-                f"checkpoint of step {self.step} was not written: {failed[0]}; older checkpoints are untouched", 70
+                f"checkpoint of step {self.step} was not written: rank {rank}: {part['error']}; older checkpoints are"
+                " untouched",
+                part["code"],
             )
         return {name: made for part in said for name, made in part["made"].items()}
 

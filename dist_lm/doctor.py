@@ -7,6 +7,11 @@ or is silent, all others say so.
 Each rank finds out its own facts, all get all of them, rank 0 prints what follows from them.
 """
 
+from dist_lm.launcher import die_with_launcher
+
+if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
+    die_with_launcher()
+
 from dist_lm.config import Config, UserError, load, run_entry
 
 FLAGS = {

@@ -4,10 +4,18 @@ torchrun flattens every exit code to 1, so a launcher reads the file: `class`, t
 the number of the `attempt`, and how many `failures` in a row there were without a new step. Launch scripts ask
 `python -m dist_lm.outcome before|after ...`. Neither torch nor numpy is imported here, so that signals are heard from
 before they are, and that a typing mistake is answered at once.
+
+The file belongs to the run that holds the folder's lock, which is released after the ending is recorded. A start that
+fails before it has the lock records too, unless another run lives in the folder. A start that was refused because of
+that other run, or lost the folder to it, leaves the file alone. Its ending goes to a file of its own,
+RUN/.refused-ID.json, where ID is the DIST_LM_START_ID of its launch script. `after` of that script reads the file and
+deletes it.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -18,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import UserError, load, run_entry
+from dist_lm.launcher import RETRYABLE
+from dist_lm.lock import RunLock
 
-CODES = {"done": 0, "config": 2, "data": 65, "checkpoint": 66, "retryable": 70, "preempted": 75, "diverged": 76,
+CODES = {"done": 0, "config": 2, "data": 65, "checkpoint": 66, "retryable": RETRYABLE, "preempted": 75, "diverged": 76,
          "security": 77}  # fmt: skip
 PATIENCE = 3  # failures without a new step after which nothing is started again
 TRAIN_FLAGS = {
@@ -57,9 +67,9 @@ class Stop:
         return bool(self.reason)
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
     try:
-        found = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -70,14 +80,30 @@ class Attempt:
 
     def __init__(self, folder: Path, number: int | None = None):
         self.folder, self.before, self.stop = folder, read(folder), Stop()
+        self.lock = RunLock(folder)  # taken once the ranks have met
+        start_id = os.environ.get("DIST_LM_START_ID", "")
+        self.refusal = f".refused-{re.sub(r'[^A-Za-z0-9._-]', '_', start_id)}.json" if start_id else ""
         self.number = number or int(os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1)
 
     @property
     def is_recorded(self) -> bool:
-        return int(read(self.folder).get("attempt", 0)) >= self.number
+        return bool(self.read_refusal()) or int(read(self.folder).get("attempt", 0)) >= self.number
+
+    def read_refusal(self) -> dict[str, Any]:
+        """How this start ended, where another run has the folder."""
+        return read(self.folder, self.refusal) if self.refusal else {}
+
+    def forget_refusal(self) -> None:
+        """Delete the file, and the folder if it was made for that file alone."""
+        with contextlib.suppress(OSError):
+            (self.folder / self.refusal).unlink()
+            self.folder.rmdir()
 
     def record(self, kind: str, reason: str) -> dict[str, Any]:
-        """Write the ending. One process at a time; a later one of the same attempt replaces it."""
+        """Write the ending, unless another run has the folder: then only our launch script is told.
+
+        One process at a time; a later one of the same attempt replaces it.
+        """
         saved = [int(file.parent.name[5:]) for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")]
         step, failures = max(saved, default=0), self.before.get("failures", 0)
         if step != self.before.get("step", 0):
@@ -86,13 +112,17 @@ class Attempt:
         if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
             failures += 1  # being preempted is nobody's fault; a job too short for one new step is
         outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
-        aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
+        name = "outcome.json"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-            os.replace(aside, self.folder / "outcome.json")
+            if self.lock.is_anothers():
+                name = self.refusal
+            if name:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
+                aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
+                os.replace(aside, self.folder / name)
         except OSError as error:  # a full disk must not change how a run ends
-            print(f"warning: {self.folder}/outcome.json could not be written: {error}", file=sys.stderr)
+            print(f"warning: {self.folder}/{name} could not be written: {error}", file=sys.stderr)
         return outcome
 
     def run(self, work: Callable[[], str]) -> None:
@@ -103,25 +133,30 @@ class Attempt:
             if rank == 0:
                 self.record("preempted" if reason else "done", reason)
         except UserError as error:
-            # Rank 0 speaks for all, unless this rank is alone with its error.
+            # Rank 0 speaks for all, unless this rank is alone with its error. Where another run has the folder, each
+            # rank tells the launch script of its own node.
             patience = time.monotonic() + 5
-            while rank and not self.is_recorded and time.monotonic() < patience:
+            while rank and not self.is_recorded and not self.lock.is_anothers() and time.monotonic() < patience:
                 time.sleep(0.1)
             if rank == 0 or not self.is_recorded:
                 self.record(kind(error.code), str(error))
-                if rank:
+                if rank and not self.lock.is_anothers():
                     print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
             raise
         except KeyboardInterrupt:
             self.record("preempted", "stopped at once")
+            self.lock.release()
             os._exit(130)  # at once: nothing waits for peers
         except Exception as error:
             traceback.print_exc()
             if rank == 0 or not self.is_recorded:
                 self.record("retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}")
+            self.lock.release()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(CODES["retryable"])  # not through destructors, which may wait for a peer that is gone
+        finally:
+            self.lock.release()
         if reason:
             sys.exit(CODES["preempted"])
 
@@ -148,9 +183,11 @@ def main(argv: list[str]) -> None:
     attempt, patience = Attempt(folder, int(argv[1])), time.monotonic() + 10
     while argv[2] != "0" and not attempt.is_recorded and time.monotonic() < patience:
         time.sleep(0.5)  # another node may be about to say it
-    outcome = read(folder)
+    outcome = attempt.read_refusal() or read(folder)
     if not attempt.is_recorded:  # nobody was left to say it
         outcome = attempt.record("done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})")
+    if attempt.read_refusal():
+        attempt.forget_refusal()
     print(f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
           file=sys.stderr)  # fmt: skip
     if outcome["failures"] >= PATIENCE and outcome["class"] in ("retryable", "preempted"):

@@ -257,8 +257,17 @@ class Runtime:
         return tensor
 
     def with_stop(self, number: int) -> Tensor:
-        """A number of this rank, and whether it was told to stop, for the ranks to add up."""
-        return torch.tensor([number, self.stop.requested], dtype=torch.float64, device=self.device)
+        """A number of this rank, whether it was told to stop, whether it lost the folder: for the ranks to add up."""
+        is_lost = bool(self.attempt.lock.lost)
+        return torch.tensor([number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device)
+
+    def refuse_lost_folder(self, is_lost: float) -> None:
+        """Raise if rank 0 is no longer the one that holds the run folder. All ranks, with what they agreed on."""
+        if is_lost:
+            raise UserError(
+                f"run.dir={self.attempt.folder} is no longer this run's ({self.attempt.lock.look()}); rule: one run a"
+                " folder; this run ends and writes nothing more there"
+            )
 
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
@@ -285,7 +294,8 @@ class Runtime:
         while True:
             if worker:
                 worker.join(1.0)
-            busy, stop = self.sum(self.with_stop(bool(worker and worker.is_alive()))).tolist()
+            busy, stop, is_lost = self.sum(self.with_stop(bool(worker and worker.is_alive()))).tolist()
+            self.refuse_lost_folder(is_lost)
             if not busy:
                 break
             if stop:
@@ -354,6 +364,7 @@ class Runtime:
                 time.sleep(2)  # rank 0 says it if it can
             if self.is_main or not self.attempt.is_recorded:
                 self.attempt.record("retryable", reason)
+            self.attempt.lock.release()
 
         print(f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}", file=sys.stderr, flush=True)
         recorder = threading.Thread(target=record, daemon=True)
@@ -380,89 +391,11 @@ class Runtime:
         del last_sum  # kept until no thread can hold it
 
 
-class RunLock:
-    """A run folder belongs to one run at a time: a file with host and pid, touched while the run lives.
-
-    A lock is stale when its process is gone (same host) or it was not touched for STALE_SECONDS as seen by our own
-    clock, so clocks of other hosts do not matter. A new start waits that long before it refuses.
-    """
-
-    STALE_SECONDS = 15.0
-
-    def __init__(self, folder: Path, runtime: Runtime):
-        self.path, self.runtime = folder / "run.lock", runtime
-        self._released = threading.Event()
-
-    def __enter__(self) -> "RunLock":
-        mine = self.runtime.on_main(self._acquire)
-        self.runtime.together(lambda: self._see(mine))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.runtime.is_main:
-            self._released.set()
-            self.path.unlink(missing_ok=True)
-
-    def _see(self, mine: str) -> None:
-        """A run folder that is not the same one everywhere would split the run into pieces nobody can resume."""
-        asked = time.monotonic()
-        while not self.path.exists() or self.path.read_text(encoding="utf-8") != mine:
-            if time.monotonic() - asked > self.STALE_SECONDS:  # network file systems may take a while
-                raise UserError(
-                    f"run.dir={self.path.parent} on {socket.gethostname()} is not the folder that rank 0 sees; rule:"
-                    " one that all nodes share"
-                )
-            os.listdir(self.path.parent) if self.path.parent.exists() else None  # asks an NFS server anew
-            time.sleep(0.2)
-
-    def _acquire(self) -> str:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": secrets.token_hex(4)})
-        seen, asked = None, time.monotonic()
-        while True:
-            with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
-                file.write(mine)
-                break
-            with contextlib.suppress(FileNotFoundError):  # released between the two looks
-                touched, held = self.path.stat().st_mtime_ns, self.path.read_text(encoding="utf-8")
-                first, now = seen is None, time.monotonic()
-                if touched != seen:
-                    seen, since = touched, now
-                if _process_is_gone(held) or now - since > self.STALE_SECONDS:
-                    self.path.unlink(missing_ok=True)
-                elif now - asked > self.STALE_SECONDS + 5:
-                    raise UserError(
-                        f"run.dir={self.path.parent} is in use by another run ({held}); rule: one run a folder; choose"
-                        " another run.dir or end that run"
-                    )
-                elif first:
-                    self.runtime.say(f"waiting for the run that holds {self.path} ({held})")
-            time.sleep(0.5)
-        path, released, pause = self.path, self._released, self.STALE_SECONDS / 5
-
-        def touch() -> None:  # without self: a thread whose end frees the runtime's tensors may abort Python's exit
-            while not released.wait(pause):
-                with contextlib.suppress(OSError):  # a full or slow disk must not end the run
-                    os.utime(path)
-
-        threading.Thread(target=touch, daemon=True, name="run-lock").start()
-        return mine
-
-
-def _process_is_gone(lock: str) -> bool:
-    """Whether the lock's process ended on this host; a zombie has."""
-    try:
-        holder = json.loads(lock)
-        host, pid = holder["host"], int(holder["pid"])
-    except (ValueError, KeyError, TypeError):
-        return False  # being written
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError as error:  # or it is another user's, or there is no /proc
-        return isinstance(error, ProcessLookupError)
+def hold_folder(runtime: Runtime) -> None:
+    """From here until its ending is recorded, the run folder is this run's. All ranks."""
+    lock = runtime.attempt.lock
+    text = runtime.on_main(lambda: lock.take(runtime.say))
+    runtime.together(lambda: lock.see(text))
 
 
 def start(
@@ -479,7 +412,6 @@ def start(
         raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
     _check_trackers(config.run.trackers)
     strategy = zero.choose_strategy(launch)
-    die_with_launcher()
     no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
@@ -554,20 +486,6 @@ def refuse_silent_single() -> None:
             "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
             " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
         )
-
-
-def die_with_launcher() -> None:
-    """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(CODES["retryable"])
-
-    threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
 
 
 def _prove_world(runtime: Runtime) -> None:

@@ -8,6 +8,11 @@ optimizer's tensors. Running the same command again goes on where the run folder
 import gc
 from pathlib import Path
 
+from dist_lm.launcher import die_with_launcher
+
+if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
+    die_with_launcher()
+
 from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
 from dist_lm.outcome import CODES, TRAIN_FLAGS, Attempt
 
@@ -35,7 +40,7 @@ from dist_lm.data import Batches, Dataset, Mix, count_left_out, merge_after, ope
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import GPT, NO_TARGET, flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
-from dist_lm.runtime import RunLock, Runtime, start
+from dist_lm.runtime import Runtime, hold_folder, start
 from dist_lm.sample import Sampling, sample
 from dist_lm.stream import Recipe
 from dist_lm.validate import validate
@@ -92,7 +97,7 @@ class Pending:
 
     step: int
     lr: float
-    loss_norm_targets_stop: Tensor
+    loss_norm_targets_flags: Tensor
     seconds: float
     seconds_waiting: float  # for data
     batch_hash: Tensor | None
@@ -103,19 +108,19 @@ def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> st
     """Why the run stopped before its end, or nothing."""
     runtime, why = start(config, next(iter(flags.get("launch", [])), None), attempt), ""
     try:
-        with RunLock(Path(config.run.dir), runtime):
-            place = find_place(runtime, config, flags.get("allow_change", []))
-            if place:
-                run = build(runtime, config, place)
-                describe(run)
-                try:
-                    why = train(run)
-                except UserError:
-                    if run.batches:
-                        run.batches.close()
-                    report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
-                    raise
-                finish(run, why)
+        hold_folder(runtime)
+        place = find_place(runtime, config, flags.get("allow_change", []))
+        if place:
+            run = build(runtime, config, place)
+            describe(run)
+            try:
+                why = train(run)
+            except UserError:
+                if run.batches:
+                    run.batches.close()
+                report_saving(run, run.saver.finish)  # what is on its way to disk shall get there
+                raise
+            finish(run, why)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
         raise
@@ -132,7 +137,8 @@ def train(run: Run) -> str:
     batches = run.batches = training_batches(run)
     batch = batches.take()
     runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
-    targets, stop = runtime.sum(runtime.with_stop(batch.targets))  # it may have been asked for during start-up
+    targets, stop, is_lost = runtime.sum(runtime.with_stop(batch.targets))  # it may have come during start-up
+    runtime.refuse_lost_folder(float(is_lost))
     first_step, stopping, pending = state.step, bool(stop), None
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
@@ -169,14 +175,15 @@ def train(run: Run) -> str:
 
         norm = runtime.update(config.optim.clip)
 
-        # One small sum carries all that ranks must agree on; its stop flag is read one step late, like the figures.
+        # One small sum carries all that ranks must agree on; its two flags are read one step late, like the figures.
         waiting = time.monotonic()
         next_batch = batches.take()
         waited = time.monotonic() - waiting
-        loss_sum, next_targets, stop = runtime.sum(torch.cat([loss_sum[None], runtime.with_stop(next_batch.targets)]))
+        agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_stop(next_batch.targets)]))
+        loss_sum, next_targets, stop, is_lost = agreed
         if pending:
             stopping = settle(run, pending)
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop])
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
         hashing = config.run.log_batch_hash
         batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
         seconds = time.monotonic() - started
@@ -193,7 +200,8 @@ def train(run: Run) -> str:
 def settle(run: Run, pending: Pending) -> bool:
     """Read a step's figures, refuse what is not finite, record them; whether some rank was told to stop. All ranks."""
     runtime, state = run.runtime, run.state
-    loss, norm, targets, stop = pending.loss_norm_targets_stop.tolist()
+    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.tolist()
+    runtime.refuse_lost_folder(is_lost)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not runtime.scaler.is_enabled() or runtime.scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()
@@ -209,6 +217,8 @@ def settle(run: Run, pending: Pending) -> bool:
         extra["batch_hash"] = f"{int(pending.batch_hash) % 2**64:016x}"
     if runtime.scaler.is_enabled():
         extra.update(scale=runtime.scaler.get_scale(), skipped_updates=state.skipped_updates)
+    if runtime.attempt.lock.lost:
+        return bool(stop)  # the file is another run's; the ranks agree on it in the next step
     run.metrics.step(
         step=pending.step, loss=loss, lr=pending.lr, grad_norm=norm, tokens=state.tokens,
         tokens_per_second=targets / pending.seconds, data_wait=pending.seconds_waiting / pending.seconds, **extra,
@@ -333,8 +343,14 @@ def build(runtime: Runtime, config: Config, place: Place) -> Run:
         config.run.dir, steps=place.steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
         device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
     )  # fmt: skip
-    keep = (config.run.keep_last, config.run.keep_every)
-    saver = Saver(Path(config.run.dir), runtime.background, *keep, resumed=place.folder)
+    saver = Saver(
+        Path(config.run.dir),
+        runtime.background,
+        config.run.keep_last,
+        config.run.keep_every,
+        resumed=place.folder,
+        lost=runtime.attempt.lock.look,
+    )
     layout = plan(config, runtime.world_size)
     run = Run(config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState())
     put(run, place)

@@ -634,7 +634,12 @@ def cut(everything: list[Held], world: int, cuts: random.Random) -> list[list[He
 
 
 def save_together(
-    run: Path, trained: Any, by_rank: list[list[Held]], step: int = 7, messages: Messages | None = None
+    run: Path,
+    trained: Any,
+    by_rank: list[list[Held]],
+    step: int = 7,
+    messages: Messages | None = None,
+    lost: Callable[[], str] = str,
 ) -> tuple[list[Any], int]:
     """Save as many ranks; what each of them raised, or None, and how many elements they sent."""
     model, _, tokenizer = trained
@@ -644,7 +649,7 @@ def save_together(
     outcome: list[Any] = [None] * len(by_rank)
 
     def work(rank: int) -> None:
-        saver = Saver(run, ThreadChannel(rank, messages))
+        saver = Saver(run, ThreadChannel(rank, messages), lost=lost)
         try:
             saver.begin(step, model.config, tokenizer.vocab_size, SEQ_LEN, lambda: by_rank[rank], texts, tokenizer)
             saver.finish()
@@ -732,6 +737,27 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     assert save_together(tmp_path, some, slices, step=8, messages=messages)[0] == [None] * 3
     again = checkpoint.read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
     assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("looks", "left"), [(0, {".step-00000006.tmp"}), (1, {".step-00000007.tmp"}), (2, set())])
+def test_a_run_that_lost_its_folder_commits_nothing_and_deletes_nothing(
+    trained: Any, tmp_path: Path, looks: int, left: set[str]
+) -> None:
+    """At the first, second or third look: before the temporary folder, the rename, the deletion of older ones."""
+    model, optimizer, _ = some = training_of(MODEL)
+    older = {write(tmp_path, step, trained).name for step in (1, 2)}
+    (tmp_path / ".step-00000006.tmp").mkdir()  # of whoever has the folder now
+    answers = iter([""] * looks)
+    said, _ = save_together(
+        tmp_path, some, [held(model, optimizer)] * 2, lost=lambda: next(answers, "run.lock was deleted")
+    )
+    if looks < 2:
+        reason = "rank 0: run.lock was deleted; older checkpoints are untouched"
+        assert said == [f"checkpoint of step 7 was not written: {reason}"] * 2
+    else:
+        assert said == [None, None]
+        older |= {"step-00000007"}
+    assert {path.name for path in tmp_path.iterdir()} == older | left
 
 
 def test_a_failed_write_is_raised_at_the_next_look(

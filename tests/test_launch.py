@@ -1,5 +1,6 @@
 """launch/torchrun.sh and accelerate.sh: what they find out, signals, restarts; two hosts and the link between them."""
 
+import json
 import shutil
 import signal
 import socket
@@ -117,6 +118,29 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
         for pid in (launcher.pid, *running(run)):
             kill(pid)
         launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["launch/torchrun.sh", "--nproc", "2", "--run.dir", str(run), *long(prepared)]
+    with open(tmp_path / "out", "w") as out:
+        first = subprocess.Popen(command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out)
+    try:
+        reach(run, 20)
+        said = launch("torchrun", "--nproc", "2", "--run.dir", str(run), *long(prepared), code=2)
+        assert f"error: run.dir={run} is in use by another run (" in said and "restart" not in said
+        assert f"{run}: config at step " in said
+        assert outcome(run) == {} and not list(run.glob(".refused*"))
+        kill(json.loads((run / "run.lock").read_text())["pid"])
+        until(lambda: outcome(run).get("attempt") == 1, 40, "the report")
+        assert outcome(run)["class"] == "retryable"
+        reach(run, losses(run)[-1]["step"] + 5)
+        assert "restart 1 of at most 3" in (tmp_path / "out").read_text()
+    finally:
+        for pid in (first.pid, *running(run)):
+            kill(pid)
+        first.wait()
 
 
 def reach(run: Path, step: int) -> None:

@@ -1,8 +1,11 @@
 """outcome.json: classes, counting of failures, the launchers' questions; and a signal at any time leads to one stop."""
 
 import json
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,6 +98,93 @@ def test_what_launchers_ask(tmp_path: Path) -> None:
     assert "failed 3 times without a new step; not started again" in said
     (tmp_path / "outcome.json").write_text(json.dumps({**record, "class": "diverged", "failures": 0}))
     entry("outcome", "after", "3", "1", *run, code=76)
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def test_only_who_holds_the_folder_writes_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused start tells its own launch script, whose number may be that of the run that lives there."""
+
+    def refuse() -> str:
+        raise UserError("in use by another run")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("DIST_LM_START_ID", "node0-12/../3")
+    run = ["--run.dir", str(tmp_path)]
+    first = Attempt(tmp_path, 1)
+    first.lock.take(quiet)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        began = time.monotonic()
+        with pytest.raises(UserError):
+            Attempt(tmp_path, 1).run(refuse)
+        assert time.monotonic() - began < 2  # rank 1 waits for nobody
+    assert {file.name for file in tmp_path.iterdir()} == {"run.lock", ".refused-node0-12_.._3.json"}
+    said = entry("outcome", "after", "1", "1", *run, code=2, DIST_LM_START_ID="node0-12/../3")
+    assert said == f"{tmp_path}: config at step 0, attempt 1: in use by another run\n"
+    said = entry("outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other")  # killed while it waited
+    assert "no rank said why" in said
+    assert {file.name for file in tmp_path.iterdir()} == {"run.lock"}
+
+    monkeypatch.setenv("RANK", "0")
+    first.run(lambda: "")
+    assert read(tmp_path)["class"] == "done" and {file.name for file in tmp_path.iterdir()} == {"outcome.json"}
+
+
+def test_the_lock_is_held_until_the_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    attempt = Attempt(tmp_path)
+    record = attempt.record
+
+    def refuse() -> str:
+        attempt.lock.take(quiet)
+        raise UserError("no such data", 65)
+
+    def record_while_held(kind: str, reason: str) -> dict[str, object]:
+        assert (tmp_path / "run.lock").exists()
+        return record(kind, reason)
+
+    monkeypatch.setattr(attempt, "record", record_while_held)
+    with pytest.raises(UserError, match="no such data"):
+        attempt.run(refuse)
+    assert read(tmp_path)["class"] == "data" and not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_run_that_lost_its_folder_records_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """Deleted or another's; all ranks know it, and the launch script does not start it again."""
+    monkeypatch.setenv("DIST_LM_START_ID", "first")
+    folder = tmp_path / "run"
+    attempts = [Attempt(folder, 1) for _ in range(2)]
+    text = attempts[0].lock.take(quiet)
+    attempts[1].lock.see(text)
+    if taken:
+        (folder / "run.lock").write_text("another's")
+    else:
+        shutil.rmtree(folder)
+
+    def end() -> str:
+        raise UserError("no longer this run's")
+
+    for rank, attempt in enumerate(attempts):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UserError):
+            attempt.run(end)
+        assert not (folder / "outcome.json").exists()
+    entry("outcome", "after", "1", "1", "--run.dir", str(folder), code=2, DIST_LM_START_ID="first")
+    assert folder.exists() == taken and not (folder / "outcome.json").exists()
+
+
+def test_a_dead_run_s_lock_stops_nobody_from_recording(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / "run.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid}))
+    entry("outcome", "after", "1", "137", "--run.dir", str(tmp_path), code=70, DIST_LM_START_ID="first")
+    assert (read(tmp_path)["class"], read(tmp_path)["attempt"]) == ("retryable", 1)
 
 
 def handles(pid: int, number: signal.Signals) -> bool:

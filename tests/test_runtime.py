@@ -1,10 +1,5 @@
-"""The runtime: agreements of several real processes, the lock of a run folder, and refusing silent degradation."""
+"""The runtime: agreements of several real processes, and refusing silent degradation."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.config import Config, RunConfig, UserError
-from dist_lm.runtime import RunLock, Runtime, refuse_silent_single, start
+from dist_lm.runtime import Runtime, refuse_silent_single, start
 from tests.procs import finish, start_ranks
 
 
@@ -71,53 +66,3 @@ def test_one_process_instead_of_many_is_refused(monkeypatch: pytest.MonkeyPatch)
         refuse_silent_single()
     monkeypatch.delenv("MASTER_ADDR")
     refuse_silent_single()
-
-
-class Alone:
-    """As much of a runtime as a lock needs."""
-
-    is_main = True
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def on_main(self, work):  # type: ignore[no-untyped-def]
-        return work()
-
-    together = on_main
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-def test_the_lock_is_held_and_released(tmp_path: Path) -> None:
-    runtime = Alone()
-    with RunLock(tmp_path, runtime):  # type: ignore[arg-type]
-        held = json.loads((tmp_path / "run.lock").read_text())
-        assert (held["host"], held["pid"]) == (socket.gethostname(), os.getpid())
-    assert not (tmp_path / "run.lock").exists()
-
-
-def test_a_live_lock_is_refused_and_a_dead_one_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RunLock, "STALE_SECONDS", 1.0)
-    with RunLock(tmp_path, Alone()):  # type: ignore[arg-type]
-        second = Alone()
-        with pytest.raises(UserError, match=r"is in use by another run \(.*\); rule: one run a folder"):
-            RunLock(tmp_path, second).__enter__()  # type: ignore[arg-type]
-        assert any("waiting for the run that holds" in said for said in second.said)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    (tmp_path / "run.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid}))
-    began = time.monotonic()
-    with RunLock(tmp_path, Alone()):  # type: ignore[arg-type]
-        assert time.monotonic() - began < 0.9  # at once: the process is gone
-
-
-def test_a_lock_of_another_host_is_taken_over_when_nobody_touches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(RunLock, "STALE_SECONDS", 1.0)
-    (tmp_path / "run.lock").write_text(json.dumps({"host": "elsewhere", "pid": os.getpid()}))
-    began = time.monotonic()
-    with RunLock(tmp_path, Alone()):  # type: ignore[arg-type]
-        assert 1.0 < time.monotonic() - began < 5.0

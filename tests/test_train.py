@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dist_lm import outcome
 from dist_lm.checkpoint import step_folders, verify
 from dist_lm.config import load
 from dist_lm.metrics import read_metrics
@@ -27,6 +28,7 @@ from dist_lm.order import sequence_ids
 from dist_lm.shards import TokenShards
 from dist_lm.text import Tokenizer
 from tests.conftest import TINY
+from tests.machines import kill
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 
 
@@ -377,19 +379,62 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
     assert code == 2 and found and found[1] != found[2], output
 
 
-@pytest.mark.campaign
+@pytest.mark.slow
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
-    """A second start waits, then refuses; the lock of a killed run is taken over."""
-    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000")
+    """A second start refuses, also while the first is stopped, and leaves the outcome alone; a killed run's lock is
+    taken over, and its launch script hears that it may be started again."""
+    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000", "--run.save_every", "50")
     first = start_ranks(1, "dist_lm/train.py", "--run.dir", str(run), *common)
     wait_for_step(run, 3, first)
-    output = train(run, *common, code=2)
-    assert f"run.dir={run} is in use by another run" in output and "waiting for the run that holds" in output
+    first[0].send_signal(signal.SIGSTOP)
+    output = train(run, *common, code=2, world=2, DIST_LM_START_ID="second", DIST_LM_ATTEMPT="1")
+    assert f"error: run.dir={run} is in use by another run whose process is stopped or unreachable" in output
+    assert output.count("error: ") == 1 and "waiting for the run that holds" in output
+    assert not (run / "outcome.json").exists()
+    said = entry("outcome", "after", "1", "1", "--run.dir", str(run), code=2, DIST_LM_START_ID="second")
+    assert ": config at step 0, attempt 1: run.dir=" in said and not list(run.glob(".refused*"))
+    first[0].send_signal(signal.SIGCONT)
+    wait_for_step(run, losses(run)[-1]["step"] + 10, first)
+
     first[0].kill()
     finish(first)
     assert (run / "run.lock").exists()
+    said = entry("outcome", "after", "1", "137", "--run.dir", str(run), code=70, DIST_LM_START_ID="first")
+    assert ": retryable at step " in said and outcome.read(run)["attempt"] == 1
     train(run, *tiny(prepared, "--run.steps", "5"))
     assert not (run / "run.lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "world"), [("taken", 2), ("deleted", 1), ("folder", 1)])
+def test_a_run_that_lost_its_folder_ends_and_writes_nothing_more(
+    prepared: Path, tmp_path: Path, how: str, world: int
+) -> None:
+    """As where flock is granted to everybody: it is stopped, another takes the folder, and it goes on."""
+    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000", "--run.save_every", "10")
+    first = start_ranks(world, "dist_lm/train.py", "--run.dir", str(run), *common)
+    wait_for_step(run, 12, first)
+    for rank in first:
+        rank.send_signal(signal.SIGSTOP)
+    lock, text = run / "run.lock", json.dumps({"host": "elsewhere", "pid": 1})
+    if how == "taken":
+        lock.write_text(text)
+    elif how == "deleted":
+        lock.unlink()
+    else:
+        run.rename(tmp_path / "moved")
+        run.mkdir()
+    time.sleep(8)  # longer than a look is believed
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*") if ".step-" not in str(file)}
+    for rank in first:
+        rank.send_signal(signal.SIGCONT)
+    code, output = finish(first, 60)
+    assert code == 2, output
+    told = (
+        f"error: run.dir={run} is no longer this run's ({lock} {'is now held by' if how == 'taken' else 'was deleted'}"
+    )
+    assert told in output and output.count("error: ") == 1
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if ".step-" not in str(file)} == before
 
 
 @pytest.mark.slow
@@ -430,30 +475,49 @@ def running(run: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-def test_ranks_end_when_torchrun_is_killed(prepared: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
-    command += ["dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    wait_for_step(run, 3, [launcher])
-    assert len(running(run)) == 3
-    launcher.kill()
-    ended = time.monotonic() + 5
+def all_gone(run: Path, seconds: float) -> bool:
+    ended = time.monotonic() + seconds
     while running(run) and time.monotonic() < ended:
         time.sleep(0.1)
-    assert running(run) == []
-    launcher.communicate()
+    return running(run) == []
+
+
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port",
+    "accelerate": "-m accelerate.commands.launch --config_file launch/ddp.yaml --num_processes 2 --main_process_port",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "after"),
+    [("torchrun", 0.0), ("torchrun", 0.3), ("torchrun", 1), ("torchrun", 2), ("accelerate", 0.3), ("torchrun", None)],
+)
+def test_ranks_end_when_their_launcher_is_killed(
+    prepared: Path, tmp_path: Path, launcher: str, after: float | None
+) -> None:
+    """So many seconds after the ranks appear, most of which pass in imports; or when they train."""
+    run = tmp_path / "run"
+    command = [sys.executable, *LAUNCHERS[launcher].split(), str(free_port()), "dist_lm/train.py"]
+    command += ["--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
+    with open(tmp_path / "out", "w") as out:
+        parent = subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=out, stderr=out)
+        try:
+            if after is None:
+                wait_for_step(run, 3, [parent])
+            else:
+                deadline = time.monotonic() + 60
+                while len(running(run)) < 3 and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                time.sleep(after)
+            assert len(running(run)) == 3
+            parent.kill()
+            parent.wait()
+            assert all_gone(run, 5), (tmp_path / "out").read_text()
+        finally:
+            for pid in (parent.pid, *running(run)):
+                kill(pid)
+            parent.wait()
 
 
 @pytest.mark.slow

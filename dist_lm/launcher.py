@@ -1,0 +1,47 @@
+"""A rank ends with the launcher that started it.
+
+Only the standard library is imported here: train.py calls this before anything else, because the imports that follow
+take seconds, and a launcher may be killed during them.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+RETRYABLE = 70  # the exit code of what may be started again
+
+
+def die_with_launcher() -> None:
+    """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
+        return
+    parent = os.getppid()
+    if is_orphaned(parent):
+        print("error: the launcher of this process ended before the process began", file=sys.stderr, flush=True)
+        os._exit(RETRYABLE)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(RETRYABLE)
+
+    threading.Thread(target=watch, daemon=True, name="die-with-launcher").start()
+
+
+def is_orphaned(parent: int) -> bool:
+    """Whether the launcher ended before this process could ask who its parent is.
+
+    An orphan's parent is process 1, or a systemd that looks after its user. Process 1 may also be the launcher itself,
+    in a container that starts nothing else; but torchrun and accelerate are Python programs, and an init is none. What
+    this cannot see is an orphan that another process than these two has adopted.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ):
+        return False  # Slurm's own process is the parent
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # no /proc, or it hides the processes of others
+        return False
+    program = os.path.basename(command.split(b"\0")[0])
+    return program == b"systemd" or (parent == 1 and b"python" not in command)

@@ -471,7 +471,7 @@ def compare_tokenizers(config: Config) -> Found:
     used = spec = config.data.tokenizer
     if folder := prepared_folder(config):
         manifest, own = read_manifest(folder), Tokenizer.load(folder)
-        used = manifest["settings"]["tokenizer"]
+        used = manifest["tokenizer"]["name"]
         if own.sha256 != manifest["tokenizer"]["sha256"]:
             raise UserError(f"{folder}/tokenizer.json is not the one that the folder was prepared with")
     elif is_trained_spec(spec):

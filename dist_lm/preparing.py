@@ -88,7 +88,7 @@ class _Preparation:
 
     def read_finished(self) -> dict[str, Any]:
         manifest = read_manifest(self.folder)
-        self._refuse_other(manifest["settings"])
+        self._refuse_other(manifest.get("settings", {}))
         self.say(f"{self.folder}: prepared before, used as it is")
         return manifest
 

@@ -255,7 +255,9 @@ class ShardCache:
 
     def get(self, name: str, size: int, sha256: str) -> Path:
         """The copy of a file, in use until released; any thread may call."""
-        path = self.folder / f"{sha256[:16]}-{Path(name).name}"
+        copy = f"{sha256[:16]}-{name}"
+        assert "/" not in copy, f"{copy}: the manifest's names are checked where it is read, and lead out of no folder"
+        path = self.folder / copy
         if size > self.limit:
             self._refuse(name, size, size)
         deadline = time.monotonic() + ROOM_WAIT

@@ -3,6 +3,9 @@
 A prepared folder holds one safetensors file a shard (tokens, end-of-text after each document, and where each document
 starts), the tokenizer, and `dataset.json`, the manifest, which is written last: a folder that has it is whole.
 Invariant: every file is written aside, fsynced and renamed; sizes are checked when opened, hashes by `verify`.
+
+A prepared folder may come from a stranger. Its manifest and the headers of its shards are therefore checked where they
+are read: a name in them never leads out of the folder, and what they say of sizes and types fits the files.
 """
 
 import contextlib
@@ -11,25 +14,123 @@ import json
 import mmap
 import os
 import re
+import reprlib
+import stat
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from dist_lm.config import DataConfig, UserError
-from dist_lm.remote import ShardCache, exists, fetch_small, is_remote, open_file
+from dist_lm.remote import SMALL_FILE, ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+_BAD_DATA = 65
+_LONGEST_NAME = 200  # characters of a shard's file name; the cache puts some before it, and a file system allows 255
+_LONGEST_HEADER = 2**16  # bytes of a shard's header; ours have less than 2**9
 _CHUNK = 16 * 2**20
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _check_file_name(name: str) -> str:
+    if not FILE_NAME.fullmatch(name):
+        raise ValueError(f"must match {FILE_NAME.pattern}")
+    return name
+
+
+def _check_sha256(text: str) -> str:
+    if not SHA256.fullmatch(text):
+        raise ValueError(f"must match {SHA256.pattern}")
+    return text
+
+
+Count = Annotated[int, Field(ge=0, le=2**48)]
+FileName = Annotated[str, Field(max_length=_LONGEST_NAME), AfterValidator(_check_file_name)]
+Sha256 = Annotated[str, AfterValidator(_check_sha256)]
+Text = Annotated[str, Field(max_length=2**16)]  # what may be repeated in a message
+Value = Text | int | float | bool | None
+
+
+class _Checked(BaseModel):
+    """A part of a JSON file from outside; it may hold more than is read."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _ShardEntry(_Checked):
+    file: FileName
+    tokens: Count
+    bytes: Count
+    sha256: Sha256
+
+
+class _Split(_Checked):
+    documents: Count
+    bytes: Count  # of text
+    tokens: Count
+    unknown: Count
+    shards: Annotated[list[_ShardEntry], FailFast()]
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        total = sum(shard.tokens for shard in self.shards)
+        if total != self.tokens:
+            raise ValueError(f"tokens={self.tokens} must be the {total} of all its shards")
+        return self
+
+
+class _Splits(_Checked):
+    train: _Split
+    val: _Split
+
+
+class _TokenizerFacts(_Checked):
+    name: Text
+    sha256: Sha256
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    eot: Count
+    unk: Count | None
+    dtype: Literal["uint16", "uint32"]
+
+
+class _SourceEntry(_Checked):
+    name: str
+    bytes: Count
+
+
+class _Manifest(_Checked):
+    """What every reader of a manifest may rely on."""
+
+    tokenizer: _TokenizerFacts
+    settings: dict[str, Value | dict[str, Value]] = {}  # it was prepared with; a stream's kept validation has none
+    splits: _Splits
+    sources: Annotated[list[_SourceEntry], FailFast()]
+
+
+class _Tensor(_Checked):
+    """A one-dimensional tensor in the header of a safetensors file."""
+
+    dtype: Literal["U16", "U32", "I64"]
+    shape: tuple[Count]
+    data_offsets: tuple[Count, Count]
+
+
+class _Header(_Checked):
+    """The tensors of a shard."""
+
+    document_start: _Tensor
+    document_source: _Tensor
+    document_row: _Tensor
+    tokens: _Tensor
 
 
 class Span(NamedTuple):
@@ -109,14 +210,40 @@ def write_shard(
 def map_shard(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a shard, read from disk only where touched."""
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise _refuse_shard(path, f"{size} bytes are no safetensors file")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     base = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:base])
-    return {
-        name: np.frombuffer(data, _DTYPES[entry["dtype"]], entry["shape"][0], base + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+    if base > min(len(data), 8 + _LONGEST_HEADER):
+        raise _refuse_shard(path, f"its header has {base - 8} bytes of {size}")
+    try:
+        header = _Header.model_validate_json(data[8:base])
+    except ValidationError as error:
+        raise _refuse_shard(path, _first_fault(error)) from error
+    arrays = {}
+    for name, tensor in header:
+        dtype = _DTYPES[tensor.dtype]
+        (count,) = tensor.shape
+        begin, end = tensor.data_offsets
+        if end - begin != count * dtype.itemsize or base + end > len(data):
+            raise _refuse_shard(path, f"{name}: bytes {begin} to {end} are not {count} of {tensor.dtype} in the file")
+        arrays[name] = np.frombuffer(data, dtype, count, base + begin)
+    return arrays
+
+
+def _refuse_shard(path: str | Path, reason: str) -> UserError:
+    return UserError(f"{path}: not a shard as it was prepared: {reason}; nearest: prepare again", _BAD_DATA)
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first validation error as one short line: field, value, rule."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    rule = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing" or not field:
+        return f"{field}: {rule}".removeprefix(": ")
+    return f"{field}={reprlib.repr(first['input'])}: {rule}"
 
 
 def find_prepared(path: str | Path) -> bool:
@@ -125,17 +252,39 @@ def find_prepared(path: str | Path) -> bool:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared folder or URL, checked: see `_Manifest`."""
     file = f"{folder}/{MANIFEST}"
     try:
-        content = fetch_small(file) if is_remote(file) else Path(file).read_bytes()
+        content = fetch_small(file) if is_remote(file) else _read_small(Path(file))
         manifest: dict[str, Any] = json.loads(content)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again", 65) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{file}: not a readable manifest ({type(error).__name__}); prepare again", _BAD_DATA
+        ) from error
+    if not isinstance(manifest, Mapping):
+        raise UserError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again", _BAD_DATA)
     if manifest.get("format") != FORMAT:
-        raise UserError(f"{file}: format {manifest.get('format')} is not the format {FORMAT} of this version", 65)
+        found = reprlib.repr(manifest.get("format"))
+        raise UserError(f"{file}: format {found} is not the format {FORMAT} of this version", _BAD_DATA)
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise UserError(
+            f"{file}: not a manifest as it was written: {_first_fault(error)}; nearest: prepare again", _BAD_DATA
+        ) from error
     return manifest
+
+
+def _read_small(file: Path) -> bytes:
+    """A whole small file of this machine; a pipe or device, which might never end, is refused."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file}: not a regular file", _BAD_DATA)
+    if found.st_size > SMALL_FILE:
+        raise UserError(f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have", _BAD_DATA)
+    return file.read_bytes()
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -171,11 +320,20 @@ class TokenShards:
             path = Path(folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
-                raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", 65)
+                raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", _BAD_DATA)
         # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
-        self._map = lru_cache(maxsize=64)(lambda shard: map_shard(Path(folder, self.files[shard])))
+        self._map = lru_cache(maxsize=64)(lambda shard: self._open(shard, Path(folder, self.files[shard])))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self._ends = lru_cache(lambda seq_len, stride: list(accumulate(self.counts(seq_len, stride))))
+
+    def _open(self, shard: int, path: Path) -> dict[str, np.ndarray]:
+        """The arrays of a shard, which are what the manifest says."""
+        arrays = map_shard(path)
+        tokens = arrays["tokens"]
+        if len(tokens) != self.sizes[shard] or tokens.dtype != self.dtype:
+            found = f"{len(tokens)} tokens of {tokens.dtype}"
+            raise _refuse_shard(path, f"{found} where {MANIFEST} has {self.sizes[shard]} of {self.dtype}")
+        return arrays
 
     @contextlib.contextmanager
     def _shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
@@ -186,7 +344,7 @@ class TokenShards:
         entry = self.entries[shard]
         path = self.cache.get(entry["file"], entry["bytes"], entry["sha256"])
         try:
-            yield map_shard(path)
+            yield self._open(shard, path)
         finally:
             self.cache.release(entry["file"])
 
@@ -229,6 +387,7 @@ class TokenShards:
         shard, first = self.find(sequence, seq_len, stride)
         names, spans, end = self.manifest["sources"], [], first + seq_len + 1
         with self._shard(shard) as arrays:
+            self._check_documents(shard, arrays)
             starts = arrays["document_start"]
             n = int(np.searchsorted(starts, first, "right")) - 1
             while n < len(starts) and starts[n] < end:
@@ -238,3 +397,14 @@ class TokenShards:
                 spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
                 n += 1
         return spans
+
+    def _check_documents(self, shard: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Refuse documents that do not follow each other in the shard, or come from no source of the manifest."""
+        path = f"{self.folder}/{self.files[shard]}"
+        starts, sources = arrays["document_start"], arrays["document_source"]
+        is_whole = len(starts) == len(sources) == len(arrays["document_row"]) > 0
+        if not is_whole or starts[0] != 0 or starts[-1] >= self.sizes[shard] or (starts[1:] <= starts[:-1]).any():
+            raise _refuse_shard(path, "its documents do not follow each other")
+        known = len(self.manifest["sources"])
+        if sources.min() < 0 or sources.max() >= known:
+            raise _refuse_shard(path, f"a document is from none of the {known} sources")

@@ -39,9 +39,17 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
         path = folder / f"train-{n:05d}.safetensors"
         entries.append(write_shard(path, tokens[begin : begin + size], starts, [0] * len(starts), numbers))
         begin += size
-    splits = {"train": {"shards": entries}, "val": {"shards": []}}
+    counted = {"documents": 1, "bytes": 1, "unknown": 0}
+    splits = {
+        "train": counted | {"tokens": sum(sizes), "shards": entries},
+        "val": counted | {"tokens": 0, "shards": []},
+    }
     (folder / "tokenizer.json").write_text("{}")
     tokenizer = {
+        "name": "byte",
+        "vocab_size": 257,
+        "eot": 256,
+        "unk": None,
         "dtype": np.dtype(dtype).name,
         "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }

@@ -20,7 +20,7 @@ def plain(path: str) -> None:
     import torch
 
     from dist_lm.config import read_yaml, resolve
-    from dist_lm.model import GPT, init_weights
+    from dist_lm.model.gpt import GPT, init_weights
 
     torch.set_num_threads(1)
     text = Path(path).read_text()

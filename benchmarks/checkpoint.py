@@ -22,7 +22,7 @@ from memory import forget_peak, resident
 
 from dist_lm import train
 from dist_lm.config import resolve
-from dist_lm.runtime import start
+from dist_lm.runtime.world import start
 
 ROUNDS = 5
 SIZE = {"model.layers": 14, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}

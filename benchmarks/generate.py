@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dist_lm import hf
 from dist_lm.config import ModelConfig
-from dist_lm.model import GPT, init_weights
+from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT, init_weights
 from dist_lm.sample import Sampling, lay_out_for_decoding, sample
-from dist_lm.text import Tokenizer, train_tokenizer
 
 VOCAB_SIZE, SEQ_LEN, PROMPT = 50257, 1024, 32
 GPT2 = ModelConfig(

@@ -14,8 +14,8 @@ import torch
 
 from dist_lm.config import DataConfig, UserError, resolve
 from dist_lm.config import plan as plan_of
-from dist_lm.data import Batches, open_dataset
-from dist_lm.preparing import prepare_dataset
+from dist_lm.data.batches import Batches, open_dataset
+from dist_lm.data.preparing import prepare_dataset
 
 T, BATCH, STEPS, ROUNDS = 1024, 16, 300, 5
 

@@ -10,9 +10,9 @@ import json
 import sys
 
 from dist_lm.config import read_yaml, resolve
-from dist_lm.model import GPT, parameter_shapes
+from dist_lm.model.gpt import GPT, parameter_shapes
 from dist_lm.optim import make_optimizer
-from dist_lm.runtime import start
+from dist_lm.runtime.world import start
 
 VOCABULARY, CONTEXT = 32000, 128
 

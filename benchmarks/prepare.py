@@ -21,9 +21,9 @@ from pathlib import Path
 import tokenizers
 
 from dist_lm.config import DataConfig
-from dist_lm.preparing import prepare_dataset
-from dist_lm.sources import Reader, find_sources
-from dist_lm.text import train_tokenizer
+from dist_lm.data.formats import Reader, find_sources
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.tokenizer import train_tokenizer
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ import torch
 from dist_lm import train
 from dist_lm.config import Config, resolve
 from dist_lm.metrics import read_metrics
-from dist_lm.runtime import start
+from dist_lm.runtime.world import start
 
 ROUNDS, STEPS, FIRST = 4, 15, 3
 

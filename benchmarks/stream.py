@@ -41,11 +41,11 @@ from datasets.distributed import split_dataset_by_node
 
 from dist_lm.config import Config, UserError, resolve
 from dist_lm.config import plan as plan_of
-from dist_lm.data import Batches, Dataset, Mix, open_dataset
-from dist_lm.preparing import prepare_dataset
-from dist_lm.runtime import Channel
-from dist_lm.stream import Recipe
-from dist_lm.text import Tokenizer, train_tokenizer
+from dist_lm.data.batches import Batches, Dataset, Mix, open_dataset
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.stream import Recipe
+from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.runtime.world import Channel
 
 T, BATCH, FILES, MB = 1024, 16, 8, 10**6
 NEAR = 400  # batches before the end, where `resume` is measured

@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dist_lm import train
 from dist_lm.config import Config, DataConfig, resolve
-from dist_lm.model import GPT, init_weights
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.model.gpt import GPT, init_weights
 from dist_lm.outcome import Attempt
-from dist_lm.preparing import prepare_dataset
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round
     "4 layers, 128 wide, T 256, batch 8, vocabulary 2048": (4, 4, 128, 256, 8, 25),

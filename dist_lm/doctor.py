@@ -56,14 +56,14 @@ from typing import Any
 import torch
 
 from dist_lm import __version__
-from dist_lm.checkpoint import step_folders, tokenizer_hash
+from dist_lm.checkpoint.save import step_folders, tokenizer_hash
+from dist_lm.data.formats import find_sources
+from dist_lm.data.remote import is_remote
+from dist_lm.data.shards import MANIFEST, TokenShards, find_prepared, read_manifest
+from dist_lm.data.tokenizer import Tokenizer, is_trained_spec
 from dist_lm.outcome import in_a_line
-from dist_lm.remote import is_remote
-from dist_lm.runtime import Runtime, start
-from dist_lm.shards import MANIFEST, TokenShards, find_prepared, read_manifest
+from dist_lm.runtime.world import Runtime, start
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
-from dist_lm.sources import find_sources
-from dist_lm.text import Tokenizer, is_trained_spec
 
 BAD_SETTINGS, BAD_DATA, BAD_MACHINE = 2, 65, 70
 PACKAGES = ("torch", "accelerate", "deepspeed", "datasets")
@@ -206,7 +206,7 @@ def devices(ranks: Ranks) -> Found:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What this rank's machine and software are."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
     versions = {"python": platform.python_version(), "dist_lm": f"{__version__} ({code.hexdigest()[:8]})"}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dist_lm.config import FlagParser, UserError, did_you_mean, run_entry
-from dist_lm.text import printable
+from dist_lm.data.tokenizer import printable
 
 if TYPE_CHECKING:
-    from dist_lm.model import GPT
+    from dist_lm.data.tokenizer import Tokenizer
+    from dist_lm.model.gpt import GPT
     from dist_lm.sample import Continuation
-    from dist_lm.text import Tokenizer
 
 AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     import torch  # from here on it is slow
 
-    from dist_lm.checkpoint import read_model
+    from dist_lm.checkpoint.save import read_model
     from dist_lm.sample import lay_out_for_decoding
 
     cuda = torch.cuda.is_available()

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lm.config import Config, ModelConfig, UserError, did_you_mean, load, plan, read_yaml, resolve, run_entry
 from dist_lm.metrics import peak_flops, shorten
-from dist_lm.model import GPT, flops_per_token, parameter_shapes
+from dist_lm.model.gpt import GPT, flops_per_token, parameter_shapes
 from dist_lm.optim import moments
+from dist_lm.runtime.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
-from dist_lm.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 
 FLAGS = {
     "launch": "The strategy to mark: a file of launch/ (single or ddp).",

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--processes={arguments.processes} must be a whole number of 1 or more; nearest: 1")
     given = {f"data.{name}": value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
     config = resolve(("command line", {name: parse_value(name, [value]) for name, value in given.items()}))
-    from dist_lm import preparing, shards  # only now: a mistake in the command line is answered at once
+    from dist_lm.data import preparing, shards
 
     if arguments.verify is not None:
         damaged = shards.verify(arguments.verify)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dist_lm.config import UserError
-from dist_lm.model import GPT, KVCache
-from dist_lm.text import StreamDecoder, Tokenizer
+from dist_lm.data.tokenizer import StreamDecoder, Tokenizer
+from dist_lm.model.gpt import GPT, KVCache
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import UserError, plan, resolve, run_entry, split_arguments
-from dist_lm.shards import find_prepared
+from dist_lm.data.shards import find_prepared
 
 FLAGS = {
     "ckpt": "Run folder (its newest valid step), step folder, or folder in transformers' layout.",
@@ -40,8 +40,9 @@ def main(argv: list[str]) -> None:
 
 def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> None:
     """Print the figures; raw text is prepared into `scratch` with the checkpoint's tokenizer."""
-    from dist_lm import checkpoint, runtime  # these take seconds to import: after the command line
-    from dist_lm.data import open_dataset
+    from dist_lm.checkpoint import save as checkpoint
+    from dist_lm.data.batches import open_dataset
+    from dist_lm.runtime import world as runtime
     from dist_lm.validate import validate
 
     model, tokenizer, folder = checkpoint.read_model(ckpt, average)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from dist_lm.config import Config, UserError, read_yaml, resolve, run_entry, split_arguments
-from dist_lm.data import Dataset, Mix, open_dataset
+from dist_lm.data.batches import Dataset, Mix, open_dataset
+from dist_lm.data.order import sequence_ids
+from dist_lm.data.preparing import BAD_DATA
+from dist_lm.data.shards import MANIFEST, TokenShards, find_prepared
+from dist_lm.data.stream import Recipe, Row
+from dist_lm.data.tokenizer import printable
 from dist_lm.metrics import read_metrics
-from dist_lm.order import sequence_ids
-from dist_lm.preparing import BAD_DATA
-from dist_lm.shards import MANIFEST, TokenShards, find_prepared
-from dist_lm.stream import Recipe, Row
-from dist_lm.text import printable
 
 BAD_CHECKPOINT = 66
 RULE = "rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT"

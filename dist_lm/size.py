@@ -4,11 +4,11 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from dist_lm import hf
 from dist_lm.config import Config, UserError
+from dist_lm.data.shards import TokenShards, find_prepared, read_manifest
+from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.model import hf
 from dist_lm.optim import moments
-from dist_lm.shards import TokenShards, find_prepared, read_manifest
-from dist_lm.text import Tokenizer, train_tokenizer
 
 HUB_VOCABULARIES = {"gpt2": 50257}  # of the shipped recipes, so that they need no network
 

@@ -34,15 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lm import __version__, checkpoint, hf
-from dist_lm.checkpoint import Saver
-from dist_lm.data import Batches, Dataset, Mix, count_left_out, merge_after, open_dataset
+from dist_lm import __version__
+from dist_lm.checkpoint import save as checkpoint
+from dist_lm.checkpoint.save import Saver
+from dist_lm.data.batches import Batches, Dataset, Mix, count_left_out, merge_after, open_dataset
+from dist_lm.data.stream import Recipe
 from dist_lm.metrics import Metrics, draw_curves
-from dist_lm.model import GPT, NO_TARGET, flops_per_token, init_weights, parameter_shapes
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT, NO_TARGET, flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
-from dist_lm.runtime import Runtime, hold_folder, start
+from dist_lm.runtime.world import Runtime, hold_folder, start
 from dist_lm.sample import Sampling, sample
-from dist_lm.stream import Recipe
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURES = 96, (0.0, 0.8)  # what each evaluation writes to samples.md

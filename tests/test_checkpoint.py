@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dist_lm import checkpoint, hf
-from dist_lm.checkpoint import (
+from dist_lm.checkpoint import save as checkpoint
+from dist_lm.checkpoint.save import (
     Held,
     Saver,
     newest_valid,
@@ -35,10 +35,11 @@ from dist_lm.checkpoint import (
     verify,
 )
 from dist_lm.config import ModelConfig, OptimConfig, UserError
-from dist_lm.model import GPT, init_weights
+from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT, init_weights
 from dist_lm.optim import create_state, make_optimizer
-from dist_lm.runtime import Channel
-from dist_lm.text import Tokenizer, train_tokenizer
+from dist_lm.runtime.world import Channel
 from tests.conftest import held, write_step
 from tests.procs import ROOT, clean_env
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
-from dist_lm.data import Batch, Batches, Dataset, open_dataset
-from dist_lm.model import NO_TARGET
+from dist_lm.data.batches import Batch, Batches, Dataset, open_dataset
+from dist_lm.model.gpt import NO_TARGET
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dist_lm.config import DataConfig, UserError
-from dist_lm.data import prepare_dataset
+from dist_lm.data.batches import prepare_dataset
 from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, within
 from dist_lm.doctor import arguments as judged
 from tests.conftest import TINY, text_of

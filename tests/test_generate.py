@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lm import generate, hf
+from dist_lm import generate
 from dist_lm.config import ModelConfig, UserError, run_entry
-from dist_lm.model import GPT, init_weights
-from dist_lm.text import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT, init_weights
 from tests.conftest import write_step
 from tests.procs import ROOT, clean_env
 

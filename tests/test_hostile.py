@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from dist_lm.config import Config, DataConfig, UserError
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.remote import ShardCache
+from dist_lm.data.shards import MANIFEST, TokenShards, read_manifest, verify
 from dist_lm.doctor import compare_tokenizers
-from dist_lm.preparing import prepare_dataset
-from dist_lm.remote import ShardCache
-from dist_lm.shards import MANIFEST, TokenShards, read_manifest, verify
 from tests.procs import ROOT, clean_env
 from tests.test_shards import make
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_lm import model as model_module
 from dist_lm.config import ModelConfig
-from dist_lm.model import GPT, KVCache, cross_entropy_sum, dropout, flops_per_token, init_weights, initial, mix
+from dist_lm.model import gpt as model_module
+from dist_lm.model.gpt import GPT, KVCache, cross_entropy_sum, dropout, flops_per_token, init_weights, initial, mix
 
 V, T, B = 101, 24, 3
 CLASSIC = {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "activation": "relu", "bias": True}

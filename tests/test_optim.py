@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_lm.config import ModelConfig, OptimConfig
-from dist_lm.model import GPT
+from dist_lm.model.gpt import GPT
 from dist_lm.optim import (
     create_state,
     lr_at,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import order
-from dist_lm.order import permute, rank_places, row_keys, sequence_ids
+from dist_lm.data import order
+from dist_lm.data.order import permute, rank_places, row_keys, sequence_ids
 
 COUNTS = st.one_of(st.integers(1, 300), st.integers(4000, 4200), st.integers(32_000, 41_000))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.checkpoint import step_folders, verify
+from dist_lm.checkpoint.save import step_folders, verify
 from dist_lm.config import UserError
 from dist_lm.outcome import CODES, Attempt, Stop, kind, read
 from tests.procs import entry, finish, free_port, start_ranks, train

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dist_lm import plan
-from dist_lm.checkpoint import step_folders
+from dist_lm.checkpoint.save import step_folders
 from dist_lm.config import Config, UserError, load, read_yaml, resolve
-from dist_lm.model import GPT
+from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
 from dist_lm.plan import (
     FLAGS,
@@ -25,8 +25,8 @@ from dist_lm.plan import (
     memory,
     strategies,
 )
+from dist_lm.runtime.zero import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
-from dist_lm.zero import Strategy
 from tests.conftest import TINY
 from tests.procs import ROOT, entry, train
 

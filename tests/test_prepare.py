@@ -15,13 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import prepare, text
-from dist_lm import preparing as data_module
+from dist_lm import prepare
 from dist_lm.config import DataConfig, SourceConfig, UserError
-from dist_lm.preparing import document_hash, held_out, prepare_dataset
-from dist_lm.shards import MANIFEST, TokenShards, map_shard
-from dist_lm.sources import Reader, Source
-from dist_lm.text import Tokenizer
+from dist_lm.data import preparing as data_module
+from dist_lm.data import tokenizer as text
+from dist_lm.data.formats import Reader, Source
+from dist_lm.data.preparing import document_hash, held_out, prepare_dataset
+from dist_lm.data.shards import MANIFEST, TokenShards, map_shard
+from dist_lm.data.tokenizer import Tokenizer
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
 
@@ -241,7 +242,7 @@ def test_a_small_source_holds_out_its_tail_at_a_line_end(
     config = DataConfig(input=str(folder), tokenizer="byte", val_fraction=fraction)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_lm.sources.CHUNK", chunk)
+        patch.setattr("dist_lm.data.formats.CHUNK", chunk)
         if not whole:
             with pytest.raises(UserError, match="no document with text in"):
                 prepare_dataset(config, folder / "d", 1, said.append)

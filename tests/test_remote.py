@@ -29,10 +29,10 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
-from dist_lm import remote
 from dist_lm.config import UserError
-from dist_lm.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
-from dist_lm.shards import TokenShards, find_prepared, read_manifest, verify
+from dist_lm.data import remote
+from dist_lm.data.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
+from dist_lm.data.shards import TokenShards, find_prepared, read_manifest, verify
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env
 from tests.test_shards import make

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.config import Config, RunConfig, UserError
-from dist_lm.runtime import Runtime, refuse_silent_single, start
+from dist_lm.runtime.world import Runtime, refuse_silent_single, start
 from tests.procs import finish, start_ranks
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_lm.config import ModelConfig, UserError
-from dist_lm.model import GPT, init_weights
+from dist_lm.data.tokenizer import StreamDecoder, train_tokenizer
+from dist_lm.model.gpt import GPT, init_weights
 from dist_lm.sample import Continuation, Sampling, choose, cut, lay_out_for_decoding, sample, window_start
-from dist_lm.text import StreamDecoder, train_tokenizer
 
 BYTES = train_tokenizer("byte", [])
 CONTEXT = 24

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_lm import checkpoint, hf, runtime
+from dist_lm.checkpoint import save as checkpoint
 from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, UserError, plan
-from dist_lm.model import GPT, init_weights
+from dist_lm.data.shards import TokenShards
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.runtime import world as runtime
 from dist_lm.score import main
-from dist_lm.shards import TokenShards
-from dist_lm.text import Tokenizer
 from dist_lm.validate import validate
 from tests.conftest import TINY, text_of, write_step
 from tests.procs import entry, train

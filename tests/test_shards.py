@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dist_lm.config import UserError
-from dist_lm.shards import (
+from dist_lm.data.shards import (
     FORMAT,
     MANIFEST,
     TokenShards,

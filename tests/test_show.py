@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
-from dist_lm.data import Batches
-from dist_lm.shards import TokenShards
+from dist_lm.data.batches import Batches
+from dist_lm.data.shards import TokenShards
+from dist_lm.data.tokenizer import Tokenizer, printable
 from dist_lm.show import main
-from dist_lm.text import Tokenizer, printable
 from tests.procs import ROOT, clean_env
 
 BATCH, LENGTH, SEED = 6, 40, 7

@@ -18,9 +18,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm import remote, sources
 from dist_lm.config import DataConfig, SourceConfig, UserError
-from dist_lm.sources import Reader, Source, find_sources
+from dist_lm.data import formats as sources
+from dist_lm.data import remote
+from dist_lm.data.formats import Reader, Source, find_sources
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import Config, DataConfig, SourceConfig, UserError
-from dist_lm.data import Dataset, Mix, merge_after, open_dataset
-from dist_lm.order import Mixture, period_of
-from dist_lm.preparing import prepare_dataset
-from dist_lm.sources import Reader, find_sources
-from dist_lm.stream import Recipe, Row, Stream, best_fit
-from dist_lm.text import train_tokenizer
+from dist_lm.data.batches import Dataset, Mix, merge_after, open_dataset
+from dist_lm.data.formats import Reader, find_sources
+from dist_lm.data.order import Mixture, period_of
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.stream import Recipe, Row, Stream, best_fit
+from dist_lm.data.tokenizer import train_tokenizer
 
 BYTES = train_tokenizer("byte", [])
 LENGTH, WORLDS = 8, (1, 2, 3, 4, 8)
@@ -146,8 +146,8 @@ def check_case(folder: Path, seed: int) -> None:
 
 
 def check_cases(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
-    monkeypatch.setattr("dist_lm.sources.SMALLEST_RANGE", 16)
-    monkeypatch.setattr("dist_lm.stream.BATCH", (2, 30))
+    monkeypatch.setattr("dist_lm.data.formats.SMALLEST_RANGE", 16)
+    monkeypatch.setattr("dist_lm.data.stream.BATCH", (2, 30))
     for seed in seeds:
         try:
             check_case(folder / str(seed), seed)

@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from dist_lm import show
-from dist_lm.checkpoint import step_folders
+from dist_lm.checkpoint.save import step_folders
 from dist_lm.config import Config, UserError, plan
-from dist_lm.data import Batches, Dataset, Mix, count_left_out, open_dataset
+from dist_lm.data.batches import Batches, Dataset, Mix, count_left_out, open_dataset
+from dist_lm.data.preparing import document_hash, held_out
+from dist_lm.data.shards import TokenShards
+from dist_lm.data.stream import Recipe, Stream
 from dist_lm.metrics import read_metrics
-from dist_lm.preparing import document_hash, held_out
-from dist_lm.shards import TokenShards
-from dist_lm.stream import Recipe, Stream
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore
 from tests.procs import entry, finish, start_ranks, train

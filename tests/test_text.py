@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dist_lm import text as text_module
 from dist_lm.config import UserError
-from dist_lm.text import (
+from dist_lm.data import tokenizer as text_module
+from dist_lm.data.tokenizer import (
     EOT,
     SEPARATOR,
     UNK,

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_lm import runtime as runtime_module
 from dist_lm import train as train_module
-from dist_lm.checkpoint import Saver, read_model, step_folders
+from dist_lm.checkpoint.save import Saver, read_model, step_folders
 from dist_lm.config import UserError, load, resolve
 from dist_lm.metrics import Metrics
-from dist_lm.runtime import Runtime
-from dist_lm.zero import Strategy, choose_strategy, only_builder, refuse_combinations
+from dist_lm.runtime import world as runtime_module
+from dist_lm.runtime.world import Runtime
+from dist_lm.runtime.zero import Strategy, choose_strategy, only_builder, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 

@@ -23,11 +23,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dist_lm.checkpoint import Held
+from dist_lm.checkpoint.save import Held
 from dist_lm.config import Config, Plan, UserError, did_you_mean
 from dist_lm.optim import Slice
 
-LAUNCH_FILES = Path(__file__).parents[1] / "launch"
+LAUNCH_FILES = Path(__file__).parents[2] / "launch"
 BUCKET = 50_000_000  # elements reduced or gathered at once
 # All that a launch file says of DeepSpeed.
 _KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path",

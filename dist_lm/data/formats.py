@@ -29,8 +29,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dist_lm import remote
 from dist_lm.config import SourceConfig, UserError, nearest
+from dist_lm.data import remote
 
 CHUNK = 2**20  # bytes read at once
 LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size

@@ -29,11 +29,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lm import hf
 from dist_lm.config import ModelConfig, UserError
-from dist_lm.model import GPT
-from dist_lm.shards import FILE_NAME, SHA256, safetensors_head, sync_folder, write_parts
-from dist_lm.text import Tokenizer
+from dist_lm.data.shards import FILE_NAME, SHA256, safetensors_head, sync_folder, write_parts
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT
 
 BAD_CHECKPOINT = 66
 _FORMAT = 1

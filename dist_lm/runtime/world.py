@@ -31,13 +31,14 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from dist_lm import __version__, metrics, zero
-from dist_lm.checkpoint import Held
+from dist_lm import __version__, metrics
+from dist_lm.checkpoint.save import Held
 from dist_lm.config import Config, UserError, did_you_mean, plan
 from dist_lm.optim import Muon, create_state
 from dist_lm.outcome import CODES, Attempt
-from dist_lm.watch import Watch
-from dist_lm.zero import Strategy
+from dist_lm.runtime import zero
+from dist_lm.runtime.watchdog import Watch
+from dist_lm.runtime.zero import Strategy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
@@ -511,7 +512,7 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
 
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
-    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
     inputs = [spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()]
     return {
         "settings (by hash)": _short_hash(config.to_yaml().encode()),

@@ -27,7 +27,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from dist_lm.config import DataConfig, UserError
-from dist_lm.remote import SMALL_FILE, ShardCache, exists, fetch_small, is_remote, open_file
+from dist_lm.data.remote import SMALL_FILE, ShardCache, exists, fetch_small, is_remote, open_file
 
 MANIFEST = "dataset.json"
 FORMAT = 1

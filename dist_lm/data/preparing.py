@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import DataConfig, UserError
-from dist_lm.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
-from dist_lm.sources import Reader, find_sources
-from dist_lm.text import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
+from dist_lm.data.formats import Reader, find_sources
+from dist_lm.data.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
+from dist_lm.data.tokenizer import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
@@ -36,7 +36,7 @@ LEARNED_BYTES = 2**26  # of text at the beginning of each source from which a st
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
 PROGRESS = "progress.json"
 JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
-WORKER = "import sys; from dist_lm.text import serve; serve(sys.argv[1], int(sys.argv[2]))"
+WORKER = "import sys; from dist_lm.data.tokenizer import serve; serve(sys.argv[1], int(sys.argv[2]))"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
 
 Say = Callable[[str], None]
@@ -429,7 +429,7 @@ def _encode(
         return
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
     # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-P", "-c", WORKER, str(folder)]
     workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []

@@ -24,14 +24,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from dist_lm.config import Config, DataConfig, Plan, UserError
-from dist_lm.model import NO_TARGET
-from dist_lm.order import Ints, Mixture, hash_words, rank_places, row_keys, sequence_ids
-from dist_lm.preparing import BAD_DATA, document_hash, held_out, keep_validation, learn_tokenizer, prepare_dataset
-from dist_lm.remote import ShardCache, fetch_small, is_remote
-from dist_lm.shards import TokenShards, find_prepared, write_json
-from dist_lm.sources import Part, Reader, Source, find_sources
-from dist_lm.stream import Recipe, Row, Stream
-from dist_lm.text import Tokenizer
+from dist_lm.data.formats import Part, Reader, Source, find_sources
+from dist_lm.data.order import Ints, Mixture, hash_words, rank_places, row_keys, sequence_ids
+from dist_lm.data.preparing import (
+    BAD_DATA,
+    document_hash,
+    held_out,
+    keep_validation,
+    learn_tokenizer,
+    prepare_dataset,
+)
+from dist_lm.data.remote import ShardCache, fetch_small, is_remote
+from dist_lm.data.shards import TokenShards, find_prepared, write_json
+from dist_lm.data.stream import Recipe, Row, Stream
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.model.gpt import NO_TARGET
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dist_lm.config import ModelConfig, UserError, nearest
-from dist_lm.model import parameter_shapes, sinusoid, unpadded
+from dist_lm.model.gpt import parameter_shapes, sinusoid, unpadded
 
 Json = dict[str, Any]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.procs import finish, start_ranks, train
+from tests.runtime.test_zero import spread
 from tests.test_train import losses, tensors, tiny, wait_for_step
-from tests.test_zero import spread
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 

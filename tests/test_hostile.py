@@ -21,8 +21,8 @@ from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.remote import ShardCache
 from dist_lm.data.shards import MANIFEST, TokenShards, read_manifest, verify
 from dist_lm.doctor import compare_tokenizers
+from tests.data.test_shards import make
 from tests.procs import ROOT, clean_env
-from tests.test_shards import make
 
 SHARD = "train-00000.safetensors"
 HASH = "0" * 64

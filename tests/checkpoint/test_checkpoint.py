@@ -250,7 +250,7 @@ def test_nothing_is_there_until_all_is_written(trained: Any, tmp_path: Path) -> 
     script = """
 import os, sys
 from pathlib import Path
-import tests.test_checkpoint as t
+import tests.checkpoint.test_checkpoint as t
 left = int(sys.argv[2])
 def count(event, arguments):
     global left

@@ -33,9 +33,9 @@ from dist_lm.config import UserError
 from dist_lm.data import remote
 from dist_lm.data.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
 from dist_lm.data.shards import TokenShards, find_prepared, read_manifest, verify
+from tests.data.test_shards import make
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env
-from tests.test_shards import make
 
 TEXTS = (".txt", ".parquet")
 

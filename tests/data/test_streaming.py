@@ -27,8 +27,8 @@ from dist_lm.metrics import read_metrics
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore
 from tests.procs import entry, finish, start_ranks, train
+from tests.runtime.test_zero import spread
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny, wait_for_step
-from tests.test_zero import spread
 
 CPU = torch.device("cpu")
 STREAM = ("--data.tokenizer", "byte", "--data.lanes", "4", "--run.eval_batches", "2")

@@ -19,8 +19,9 @@ def plain(path: str) -> None:
     """The loop of teaching code: characters, random windows, mean loss, AdamW, clipping."""
     import torch
 
-    from dist_lm.config import read_yaml, resolve
-    from dist_lm.model.gpt import GPT, init_weights
+    from dist_lm.cli import read_yaml, resolve
+    from dist_lm.model.gpt import GPT
+    from dist_lm.model.init import init_weights
 
     torch.set_num_threads(1)
     text = Path(path).read_text()

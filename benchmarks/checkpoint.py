@@ -21,8 +21,8 @@ import torch
 from memory import forget_peak, resident
 
 from dist_lm import train
-from dist_lm.config import resolve
-from dist_lm.runtime.world import start
+from dist_lm.cli import resolve
+from dist_lm.runtime.start import start
 
 ROUNDS = 5
 SIZE = {"model.layers": 14, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}

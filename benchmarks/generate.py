@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.sample import Sampling, lay_out_for_decoding, sample
 
 VOCAB_SIZE, SEQ_LEN, PROMPT = 50257, 1024, 32

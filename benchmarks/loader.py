@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_lm.config import DataConfig, UserError, resolve
+from dist_lm.cli import resolve
+from dist_lm.config import DataConfig
 from dist_lm.config import plan as plan_of
-from dist_lm.data.batches import Batches, open_dataset
+from dist_lm.data.batches import Batches
+from dist_lm.data.dataset import open_dataset
 from dist_lm.data.preparing import prepare_dataset
+from dist_lm.errors import UserError
 
 T, BATCH, STEPS, ROUNDS = 1024, 16, 300, 5
 

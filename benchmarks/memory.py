@@ -9,10 +9,11 @@ made (its fp32 pieces, two moments) and reported. Needs about 5 times the model'
 import json
 import sys
 
-from dist_lm.config import read_yaml, resolve
-from dist_lm.model.gpt import GPT, parameter_shapes
+from dist_lm.cli import read_yaml, resolve
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import parameter_shapes
 from dist_lm.optim import make_optimizer
-from dist_lm.runtime.world import start
+from dist_lm.runtime.start import start
 
 VOCABULARY, CONTEXT = 32000, 128
 

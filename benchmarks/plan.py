@@ -20,12 +20,13 @@ import tempfile
 from pathlib import Path
 
 from dist_lm import train
-from dist_lm.config import Config, resolve
+from dist_lm.cli import resolve
+from dist_lm.config import Config
 from dist_lm.data.batches import prepare_dataset
 from dist_lm.model import hf
 from dist_lm.plan import memory, vocabulary
 from dist_lm.runtime import zero
-from dist_lm.runtime.world import start
+from dist_lm.runtime.start import start
 from dist_lm.runtime.zero import choose_strategy
 
 STEPS, PROCESSES = 3, 2

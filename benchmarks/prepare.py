@@ -21,7 +21,8 @@ from pathlib import Path
 import tokenizers
 
 from dist_lm.config import DataConfig
-from dist_lm.data.formats import Reader, find_sources
+from dist_lm.data.files import find_sources
+from dist_lm.data.formats import Reader
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import train_tokenizer
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from dist_lm import train
-from dist_lm.config import Config, resolve
+from dist_lm.cli import resolve
+from dist_lm.config import Config
 from dist_lm.metrics import read_metrics
-from dist_lm.runtime.world import start
+from dist_lm.runtime.start import start
 
 ROUNDS, STEPS, FIRST = 4, 15, 3
 

@@ -39,13 +39,17 @@ import torch
 import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
 
-from dist_lm.config import Config, UserError, resolve
+from dist_lm.channel import Channel
+from dist_lm.cli import resolve
+from dist_lm.config import Config
 from dist_lm.config import plan as plan_of
-from dist_lm.data.batches import Batches, Dataset, Mix, open_dataset
+from dist_lm.data.batches import Batches
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.mix import Mix
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.stream import Recipe
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
-from dist_lm.runtime.world import Channel
+from dist_lm.errors import UserError
 
 T, BATCH, FILES, MB = 1024, 16, 8, 10**6
 NEAR = 400  # batches before the end, where `resume` is measured

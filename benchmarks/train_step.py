@@ -20,9 +20,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dist_lm import train
-from dist_lm.config import Config, DataConfig, resolve
+from dist_lm.cli import resolve
+from dist_lm.config import Config, DataConfig
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.outcome import Attempt
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round

@@ -12,7 +12,9 @@ from dist_lm.launcher import die_with_launcher
 if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
     die_with_launcher()
 
-from dist_lm.config import Config, UserError, load, run_entry
+from dist_lm.cli import load
+from dist_lm.config import Config
+from dist_lm.errors import UserError, run_entry
 
 FLAGS = {
     "launch": "The strategy that train.py will get: a file of launch/.",
@@ -56,13 +58,16 @@ from typing import Any
 import torch
 
 from dist_lm import __version__
-from dist_lm.checkpoint.save import step_folders, tokenizer_hash
-from dist_lm.data.formats import find_sources
+from dist_lm.checkpoint.folder import step_folders
+from dist_lm.checkpoint.load import tokenizer_hash
+from dist_lm.data.files import find_sources
+from dist_lm.data.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.remote import is_remote
-from dist_lm.data.shards import MANIFEST, TokenShards, find_prepared, read_manifest
+from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer, is_trained_spec
-from dist_lm.outcome import in_a_line
-from dist_lm.runtime.world import Runtime, start
+from dist_lm.errors import in_a_line
+from dist_lm.runtime.start import start
+from dist_lm.runtime.world import Runtime
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
 
 BAD_SETTINGS, BAD_DATA, BAD_MACHINE = 2, 65, 70

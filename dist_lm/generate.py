@@ -17,8 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config import FlagParser, UserError, did_you_mean, run_entry
-from dist_lm.data.tokenizer import printable
+from dist_lm.cli import FlagParser
+from dist_lm.console import printable
+from dist_lm.errors import UserError, did_you_mean, run_entry
 
 if TYPE_CHECKING:
     from dist_lm.data.tokenizer import Tokenizer
@@ -231,7 +232,7 @@ def main(argv: list[str]) -> None:
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     import torch  # from here on it is slow
 
-    from dist_lm.checkpoint.save import read_model
+    from dist_lm.checkpoint.load import read_model
     from dist_lm.sample import lay_out_for_decoding
 
     cuda = torch.cuda.is_available()

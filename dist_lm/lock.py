@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_lm.config import UserError
+from dist_lm.errors import UserError
 
 STALE_SECONDS = 15.0
 LEASE_SECONDS = 120.0  # an NFS server may keep the flock of a host that is gone for 90 s

@@ -11,13 +11,13 @@ import math
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dist_lm.config import UserError
+from dist_lm.console import _is_terminal, _warn, duration, say, shorten
+from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -251,39 +251,3 @@ def _last_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1)
-
-
-def shorten(number: float) -> str:
-    """1234567 -> 1.23M"""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def _is_terminal() -> bool:
-    try:
-        return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # no standard output, or closed
-        return False
-
-
-def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
-    """Print, but never stop a run: a channel that is gone (closed pipe, full disk) leads nowhere from then on."""
-    stream = getattr(sys, channel)
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if channel == "stdout":
-            _warn(f"standard output is gone, the run goes on: {error}")
-
-
-def _warn(text: str) -> None:
-    say(f"warning: {text}", channel="stderr")

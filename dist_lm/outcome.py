@@ -25,12 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import UserError, load, run_entry
-from dist_lm.launcher import RETRYABLE
+from dist_lm.cli import load
+from dist_lm.errors import CODES, UserError, in_a_line, kind, run_entry
 from dist_lm.lock import RunLock
 
-CODES = {"done": 0, "config": 2, "data": 65, "checkpoint": 66, "retryable": RETRYABLE, "preempted": 75, "diverged": 76,
-         "security": 77}  # fmt: skip
 PATIENCE = 3  # failures without a new step after which nothing is started again
 TRAIN_FLAGS = {
     "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
@@ -159,14 +157,6 @@ class Attempt:
             self.lock.release()
         if reason:
             sys.exit(CODES["preempted"])
-
-
-def kind(code: int) -> str:
-    return next((name for name, known in CODES.items() if known == code), "retryable")
-
-
-def in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def main(argv: list[str]) -> None:

@@ -23,9 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_lm.config import Config, ModelConfig, UserError, did_you_mean, load, plan, read_yaml, resolve, run_entry
-from dist_lm.metrics import peak_flops, shorten
-from dist_lm.model.gpt import GPT, flops_per_token, parameter_shapes
+from dist_lm.cli import load, read_yaml, resolve
+from dist_lm.config import Config, ModelConfig, plan
+from dist_lm.console import shorten
+from dist_lm.errors import UserError, did_you_mean, run_entry
+from dist_lm.metrics import peak_flops
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import flops_per_token, parameter_shapes
 from dist_lm.optim import moments
 from dist_lm.runtime.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary

@@ -11,7 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from dist_lm.config import DataConfig, FlagParser, UserError, parse_value, resolve, run_entry
+from dist_lm.cli import FlagParser, parse_value, resolve
+from dist_lm.config import DataConfig
+from dist_lm.errors import UserError, run_entry
 
 SETTINGS = ("input", "tokenizer", "text_column", "separator", "val_fraction")  # flags that are fields of data
 

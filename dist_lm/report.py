@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from dist_lm.config import FlagParser, UserError, run_entry
-from dist_lm.metrics import draw_curves, duration, read_metrics, run_names, shorten, smooth
+from dist_lm.cli import FlagParser
+from dist_lm.console import duration, shorten
+from dist_lm.errors import UserError, run_entry
+from dist_lm.metrics import draw_curves, read_metrics, run_names, smooth
 
 COLUMNS = ("run", "steps", "tokens", "tokens/s", "time", "data wait", "loss", "best val loss", "bits per byte")
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dist_lm.config import UserError
 from dist_lm.data.tokenizer import StreamDecoder, Tokenizer
+from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT, KVCache
 
 

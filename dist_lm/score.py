@@ -12,8 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import UserError, plan, resolve, run_entry, split_arguments
-from dist_lm.data.shards import find_prepared
+from dist_lm.checkpoint.load import read_model
+from dist_lm.cli import resolve, split_arguments
+from dist_lm.config import plan
+from dist_lm.data.manifest import find_prepared
+from dist_lm.errors import UserError, run_entry
+from dist_lm.runtime.start import start
 
 FLAGS = {
     "ckpt": "Run folder (its newest valid step), step folder, or folder in transformers' layout.",
@@ -40,12 +44,10 @@ def main(argv: list[str]) -> None:
 
 def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> None:
     """Print the figures; raw text is prepared into `scratch` with the checkpoint's tokenizer."""
-    from dist_lm.checkpoint import save as checkpoint
-    from dist_lm.data.batches import open_dataset
-    from dist_lm.runtime import world as runtime
+    from dist_lm.data.dataset import open_dataset
     from dist_lm.validate import validate
 
-    model, tokenizer, folder = checkpoint.read_model(ckpt, average)
+    model, tokenizer, folder = read_model(ckpt, average)
     config = resolve(
         (str(folder), settings_of_run(folder, model.seq_len)),
         ("--ckpt", {"data.tokenizer": str(folder), "run.dir": scratch, "run.eval_every": 0, "run.trackers": []}),
@@ -55,7 +57,7 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
         raise UserError(f"--data.input must be given: {folder} does not say what text it was trained on")
     if config.data.seq_len > model.seq_len:
         raise UserError(f"data.seq_len={config.data.seq_len} exceeds the context of {folder}; nearest: {model.seq_len}")
-    world = runtime.start(config)
+    world = start(config)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing has to be saved
         signal.signal(number, signal.SIG_DFL)
     data = open_dataset(config, world.on_main, training=False)

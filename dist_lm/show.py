@@ -19,13 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm.config import Config, UserError, read_yaml, resolve, run_entry, split_arguments
-from dist_lm.data.batches import Dataset, Mix, open_dataset
+from dist_lm.cli import read_yaml, resolve, split_arguments
+from dist_lm.config import Config
+from dist_lm.console import printable
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.manifest import MANIFEST, find_prepared
+from dist_lm.data.mix import Mix
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.preparing import BAD_DATA
-from dist_lm.data.shards import MANIFEST, TokenShards, find_prepared
+from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import Recipe, Row
-from dist_lm.data.tokenizer import printable
+from dist_lm.errors import UserError, run_entry
 from dist_lm.metrics import read_metrics
 
 BAD_CHECKPOINT = 66

@@ -4,9 +4,11 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from dist_lm.config import Config, UserError
-from dist_lm.data.shards import TokenShards, find_prepared, read_manifest
+from dist_lm.config import Config
+from dist_lm.data.manifest import find_prepared, read_manifest
+from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.optim import moments
 

@@ -8,13 +8,17 @@ optimizer's tensors. Running the same command again goes on where the run folder
 import gc
 from pathlib import Path
 
+from dist_lm.checkpoint.folder import locate, newest_valid, read_state, set_aside_newer, step_folders, verify
+from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
 from dist_lm.launcher import die_with_launcher
 
 if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
     die_with_launcher()
 
-from dist_lm.config import FREE_ON_RESUME, Config, Plan, UserError, load, plan, run_entry
-from dist_lm.outcome import CODES, TRAIN_FLAGS, Attempt
+from dist_lm.cli import load
+from dist_lm.config import FREE_ON_RESUME, Config, Plan, plan
+from dist_lm.errors import CODES, UserError, run_entry
+from dist_lm.outcome import TRAIN_FLAGS, Attempt
 
 if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes, and listening to signals
     ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN_FLAGS, "dist_lm/train.py"))
@@ -35,15 +39,19 @@ import torch
 from torch import Tensor
 
 from dist_lm import __version__
-from dist_lm.checkpoint import save as checkpoint
 from dist_lm.checkpoint.save import Saver
-from dist_lm.data.batches import Batches, Dataset, Mix, count_left_out, merge_after, open_dataset
+from dist_lm.config import NO_TARGET
+from dist_lm.data.batches import Batches
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.mix import Mix, count_left_out, merge_after
 from dist_lm.data.stream import Recipe
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, NO_TARGET, flops_per_token, init_weights, parameter_shapes
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import lr_at, make_optimizer, set_lr
-from dist_lm.runtime.world import Runtime, hold_folder, start
+from dist_lm.runtime.start import hold_folder, start
+from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
 from dist_lm.validate import validate
 
@@ -302,17 +310,17 @@ def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | 
 
     def choose() -> str | None:  # rank 0 decides; others may see the folder otherwise for a while
         if config.run.resume == "never":
-            if (run_dir / "metrics.jsonl").exists() or checkpoint.step_folders(run_dir):
+            if (run_dir / "metrics.jsonl").exists() or step_folders(run_dir):
                 raise UserError(
                     f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or run.resume=auto"
                 )
             return None
         if config.run.resume != "auto":
             folder = Path(config.run.resume)
-            step = checkpoint.verify(folder)["step"]
-            checkpoint.set_aside_newer(run_dir, step, runtime.say)
+            step = verify(folder)["step"]
+            set_aside_newer(run_dir, step, runtime.say)
             return str(folder)
-        newest, passed_over = checkpoint.newest_valid(run_dir)
+        newest, passed_over = newest_valid(run_dir)
         for why in passed_over:
             runtime.say(f"warning: passed over a damaged checkpoint: {why}")
         return str(newest) if newest else None
@@ -320,7 +328,7 @@ def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | 
     chosen = runtime.on_main(choose)
     if chosen is None:
         return Place(data, steps, None, {})
-    facts = checkpoint.read_state(Path(chosen))
+    facts = read_state(Path(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
     last = min(steps or sys.maxsize, config.run.stop_after or sys.maxsize, -(-(used_up or sys.maxsize) // batch))
@@ -371,7 +379,7 @@ def put(run: Run, place: Place) -> None:
         runtime.start_average()
         return
     folder, size = place.folder, (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    runtime.together(lambda: checkpoint.restore(folder, *size, runtime.held(), optimizer=True))
+    runtime.together(lambda: restore(folder, *size, runtime.held(), optimizer=True))
     runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
@@ -417,8 +425,8 @@ def refuse_other_mathematics(
 
 def start_from(run: Run, name: str) -> None:
     """Take only the weights of a checkpoint or transformers folder; refuses another model or tokenizer."""
-    folder = checkpoint.locate(name)
-    described, vocab_size, context = checkpoint.read_description(folder)
+    folder = locate(name)
+    described, vocab_size, context = read_description(folder)
     ours, theirs = run.config.model.model_dump(), described.model_dump()
     different = [
         f"--model.{key} {theirs[key]}" for key in ours if ours[key] != theirs[key] and key not in ("dropout", "init")
@@ -426,7 +434,7 @@ def start_from(run: Run, name: str) -> None:
     if different:
         raise UserError(f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}")
     tokenizer = run.data.tokenizer
-    if tokenizer.vocab_size != vocab_size or checkpoint.tokenizer_hash(folder) not in (None, tokenizer.sha256):
+    if tokenizer.vocab_size != vocab_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
         raise UserError(
             f"run.init_from={name} was trained with another tokenizer ({vocab_size} tokens) than data.input="
             f"{run.config.data.input} ({tokenizer.vocab_size}); nearest: data.tokenizer={folder}"
@@ -436,7 +444,7 @@ def start_from(run: Run, name: str) -> None:
             f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {context}"
         )
     size = (run.config.model, vocab_size, run.config.data.seq_len)
-    checkpoint.restore(folder, *size, run.runtime.held(), optimizer=False)
+    restore(folder, *size, run.runtime.held(), optimizer=False)
 
 
 def describe(run: Run) -> None:

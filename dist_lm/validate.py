@@ -5,11 +5,10 @@ import math
 import torch
 from torch import nn
 
-from dist_lm.config import Config, Plan
+from dist_lm.config import NO_TARGET, Config, Plan
 from dist_lm.data.batches import Batches
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.model.gpt import NO_TARGET
 from dist_lm.runtime.world import Runtime
 
 _ORDER_SEED = 0  # the same validation sequences whatever the run's seed

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from dist_lm.channel import Channel
 from dist_lm.checkpoint.save import Held, Saver
 from dist_lm.config import DataConfig
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
-from dist_lm.runtime.world import Channel
 
 torch.set_num_threads(1)
 

@@ -8,18 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.config import (
-    FIELDS,
-    FREE_ON_RESUME,
-    Config,
-    ModelConfig,
-    UserError,
-    help_text,
-    load,
-    plan,
-    read_yaml,
-    resolve,
-)
+from dist_lm.cli import help_text, load, read_yaml, resolve
+from dist_lm.config import FIELDS, FREE_ON_RESUME, Config, ModelConfig, plan
+from dist_lm.errors import UserError
 from tests.procs import ROOT, train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -18,10 +18,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from dist_lm.config import DataConfig, UserError
+from dist_lm.config import DataConfig
 from dist_lm.data.batches import prepare_dataset
 from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, within
 from dist_lm.doctor import arguments as judged
+from dist_lm.errors import UserError
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env, entry, finish, free_port, train
 

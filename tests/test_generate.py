@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from dist_lm import generate
-from dist_lm.config import ModelConfig, UserError, run_entry
+from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.errors import UserError, run_entry
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from tests.conftest import write_step
 from tests.procs import ROOT, clean_env
 

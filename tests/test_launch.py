@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.checkpoint.save import step_folders
+from dist_lm.checkpoint.folder import step_folders
 from tests.machines import Host, Network, kill, network, until
 from tests.procs import ROOT, clean_env, free_port, train
 from tests.test_slurm import assert_undisturbed, long, outcome

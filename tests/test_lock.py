@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm import lock
-from dist_lm.config import UserError
+from dist_lm.errors import UserError
 from dist_lm.lock import Holder, RunLock
 from tests.procs import ROOT, clean_env
 

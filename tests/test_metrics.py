@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from dist_lm import metrics
-from dist_lm.config import UserError
-from dist_lm.metrics import Metrics, draw_curves, duration, peak_flops, read_metrics, run_names, shorten, smooth
+from dist_lm.console import duration, shorten
+from dist_lm.errors import UserError
+from dist_lm.metrics import Metrics, draw_curves, peak_flops, read_metrics, run_names, smooth
 
 VAL = {"val_loss": 2.5, "val_perplexity": math.exp(2.5), "val_bits_per_byte": 1.9}
 

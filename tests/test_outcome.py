@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.checkpoint.save import step_folders, verify
-from dist_lm.config import UserError
-from dist_lm.outcome import CODES, Attempt, Stop, kind, read
+from dist_lm.checkpoint.folder import step_folders, verify
+from dist_lm.errors import CODES, UserError, kind
+from dist_lm.outcome import Attempt, Stop, read
 from tests.procs import entry, finish, free_port, start_ranks, train
 from tests.test_train import losses, tiny, wait_for_step
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dist_lm import plan
-from dist_lm.checkpoint.save import step_folders
-from dist_lm.config import Config, UserError, load, read_yaml, resolve
+from dist_lm.checkpoint.folder import step_folders
+from dist_lm.cli import load, read_yaml, resolve
+from dist_lm.config import Config
+from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
 from dist_lm.plan import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_lm.config import UserError
+from dist_lm.errors import UserError
 from dist_lm.report import main
 
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_lm.config import ModelConfig, UserError
+from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import StreamDecoder, train_tokenizer
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.errors import UserError
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.sample import Continuation, Sampling, choose, cut, lay_out_for_decoding, sample, window_start
 
 BYTES = train_tokenizer("byte", [])

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_lm.checkpoint import save as checkpoint
-from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, UserError, plan
+from dist_lm.checkpoint.load import read_model
+from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, plan
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import UserError
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.runtime import world as runtime
 from dist_lm.score import main
 from dist_lm.validate import validate
@@ -53,7 +55,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def expected(run: Path, shards: TokenShards, **data: int) -> dict[str, float]:
-    model, tokenizer, _ = checkpoint.read_model(str(run))
+    model, tokenizer, _ = read_model(str(run))
     config = Config(data=DataConfig(**{"seq_len": 32, "global_batch": 8, **data}), run=RunConfig(eval_batches=2))
     return validate(ONE_PROCESS, model, shards, config, plan(config, 1), tokenizer)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
+from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, plan
+from dist_lm.console import printable
 from dist_lm.data.batches import Batches
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.tokenizer import Tokenizer, printable
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import UserError
 from dist_lm.show import main
 from tests.procs import ROOT, clean_env
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dist_lm.checkpoint.save import step_folders
+from dist_lm.checkpoint.folder import step_folders
 from tests.conftest import text_of
 from tests.machines import Slurm, kill, slurm, until
 from tests.procs import train

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from dist_lm import outcome
-from dist_lm.checkpoint.save import step_folders, verify
-from dist_lm.config import load
+from dist_lm.checkpoint.folder import step_folders, verify
+from dist_lm.cli import load
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.metrics import read_metrics
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from tests.conftest import TINY
 from tests.machines import kill

@@ -6,44 +6,32 @@ Its weights and tokenizer are a plain Hugging Face folder; the optimizer's tenso
 Only safetensors and JSON are ever read back.
 """
 
-import contextlib
-import errno
-import hashlib
 import itertools
 import json
 import math
-import os
-import re
 import shutil
-import stat
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lm.config import ModelConfig, UserError
-from dist_lm.data.shards import FILE_NAME, SHA256, safetensors_head, sync_folder, write_parts
+from dist_lm.checkpoint.folder import _FORMAT, _warn, delete, remove
+from dist_lm.checkpoint.retention import Retention
+from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.disk import safetensors_head, sync_folder, write_parts
+from dist_lm.errors import UserError
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT
 
-BAD_CHECKPOINT = 66
-_FORMAT = 1
 # Files are what ranks divide among them: so many at most, but none is closed before it has this many bytes.
 _FILES = {"model": 16, "optimizer": 32}
 _SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
 _FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then answer for; torch's memory is the second
-_STEP_NAME = re.compile(r"step-([0-9]{8,})")
-_LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
-_LARGEST_JSON = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -411,356 +399,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 # --- deleting
 
 
-def delete(path: Path) -> None:
-    """Delete a folder and all that is in it. A link is deleted itself; what it points to stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves no half of it under its name."""
-    if os.path.lexists(folder):
-        doomed = folder.with_name(f".{folder.name}.old.tmp")
-        delete(doomed)
-        folder.rename(doomed)
-        delete(doomed)
-
-
-class Retention:
-    """Decides which steps of a run stay, and deletes the others. Rank 0 uses it, in the saver's thread.
-
-    The newest `keep_last` stay, the best by validation loss, every multiple of `keep_every`, and always the step that
-    was just saved. Only valid steps count: those that this process saved or verified. A step of an earlier start is
-    verified when its turn comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
-    counts, is deleted or is renamed.
-    """
-
-    def __init__(self, run_dir: Path, keep_last: int, keep_every: int):
-        self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
-        self._valid: dict[Path, bool] = {}  # what is known of each step folder
-
-    def trust(self, folder: Path) -> None:
-        """This process saved or verified the folder."""
-        self._valid[folder] = True
-
-    def prune(self, saved: Path) -> None:
-        """Delete what need not stay, now that `saved` is written. What cannot be deleted is only worth a warning."""
-        self.trust(saved)
-        try:
-            superseded = self._superseded(saved)
-        except OSError as error:
-            _warn(f"older checkpoints stay: {error}")
-            return
-        for folder in superseded:
-            try:
-                remove(folder)
-            except OSError as error:
-                _warn(f"{folder.name} stays: {error}")
-
-    def _superseded(self, saved: Path) -> list[Path]:
-        """The valid steps that need not stay."""
-        losses = self._losses()
-        if len(losses) <= self.keep_last:
-            return []  # and nothing need be verified
-        newest = self._first_valid(sorted(losses, key=step_of, reverse=True), self.keep_last)
-        evaluated = [folder for folder in losses if losses[folder] < math.inf]  # this leaves out NaN too
-        best = self._first_valid(sorted(evaluated, key=losses.__getitem__), 1)
-        staying = {saved, *newest, *best}
-        if self.keep_every:
-            staying.update(folder for folder in losses if step_of(folder) % self.keep_every == 0)
-        return [folder for folder in losses if folder not in staying and self._is_valid(folder)]
-
-    def _losses(self) -> dict[Path, float]:
-        """The validation loss of each step folder whose state can be read, infinite where there was no evaluation."""
-        losses = {}
-        for folder in step_folders(self.run_dir):
-            if folder.is_symlink():
-                continue
-            try:
-                loss = read_state(folder).get("val_loss")
-            except UserError:  # damaged
-                continue
-            losses[folder] = loss if isinstance(loss, float) else math.inf
-        return losses
-
-    def _first_valid(self, folders: list[Path], count: int) -> list[Path]:
-        """The first valid ones. It looks at no more folders than it must, because a look may read all of a folder."""
-        return list(itertools.islice(filter(self._is_valid, folders), count))
-
-    def _is_valid(self, folder: Path) -> bool:
-        """Whether this process saved or verified the folder. The first look at an older one reads all of it."""
-        if folder not in self._valid:
-            try:
-                verify(folder)
-                self._valid[folder] = True
-            except UserError as error:
-                _warn(f"a damaged checkpoint is left alone: {error}")
-                self._valid[folder] = False
-        return self._valid[folder]
-
-
-def _warn(what: str) -> None:
-    print(f"warning: {what}", file=sys.stderr)
-
-
 # --- finding and checking
 
 
-def step_of(folder: Path) -> int:
-    found = _STEP_NAME.fullmatch(folder.name)
-    assert found, f"{folder} is no step folder"
-    return int(found[1])
-
-
-def step_folders(run_dir: Path) -> list[Path]:
-    """All step folders, oldest first."""
-    return sorted((p for p in run_dir.glob("step-*") if p.is_dir() and _STEP_NAME.fullmatch(p.name)), key=step_of)
-
-
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over. Refuses if there are only bad ones."""
-    passed_over: list[str] = []
-    for folder in reversed(step_folders(run_dir)):
-        try:
-            verify(folder)
-            return folder, passed_over
-        except UserError as error:
-            passed_over.append(str(error))
-    if passed_over:
-        raise UserError(
-            f"run.dir={run_dir} holds no valid checkpoint: {passed_over[0]}; rule: never restart silently at step 0;"
-            " choose another run.dir, or remove the damaged folders",
-            BAD_CHECKPOINT,
-        )
-    return None, []
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file's size and hash against the manifest, and return the manifest.
-
-    A folder may have been copied or renamed to something that is not step-*: then its step is what the manifest says.
-    """
-    manifest = _read_manifest(folder)
-    files, step = manifest["files"], manifest["step"]
-    if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
-        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
-    try:
-        present = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise UserError(f"{folder.name}: cannot be read ({error.strerror})", BAD_CHECKPOINT) from error
-    extra = present - set(files) - {"manifest.json"}
-    if extra:
-        raise _damaged(folder / min(extra), "is not in the manifest")
-    for name, facts in files.items():
-        _check_file(folder / name, facts["size"], facts["sha256"])
-    return manifest
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. What it says can be used as it is: types, names and hashes have been checked."""
-    path = folder / "manifest.json"
-    manifest = _read_json(path, _LARGEST_MANIFEST)
-    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
-        raise _damaged(path, f"is not of format {_FORMAT}")
-    if not _is_count(manifest.get("step")):
-        raise _damaged(path, "its step is not a number >= 0")
-    for name, facts in manifest["files"].items():
-        if not FILE_NAME.fullmatch(name):
-            raise _damaged(path, f"{_printable(name)} is not a file name")
-        if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
-            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
-        if not _is_count(facts["size"]):
-            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
-        if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
-            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
-    return manifest
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0  # True is an int too
-
-
-def _check_file(path: Path, size: int, sha256: str) -> None:
-    """Refuse a file that is not what the manifest says."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise _damaged(path, "is missing or not a regular file")
-        with _open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise _damaged(path, f"has {found} bytes, the manifest says {size}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise _damaged(path, "does not match its hash in the manifest")
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing or not a regular file") from error
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}", BAD_CHECKPOINT)
-
-
-def _printable(name: str) -> str:
-    """A file name for a message. One that we did not write may be long or hold control characters."""
-    return name if FILE_NAME.fullmatch(name) and len(name) <= 255 else ascii(name[:255])
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Everything of a step that is not a tensor."""
-    return _read_json(folder / "state.json")
-
-
-def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The folder of the model that `name` means: a run (its newest valid step), a step, a transformers folder or a hub
-    name."""
-    path = Path(name)
-    if (path / "config.json").is_file():
-        if os.path.lexists(path / "manifest.json"):
-            verify(path)
-        return path
-    if path.is_dir():
-        folder, passed_over = newest_valid(path)
-        for why in passed_over:
-            say(f"warning: passed over {why}")
-        if folder is None:
-            raise UserError(f"{name}: holds neither a checkpoint (step-*) nor a config.json", BAD_CHECKPOINT)
-        return folder
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name",
-                        BAD_CHECKPOINT)  # fmt: skip
-    from huggingface_hub import snapshot_download  # slow, and only for hub names
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        raise UserError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})",
-                        BAD_CHECKPOINT) from error  # fmt: skip
-
-
-def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
-    """Going back to a step starts another trajectory: later steps of the old one must not be resumed by mistake."""
-    for folder in step_folders(run_dir):
-        if step_of(folder) > step:
-            aside = next(p for n in range(1000) if not os.path.lexists(p := run_dir / f"replaced-{n}-{folder.name}"))
-            folder.rename(aside)
-            say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
-
-
 # --- reading back
-
-
-def read_description(folder: Path) -> tuple[ModelConfig, int, int]:
-    """Model, vocabulary size and context length of a folder, from its config.json."""
-    return hf.from_config_json(_read_json(folder / "config.json"))
-
-
-def tokenizer_hash(folder: Path) -> str | None:
-    """Hash of the tokenizer that lies with a model, if one does."""
-    return Tokenizer.load(folder).sha256 if (folder / "tokenizer.json").is_file() else None
-
-
-def read_weights(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, average: bool = False
-) -> dict[str, Tensor]:
-    """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
-    with _open_tensors(folder, "optimizer" if average else "model") as get:
-        if not average:
-            return hf.import_tensors(model, vocab_size, seq_len, get)
-        try:
-            return hf.import_tensors(model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema"))
-        except hf.MissingTensor as error:
-            raise UserError(
-                f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
-            ) from error
-
-
-def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
-    """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
-    folder = locate(name, lambda text: print(text, file=sys.stderr))
-    description, vocab_size, seq_len = read_description(folder)
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
-            BAD_CHECKPOINT,
-        )
-    model = GPT(description, vocab_size, seq_len)
-    model.load_state_dict(read_weights(folder, description, vocab_size, seq_len, average), assign=True)
-    return model.eval(), tokenizer, folder
-
-
-@torch.no_grad()
-def restore(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Iterable[Held], optimizer: bool
-) -> None:
-    """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
-
-    What a longer context of the folder has beyond `seq_len` is left out.
-    """
-    context = read_description(folder)[2]
-    entries: dict[str, list[hf.Entry]] = {}
-    for entry in hf.layout(model, vocab_size, context):
-        entries.setdefault(entry.param, []).append(entry)
-    shapes = hf.shapes(model, vocab_size, seq_len)
-    with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
-        for constant in entries.get("", ()):
-            hf.import_part(constant, get, None, 0, model)
-        for h in held:
-            for entry in entries[h.name]:
-                hf.import_part(entry, get, h.weight, h.start, model)
-            for key, values in {**h.state, **h.extra}.items() if optimizer else ():
-                name = f"{h.name}.{key}"
-                try:
-                    if key in h.state:
-                        hf.import_part(hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model)
-                    else:
-                        values.copy_(get(name)[...])
-                except (KeyError, hf.MissingTensor):
-                    raise UserError(
-                        f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
-                        BAD_CHECKPOINT,
-                    ) from None
-
-
-@contextlib.contextmanager
-def _open_tensors(folder: Path, *stems: str) -> Any:
-    """A function from tensor name to tensor over the safetensors files whose names begin so."""
-    with contextlib.ExitStack() as stack:
-        where = {}
-        for path in sorted(path for stem in stems for path in folder.glob(f"{stem}*.safetensors")):
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error})", BAD_CHECKPOINT) from error
-            where.update(dict.fromkeys(file.keys(), file))
-        yield lambda name: where[name].get_slice(name)  # KeyError where there is none
-
-
-def _read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
-    """A JSON object of a checkpoint. Whatever lies there instead is refused with a UserError, after bounded work."""
-    try:
-        with _open_regular(path) as file:
-            data = file.read(largest + 1)
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
-    if len(data) > largest:
-        raise _damaged(path, f"has more than {largest} bytes")
-    try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "not valid JSON") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "must be a JSON object")
-    return content
-
-
-def _open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; refuses pipes and devices, where opening or reading may wait for ever."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")

@@ -6,28 +6,27 @@ stream keeps beside itself: its tokenizer, and its first held-out documents as s
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
-import threading
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate, chain, pairwise, zip_longest
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dist_lm.config import DataConfig, UserError
-from dist_lm.data.formats import Reader, find_sources
-from dist_lm.data.shards import FORMAT, MANIFEST, find_prepared, read_manifest, write_file, write_json, write_shard
-from dist_lm.data.tokenizer import SEPARATOR, Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
+from dist_lm.config import DataConfig
+from dist_lm.data.encode import Piece, _encode
+from dist_lm.data.files import find_sources
+from dist_lm.data.formats import Reader
+from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared, read_manifest
+from dist_lm.data.shards import write_shard
+from dist_lm.data.tokenizer import Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
+from dist_lm.disk import write_file, write_json
+from dist_lm.errors import UserError
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
@@ -35,22 +34,9 @@ SMALL = 100  # documents; a smaller source holds out the tail of its text instea
 LEARNED_BYTES = 2**26  # of text at the beginning of each source from which a stream's tokenizer is learned
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
 PROGRESS = "progress.json"
-JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
-WORKER = "import sys; from dist_lm.data.tokenizer import serve; serve(sys.argv[1], int(sys.argv[2]))"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
 
 Say = Callable[[str], None]
-
-
-class Piece(NamedTuple):
-    """A stretch of a document, encoded at once; its place counts documents of the split and pieces of the document."""
-
-    split: str
-    place: tuple[int, int]
-    source: int
-    row: int
-    text: str
-    last: bool
 
 
 def prepare_dataset(
@@ -404,76 +390,6 @@ class _Writer:
         tokens = sum(shard["tokens"] for shard in self.shards)
         return {"documents": self.documents, "bytes": self.bytes, "tokens": tokens, "unknown": self.unknown,
                 "shards": self.shards}  # fmt: skip
-
-
-def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    job: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        job.append(piece)
-        size += len(piece.text)
-        if size >= JOB or len(job) >= JOB_PIECES:
-            yield job
-            job, size = [], 0
-    if job:
-        yield job
-
-
-def _encode(
-    pieces: Iterator[Piece], tokenizer: Tokenizer, folder: Path, processes: int
-) -> Iterator[tuple[Piece, np.ndarray]]:
-    """Pieces with their tokens, in order; texts go in jobs to worker processes, a few jobs ahead of the writer."""
-    if processes == 1:
-        for piece in pieces:
-            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
-        return
-    # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
-    # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
-    workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
-    own = threading.local()
-
-    def start() -> None:
-        here, there = Pipe()
-        try:
-            with there:
-                own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL,
-                                              env=environment, pass_fds=[there.fileno()], process_group=0)  # fmt: skip
-        except OSError as error:
-            here.close()
-            raise RuntimeError(f"an encoding process could not be started: {error}") from error
-        own.pipe = here
-        workers.append((own.pipe, own.worker))
-
-    def encode(job: list[Piece]) -> list[np.ndarray]:
-        if not hasattr(own, "pipe"):  # not the pool's initializer, which keeps its errors to itself
-            start()
-        try:
-            own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
-            sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
-        return np.split(tokens, np.cumsum(sizes)[:-1])
-
-    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
-    waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
-    try:
-        while True:
-            while len(waiting) < 2 * processes and (job := next(jobs, None)) is not None:
-                waiting.append((job, pool.submit(encode, job)))
-            if not waiting:
-                return
-            job, future = waiting.popleft()
-            yield from zip(job, future.result(), strict=True)
-    finally:
-        for _, worker in workers:
-            worker.kill()
-        pool.shutdown(cancel_futures=True)
-        for pipe, worker in workers:  # one that was started in between ends with its pipe
-            pipe.close()
-            worker.wait()
 
 
 class Progress:

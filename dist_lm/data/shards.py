@@ -10,110 +10,28 @@ are read: a name in them never leads out of the folder, and what they say of siz
 
 import contextlib
 import hashlib
-import json
 import mmap
 import os
-import re
-import reprlib
-import stat
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from dist_lm.config import DataConfig, UserError
-from dist_lm.data.remote import SMALL_FILE, ShardCache, exists, fetch_small, is_remote, open_file
+from dist_lm.config import DataConfig
+from dist_lm.data.cache import ShardCache
+from dist_lm.data.manifest import _BAD_DATA, MANIFEST, Count, _Checked, _first_fault, read_manifest
+from dist_lm.data.remote import is_remote, open_file
+from dist_lm.disk import safetensors_head, write_file
+from dist_lm.errors import UserError
 
-MANIFEST = "dataset.json"
-FORMAT = 1
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-_BAD_DATA = 65
-_LONGEST_NAME = 200  # characters of a shard's file name; the cache puts some before it, and a file system allows 255
 _LONGEST_HEADER = 2**16  # bytes of a shard's header; ours have less than 2**9
-_CHUNK = 16 * 2**20
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def _check_file_name(name: str) -> str:
-    if not FILE_NAME.fullmatch(name):
-        raise ValueError(f"must match {FILE_NAME.pattern}")
-    return name
-
-
-def _check_sha256(text: str) -> str:
-    if not SHA256.fullmatch(text):
-        raise ValueError(f"must match {SHA256.pattern}")
-    return text
-
-
-Count = Annotated[int, Field(ge=0, le=2**48)]
-FileName = Annotated[str, Field(max_length=_LONGEST_NAME), AfterValidator(_check_file_name)]
-Sha256 = Annotated[str, AfterValidator(_check_sha256)]
-Text = Annotated[str, Field(max_length=2**16)]  # what may be repeated in a message
-Value = Text | int | float | bool | None
-
-
-class _Checked(BaseModel):
-    """A part of a JSON file from outside; it may hold more than is read."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-
-class _ShardEntry(_Checked):
-    file: FileName
-    tokens: Count
-    bytes: Count
-    sha256: Sha256
-
-
-class _Split(_Checked):
-    documents: Count
-    bytes: Count  # of text
-    tokens: Count
-    unknown: Count
-    shards: Annotated[list[_ShardEntry], FailFast()]
-
-    @model_validator(mode="after")
-    def _check_sum(self) -> Self:
-        total = sum(shard.tokens for shard in self.shards)
-        if total != self.tokens:
-            raise ValueError(f"tokens={self.tokens} must be the {total} of all its shards")
-        return self
-
-
-class _Splits(_Checked):
-    train: _Split
-    val: _Split
-
-
-class _TokenizerFacts(_Checked):
-    name: Text
-    sha256: Sha256
-    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
-    eot: Count
-    unk: Count | None
-    dtype: Literal["uint16", "uint32"]
-
-
-class _SourceEntry(_Checked):
-    name: str
-    bytes: Count
-
-
-class _Manifest(_Checked):
-    """What every reader of a manifest may rely on."""
-
-    tokenizer: _TokenizerFacts
-    settings: dict[str, Value | dict[str, Value]] = {}  # it was prepared with; a stream's kept validation has none
-    splits: _Splits
-    sources: Annotated[list[_SourceEntry], FailFast()]
 
 
 class _Tensor(_Checked):
@@ -140,55 +58,6 @@ class Span(NamedTuple):
     row: int
     start: int
     stop: int
-
-
-def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write, hash and fsync a file; its size and sha256."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb", buffering=0) as file:
-        for whole in parts:
-            part = memoryview(whole)
-            for begin in range(0, len(part), _CHUNK):  # hashing and writing leave Python alone while they work
-                chunk = part[begin : begin + _CHUNK]
-                digest.update(chunk)
-                size += len(chunk)
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
-        os.fsync(file.fileno())
-    return size, digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write aside, fsync, rename, fsync the folder; the sha256 of what was written."""
-    aside = path.with_name(f"tmp-{path.name}")
-    _, sha256 = write_parts(aside, parts)
-    os.replace(aside, path)
-    sync_folder(path.parent)
-    return sha256
-
-
-def safetensors_head(tensors: Iterable[tuple[str, str, Sequence[int], int]], **more: Any) -> bytes:
-    """How a safetensors file begins: the name, type, shape and bytes of each tensor that follows."""
-    end = 0
-    for name, dtype, shape, size in tensors:
-        begin, end = end, end + size
-        more[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(more).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def write_shard(
@@ -234,57 +103,6 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
 
 def _refuse_shard(path: str | Path, reason: str) -> UserError:
     return UserError(f"{path}: not a shard as it was prepared: {reason}; nearest: prepare again", _BAD_DATA)
-
-
-def _first_fault(error: ValidationError) -> str:
-    """The first validation error as one short line: field, value, rule."""
-    first = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    rule = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing" or not field:
-        return f"{field}: {rule}".removeprefix(": ")
-    return f"{field}={reprlib.repr(first['input'])}: {rule}"
-
-
-def find_prepared(path: str | Path) -> bool:
-    """Whether a path or URL is a prepared folder."""
-    return exists(f"{path}/{MANIFEST}") if is_remote(str(path)) else Path(path, MANIFEST).is_file()
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared folder or URL, checked: see `_Manifest`."""
-    file = f"{folder}/{MANIFEST}"
-    try:
-        content = fetch_small(file) if is_remote(file) else _read_small(Path(file))
-        manifest: dict[str, Any] = json.loads(content)
-    except UserError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: not a readable manifest ({type(error).__name__}); prepare again", _BAD_DATA
-        ) from error
-    if not isinstance(manifest, Mapping):
-        raise UserError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again", _BAD_DATA)
-    if manifest.get("format") != FORMAT:
-        found = reprlib.repr(manifest.get("format"))
-        raise UserError(f"{file}: format {found} is not the format {FORMAT} of this version", _BAD_DATA)
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        raise UserError(
-            f"{file}: not a manifest as it was written: {_first_fault(error)}; nearest: prepare again", _BAD_DATA
-        ) from error
-    return manifest
-
-
-def _read_small(file: Path) -> bytes:
-    """A whole small file of this machine; a pipe or device, which might never end, is refused."""
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file}: not a regular file", _BAD_DATA)
-    if found.st_size > SMALL_FILE:
-        raise UserError(f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have", _BAD_DATA)
-    return file.read_bytes()
 
 
 def verify(folder: str | Path) -> list[str]:

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_lm.config import UserError
-from dist_lm.data.formats import Part, Reader
+from dist_lm.data.files import Part
+from dist_lm.data.formats import Reader
 from dist_lm.data.order import Words, hash_words, permute
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import UserError
 
 BLOCK = 1024, 2**22  # documents or characters that fill a block: what is shuffled into each other
 BATCH = 128, 2**18  # ... and what is tokenized at once

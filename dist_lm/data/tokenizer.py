@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from dist_lm.config import UserError, did_you_mean
+from dist_lm.errors import UserError, did_you_mean
 
 EOT = "<|endoftext|>"
 UNK = "<|unk|>"
@@ -37,8 +36,6 @@ _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
 _WORD = re.compile(rb"\w+|[^\w\s]+")
 _LONG_WORD = re.compile(r"\S{1000}")
-# What can drive a terminal or disguise text on it: control characters but newline and tab, and changes of direction.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
 _PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_OF = {chr(b): b for b in _PLAIN}
@@ -208,11 +205,6 @@ class StreamDecoder:
         return text[shown:]
 
 
-def printable(text: str) -> str:
-    """Text that cannot drive a terminal: \\x1b stands for an escape character."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
 def is_trained_spec(spec: str) -> bool:
     """Whether `data.tokenizer` is made from the corpus (char, byte, bpe:N) rather than loaded; checks N."""
     if spec in ("char", "byte"):
@@ -303,16 +295,6 @@ def load_tokenizer(spec: str) -> Tokenizer:
         else:
             return Tokenizer.load(file)
     raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
-
-
-def serve(path: str, descriptor: int) -> None:
-    """A worker of preparing: texts come with SEPARATOR between them; how many tokens each has, and these, go back."""
-    tokenizer, pipe = Tokenizer.load(path), Connection(descriptor)
-    with contextlib.suppress(EOFError, OSError):  # the other end is closed, or its process is gone
-        while True:
-            ids = tokenizer.encode_batch([text.decode() for text in pipe.recv_bytes().split(SEPARATOR)])
-            pipe.send_bytes(np.array([len(i) for i in ids]).tobytes())
-            pipe.send_bytes(np.concatenate([np.array(i, tokenizer.dtype) for i in ids]).tobytes())
 
 
 def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]) -> Tokenizer:

@@ -8,11 +8,10 @@ Shapes: B rows, T tokens, D width, H heads, K key/value heads, E head width, F h
 V vocabulary (padded in memory), S tokens attended to, N = B*T, C rows of a chunk of N.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dist_lm.config import ModelConfig
-
-NO_TARGET = -100
-# The loss makes so many logits at once, by the type of device (a caller that only plans for a GPU names it).
-LOGITS_AT_A_TIME = {"cpu": 2**24, "cuda": 2**28}
+from dist_lm.model.dropout import dropout
+from dist_lm.model.loss import LOGITS_AT_A_TIME, compute_dtype, cross_entropy_sum
 
 
 class GPT(nn.Module):
@@ -314,101 +311,8 @@ class KVCache:
 
 # --- dropout without a generator
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
-
-
-def signed(value: int) -> int:
-    """The int64 with the same low 64 bits."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014), in place on int64. Masks make the shifts logical."""
-    x ^= (x >> 30) & (2**34 - 1)
-    x *= signed(0xBF58476D1CE4E5B9)
-    x ^= (x >> 27) & (2**37 - 1)
-    x *= signed(0x94D049BB133111EB)
-    x ^= (x >> 31) & (2**33 - 1)
-    return x
-
-
-def dropout(x_BTD: Tensor, keys_B: Tensor | None, place: int, rate: float) -> Tensor:
-    """Drop elements by a hash of (row key, place, element): the same on any device, in any batch, when recomputed.
-
-    Each 64-bit hash serves four elements, so a rate is met to 1/65536; the scale is that of the rate met.
-    """
-    if keys_B is None:
-        return x_BTD
-    size, dropped = x_BTD[0].numel(), min(round(rate * 65536), 65535)
-    counter = torch.arange(-(-size // 4), device=x_BTD.device)
-    # The sum is scaled, not the counter: torch.compile takes products of an arange for indices, which it cuts to size.
-    hashes = mix((mix(keys_B + signed(place * GOLDEN))[:, None] + counter) * signed(GOLDEN)).view(torch.int16)
-    keep_BTD = (hashes[:, :size] >= dropped - 32768).view(x_BTD.shape)
-    return torch.where(keep_BTD, x_BTD * (65536 / (65536 - dropped)), 0)
-
 
 # --- loss
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products run in: autocast's type, or the tensor's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def cross_entropy_sum(
-    x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor, logits_at_a_time: int = 2**24
-) -> Tensor:
-    """Sum of -log softmax(x W' + padding)[target] over targets != -100, in fp32."""
-    parts = -(-len(x_ND) * len(weight_VD) // logits_at_a_time)
-    if parts == 1:
-        logits_NV = F.linear(x_ND, weight_VD, padding_V).float()
-        return F.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="sum")
-    rows = -(-len(x_ND) // parts)
-    return _ChunkedCrossEntropySum.apply(  # type: ignore[no-any-return,no-untyped-call]
-        x_ND, weight_VD, padding_V, targets_N, rows, torch.is_grad_enabled()
-    )
-
-
-class _ChunkedCrossEntropySum(torch.autograd.Function):
-    """Makes the logits of a few rows at a time and their gradients at once, so N x V logits never exist together.
-
-    As fast as the plain loss or faster, in half its memory at V = 50,304 and N = 2,048. Gradients are unscaled until
-    the backward, summed in the weights' own precision.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor, rows: int, grad: bool
-    ) -> Tensor:
-        dtype = compute_dtype(x_ND)
-        w_VD, padding_V = weight_VD.to(dtype), None if padding_V is None else padding_V.to(dtype)
-        # A row without a target is blanked at both ends, where it is D wide, so the logits between need no mask.
-        counts_N1 = (targets_N != NO_TARGET)[:, None]
-        masked_ND, labels_N1 = (x_ND * counts_N1).to(dtype), targets_N[:, None] * counts_N1
-        loss = torch.zeros((), device=x_ND.device)
-        if grad:
-            grad_x_ND, grad_w_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
-            minus_one_C1 = torch.full((rows, 1), -1.0, device=x_ND.device)
-        for start in range(0, len(x_ND), rows):
-            x_CD, labels_C1 = masked_ND[start : start + rows], labels_N1[start : start + rows]
-            logp_CV = F.linear(x_CD, w_VD, padding_V).log_softmax(-1, dtype=torch.float)
-            loss += F.nll_loss(logp_CV, targets_N[start : start + rows], ignore_index=NO_TARGET, reduction="sum")
-            if grad:  # softmax - one-hot
-                grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, minus_one_C1[: len(x_CD)]).to(dtype)
-                grad_x_ND[start : start + rows] = grad_CV @ w_VD
-                if dtype == grad_w_VD.dtype:
-                    grad_w_VD.addmm_(grad_CV.T, x_CD)
-                else:
-                    grad_w_VD += grad_CV.T @ x_CD
-        if grad:
-            ctx.save_for_backward(grad_x_ND.mul_(counts_N1), grad_w_VD)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_x_ND, grad_w_VD = ctx.saved_tensors
-        return grad_x_ND.mul_(grads[0]), grad_w_VD.mul_(grads[0]), None, None, None, None
 
 
 # --- initial weights and size
@@ -418,60 +322,3 @@ def padded_vocab(vocab_size: int) -> int:
     """Rows of the embedding: GPUs want multiples of 64; small vocabularies on CPUs should not pay for it."""
     multiple = 64 if vocab_size >= 4096 else 8
     return -(-vocab_size // multiple) * multiple
-
-
-def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
-    """The initial value of one parameter (vocabulary unpadded): CPU fp32, a function of the seed and its name."""
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-    value = torch.empty(shape)
-    if name in ("embed.weight", "positions.weight"):
-        return value.normal_(0, 0.02, generator=generator)
-    q, kv = config.width, config.kv_heads * config.width // config.heads
-    parts = torch.split(value, [q, kv, kv]) if name.endswith("qkv.weight") else (value,)
-    for part in parts:
-        if config.init == "xavier":
-            nn.init.xavier_uniform_(part, generator=generator)
-        elif config.init == "orthogonal":
-            nn.init.orthogonal_(part, generator=generator)
-        elif config.init == "scaled":
-            part.normal_(0, shape[1] ** -0.5, generator=generator)
-        else:  # GPT-2, section 2.3: the sum of 2 x layers branches keeps its size
-            onto_residual = name.endswith(("attn.out.weight", "ffn.down.weight"))
-            part.normal_(0, 0.02 * (2 * config.layers) ** (-0.5 if onto_residual else 0), generator=generator)
-    return value
-
-
-@cache  # a GPT is built for it
-def parameter_shapes(config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters, the vocabulary padded, without memory for them."""
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(config, vocab_size, seq_len).named_parameters()}
-
-
-def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
-    """The shape of what is saved of a parameter."""
-    return (vocab_size, *shape[1:]) if name in ("embed.weight", "head.weight") else shape
-
-
-@torch.no_grad()
-def init_weights(model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None) -> None:
-    """Initial weights for all parameters, or for `parts` of them, flat: name, first element, where to put them."""
-    shapes = parameter_shapes(model.config, model.vocab_size, model.seq_len)
-    if parts is None:
-        parts = ((name, 0, p.view(-1)) for name, p in model.named_parameters())
-    for name, start, out in parts:
-        whole = initial(model.config, seed, name, unpadded(name, shapes[name], model.vocab_size))
-        value = whole.flatten()[start : start + len(out)]
-        out.zero_()  # rows that pad the vocabulary stay so
-        out[: len(value)] = value
-
-
-def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
-    """Forward and backward: 6 a matrix parameter and 12 x layers x width x length for attention (PaLM, appendix B)."""
-    attention = 2 * config.width**2 * (1 + config.kv_heads / config.heads)
-    feed_forward = (3 if config.activation == "swiglu" else 2) * config.width * config.ffn_width
-    matrices = config.layers * (attention + feed_forward) + vocab_size * config.width
-    return 6.0 * matrices + 12.0 * config.layers * config.width * seq_len

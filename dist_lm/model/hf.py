@@ -15,8 +15,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dist_lm.config import ModelConfig, UserError, nearest
-from dist_lm.model.gpt import parameter_shapes, sinusoid, unpadded
+from dist_lm.config import ModelConfig
+from dist_lm.errors import UserError, nearest
+from dist_lm.model.gpt import sinusoid
+from dist_lm.model.init import parameter_shapes, unpadded
 
 Json = dict[str, Any]
 

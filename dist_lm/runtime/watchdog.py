@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dist_lm.outcome import in_a_line
+from dist_lm.errors import in_a_line
 
 _OF_PEERS = ("gloo", "NCCL", "onnection", "ocket", "imed out", "TCPStore")  # errors that say: somebody else ended
 

@@ -24,7 +24,8 @@ import yaml
 from torch import Tensor, nn
 
 from dist_lm.checkpoint.save import Held
-from dist_lm.config import Config, Plan, UserError, did_you_mean
+from dist_lm.config import Config, Plan
+from dist_lm.errors import UserError, did_you_mean
 from dist_lm.optim import Slice
 
 LAUNCH_FILES = Path(__file__).parents[2] / "launch"

@@ -23,23 +23,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dist_lm.channel import Channel
 from dist_lm.checkpoint import save as checkpoint
-from dist_lm.checkpoint.save import (
-    Held,
-    Saver,
-    newest_valid,
-    read_model,
-    restore,
-    set_aside_newer,
-    step_folders,
-    verify,
-)
-from dist_lm.config import ModelConfig, OptimConfig, UserError
+from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
+from dist_lm.checkpoint.load import read_model, read_weights, restore
+from dist_lm.checkpoint.save import Held, Saver
+from dist_lm.config import ModelConfig, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.errors import UserError
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, init_weights
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
-from dist_lm.runtime.world import Channel
 from tests.conftest import held, write_step
 from tests.procs import ROOT, clean_env
 
@@ -318,7 +313,7 @@ class Saves:
 
 
 def steps(run: Path) -> list[int]:
-    return [checkpoint.step_of(folder) for folder in step_folders(run)]
+    return [step_of(folder) for folder in step_folders(run)]
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -736,7 +731,7 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     for parameter in model.parameters():  # what was sent for the failed file must not end up in the next
         parameter.data += 1
     assert save_together(tmp_path, some, slices, step=8, messages=messages)[0] == [None] * 3
-    again = checkpoint.read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
+    again = read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
     assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
 
 

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, UserError, plan
-from dist_lm.data.batches import Batch, Batches, Dataset, open_dataset
-from dist_lm.model.gpt import NO_TARGET
+from dist_lm.config import NO_TARGET, Config, DataConfig, RunConfig, SourceConfig, plan
+from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.errors import UserError
 
 CPU = torch.device("cpu")
 

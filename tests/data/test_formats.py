@@ -18,10 +18,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import DataConfig, SourceConfig, UserError
+from dist_lm.config import DataConfig, SourceConfig
 from dist_lm.data import formats as sources
 from dist_lm.data import remote
-from dist_lm.data.formats import Reader, Source, find_sources
+from dist_lm.data.files import Source, find_sources
+from dist_lm.data.formats import Reader
+from dist_lm.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 

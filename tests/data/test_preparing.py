@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm import prepare
-from dist_lm.config import DataConfig, SourceConfig, UserError
+from dist_lm.config import DataConfig, SourceConfig
 from dist_lm.data import preparing as data_module
 from dist_lm.data import tokenizer as text
-from dist_lm.data.formats import Reader, Source
+from dist_lm.data.files import Source
+from dist_lm.data.formats import Reader
+from dist_lm.data.manifest import MANIFEST
 from dist_lm.data.preparing import document_hash, held_out, prepare_dataset
-from dist_lm.data.shards import MANIFEST, TokenShards, map_shard
+from dist_lm.data.shards import TokenShards, map_shard
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import UserError
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
 

@@ -29,10 +29,12 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
-from dist_lm.config import UserError
 from dist_lm.data import remote
-from dist_lm.data.remote import ChangedError, Found, ShardCache, fetch_small, find, is_remote, open_file
-from dist_lm.data.shards import TokenShards, find_prepared, read_manifest, verify
+from dist_lm.data.cache import ShardCache
+from dist_lm.data.manifest import find_prepared, read_manifest
+from dist_lm.data.remote import ChangedError, Found, fetch_small, find, is_remote, open_file
+from dist_lm.data.shards import TokenShards, verify
+from dist_lm.errors import UserError
 from tests.data.test_shards import make
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env

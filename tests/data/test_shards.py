@@ -13,18 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from dist_lm.config import UserError
-from dist_lm.data.shards import (
-    FORMAT,
-    MANIFEST,
-    TokenShards,
-    find_prepared,
-    map_shard,
-    verify,
-    write_file,
-    write_json,
-    write_shard,
-)
+from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared
+from dist_lm.data.shards import TokenShards, map_shard, verify, write_shard
+from dist_lm.disk import write_file, write_json
+from dist_lm.errors import UserError
 
 
 def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7) -> np.ndarray:

@@ -17,13 +17,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import Config, DataConfig, SourceConfig, UserError
-from dist_lm.data.batches import Dataset, Mix, merge_after, open_dataset
-from dist_lm.data.formats import Reader, find_sources
+from dist_lm.config import Config, DataConfig, SourceConfig
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.files import find_sources
+from dist_lm.data.formats import Reader
+from dist_lm.data.mix import Mix, merge_after
 from dist_lm.data.order import Mixture, period_of
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.stream import Recipe, Row, Stream, best_fit
 from dist_lm.data.tokenizer import train_tokenizer
+from dist_lm.errors import UserError
 
 BYTES = train_tokenizer("byte", [])
 LENGTH, WORLDS = 8, (1, 2, 3, 4, 8)

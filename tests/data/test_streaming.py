@@ -17,12 +17,15 @@ import torch
 import yaml
 
 from dist_lm import show
-from dist_lm.checkpoint.save import step_folders
-from dist_lm.config import Config, UserError, plan
-from dist_lm.data.batches import Batches, Dataset, Mix, count_left_out, open_dataset
+from dist_lm.checkpoint.folder import step_folders
+from dist_lm.config import Config, plan
+from dist_lm.data.batches import Batches
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.mix import Mix, count_left_out
 from dist_lm.data.preparing import document_hash, held_out
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import Recipe, Stream
+from dist_lm.errors import UserError
 from dist_lm.metrics import read_metrics
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore

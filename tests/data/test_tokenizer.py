@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dist_lm.config import UserError
 from dist_lm.data import tokenizer as text_module
+from dist_lm.data.encode import serve
 from dist_lm.data.tokenizer import (
     EOT,
     SEPARATOR,
@@ -28,9 +28,9 @@ from dist_lm.data.tokenizer import (
     is_trained_spec,
     load_tokenizer,
     sample,
-    serve,
     train_tokenizer,
 )
+from dist_lm.errors import UserError
 
 CORPUS = [
     "Hello world, it's the 21st century;\n\n  we've 1234567 reasons!!!  \tfoo_bar = {'a': [1, 2.5e-3]}\r\n",

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from dist_lm.config import ModelConfig
 from dist_lm.model import gpt as model_module
-from dist_lm.model.gpt import GPT, KVCache, cross_entropy_sum, dropout, flops_per_token, init_weights, initial, mix
+from dist_lm.model.dropout import GOLDEN, dropout, mix, signed
+from dist_lm.model.gpt import GPT, KVCache
+from dist_lm.model.init import flops_per_token, init_weights, initial
+from dist_lm.model.loss import _ChunkedCrossEntropySum, cross_entropy_sum
 
 V, T, B = 101, 24, 3
 CLASSIC = {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "activation": "relu", "bias": True}
@@ -204,7 +207,7 @@ def test_chunked_loss_equals_the_plain_one(dtype: torch.dtype | None, rows: int)
     padding_V = torch.tensor([0.0] * 20 + [-math.inf] * 4)
     targets_N = torch.randint(0, 20, (30,), generator=generator)
     targets_N[3:9] = -100
-    apply = model_module._ChunkedCrossEntropySum.apply
+    apply = _ChunkedCrossEntropySum.apply
     found = []
     for chunked in (False, True):
         x_ND.grad = weight_VD.grad = None
@@ -224,7 +227,7 @@ def test_chunked_loss_refuses_a_second_backward() -> None:
     """Its gradients are scaled in place: silently scaling them twice would be worse."""
     x_ND, weight_VD = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     arguments = x_ND, weight_VD, None, torch.tensor([0, 2, -100, 1, 1]), 2, True
-    loss = model_module._ChunkedCrossEntropySum.apply(*arguments)
+    loss = _ChunkedCrossEntropySum.apply(*arguments)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -232,8 +235,8 @@ def test_chunked_loss_refuses_a_second_backward() -> None:
 
 def test_large_batches_take_the_chunked_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
-    apply = model_module._ChunkedCrossEntropySum.apply
-    monkeypatch.setattr(model_module._ChunkedCrossEntropySum, "apply", lambda *a: rows.append(a[4]) or apply(*a))
+    apply = _ChunkedCrossEntropySum.apply
+    monkeypatch.setattr(_ChunkedCrossEntropySum, "apply", lambda *a: rows.append(a[4]) or apply(*a))
     x_ND, weight_VD, targets_N = torch.randn(34, 2), torch.randn(2**19, 2), torch.randint(0, 9, (34,))
     loss = cross_entropy_sum(x_ND, weight_VD, None, targets_N)
     assert rows == [17]  # two equal parts of at most 2^24 logits
@@ -264,11 +267,11 @@ def splitmix(state: int) -> int:
 
 def test_hash_is_splitmix64() -> None:
     """The published numbers of seed 1234567 (Rosetta Code), and negative inputs, whose shifts must be logical."""
-    states = [1234567 + n * model_module.GOLDEN for n in (1, 2, 3)]
+    states = [1234567 + n * GOLDEN for n in (1, 2, 3)]
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [splitmix(s % 2**64) for s in states] == published
     inputs = [*states, -1, -(2**63), 2**63 - 1, 0]
-    found = mix(torch.tensor([model_module.signed(s) for s in inputs])).tolist()
+    found = mix(torch.tensor([signed(s) for s in inputs])).tolist()
     assert [n % 2**64 for n in found] == [splitmix(s % 2**64) for s in inputs]
 
 
@@ -278,8 +281,8 @@ def mask_of(keys: list[int], place: int = 1, rate: float = 0.1, shape: tuple[int
 
 def test_dropout_mask_follows_from_the_key_by_hand() -> None:
     mask_TD = mask_of([-3], place=2, rate=0.25, shape=(3, 3))[0]
-    start = splitmix((-3 + 2 * model_module.GOLDEN) % 2**64)
-    words = [splitmix((start + n) * model_module.GOLDEN % 2**64) for n in range(3)]
+    start = splitmix((-3 + 2 * GOLDEN) % 2**64)
+    words = [splitmix((start + n) * GOLDEN % 2**64) for n in range(3)]
     lanes = [(word >> shift) % 2**16 for word in words for shift in (0, 16, 32, 48)]
     signed_lanes = [lane - 2**16 if lane >= 2**15 else lane for lane in lanes]
     expected = [4 / 3 if lane >= 0.25 * 2**16 - 2**15 else 0.0 for lane in signed_lanes[:9]]

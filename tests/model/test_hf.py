@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OpenAIGPTConfig, PreTrainedModel
 
-from dist_lm.config import ModelConfig, UserError, load
+from dist_lm.cli import load
+from dist_lm.config import ModelConfig
+from dist_lm.errors import UserError
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, init_weights, sinusoid
+from dist_lm.model.gpt import GPT, sinusoid
+from dist_lm.model.init import init_weights
 from tests.conftest import export_tensor
 from tests.procs import ROOT
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_lm.config import Config, RunConfig, UserError
-from dist_lm.runtime.world import Runtime, refuse_silent_single, start
+from dist_lm.config import Config, RunConfig
+from dist_lm.errors import UserError
+from dist_lm.runtime.start import refuse_silent_single, start
+from dist_lm.runtime.world import Runtime
 from tests.procs import finish, start_ranks
 
 

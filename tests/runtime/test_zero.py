@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from dist_lm import train as train_module
-from dist_lm.checkpoint.save import Saver, read_model, step_folders
-from dist_lm.config import UserError, load, resolve
+from dist_lm.checkpoint.folder import step_folders
+from dist_lm.checkpoint.load import read_model
+from dist_lm.checkpoint.save import Saver
+from dist_lm.cli import load, resolve
+from dist_lm.errors import UserError
 from dist_lm.metrics import Metrics
-from dist_lm.runtime import world as runtime_module
+from dist_lm.runtime import start as runtime_start
 from dist_lm.runtime.world import Runtime
 from dist_lm.runtime.zero import Strategy, choose_strategy, only_builder, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
@@ -157,7 +160,7 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
 def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None:
     """As a rank under `after`: finish each of the runs in turn, with one engine that takes over their checkpoints."""
     config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], {}, "")
-    runtime = runtime_module.start(config, after if after.startswith("zero") else None)
+    runtime = runtime_start.start(config, after if after.startswith("zero") else None)
     run = None
     for strategy in before:
         config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], {}, "")

@@ -1,0 +1,106 @@
+"""checkpoint.load."""
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dist_lm.checkpoint.folder import BAD_CHECKPOINT, _read_json, locate
+from dist_lm.checkpoint.save import Held
+from dist_lm.config import ModelConfig
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import UserError
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT
+
+
+def read_description(folder: Path) -> tuple[ModelConfig, int, int]:
+    """Model, vocabulary size and context length of a folder, from its config.json."""
+    return hf.from_config_json(_read_json(folder / "config.json"))
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """Hash of the tokenizer that lies with a model, if one does."""
+    return Tokenizer.load(folder).sha256 if (folder / "tokenizer.json").is_file() else None
+
+
+def read_weights(
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, average: bool = False
+) -> dict[str, Tensor]:
+    """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
+    with _open_tensors(folder, "optimizer" if average else "model") as get:
+        if not average:
+            return hf.import_tensors(model, vocab_size, seq_len, get)
+        try:
+            return hf.import_tensors(model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema"))
+        except hf.MissingTensor as error:
+            raise UserError(
+                f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
+            ) from error
+
+
+def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
+    """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
+    folder = locate(name, lambda text: print(text, file=sys.stderr))
+    description, vocab_size, seq_len = read_description(folder)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
+            BAD_CHECKPOINT,
+        )
+    model = GPT(description, vocab_size, seq_len)
+    model.load_state_dict(read_weights(folder, description, vocab_size, seq_len, average), assign=True)
+    return model.eval(), tokenizer, folder
+
+
+@torch.no_grad()
+def restore(
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Iterable[Held], optimizer: bool
+) -> None:
+    """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
+
+    What a longer context of the folder has beyond `seq_len` is left out.
+    """
+    context = read_description(folder)[2]
+    entries: dict[str, list[hf.Entry]] = {}
+    for entry in hf.layout(model, vocab_size, context):
+        entries.setdefault(entry.param, []).append(entry)
+    shapes = hf.shapes(model, vocab_size, seq_len)
+    with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
+        for constant in entries.get("", ()):
+            hf.import_part(constant, get, None, 0, model)
+        for h in held:
+            for entry in entries[h.name]:
+                hf.import_part(entry, get, h.weight, h.start, model)
+            for key, values in {**h.state, **h.extra}.items() if optimizer else ():
+                name = f"{h.name}.{key}"
+                try:
+                    if key in h.state:
+                        hf.import_part(hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model)
+                    else:
+                        values.copy_(get(name)[...])
+                except (KeyError, hf.MissingTensor):
+                    raise UserError(
+                        f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
+                        BAD_CHECKPOINT,
+                    ) from None
+
+
+@contextlib.contextmanager
+def _open_tensors(folder: Path, *stems: str) -> Any:
+    """A function from tensor name to tensor over the safetensors files whose names begin so."""
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for path in sorted(path for stem in stems for path in folder.glob(f"{stem}*.safetensors")):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error})", BAD_CHECKPOINT) from error
+            where.update(dict.fromkeys(file.keys(), file))
+        yield lambda name: where[name].get_slice(name)  # KeyError where there is none

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from dist_lm.cli import resolve
-from dist_lm.config import DataConfig
-from dist_lm.config import plan as plan_of
+from dist_lm.config import DataConfig, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import open_dataset
 from dist_lm.data.preparing import prepare_dataset
@@ -42,7 +41,7 @@ def main() -> None:
                                             "data.global_batch": BATCH, "run.dir": folder}))  # fmt: skip
             data = open_dataset(config, lambda work: work())
             for _ in range(ROUNDS):
-                batches = Batches(data.train, config.data, plan_of(config, 1), 0, torch.device("cpu"), seed=1,
+                batches = Batches(data.train, config.data, batch_layout(config, 1), 0, torch.device("cpu"), seed=1,
                                   eot=data.tokenizer.eot)  # fmt: skip
                 batches.take()
                 began = time.monotonic()

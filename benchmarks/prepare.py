@@ -21,7 +21,7 @@ from pathlib import Path
 import tokenizers
 
 from dist_lm.config import DataConfig
-from dist_lm.data.files import find_sources
+from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import train_tokenizer
@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     stdlib = DataConfig().as_source()
-    documents = ["".join(texts) for *_, texts in Reader(stdlib, find_sources(stdlib)).documents(Counter())]
+    documents = ["".join(texts) for *_, texts in Reader(stdlib, find_files(stdlib)).documents(Counter())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(args.tokenizer, documents).save(folder)

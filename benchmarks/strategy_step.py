@@ -53,7 +53,7 @@ def main(strategy: str) -> None:
             loss.item()
             if step >= FIRST:
                 bare.append(time.monotonic() - began)
-    tokens = run.plan.tokens_per_step
+    tokens = run.layout.tokens_per_step
     ours = [tokens / s["tokens_per_second"] for s in read_metrics(folder)[0] if (s["step"] - 1) % STEPS >= FIRST]
     a, b = statistics.median(ours), statistics.median(bare)
     runtime.say(json.dumps({"strategy": runtime.strategy, "world": runtime.world_size, "train.py ms": round(1000 * a, 1),

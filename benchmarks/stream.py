@@ -41,13 +41,12 @@ from datasets.distributed import split_dataset_by_node
 
 from dist_lm.channel import Channel
 from dist_lm.cli import resolve
-from dist_lm.config import Config
-from dist_lm.config import plan as plan_of
+from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import Mix
+from dist_lm.data.mix import MixtureReader
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.stream import Recipe
+from dist_lm.data.stream import StreamSpec
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError
 
@@ -154,8 +153,8 @@ def opened(config: Config) -> Dataset:
 
 def batches_of(config: Config, data: Dataset, state: Any = None, rank: int = 0, world: int = 1) -> Batches:
     channel = Channel(rank, world, CPU) if world > 1 else None
-    mix = Mix(data, config.data, config.run.seed, state=state, rank=rank, world=world, channel=channel)
-    return Batches(mix, config.data, plan_of(config, world), rank, CPU, seed=1, eot=data.tokenizer.eot)
+    mix = MixtureReader(data, config.data, config.run.seed, state=state, rank=rank, world=world, channel=channel)
+    return Batches(mix, config.data, batch_layout(config, world), rank, CPU, seed=1, eot=data.tokenizer.eot)
 
 
 def read_pass(batches: Batches) -> int:
@@ -244,7 +243,7 @@ class Timed(Tokenizer):
 
 def with_tokenizer(data: Dataset, tokenizer: Tokenizer) -> Dataset:
     (recipe,) = data.sources.values()
-    assert isinstance(recipe, Recipe), "a stream"
+    assert isinstance(recipe, StreamSpec), "a stream"
     return dataclasses.replace(data, sources={"text": dataclasses.replace(recipe, tokenizer=tokenizer)})
 
 
@@ -345,7 +344,7 @@ def mosaic(args: argparse.Namespace, scratch: Path) -> None:
     epochs = 4
 
     def ours(config: Config) -> float:
-        batches = Batches(shards, config.data, plan_of(config, 1), 0, CPU, seed=1, eot=0)
+        batches = Batches(shards, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=0)
         for _ in range(rows // BATCH):
             batches.take()
         begin, steps = time.perf_counter(), epochs * rows // BATCH

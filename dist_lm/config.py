@@ -1,7 +1,7 @@
 """The settings of a run: frozen, validated, read from defaults < YAML < command line.
 
 The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics and the places; how a
-run is spread over machines is not in here. `plan()` derives what depends on the number of processes. This module
+run is spread over machines is not in here. `batch_layout()` derives what depends on the number of processes. This module
 imports neither torch nor numpy, so that a typing mistake is answered at once.
 """
 
@@ -290,7 +290,7 @@ FREE_ON_RESUME = frozenset(
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchLayout:
     """What a config means on a number of processes."""
 
     world_size: int
@@ -301,7 +301,7 @@ class Plan:
     filler_percent: float  # rows without targets that even out the ranks, relative to the global batch
 
 
-def plan(config: Config, world_size: int) -> Plan:
+def batch_layout(config: Config, world_size: int) -> BatchLayout:
     """Derive a rank's work in a step; refuses only a world larger than the global batch."""
     batch = config.data.global_batch
     if world_size > batch:
@@ -312,7 +312,7 @@ def plan(config: Config, world_size: int) -> Plan:
     micro = min(config.data.micro_batch or share, share)
     accumulation = -(-share // micro)
     filler = 100 * (world_size * micro * accumulation / batch - 1)
-    return Plan(world_size, share, micro, accumulation, batch * config.data.seq_len, filler)
+    return BatchLayout(world_size, share, micro, accumulation, batch * config.data.seq_len, filler)
 
 
 # --- reading: defaults < YAML < command line

@@ -60,7 +60,7 @@ import torch
 from dist_lm import __version__
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.checkpoint.load import tokenizer_hash
-from dist_lm.data.files import find_sources
+from dist_lm.data.files import find_files
 from dist_lm.data.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.remote import is_remote
 from dist_lm.data.shards import TokenShards
@@ -146,7 +146,7 @@ def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Check]
                 yield Check(name, "fail", str(error), remedy, BAD_DATA if look in (data, tokenizer) else BAD_MACHINE)
     finally:
         if ranks.is_main:
-            within(seconds / 4, ranks.clean)
+            run_within(seconds / 4, ranks.clean)
 
 
 class Ranks:
@@ -174,14 +174,14 @@ class Ranks:
     def ask(self, work: Callable[[], Any], asked: bool = True) -> list[Any]:
         """What `work` finds on each rank that is asked, or else all raise what it failed of. All ranks."""
         # Half of the time, so that the others do not give up a slow rank first.
-        said = self.gather(within(self.seconds / 2, work) if asked else {"found": None})
+        said = self.gather(run_within(self.seconds / 2, work) if asked else {"found": None})
         failed = [f"{who}: {one['error']}" for who, one in zip(self.names, said, strict=True) if "error" in one]
         if failed:
             raise UserError(_few(failed, "; "))
         return [one["found"] for one in said]
 
 
-def within(seconds: float, work: Callable[[], Any]) -> dict[str, Any]:
+def run_within(seconds: float, work: Callable[[], Any]) -> dict[str, Any]:
     """{"found": what `work` gives}, or {"error": why} if it fails or does not end in time (a mount that hangs)."""
     said: list[dict[str, Any]] = []
 
@@ -448,7 +448,7 @@ def seen_here(config: Config) -> tuple[str, str]:
     else:
         named = config.data.named_sources()
         raw = {name: spec for name, spec in named.items() if not find_prepared(spec.input)}
-        sources = [source for name, spec in raw.items() for source in find_sources(spec, config.data.field_of(name))]
+        sources = [source for name, spec in raw.items() for source in find_files(spec, config.data.field_of(name))]
         files = [source.path for source in sources if source.path and not is_remote(source.path)]
         content = json.dumps([[source.name, source.size] for source in sources]).encode()
         text = f"{', '.join(spec.input for spec in named.values())}: "

@@ -122,7 +122,7 @@ def _is_matrix_of_block(parameter: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Slice:
+class MatrixSlice:
     """What a rank's flat tensor holds of a matrix, and how many elements each rank does, in rank order."""
 
     shape: tuple[int, ...]
@@ -165,7 +165,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     rank: int
-    slices: dict[Tensor, list["Slice"]]  # by flat tensor, the same matrices in the same order on all ranks
+    slices: dict[Tensor, list["MatrixSlice"]]  # by flat tensor, the same matrices in the same order on all ranks
     exchange: Callable[[list[Tensor], list[int]], list[Tensor]]  # a part for each rank, how much comes from each
 
     def __init__(

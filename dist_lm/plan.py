@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config, ModelConfig, plan
+from dist_lm.config import Config, ModelConfig, batch_layout
 from dist_lm.console import shorten
 from dist_lm.errors import UserError, did_you_mean, run_entry
 from dist_lm.metrics import peak_flops
@@ -156,7 +156,7 @@ def _number(words: Mapping[str, str], name: str, default: float, rule: str = "a 
 
 def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_gpu: bool) -> Memory:
     """Memory of one process of `world`; DeepSpeed's parts as those of 0.19 were measured (benchmarks/plan.py)."""
-    layout = plan(config, world)
+    layout = batch_layout(config, world)
     shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
     sizes = {name: 4.0 * math.prod(shape) for name, shape in shapes.items()}
     weights = sum(sizes.values())  # fp32 in every precision; gradients and moments are as well
@@ -223,7 +223,7 @@ def _run_fake(
         for p in model.parameters():  # where a gradient goes is the strategy's, see memory()
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # type: ignore[no-untyped-call]
         tokens = torch.zeros(rows, length, dtype=torch.int64)
-        watch = Watch([*model.parameters(), *model.buffers()])
+        watch = MemoryCounter([*model.parameters(), *model.buffers()])
 
         def first_begins(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             inputs[0].register_hook(watch.next)  # type: ignore[no-untyped-call]  # the blocks' backward is over
@@ -249,7 +249,7 @@ def _run_fake(
     return watch.left[0], watch.seen[1], watch.seen[2] if layers else 0.0, watch.most
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that come to be inside, until they go."""
 
     def __init__(self, known: list[Tensor]):
@@ -305,7 +305,7 @@ def largest_micro_batch(config: Config, strategy: Strategy, cluster: Cluster, vo
         figures = memory(tried, strategy, cluster.world, vocab_size, cluster.on_gpu)
         return needed(figures, cluster) > cluster.room
 
-    return bisect_left(range(1, plan(config, cluster.world).share + 1), True, key=is_too_large)
+    return bisect_left(range(1, batch_layout(config, cluster.world).share + 1), True, key=is_too_large)
 
 
 def changed(config: Config, section: str, **fields: Any) -> Config:
@@ -330,7 +330,7 @@ def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str
 
 def estimate(config: Config, vocab_size: int, launch: str | None, cluster: Cluster, mfu: float) -> dict[str, Any]:
     """All figures, as --json prints them: bytes, seconds and counts, unrounded."""
-    layout, steps, world = plan(config, cluster.world), steps_of(config), cluster.world
+    layout, steps, world = batch_layout(config, cluster.world), steps_of(config), cluster.world
     asked = choose_strategy(launch or next(iter(strategies(world)))).name(world)  # refuses an unknown name
     rows = fit(config, vocab_size, cluster)
     flops, tokens = flops_per_token(config.model, vocab_size, config.data.seq_len), steps * layout.tokens_per_step
@@ -416,7 +416,11 @@ def table(cluster: Cluster) -> str:
             vocab_size = vocabulary(config)
         except UserError:
             vocab_size = TEXT_VOCABULARY
-        cells = [path.stem, shorten(parameters(config, vocab_size)), str(plan(config, cluster.world).micro_batch)]
+        cells = [
+            path.stem,
+            shorten(parameters(config, vocab_size)),
+            str(batch_layout(config, cluster.world).micro_batch),
+        ]
         for row in fit(config, vocab_size, cluster).values():
             most = row.get("largest_micro_batch")
             cells.append("refused" if "refused" in row else f"{_gb(row['needed'])}, {f'<= {most}' if most else 'none'}")

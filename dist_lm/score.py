@@ -14,7 +14,7 @@ from typing import Any
 
 from dist_lm.checkpoint.load import read_model
 from dist_lm.cli import resolve, split_arguments
-from dist_lm.config import plan
+from dist_lm.config import batch_layout
 from dist_lm.data.manifest import find_prepared
 from dist_lm.errors import UserError, run_entry
 from dist_lm.runtime.start import start
@@ -71,7 +71,7 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of data.input="
             f"{config.data.input} has {max(shards.sizes)}; nearest: {max(max(shards.sizes) - 1, 1)}", 65
         )  # fmt: skip
-    figures = validate(world, model.to(world.device), shards, config, plan(config, 1), tokenizer)
+    figures = validate(world, model.to(world.device), shards, config, batch_layout(config, 1), tokenizer)
     scored = min(sequences, config.run.eval_batches * config.data.global_batch)
     part = "the held-out part" if held_out else "all"
     print(f"{folder}: {scored:,} of {sequences:,} sequences of {length} tokens, {part} of {config.data.input}")

@@ -24,11 +24,11 @@ from dist_lm.config import Config
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.manifest import MANIFEST, find_prepared
-from dist_lm.data.mix import Mix
+from dist_lm.data.mix import MixtureReader
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.preparing import BAD_DATA
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import Recipe, Row
+from dist_lm.data.stream import PackedSequence, StreamSpec
 from dist_lm.errors import UserError, run_entry
 from dist_lm.metrics import read_metrics
 
@@ -37,7 +37,7 @@ RULE = "rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN
 FLAGS = {"step": "The update, from 1.", "world": "Number of processes.", "rank": "Show only this one's share.",
          "find": "A passage to look for."}  # fmt: skip
 
-Step = dict[int, tuple[str, int | Row]]  # place: source, and its sequence
+Step = dict[int, tuple[str, int | PackedSequence]]  # place: source, and its sequence
 
 
 def main(argv: list[str]) -> None:
@@ -115,7 +115,7 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
 
 
 def _look_up(
-    config: Config, data: Dataset, name: str, sequence: int | Row, position: int
+    config: Config, data: Dataset, name: str, sequence: int | PackedSequence, position: int
 ) -> tuple[str, np.ndarray, Sequence[tuple[str, int, int, int]]]:
     """What a sequence is, its tokens, and the documents in them: file, row, and where they begin and end."""
     source, length, stride = data.sources[name], config.data.seq_len, config.data.stride
@@ -126,7 +126,7 @@ def _look_up(
         title = f"sequence {sequence}{epoch}, {source.files[shard]} tokens {first} to {first + length}"
         (tokens,) = source.read([sequence], length, stride)
         return title, tokens, source.documents_of(sequence, length, stride)
-    assert isinstance(sequence, Row)
+    assert isinstance(sequence, PackedSequence)
     number, files = cache(source.reader.row_number), source.reader.sources
     spans = [(files[span.file].name, number(span.file, span.row), span.start, span.stop) for span in sequence.spans]
     title = f"source {name}, pass {sequence.passed + 1}, {len(sequence.tokens)} tokens"
@@ -147,7 +147,7 @@ def read_steps(config: Config, data: Dataset, first: int) -> Iterator[Step]:
             first += 1
     states = [{"step": 0, "streams": None}, *(_read_state(path) for path in _checkpoints(config))]
     near: dict[str, Any] = max((s for s in states if s["step"] <= first), key=lambda s: s["step"])
-    mix = Mix(data, config.data, config.run.seed, state=near["streams"])
+    mix = MixtureReader(data, config.data, config.run.seed, state=near["streams"])
     for step in range(near["step"], sys.maxsize):
         mix.read(step, np.zeros((batch, length + 1), np.int64), np.zeros(batch, np.int64))
         if step >= first:
@@ -164,11 +164,11 @@ def find(config: Config, data: Dataset, text: str) -> None:
     for step, made in zip(range(1, last + 1), read_steps(config, data, 0), strict=False):
         for name, sequence in made.values():
             source = data.sources[name]
-            if not isinstance(source, Recipe):
+            if not isinstance(source, StreamSpec):
                 if sequence in holding[name]:
                     seen.setdefault(step, set()).add(f"{name}: sequence {sequence}")
                 continue
-            assert isinstance(sequence, Row)
+            assert isinstance(sequence, PackedSequence)
             for file, row, start, stop in sequence.spans:
                 tokens, where = sequence.tokens[start:stop], f"{source.reader.sources[file].name} row {row}"
                 earlier, begin = ends.pop((name, file, row), (step, tokens[:0]))

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before all imports that take time: a launcher may 
     die_with_launcher()
 
 from dist_lm.cli import load
-from dist_lm.config import FREE_ON_RESUME, Config, Plan, plan
+from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
 from dist_lm.errors import CODES, UserError, run_entry
 from dist_lm.outcome import TRAIN_FLAGS, Attempt
 
@@ -43,8 +43,8 @@ from dist_lm.checkpoint.save import Saver
 from dist_lm.config import NO_TARGET
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import Mix, count_left_out, merge_after
-from dist_lm.data.stream import Recipe
+from dist_lm.data.mix import MixtureReader, count_left_out, merge_after
+from dist_lm.data.stream import StreamSpec
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
@@ -71,7 +71,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class Place:
+class ResumePoint:
     """Where a run stands: known before anything is built, so that a finished one says so at once."""
 
     data: Dataset
@@ -87,7 +87,7 @@ class Run:
     config: Config
     runtime: Runtime
     data: Dataset
-    plan: Plan
+    layout: BatchLayout
     steps: int | None  # None: the data says when it ends
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -119,7 +119,7 @@ def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> st
     runtime, why = start(config, next(iter(flags.get("launch", [])), None), attempt), ""
     try:
         hold_folder(runtime)
-        place = find_place(runtime, config, flags.get("allow_change", []))
+        place = find_resume_point(runtime, config, flags.get("allow_change", []))
         if place:
             run = build(runtime, config, place)
             describe(run)
@@ -159,7 +159,7 @@ def train(run: Run) -> str:
         evaluating = moved and due(state.step, config.run.eval_every, at_the_end=ended)
         saving = moved and (leaving or due(state.step, config.run.save_every))
         if pending and (evaluating or saving or leaving):
-            stopping |= settle(run, pending)
+            stopping |= record_step(run, pending)
             pending = None
 
         if evaluating:
@@ -192,7 +192,7 @@ def train(run: Run) -> str:
         agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_stop(next_batch.targets)]))
         loss_sum, next_targets, stop, is_lost = agreed
         if pending:
-            stopping = settle(run, pending)
+            stopping = record_step(run, pending)
         figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
         hashing = config.run.log_batch_hash
         batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
@@ -207,7 +207,7 @@ def train(run: Run) -> str:
     return (runtime.stop.reason or "another rank was told to stop") if stopping and not ended else ""
 
 
-def settle(run: Run, pending: Pending) -> bool:
+def record_step(run: Run, pending: Pending) -> bool:
     """Read a step's figures, refuse what is not finite, record them; whether some rank was told to stop. All ranks."""
     runtime, state = run.runtime, run.state
     loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.tolist()
@@ -242,12 +242,12 @@ def evaluate(run: Run) -> None:
     with run.metrics.pause():
         losses = []
         for name, shards in data.val.items():
-            figures = validate(runtime, runtime.model, shards, config, run.plan, data.tokenizer)
+            figures = validate(runtime, runtime.model, shards, config, run.layout, data.tokenizer)
             run.metrics.evaluation(run.state.step, name, figures)
             losses.append(figures["val_loss"])
             if config.run.ema:
                 with runtime.averaged():
-                    averaged = validate(runtime, runtime.model, shards, config, run.plan, data.tokenizer)
+                    averaged = validate(runtime, runtime.model, shards, config, run.layout, data.tokenizer)
                 run.metrics.evaluation(run.state.step, f"{name} of ema", averaged)
         run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
@@ -284,7 +284,7 @@ def save(run: Run, last: bool) -> None:
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
     with run.metrics.pause():
         report_saving(run, run.saver.finish)
-        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.held, texts, run.data.tokenizer)
+        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.owned, texts, run.data.tokenizer)
         if last:
             run.saver.finish()
 
@@ -301,7 +301,7 @@ def due(step: int, every: int, at_the_end: bool = False) -> bool:
     return every > 0 and (at_the_end or step % every == 0)
 
 
-def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | None:
+def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> ResumePoint | None:
     """Where the run folder stands, or None if nothing is left to do, which is said. All ranks."""
     data, run_dir = open_dataset(config, runtime.on_main), Path(config.run.dir)
     steps, batch = config.run.steps, config.data.global_batch
@@ -327,7 +327,7 @@ def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | 
 
     chosen = runtime.on_main(choose)
     if chosen is None:
-        return Place(data, steps, None, {})
+        return ResumePoint(data, steps, None, {})
     facts = read_state(Path(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
@@ -338,10 +338,10 @@ def find_place(runtime: Runtime, config: Config, allowed: list[str]) -> Place | 
             " to start anew choose another run.dir"
         )
         return None
-    return Place(data, steps, Path(chosen), facts)
+    return ResumePoint(data, steps, Path(chosen), facts)
 
 
-def build(runtime: Runtime, config: Config, place: Place) -> Run:
+def build(runtime: Runtime, config: Config, place: ResumePoint) -> Run:
     """Model and optimizer on this rank's device, standing where the run does. All ranks."""
     data, vocab_size, seq_len = place.data, place.data.tokenizer.vocab_size, config.data.seq_len
     with runtime.construction():
@@ -361,25 +361,25 @@ def build(runtime: Runtime, config: Config, place: Place) -> Run:
         resumed=place.folder,
         lost=runtime.attempt.lock.look,
     )
-    layout = plan(config, runtime.world_size)
+    layout = batch_layout(config, runtime.world_size)
     run = Run(config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState())
-    put(run, place)
+    restore_or_init(run, place)
     return run
 
 
-def put(run: Run, place: Place) -> None:
+def restore_or_init(run: Run, place: ResumePoint) -> None:
     """Weights, moments and state as they were at its place, or as they start. All ranks."""
     config, runtime, facts = run.config, run.runtime, place.facts
     if place.folder is None:
         if config.run.init_from:
             runtime.together(lambda: start_from(run, config.run.init_from or ""))
         else:
-            init_weights(run.model, config.run.seed, ((h.name, h.start, h.weight) for h in runtime.held()))
+            init_weights(run.model, config.run.seed, ((h.name, h.start, h.weight) for h in runtime.owned()))
         runtime.spread()
         runtime.start_average()
         return
     folder, size = place.folder, (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    runtime.together(lambda: restore(folder, *size, runtime.held(), optimizer=True))
+    runtime.together(lambda: restore(folder, *size, runtime.owned(), optimizer=True))
     runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
@@ -391,10 +391,10 @@ def training_batches(run: Run) -> Batches:
     config, data, runtime = run.config.data, run.data, run.runtime
     source: Any = next(iter(data.sources.values()))
     if data.sequences is None:
-        source = Mix(data, config, run.config.run.seed, state=run.state.streams, rank=runtime.rank,
+        source = MixtureReader(data, config, run.config.run.seed, state=run.state.streams, rank=runtime.rank,
                      world=runtime.world_size, channel=runtime.reading)  # fmt: skip
     return Batches(
-        source, config, run.plan, runtime.rank, runtime.device, seed=run.config.run.seed,
+        source, config, run.layout, runtime.rank, runtime.device, seed=run.config.run.seed,
         eot=data.tokenizer.eot, first_step=run.state.step,
         end_position=run.config.run.epochs and data.sequences and run.config.run.epochs * data.sequences,
         dropout=run.config.model.dropout > 0, hash_rows=run.config.run.log_batch_hash,
@@ -444,7 +444,7 @@ def start_from(run: Run, name: str) -> None:
             f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {context}"
         )
     size = (run.config.model, vocab_size, run.config.data.seq_len)
-    restore(folder, *size, run.runtime.held(), optimizer=False)
+    restore(folder, *size, run.runtime.owned(), optimizer=False)
 
 
 def describe(run: Run) -> None:
@@ -455,7 +455,7 @@ def describe(run: Run) -> None:
     parameters = sum(math.prod(shape) for shape in shapes.values())
     length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
     say(
-        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens; {run.plan.tokens_per_step:,} tokens a"
+        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens; {run.layout.tokens_per_step:,} tokens a"
         f" step, {length}"
     )
     if data.sequences and run.steps:
@@ -466,19 +466,19 @@ def describe(run: Run) -> None:
         )
     for name, source in data.sources.items() if data.sequences is None else ():
         kind = "prepared shards"
-        if isinstance(source, Recipe):
+        if isinstance(source, StreamSpec):
             kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
             if source.lanes < runtime.world_size:
                 say(f"warning: {name} has {source.lanes} lanes, fewer than the {runtime.world_size} processes")
         say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
-        f" step {run.plan.accumulation} x {run.plan.micro_batch} sequences a process"
+        f" step {run.layout.accumulation} x {run.layout.micro_batch} sequences a process"
     )
-    if run.plan.filler_percent > 0:
+    if run.layout.filler_percent > 0:
         say(
             "warning: rows without targets even out the processes and cost"
-            f" {run.plan.filler_percent:.1f} % of each step"
+            f" {run.layout.filler_percent:.1f} % of each step"
         )
     if run.steps and config.optim.warmup_steps > run.steps:
         say(f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps")

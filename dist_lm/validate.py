@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from dist_lm.config import NO_TARGET, Config, Plan
+from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
@@ -15,13 +15,13 @@ _ORDER_SEED = 0  # the same validation sequences whatever the run's seed
 
 
 def validate(
-    runtime: Runtime, model: nn.Module, shards: TokenShards, config: Config, plan: Plan, tokenizer: Tokenizer
+    runtime: Runtime, model: nn.Module, shards: TokenShards, config: Config, layout: BatchLayout, tokenizer: Tokenizer
 ) -> dict[str, float]:
     """Evaluate the first `run.eval_batches` global batches of a fixed order. All ranks."""
     data = config.data
     end = min(sum(shards.counts(data.seq_len, data.stride)), config.run.eval_batches * data.global_batch)
     batches = Batches(
-        shards, data, plan, runtime.rank, runtime.device, seed=_ORDER_SEED, eot=tokenizer.eot, end_position=end
+        shards, data, layout, runtime.rank, runtime.device, seed=_ORDER_SEED, eot=tokenizer.eot, end_position=end
     )
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     loss_targets_bytes = torch.zeros(3, dtype=torch.float64, device=runtime.device)

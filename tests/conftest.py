@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.save import Held, Saver
+from dist_lm.checkpoint.save import OwnedSlice, Saver
 from dist_lm.config import DataConfig
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
@@ -50,10 +50,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-def held(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[Held]:
+def owned(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[OwnedSlice]:
     """What one process alone holds: everything."""
     return [
-        Held.part(name, 0, p.numel(), p, optimizer.state[p] if optimizer else {})
+        OwnedSlice.part(name, 0, p.numel(), p, optimizer.state[p] if optimizer else {})
         for name, p in model.named_parameters()
     ]
 
@@ -66,7 +66,7 @@ def write_step(
     saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last=100)
     files = {name: json.dumps(content) for name, content in texts.items()}
     saver.begin(
-        step, model.config, tokenizer.vocab_size, model.seq_len, lambda: held(model, optimizer), files, tokenizer
+        step, model.config, tokenizer.vocab_size, model.seq_len, lambda: owned(model, optimizer), files, tokenizer
     )
     saver.finish()
     return run / f"step-{step:08d}"

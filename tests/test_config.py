@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.cli import help_text, load, read_yaml, resolve
-from dist_lm.config import FIELDS, FREE_ON_RESUME, Config, ModelConfig, plan
+from dist_lm.config import FIELDS, FREE_ON_RESUME, Config, ModelConfig, batch_layout
 from dist_lm.errors import UserError
 from tests.procs import ROOT, train
 
@@ -194,7 +194,7 @@ def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_recipes_load_and_hold_only_what_differs(recipe: Path) -> None:
     given = read_yaml(recipe)
     config = resolve((str(recipe), given))
-    assert plan(config, 8).tokens_per_step == config.data.global_batch * config.data.seq_len
+    assert batch_layout(config, 8).tokens_per_step == config.data.global_batch * config.data.seq_len
     assert [name for name, value in given.items() if FIELDS[name].default == value] == []
 
 
@@ -204,9 +204,9 @@ def test_plan_fits_the_batch(batch: int, world: int, micro: int | None) -> None:
     config = resolve(("test", fields))
     if world > batch:
         with pytest.raises(UserError, match=f"at least the number of processes, {world}; nearest: {world}"):
-            plan(config, world)
+            batch_layout(config, world)
         return
-    made = plan(config, world)
+    made = batch_layout(config, world)
     rows = made.micro_batch * made.accumulation
     assert rows >= made.share >= batch / world and rows - made.micro_batch < made.share
     assert made.filler_percent == pytest.approx(100 * (rows * world - batch) / batch)

@@ -20,7 +20,7 @@ import torch
 
 from dist_lm.config import DataConfig
 from dist_lm.data.batches import prepare_dataset
-from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, within
+from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, run_within
 from dist_lm.doctor import arguments as judged
 from dist_lm.errors import UserError
 from tests.conftest import TINY, text_of
@@ -336,10 +336,10 @@ def test_work_that_fails_or_hangs_is_said() -> None:
     def fail() -> None:
         raise OSError(5, "Input/output error")
 
-    assert within(5, lambda: 1) == {"found": 1}
-    assert within(5, refuse) == {"error": "no"}
-    assert within(5, fail) == {"error": "OSError: [Errno 5] Input/output error"}
-    assert within(0.1, lambda: time.sleep(1)) == {"error": "no answer within 0.1 s"}
+    assert run_within(5, lambda: 1) == {"found": 1}
+    assert run_within(5, refuse) == {"error": "no"}
+    assert run_within(5, fail) == {"error": "OSError: [Errno 5] Input/output error"}
+    assert run_within(0.1, lambda: time.sleep(1)) == {"error": "no answer within 0.1 s"}
 
 
 def test_the_page() -> None:

@@ -18,7 +18,7 @@ from dist_lm.optim import create_state, make_optimizer, moments
 from dist_lm.plan import (
     FLAGS,
     Cluster,
-    Watch,
+    MemoryCounter,
     describe,
     estimate,
     largest_micro_batch,
@@ -104,7 +104,7 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     tokens = torch.zeros(8, 64, dtype=torch.int64)
-    watch = Watch([*model.parameters(), *model.buffers()])
+    watch = MemoryCounter([*model.parameters(), *model.buffers()])
     with watch:
         model(tokens, tokens).backward()
     whole = plan._run_fake(config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False)

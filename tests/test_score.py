@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_lm.checkpoint.load import read_model
-from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, plan
+from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, batch_layout
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
@@ -57,7 +57,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def expected(run: Path, shards: TokenShards, **data: int) -> dict[str, float]:
     model, tokenizer, _ = read_model(str(run))
     config = Config(data=DataConfig(**{"seq_len": 32, "global_batch": 8, **data}), run=RunConfig(eval_batches=2))
-    return validate(ONE_PROCESS, model, shards, config, plan(config, 1), tokenizer)
+    return validate(ONE_PROCESS, model, shards, config, batch_layout(config, 1), tokenizer)
 
 
 def figures(printed: str) -> dict[str, float]:

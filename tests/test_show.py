@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, plan
+from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, batch_layout
 from dist_lm.console import printable
 from dist_lm.data.batches import Batches
 from dist_lm.data.shards import TokenShards
@@ -44,7 +44,7 @@ def test_it_shows_what_the_loader_reads(run, prepared, capsys, step, world):
     shards, tokenizer = TokenShards(prepared, "train"), Tokenizer.load(prepared)
     data, shown = DataConfig(seq_len=LENGTH, global_batch=BATCH, workers=0), []
     for rank in range(world):
-        layout = plan(Config(data=data), world)
+        layout = batch_layout(Config(data=data), world)
         batches = Batches(shards, data, layout, rank, torch.device("cpu"), seed=SEED, eot=tokenizer.eot)
         rows = [
             [*tokens, targets[-1]]

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dist_lm.checkpoint.folder import BAD_CHECKPOINT, _read_json, locate
-from dist_lm.checkpoint.save import Held
+from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
@@ -61,7 +61,7 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
 
 @torch.no_grad()
 def restore(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, held: Iterable[Held], optimizer: bool
+    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, owned: Iterable[OwnedSlice], optimizer: bool
 ) -> None:
     """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
 
@@ -75,7 +75,7 @@ def restore(
     with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
         for constant in entries.get("", ()):
             hf.import_part(constant, get, None, 0, model)
-        for h in held:
+        for h in owned:
             for entry in entries[h.name]:
                 hf.import_part(entry, get, h.weight, h.start, model)
             for key, values in {**h.state, **h.extra}.items() if optimizer else ():

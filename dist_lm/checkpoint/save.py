@@ -35,7 +35,7 @@ _FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then 
 
 
 @dataclass(frozen=True)
-class Held:
+class OwnedSlice:
     """Elements [start, stop) of a flattened parameter that this rank's optimizer works on, and what it keeps for them.
 
     With one process or DDP every rank holds all of everything; under ZeRO each element is held by one rank.
@@ -51,7 +51,7 @@ class Held:
     @classmethod
     def part(
         cls, name: str, start: int, size: int, tensor: Tensor, state: Mapping[str, Tensor], at: int = 0
-    ) -> "Held":  # fmt: skip
+    ) -> "OwnedSlice":  # fmt: skip
         """`size` elements, from its element `at` on, of a tensor that an optimizer works on and has this state for."""
         same = {key: value.view(-1)[at : at + size] for key, value in state.items() if value.shape == tensor.shape}
         others = {key: value for key, value in state.items() if value.shape != tensor.shape}
@@ -70,7 +70,7 @@ class Channel(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class OwnedRange:
     """Elements [start, stop) of a flattened tensor, on the rank that holds them."""
 
     rank: int
@@ -85,7 +85,7 @@ class Item:
     entry: hf.Entry
     file: str
     writer: int
-    pieces: list[Piece]
+    pieces: list[OwnedRange]
 
 
 # --- writing
@@ -123,7 +123,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def begin(
-        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, held: Callable[[], Iterable[Held]],
+        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, owned: Callable[[], Iterable[OwnedSlice]],
         texts: Mapping[str, str], tokenizer: Tokenizer,
     ) -> None:  # fmt: skip
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
@@ -131,10 +131,10 @@ class Saver:
         if not self._items:
             own = [
                 [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
-                for h in held()
+                for h in owned()
             ]
             self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(held()), texts, tokenizer, self._lost)
+        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(owned()), texts, tokenizer, self._lost)
 
         def run() -> None:
             try:
@@ -160,9 +160,9 @@ class Saver:
         if error:
             raise error
 
-    def _stage(self, held: Iterable[Held]) -> dict[int, Tensor]:
+    def _stage(self, owned: Iterable[OwnedSlice]) -> dict[int, Tensor]:
         """Our pieces in host memory that training does not touch, by the numbers of their items."""
-        ours: dict[str, list[tuple[int, str, Piece]]] = {}  # by parameter
+        ours: dict[str, list[tuple[int, str, OwnedRange]]] = {}  # by parameter
         for n, item in enumerate(self._items):
             for piece in item.pieces:
                 if piece.rank == self.channel.rank:
@@ -172,7 +172,7 @@ class Saver:
             self._memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         staged, at, values = {}, 0, self._memory[:size].view(torch.float32)
-        for h in held:
+        for h in owned:
             for n, key, piece in ours.get(h.name, ()):
                 if key in h.extra:
                     tensor = h.extra[key].reshape(-1)
@@ -193,14 +193,14 @@ def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index
     """All tensors of a checkpoint, in the order of the files: the weights, then what the optimizer keeps of each."""
     keys: dict[str, set[str]] = defaultdict(set)
     extras: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    holders: dict[tuple[str, str], list[Piece]] = defaultdict(list)  # by parameter, and key of an extra or ""
+    holders: dict[tuple[str, str], list[OwnedRange]] = defaultdict(list)  # by parameter, and key of an extra or ""
     for rank, index in enumerate(by_rank):
         for name, start, stop, state, others in index:
             keys[name].update(state)
             extras[name].update(others)
-            holders[name, ""].append(Piece(rank, start, stop))
+            holders[name, ""].append(OwnedRange(rank, start, stop))
             for key, shape in others.items():
-                holders[name, key].append(Piece(rank, 0, math.prod(shape)))
+                holders[name, key].append(OwnedRange(rank, 0, math.prod(shape)))
     kept = []
     for name, shape in hf.shapes(model, vocab_size, seq_len).items():
         kept += [hf.own_entry(name, shape, key) for key in sorted(keys[name])]
@@ -238,7 +238,7 @@ def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return writers
 
 
-def _cover(entry: hf.Entry, holders: Mapping[tuple[str, str], list[Piece]], writer: int) -> list[Piece]:
+def _cover(entry: hf.Entry, holders: Mapping[tuple[str, str], list[OwnedRange]], writer: int) -> list[OwnedRange]:
     """Pieces that make up a tensor, none twice; the writer's own where several ranks hold the same."""
     if entry.constant:
         return []
@@ -247,7 +247,7 @@ def _cover(entry: hf.Entry, holders: Mapping[tuple[str, str], list[Piece]], writ
     available = holders.get((entry.param, entry.key)) or holders[entry.param, ""]
     for piece in sorted(available, key=lambda piece: (piece.start, piece.rank != writer, piece.rank)):
         if piece.stop > at and at < end:
-            found.append(Piece(piece.rank, max(at, piece.start), min(end, piece.stop)))
+            found.append(OwnedRange(piece.rank, max(at, piece.start), min(end, piece.stop)))
             assert found[-1].start == at, f"nobody holds all of {entry.name}"
             at = found[-1].stop
     assert at == end, f"nobody holds all of {entry.name}"

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_lm.config import NO_TARGET, DataConfig, Plan
-from dist_lm.data.mix import Mix
+from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
+from dist_lm.data.mix import MixtureReader
 from dist_lm.data.order import Ints, rank_places, row_keys, sequence_ids
 from dist_lm.data.shards import TokenShards
 
@@ -62,18 +62,18 @@ class Batches:
     """Batches one after another from `first_step`; an index of steps starts at 0."""
 
     def __init__(
-        self, source: TokenShards | Mix, data: DataConfig, plan: Plan, rank: int, device: torch.device, *,
+        self, source: TokenShards | MixtureReader, data: DataConfig, layout: BatchLayout, rank: int, device: torch.device, *,
         seed: int, eot: int, first_step: int = 0, end_position: int | None = None, dropout: bool = False,
         hash_rows: bool = False,
     ):  # fmt: skip
-        self.source, self.data, self.plan, self.device = source, data, plan, device
+        self.source, self.data, self.layout, self.device = source, data, layout, device
         self.seed, self.eot, self.dropout, self.hash_rows = seed, eot, dropout, hash_rows
-        self.places = rank_places(rank, plan.world_size, data.global_batch)
+        self.places = rank_places(rank, layout.world_size, data.global_batch)
         self.end_position = end_position  # positions from here on have no targets
         self.next_step = first_step
         self._order = lru_cache(maxsize=2)(self._compute_order)
         # The steps of a mixture are read in order, by one thread that others help.
-        threads = min(data.workers, 1) if isinstance(source, Mix) else data.workers
+        threads = min(data.workers, 1) if isinstance(source, MixtureReader) else data.workers
         self._pool = ThreadPoolExecutor(threads, "batches") if threads else None
         self._ahead: deque[Future[Batch]] = deque()
 
@@ -93,9 +93,9 @@ class Batches:
         """Read a step's rows and cut them into micro-batches; a function of (seed, step, rank, plan), of a mixture of
         where its streams stand too."""
         length, positions = self.data.seq_len, step * self.data.global_batch + self.places
-        rows = self.plan.micro_batch * self.plan.accumulation
+        rows = self.layout.micro_batch * self.layout.accumulation
         table, row_targets, found = np.zeros((rows, length + 1), np.int64), np.zeros(rows, np.int64), {}
-        if isinstance(self.source, Mix):
+        if isinstance(self.source, MixtureReader):
             found = self.source.read(step, table, row_targets)
         else:
             real = len(positions) if self.end_position is None else int((positions < self.end_position).sum())
@@ -117,7 +117,7 @@ class Batches:
             keys[: len(positions)] = row_keys(self.seed, positions)
             keys_N = self._tensor(keys)
         whole = Micro(self._tensor(tokens_NT), self._tensor(targets_NT), segments_NT, keys_N)
-        size = self.plan.micro_batch
+        size = self.layout.micro_batch
         micros = [whole.each(itemgetter(slice(at, at + size))) for at in range(0, rows, size)]
         filled = np.flatnonzero(row_targets)
         hashes = _hash_rows(table[filled], self.places[filled]) if self.hash_rows else 0
@@ -126,8 +126,8 @@ class Batches:
     def close(self) -> None:
         """Stop reading ahead. The ranks read a mixture together, each as far ahead: what they began they finish."""
         if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=not isinstance(self.source, Mix))
-        if isinstance(self.source, Mix):
+            self._pool.shutdown(wait=True, cancel_futures=not isinstance(self.source, MixtureReader))
+        if isinstance(self.source, MixtureReader):
             self.source.close()
 
     def _compute_order(self, chunk: int) -> Ints:

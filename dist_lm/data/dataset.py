@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.config import Config, DataConfig
 from dist_lm.data.cache import ShardCache
-from dist_lm.data.files import Part, Source, find_sources
+from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import find_prepared
 from dist_lm.data.order import hash_words
@@ -29,7 +29,7 @@ from dist_lm.data.preparing import (
 )
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import Recipe
+from dist_lm.data.stream import StreamSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import UserError
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class Dataset:
     """A run's sources and validation sets by name, opened."""
 
-    sources: dict[str, TokenShards | Recipe]
+    sources: dict[str, TokenShards | StreamSpec]
     val: dict[str, TokenShards]
     tokenizer: Tokenizer
     identity: str  # hash of the tokenizer and of what the sources hold: equal exactly where the tokens are
@@ -74,15 +74,15 @@ def open_dataset(
     streams = on_main(lambda: _make_ready(config, folder, prepared, say))
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
-    sources: dict[str, TokenShards | Recipe] = {}
+    sources: dict[str, TokenShards | StreamSpec] = {}
     val = {n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data) for n in data.validation}
     for name, spec in specs.items():
         if name in streams:
             reader = Reader(
-                spec, [Source(*file) for file in streams[name]["files"]], data.bad_rows, data.field_of(name)
+                spec, [TextFile(*file) for file in streams[name]["files"]], data.bad_rows, data.field_of(name)
             )
             parts = [Part(*part) for part in streams[name]["parts"]]
-            sources[name] = Recipe(
+            sources[name] = StreamSpec(
                 reader, parts, tokenizer, data.seq_len, min(data.lanes, len(parts)),
                 hash_words(config.run.seed, 5, zlib.crc32(name.encode())), partial(_keep, data.val_fraction, excluded),
                 data.packing == "best_fit", config.run.epochs or (None if spec.at_end == "repeat" else 1),
@@ -123,7 +123,7 @@ def _make_ready(
     """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
     data, specs = config.data, config.data.named_sources()
     readers = {
-        name: Reader(spec, find_sources(spec, data.field_of(name)), data.bad_rows, data.field_of(name))
+        name: Reader(spec, find_files(spec, data.field_of(name)), data.bad_rows, data.field_of(name))
         for name, spec in (specs | data.validation).items() if name not in prepared
     }  # fmt: skip
     raw = [name for name in specs if name in readers]
@@ -198,13 +198,13 @@ def _keep(val_fraction: float, excluded: frozenset[int], texts: Iterator[str]) -
 
 
 def _check(
-    config: Config, sources: dict[str, TokenShards | Recipe], val: dict[str, TokenShards], tokenizer: Tokenizer,
+    config: Config, sources: dict[str, TokenShards | StreamSpec], val: dict[str, TokenShards], tokenizer: Tokenizer,
     training: bool = True,
 ) -> Dataset:  # fmt: skip
     """Refuse what is too small; the identity of it all."""
     data, specs, marks = config.data, config.data.named_sources(), [tokenizer.sha256]
     for name, source in sources.items():
-        if isinstance(source, Recipe):
+        if isinstance(source, StreamSpec):
             options = specs[name].model_dump(mode="json", exclude={"input", "weight", "revision"})
             files = [[file.name, file.size, file.mark if not file.path else ""] for file in source.reader.sources]
             marks.append(json.dumps([name, options, files, data.val_fraction]))

@@ -34,7 +34,7 @@ JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of a
 WORKER = "import sys; from dist_lm.data.tokenizer import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """A stretch of a document, encoded at once; its place counts documents of the split and pieces of the document."""
 
     split: str
@@ -45,8 +45,8 @@ class Piece(NamedTuple):
     last: bool
 
 
-def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    job: list[Piece] = []
+def _jobs(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
+    job: list[TextPiece] = []
     size = 0
     for piece in pieces:
         job.append(piece)
@@ -59,8 +59,8 @@ def _jobs(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode(
-    pieces: Iterator[Piece], tokenizer: Tokenizer, folder: Path, processes: int
-) -> Iterator[tuple[Piece, np.ndarray]]:
+    pieces: Iterator[TextPiece], tokenizer: Tokenizer, folder: Path, processes: int
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
     """Pieces with their tokens, in order; texts go in jobs to worker processes, a few jobs ahead of the writer."""
     if processes == 1:
         for piece in pieces:
@@ -86,7 +86,7 @@ def _encode(
         own.pipe = here
         workers.append((own.pipe, own.worker))
 
-    def encode(job: list[Piece]) -> list[np.ndarray]:
+    def encode(job: list[TextPiece]) -> list[np.ndarray]:
         if not hasattr(own, "pipe"):  # not the pool's initializer, which keeps its errors to itself
             start()
         try:
@@ -97,7 +97,7 @@ def _encode(
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
     pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
-    waiting: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
+    waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:
             while len(waiting) < 2 * processes and (job := next(jobs, None)) is not None:

@@ -27,7 +27,7 @@ _PACKINGS = (".gz", ".zst")
 _NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
 
 
-class Source(NamedTuple):
+class TextFile(NamedTuple):
     """A file, or a hub dataset (no path); `size` in bytes as stored, `mark` changes when the content does."""
 
     name: str
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     end: int = 0  # 0: the whole file
 
 
-def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
+def find_files(spec: SourceConfig, label: str = "data.input") -> list[TextFile]:
     """The files of `spec.input` in a fixed order, named relative to where they were looked for."""
     path, said = Path(spec.input), f"{label}={spec.input!r}"
     if spec.input == "stdlib":
@@ -52,7 +52,7 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
         files = [file for file in root.rglob("*.py") if not _NOT_STDLIB.intersection(file.relative_to(root).parts)]
     elif remote.is_remote(spec.input):
         endings = tuple(ending + packing for ending in FORMATS for packing in ("", *_PACKINGS))
-        return [Source(*found) for found in remote.find(spec.input, endings, label)]
+        return [TextFile(*found) for found in remote.find(spec.input, endings, label)]
     elif path.is_file():
         root, files = path.parent, [path]
     elif path.is_dir():
@@ -67,12 +67,12 @@ def find_sources(spec: SourceConfig, label: str = "data.input") -> list[Source]:
         if not files:
             raise UserError(f"{said}: no file matches", 65)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.input) and not (_format(spec.input) or path.parent.is_dir()):
-        return [Source(spec.input, "", 0, _hub_revision(spec))]
+        return [TextFile(spec.input, "", 0, _hub_revision(spec))]
     else:
         near = _near(spec.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
         raise UserError(f"{said}: no such file{near} (a hub dataset is owner/name)", 65)
     named = sorted((file.relative_to(root).as_posix(), file, file.stat()) for file in files)
-    return [Source(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named]
+    return [TextFile(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named]
 
 
 def _hub_revision(spec: SourceConfig) -> str:
@@ -86,7 +86,7 @@ def _hub_revision(spec: SourceConfig) -> str:
 
 
 @contextlib.contextmanager
-def _open(source: Source) -> Iterator[BinaryIO]:
+def _open(source: TextFile) -> Iterator[BinaryIO]:
     """A file, unpacked."""
     with contextlib.ExitStack() as stack:
         far = remote.is_remote(source.path)

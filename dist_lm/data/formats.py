@@ -24,7 +24,7 @@ from operator import itemgetter
 from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.files import CHUNK, Part, Source, _format, _is_damage, _near, _one_line, _open
+from dist_lm.data.files import CHUNK, Part, TextFile, _format, _is_damage, _near, _one_line, _open
 from dist_lm.errors import UserError
 
 LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
@@ -47,7 +47,7 @@ _DAMAGE = (ValueError, OSError, RecursionError, csv.Error)  # what readers raise
 class Reader:
     """The documents of one source, whole or part by part; `skipped` counts what has no text or was left out."""
 
-    def __init__(self, spec: SourceConfig, sources: list[Source], bad_rows: str = "error", label: str = "data.input"):
+    def __init__(self, spec: SourceConfig, sources: list[TextFile], bad_rows: str = "error", label: str = "data.input"):
         self.spec, self.sources, self.bad_rows = spec, sources, bad_rows
         self.fields = _Fields(spec, label.removesuffix("input"))
 
@@ -125,7 +125,7 @@ class Reader:
                     yield from (text for text in _split(_decode(file), self.spec.separator) if text[0] >= start)
 
     @contextlib.contextmanager
-    def _guarded(self, source: Source, skipped: Counter[str]) -> Iterator[None]:
+    def _guarded(self, source: TextFile, skipped: Counter[str]) -> Iterator[None]:
         """What is wrong with a file is said with its name, or the rest of it left out and counted."""
         try:
             yield
@@ -294,7 +294,7 @@ def _arrow_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tupl
 _ROWS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
 
 
-def _hub_stream(source: Source, spec: SourceConfig) -> Any:
+def _hub_stream(source: TextFile, spec: SourceConfig) -> Any:
     """A hub dataset as `datasets` streams it, in as many shards as it can be cut into."""
     import datasets  # slow, and needed for hub names only
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from dist_lm.config import DataConfig
 from dist_lm.data.dataset import Dataset
-from dist_lm.data.order import Ints, Mixture, hash_words, sequence_ids
+from dist_lm.data.order import Ints, MixtureSchedule, hash_words, sequence_ids
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import Recipe, Row, Stream
+from dist_lm.data.stream import PackedSequence, Stream, StreamSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class Exchange(Protocol):
     def exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]: ...
 
 
-class Mix:
+class MixtureReader:
     """The rows of each step from several sources by weight. Streams stand where the last step left them, so steps are
     read in order. Every rank follows the whole order; the rows of a lane go from the rank that reads it to the one that
     trains on them."""
@@ -47,9 +47,11 @@ class Mix:
         self.streams = {
             name: Stream(source, state["streams"].get(name), rank=rank, world=world, gather=gather, pool=self._pool,
                          shift=number)
-            for number, (name, source) in enumerate(dataset.sources.items()) if isinstance(source, Recipe)
+            for number, (name, source) in enumerate(dataset.sources.items()) if isinstance(source, StreamSpec)
         }  # fmt: skip
-        self.origins: dict[int, tuple[str, int | Row]] = {}  # source, and sequence, of each own place of the last step
+        self.origins: dict[
+            int, tuple[str, int | PackedSequence]
+        ] = {}  # source, and sequence, of each own place of the last step
         self._plan_mixture()
 
     def _plan_mixture(self) -> None:
@@ -67,13 +69,13 @@ class Mix:
                 self.end = start if self.end is None else min(start, self.end)
                 break
             self.stages.append((start, left))
-        self.mixture = Mixture(self.stages)
+        self.mixture = MixtureSchedule(self.stages)
 
     def read(self, step: int, table: Ints, row_targets: Ints) -> dict[str, Any]:
         """Fill this rank's rows; where the streams stand afterwards. All ranks."""
         batch, length = self.data.global_batch, self.data.seq_len
         sources, earlier = self.mixture.at(step * batch + np.arange(batch))
-        moves: list[tuple[int, int, Row | None]] = []  # (place, rank that has read it, row)
+        moves: list[tuple[int, int, PackedSequence | None]] = []  # (place, rank that has read it, row)
         given, following, self.origins = 0, (step + 1) * batch, {}
         over = self.end is not None and step * batch >= self.end
         for number, (name, source) in enumerate(self.dataset.sources.items() if not over else ()):
@@ -121,7 +123,7 @@ class Mix:
             figures[f"passes_{name}"] = stream.passed if stream else now / source.count(self.data)  # type: ignore[union-attr]
         return figures
 
-    def _deliver(self, moves: Sequence[tuple[int, int, Row | None]], table: Ints, row_targets: Ints) -> None:
+    def _deliver(self, moves: Sequence[tuple[int, int, PackedSequence | None]], table: Ints, row_targets: Ints) -> None:
         """Put rows where they are trained on, over the network where another rank has read them. All ranks."""
         width = self.data.seq_len + 2
         sent: list[list[np.ndarray]] = [[] for _ in range(self.world)]

@@ -56,7 +56,7 @@ def period_of(weights: Sequence[float]) -> list[int]:
     return counts
 
 
-class Mixture:
+class MixtureSchedule:
     """Which source each position reads: shares exact over a period, evenly spread in it, stage after stage."""
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):

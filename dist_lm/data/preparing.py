@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from dist_lm.config import DataConfig
-from dist_lm.data.encode import Piece, _encode
-from dist_lm.data.files import find_sources
+from dist_lm.data.encode import TextPiece, _encode
+from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared, read_manifest
 from dist_lm.data.shards import write_shard
@@ -81,7 +81,7 @@ class _Preparation:
     def find_text(self) -> None:
         if find_prepared(self.spec.input):
             raise UserError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
-        found, inside = find_sources(self.spec, self.field), self.folder.resolve()
+        found, inside = find_files(self.spec, self.field), self.folder.resolve()
         sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
         self.reader = Reader(self.spec, sources, self.data.bad_rows, self.field)
 
@@ -143,7 +143,7 @@ class _Preparation:
         writers = {split: _Writer(self.folder, split, tokenizer, state) for split in ("train", "val")}
         progress = Progress("prepared", self.reader, self.say, state["bytes"])
 
-        def unfinished() -> Iterator[Piece]:
+        def unfinished() -> Iterator[TextPiece]:
             for split, source, row, texts in _documents(self.data, self.reader, state["tail"], skipped, excluded):
                 progress.documents += 1
                 writer = writers[split]
@@ -344,15 +344,15 @@ class _Writer:
         self.columns = array("q"), array("q"), array("q")  # start, source and row of each document in the shard
         self.documents = self.bytes = 0  # of text, those in finished shards too
 
-    def cut(self, reader: Reader, source: int, row: int, texts: Iterator[str]) -> Iterator[Piece]:
+    def cut(self, reader: Reader, source: int, row: int, texts: Iterator[str]) -> Iterator[TextPiece]:
         """The next document's text in pieces that encode as the whole does."""
         pieces, document = self.tokenizer.pieces(texts, reader.where(source, row)), self.documents
         self.documents += 1
         for n, (text, following) in enumerate(pairwise(chain(pieces, [""]))):
             self.bytes += len(text.encode())
-            yield Piece(self.split, (document, n), source, row, text, last=not following)
+            yield TextPiece(self.split, (document, n), source, row, text, last=not following)
 
-    def add(self, piece: Piece, ids: np.ndarray) -> None:
+    def add(self, piece: TextPiece, ids: np.ndarray) -> None:
         if piece.last:
             ids = np.append(ids, self.tokenizer.dtype.type(self.tokenizer.eot))
         at = self.skip if piece.place == self.place else 0

@@ -39,7 +39,7 @@ class Span(NamedTuple):
     stop: int
 
 
-class Row(NamedTuple):
+class PackedSequence(NamedTuple):
     """At most T+1 tokens, all but the first of them targets."""
 
     tokens: np.ndarray
@@ -58,7 +58,7 @@ class Document(NamedTuple):
 
 
 @dataclass
-class Recipe:
+class StreamSpec:
     """What makes the sequences of a stream, the same for all its lanes and on all ranks."""
 
     reader: Reader
@@ -87,10 +87,10 @@ def shuffled(count: int, key: Words) -> list[int]:
 class Lane:
     """One sub-stream of a source: its documents pass after pass, as sequences. One thread at a time reads it."""
 
-    def __init__(self, recipe: Recipe, number: int, cursor: dict[str, Any] | None = None):
+    def __init__(self, recipe: StreamSpec, number: int, cursor: dict[str, Any] | None = None):
         cursor = cursor or START
         self.recipe, self.number = recipe, number
-        self.ready: deque[Row] = deque()
+        self.ready: deque[PackedSequence] = deque()
         self.ended = cursor["pass"] - 1  # the newest pass of which nothing is left to read
         self.is_empty = True  # no document was found so far
         self.cursor = cursor  # where it stands after what was taken; what was only read ahead does not count
@@ -127,7 +127,7 @@ class Lane:
             finally:
                 self._lock.release()
 
-    def take(self) -> Row:
+    def take(self) -> PackedSequence:
         taken = self.ready.popleft()
         if taken.after:
             document, offset = taken.after
@@ -209,7 +209,7 @@ class Lane:
         """Tokens that are in no sequence yet."""
         return sum([len(document.tokens) for document in self._pending], -self._offset)
 
-    def _cut(self, size: int) -> Row:
+    def _cut(self, size: int) -> PackedSequence:
         """The next so many tokens, the last of which also begins the next sequence, if there is one."""
         stretches, begin, wanted = list[tuple[Document, int, int]](), self._offset, size
         for document in self._pending:
@@ -236,13 +236,13 @@ class Lane:
                 self.ready.append(self._row(stretches, (first, n + 1)))
         self._rewind = 0
 
-    def _row(self, stretches: list[tuple[Document, int, int]], after: tuple[Document, int] | None) -> Row:
+    def _row(self, stretches: list[tuple[Document, int, int]], after: tuple[Document, int] | None) -> PackedSequence:
         spans, place = list[Span](), 0
         for document, begin, end in stretches:
             spans.append(Span(document.file, document.row, place, place + end - begin))
             place += end - begin
         tokens = np.concatenate([document.tokens[begin:end] for document, begin, end in stretches])
-        return Row(tokens, spans, self._pass, after)
+        return PackedSequence(tokens, spans, self._pass, after)
 
 
 def _counts(**counts: Counter[str]) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class Stream:
     """The lanes of a source, dealt out in turns. All ranks hold one and deal alike; each reads the lanes it owns."""
 
     def __init__(
-        self, recipe: Recipe, state: dict[str, Any] | None = None, *, rank: int = 0, world: int = 1,
+        self, recipe: StreamSpec, state: dict[str, Any] | None = None, *, rank: int = 0, world: int = 1,
         gather: Callable[[Any], list[Any]] = lambda value: [value], pool: Executor | None = None, shift: int = 0,
     ):  # fmt: skip
         begun, state = bool(state), state or {"pass": 0, "turn": 0, "done": [], "lanes": {}}
@@ -314,9 +314,9 @@ class Stream:
         return {"pass": self.passed, "turn": self.turn, "done": sorted(self.done),
                 "lanes": {str(number): lane.cursor for number, lane in self.lanes.items()}}  # fmt: skip
 
-    def deal(self, count: int) -> list[tuple[int, Row | None]]:
+    def deal(self, count: int) -> list[tuple[int, PackedSequence | None]]:
         """The lanes of the next `count` sequences, and own ones themselves; fewer at the last pass's end. All ranks."""
-        dealt: list[tuple[int, Row | None]] = []
+        dealt: list[tuple[int, PackedSequence | None]] = []
         while len(dealt) < count and not self.over:
             waiting = [n for n in range(self.recipe.lanes) if n not in self.done]
             if not waiting:

@@ -15,11 +15,11 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_lm import __version__
-from dist_lm.config import Config, plan
+from dist_lm.config import Config, batch_layout
 from dist_lm.errors import CODES, UserError, did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.runtime import zero
-from dist_lm.runtime.watchdog import Watch
+from dist_lm.runtime.watchdog import Watchdog
 from dist_lm.runtime.world import Runtime
 
 
@@ -56,7 +56,7 @@ def start(
                 f" dist_lm/train.py --launch {launch} ..."
             )
         zero.refuse_combinations(strategy, config)
-        settings = zero.engine_config(strategy, config, plan(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        settings = zero.engine_config(strategy, config, batch_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
         plugin = zero.plugin(settings)
         process_group.backend = "gloo" if no_gpu else "nccl"
     # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
@@ -178,7 +178,7 @@ def _why_not_joined(error: Exception, seconds: float) -> str:
 def _watch_over(runtime: Runtime, config: Config) -> None:
     """From here on a rank that vanishes is named. All ranks."""
     name = runtime.channel.gather(secrets.token_hex(8))[0]
-    runtime.watch = Watch(
+    runtime.watch = Watchdog(
         runtime.rank, runtime.world_size, name, config.run.timeout_seconds, lambda: runtime._sums, runtime.end_at_once
     )
     runtime.barrier()

@@ -22,7 +22,7 @@ from dist_lm.errors import in_a_line
 _OF_PEERS = ("gloo", "NCCL", "onnection", "ocket", "imed out", "TCPStore")  # errors that say: somebody else ended
 
 
-class Watch:
+class Watchdog:
     """`lost(report)` is called, from a thread, when a rank was not heard of for `timeout`; it must end the process."""
 
     def __init__(

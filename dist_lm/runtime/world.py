@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from dist_lm import console as console
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.save import Held
+from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import Config
 from dist_lm.errors import CODES, UserError
 from dist_lm.optim import Muon, create_state
 from dist_lm.outcome import Attempt
 from dist_lm.runtime import zero
-from dist_lm.runtime.watchdog import Watch
+from dist_lm.runtime.watchdog import Watchdog
 from dist_lm.runtime.zero import Strategy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +62,7 @@ class Runtime:
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.attempt, self.stop = attempt, attempt.stop
-        self.watch: Watch | None = None
+        self.watch: Watchdog | None = None
         self._sums = 0  # agreements entered, by which a rank that hangs is told from the others
 
     # --- the model and one step
@@ -105,8 +105,8 @@ class Runtime:
         """Tell Muon which rank holds what of its matrices, and how to pass them around. All ranks."""
         assert self.engine
         lengths = {name: [0] * self.world_size for name in shapes}
-        for rank, held in enumerate(self.channel.gather([[h.name, h.stop - h.start] for h in self.held()])):
-            for name, length in held:
+        for rank, owned in enumerate(self.channel.gather([[h.name, h.stop - h.start] for h in self.owned()])):
+            for name, length in owned:
                 lengths[name][rank] = length
         names = {parameter: name for name, parameter in self.bare.named_parameters()}
         optimizer.rank, optimizer.slices = self.rank, self.engine.slices(shapes, names, lengths)
@@ -119,13 +119,13 @@ class Runtime:
     def _tensors(self) -> list[Tensor]:
         return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
 
-    def held(self) -> Iterator[Held]:
+    def owned(self) -> Iterator[OwnedSlice]:
         """What this rank's optimizer works on, to be used one by one: weights and what the optimizer remembers."""
         if self.engine:
-            yield from self.engine.held(self.bare.named_parameters())
+            yield from self.engine.owned(self.bare.named_parameters())
             return
         for name, p in self.bare.named_parameters():
-            yield Held.part(name, 0, p.numel(), p, self.optimizer.state[p])
+            yield OwnedSlice.part(name, 0, p.numel(), p, self.optimizer.state[p])
 
     def spread(self) -> None:
         """After a change of what is held: the model computes with it on every rank. All ranks."""
@@ -134,7 +134,7 @@ class Runtime:
 
     def start_average(self) -> None:
         """The moving average of the weights begins where they are."""
-        for h in self.held() if self.ema_decay else ():
+        for h in self.owned() if self.ema_decay else ():
             h.state["ema"].copy_(h.weight)
 
     @contextlib.contextmanager
@@ -146,7 +146,7 @@ class Runtime:
 
     @torch.no_grad()
     def _swap_average(self) -> None:
-        for h in self.held():
+        for h in self.owned():
             weight = h.weight.clone()
             h.weight.copy_(h.state["ema"])
             h.state["ema"].copy_(weight)

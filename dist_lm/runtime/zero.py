@@ -23,10 +23,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dist_lm.checkpoint.save import Held
-from dist_lm.config import Config, Plan
+from dist_lm.checkpoint.save import OwnedSlice
+from dist_lm.config import BatchLayout, Config
 from dist_lm.errors import UserError, did_you_mean
-from dist_lm.optim import Slice
+from dist_lm.optim import MatrixSlice
 
 LAUNCH_FILES = Path(__file__).parents[2] / "launch"
 BUCKET = 50_000_000  # elements reduced or gathered at once
@@ -132,7 +132,7 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
         )
 
 
-def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, Any]:
+def engine_config(strategy: Strategy, config: Config, layout: BatchLayout) -> dict[str, Any]:
     """DeepSpeed's settings: stage and offload from the launch file, everything else from the run's config."""
     zero: dict[str, Any] = {
         "stage": strategy.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET,
@@ -146,8 +146,8 @@ def engine_config(strategy: Strategy, config: Config, plan: Plan) -> dict[str, A
         if device == "nvme":
             zero[f"offload_{of}"]["nvme_path"] = os.path.join(strategy.nvme_path, folder)
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": plan.micro_batch, "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch, "gradient_accumulation_steps": layout.accumulation,
+        "train_batch_size": layout.micro_batch * layout.accumulation * layout.world_size,
         "gradient_clipping": config.optim.clip, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW, on whatever device: no extension to compile
     }  # fmt: skip
@@ -307,12 +307,12 @@ class Engine:
 
     def slices(
         self, shapes: Mapping[str, tuple[int, ...]], names: Mapping[nn.Parameter, str], lengths: Mapping[str, list[int]]
-    ) -> dict[Tensor, list[Slice]]:
+    ) -> dict[Tensor, list[MatrixSlice]]:
         """What each flat piece holds of which parameter, for an optimizer that needs whole ones."""
         groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
         places = {name: at for name, _, at, _ in self._places((name, p) for p, name in names.items())}
         return {
-            flat: [Slice(shapes[names[p]], places.get(names[p], 0), tuple(lengths[names[p]])) for p in group]
+            flat: [MatrixSlice(shapes[names[p]], places.get(names[p], 0), tuple(lengths[names[p]])) for p in group]
             for flat, group in zip(self.flats(), groups, strict=True)
         }
 
@@ -328,14 +328,14 @@ class Engine:
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
-    def held(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Held]:
+    def owned(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[OwnedSlice]:
         """What this rank holds of each parameter: a slice of it under ZeRO-3, of some of them under 1 and 2."""
         places = list(self._places(named_parameters))
         for numbers in self.opened():
             for name, (number, start), at, size in places:
                 if number in numbers:
                     flat = self.flats()[number]
-                    yield Held.part(name, start, size, flat, self.zero.optimizer.state.get(flat, {}), at)
+                    yield OwnedSlice.part(name, start, size, flat, self.zero.optimizer.state.get(flat, {}), at)
 
     def _places(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]]

@@ -27,7 +27,7 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint import save as checkpoint
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
 from dist_lm.checkpoint.load import read_model, read_weights, restore
-from dist_lm.checkpoint.save import Held, Saver
+from dist_lm.checkpoint.save import OwnedSlice, Saver
 from dist_lm.config import ModelConfig, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError
@@ -35,7 +35,7 @@ from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
-from tests.conftest import held, write_step
+from tests.conftest import owned, write_step
 from tests.procs import ROOT, clean_env
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
@@ -80,7 +80,7 @@ def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     other = make_optimizer(again, OptimConfig(), "fp32")
     create_state(other)
-    restore(folder, MODEL, 257, SEQ_LEN, held(again, other), optimizer=True)
+    restore(folder, MODEL, 257, SEQ_LEN, owned(again, other), optimizer=True)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert all(torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p])
 
@@ -307,7 +307,7 @@ class Saves:
         model, optimizer, tokenizer = self.trained
         config = hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
         texts = {"config.json": json.dumps(config), "state.json": json.dumps({"step": step, "val_loss": val_loss})}
-        self.saver.begin(step, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: held(model, optimizer), texts, tokenizer)
+        self.saver.begin(step, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), texts, tokenizer)
         self.saver.finish()
         return self.run / f"step-{step:08d}"
 
@@ -536,7 +536,7 @@ def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"
     ):
-        restore(folder, MODEL, 257, SEQ_LEN, held(model, optimizer), optimizer=True)
+        restore(folder, MODEL, 257, SEQ_LEN, owned(model, optimizer), optimizer=True)
 
 
 def test_a_torn_safetensors_file_is_refused(trained: Any, tmp_path: Path) -> None:
@@ -617,22 +617,22 @@ class ThreadChannel:
         tensor.copy_(self.messages.box(sender, self.rank, tag).get(timeout=20))
 
 
-def cut(everything: list[Held], world: int, cuts: random.Random) -> list[list[Held]]:
+def cut(everything: list[OwnedSlice], world: int, cuts: random.Random) -> list[list[OwnedSlice]]:
     """Each parameter cut at random places among the ranks, in any order; some ranks get nothing of it."""
-    by_rank: list[list[Held]] = [[] for _ in range(world)]
+    by_rank: list[list[OwnedSlice]] = [[] for _ in range(world)]
     for h in everything:
         places = [0, *sorted(cuts.choices(range(h.stop + 1), k=world - 1)), h.stop]
         for rank, (start, stop) in zip(cuts.sample(range(world), world), itertools.pairwise(places), strict=True):
             if stop > start:
                 state = {key: value[start:stop] for key, value in h.state.items()}
-                by_rank[rank].append(Held(h.name, start, stop, h.weight[start:stop], state, h.extra))
+                by_rank[rank].append(OwnedSlice(h.name, start, stop, h.weight[start:stop], state, h.extra))
     return by_rank
 
 
 def save_together(
     run: Path,
     trained: Any,
-    by_rank: list[list[Held]],
+    by_rank: list[list[OwnedSlice]],
     step: int = 7,
     messages: Messages | None = None,
     lost: Callable[[], str] = str,
@@ -670,7 +670,7 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     gpt2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu"}  # biases are constants of the file
     model_config = MODEL.model_copy(update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family])
     model, optimizer, tokenizer = some = training_of(model_config)
-    everything = held(model, optimizer)
+    everything = owned(model, optimizer)
     assert save_together(tmp_path / "alone", some, [everything]) == ([None], 0)
     assert save_together(tmp_path / "replicas", some, [everything] * world) == ([None] * world, 0)  # all have all
     outcome, sent = save_together(tmp_path / "slices", some, cut(everything, world, random.Random(world)))
@@ -681,7 +681,7 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     for h in itertools.chain(*cut(everything, 3, random.Random(1))):
         state = {key: torch.full_like(value, 7.0) for key, value in h.state.items()}
         extra = {key: torch.full_like(value, 7.0) for key, value in h.extra.items()}
-        blank = Held(h.name, h.start, h.stop, torch.full_like(h.weight, 7.0), state, extra)
+        blank = OwnedSlice(h.name, h.start, h.stop, torch.full_like(h.weight, 7.0), state, extra)
         restore(tmp_path / "slices/step-00000007", model_config, tokenizer.vocab_size, SEQ_LEN, [blank], optimizer=True)
         columns = math.prod(dict(model.named_parameters())[h.name].shape[1:])
         unpadded = (257 if h.name in ("embed.weight", "head.weight") else 10**9) * columns
@@ -695,7 +695,7 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
 def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
     monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
     model, optimizer, _ = trained
-    index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in held(model, optimizer)]
+    index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in owned(model, optimizer)]
     items = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
     loads = [sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)]
     assert max(loads) <= sum(loads) / world + max(item.entry.bytes for item in items)
@@ -722,7 +722,7 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
 
     model, optimizer, tokenizer = some = training_of(MODEL)
     older = write(tmp_path, 1, trained)
-    messages, slices = Messages(3), cut(held(model, optimizer), 3, random.Random(3))
+    messages, slices = Messages(3), cut(owned(model, optimizer), 3, random.Random(3))
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "write_tensors", full)
         said, _ = save_together(tmp_path, some, slices, messages=messages)
@@ -745,7 +745,7 @@ def test_a_run_that_lost_its_folder_commits_nothing_and_deletes_nothing(
     (tmp_path / ".step-00000006.tmp").mkdir()  # of whoever has the folder now
     answers = iter([""] * looks)
     said, _ = save_together(
-        tmp_path, some, [held(model, optimizer)] * 2, lost=lambda: next(answers, "run.lock was deleted")
+        tmp_path, some, [owned(model, optimizer)] * 2, lost=lambda: next(answers, "run.lock was deleted")
     )
     if looks < 2:
         reason = "rank 0: run.lock was deleted; older checkpoints are untouched"
@@ -762,7 +762,7 @@ def test_a_failed_write_is_raised_at_the_next_look(
     model, optimizer, tokenizer = trained
     saver = Saver(tmp_path, Channel(0, 1, torch.device("cpu")))
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: held(model, optimizer), {}, tokenizer)
+    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), {}, tokenizer)
     deadline = time.monotonic() + 20
     with pytest.raises(UserError, match="checkpoint of step 1 was not written: rank 0: Read-only file system"):
         while time.monotonic() < deadline:

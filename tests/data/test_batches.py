@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import NO_TARGET, Config, DataConfig, RunConfig, SourceConfig, plan
+from dist_lm.config import NO_TARGET, Config, DataConfig, RunConfig, SourceConfig, batch_layout
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.errors import UserError
@@ -23,7 +23,7 @@ def opened(prepared: Path, tmp_path: Path, **data: object) -> tuple[Config, Data
 
 
 def batches(config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: object) -> Batches:
-    return Batches(dataset.train, config.data, plan(config, world), rank, CPU, seed=3, eot=dataset.tokenizer.eot,
+    return Batches(dataset.train, config.data, batch_layout(config, world), rank, CPU, seed=3, eot=dataset.tokenizer.eot,
                    **options)  # type: ignore[arg-type]  # fmt: skip
 
 

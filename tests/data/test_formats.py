@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from dist_lm.config import DataConfig, SourceConfig
 from dist_lm.data import formats as sources
 from dist_lm.data import remote
-from dist_lm.data.files import Source, find_sources
+from dist_lm.data.files import TextFile, find_files
 from dist_lm.data.formats import Reader
 from dist_lm.errors import UserError
 
@@ -30,7 +30,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 def read(path: Any, skipped: Counter[str] | None = None, **settings: Any) -> list[tuple[str, int, str]]:
     source = SourceConfig(input=str(path), **settings)
-    found = find_sources(source)
+    found = find_files(source)
     documents = Reader(source, found).documents(Counter() if skipped is None else skipped)
     return [(found[source].name, row, "".join(texts)) for source, row, texts in documents]
 
@@ -136,7 +136,7 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
 def test_a_packed_file_at_a_signed_url(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = gzip.compress(b'{"text": "ok"}')
     monkeypatch.setattr(remote, "open_file", lambda *_: io.BufferedReader(io.BytesIO(packed)))  # type: ignore[arg-type]
-    source = Source("a.jsonl.gz", "https://host/a.jsonl.gz?signature", len(packed))
+    source = TextFile("a.jsonl.gz", "https://host/a.jsonl.gz?signature", len(packed))
     documents = Reader(SourceConfig(input=source.path), [source]).documents(Counter())
     assert ["".join(texts) for _, _, texts in documents] == ["ok"]
 
@@ -176,7 +176,7 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
 
 
 def test_stdlib_is_the_corpus_of_the_quickstart() -> None:
-    found = find_sources(DataConfig().as_source())
+    found = find_files(DataConfig().as_source())
     assert [source.name for source in found] == sorted(source.name for source in found)
     names = {part for source in found for part in source.name.split("/")[:-1]}
     assert not names & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
@@ -305,7 +305,7 @@ def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_pat
                                          pa.py_buffer(b"ok\xffyo"))  # fmt: skip
     pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
     source, skipped = SourceConfig(input=str(tmp_path / name), template=template), Counter[str]()
-    reader = Reader(source, find_sources(source), bad_rows="skip")
+    reader = Reader(source, find_files(source), bad_rows="skip")
     assert [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)] == [(1, "ok"), (3, "yo")]
     assert skipped == {"bad rows": 1}
     assert [row for _, row, _ in reader.documents(skipped, start=3)] == [3]  # what lies before is counted once
@@ -316,7 +316,7 @@ def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
     rows = b'text,id\n"bad \xff line\nends with a newline\n",2\n"good one",3\n"good two",4\ngood three,5\n'
     (tmp_path / "a.csv").write_bytes(rows)
     source, skipped = SourceConfig(input=str(tmp_path / "a.csv")), Counter[str]()
-    found = find_sources(source)
+    found = find_files(source)
     documents = Reader(source, found, bad_rows="skip").documents(skipped)
     assert [(row, "".join(texts)) for _, row, texts in documents] == [
         (2, "good one"),
@@ -333,7 +333,7 @@ def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")
     for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "no column 'b' of data.template in it"}.items():
         source, skipped = SourceConfig(input=str(tmp_path / name), template="{a} {b}"), Counter[str]()
-        found = find_sources(source)
+        found = find_files(source)
         documents = Reader(source, found, bad_rows="skip").documents(skipped)
         assert [(row, "".join(texts)) for _, row, texts in documents] == [(2, "ok 2")]
         assert skipped == {"bad rows": 1}
@@ -350,7 +350,7 @@ def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
         ({"filter": {"lang": "en"}}, "no column 'lang' of data.sources.web.filter among text, id"),
     ]:
         source = SourceConfig.model_validate({"input": str(path), **fields})
-        reader = Reader(source, find_sources(source), label="data.sources.web.input")
+        reader = Reader(source, find_files(source), label="data.sources.web.input")
         with pytest.raises(UserError, match=f"row 1: {message}"):
             list(reader.documents(Counter()))
 
@@ -367,17 +367,17 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
         "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet .arrow \(or .gz, .zst\)",
     }.items():
         with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
-            find_sources(SourceConfig(input=name))
+            find_files(SourceConfig(input=name))
         assert raised.value.code == 65
     for name in ("no/such/file.txt", "memory://no/such/file.txt"):
         with pytest.raises(UserError, match=f"^data.sources.web.input='{name}': no"):
-            find_sources(SourceConfig(input=name), "data.sources.web.input")
+            find_files(SourceConfig(input=name), "data.sources.web.input")
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("x")
     source = SourceConfig(input=str(tmp_path))
-    found = find_sources(source)
+    found = find_files(source)
     os.remove(tmp_path / "a.txt")
     with pytest.raises(UserError, match=f"^{tmp_path}/a.txt: .*No such file"):
         list(Reader(source, found).documents(Counter()))
@@ -392,7 +392,7 @@ def test_an_outage_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> N
 
     fsspec.filesystem("memory").pipe("/outage/a.jsonl", b'{"text": "ok"}\n')
     source = SourceConfig(input="memory://outage/a.jsonl")
-    found = find_sources(source)
+    found = find_files(source)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     monkeypatch.setattr(remote._Reader, "_fetch", fail)

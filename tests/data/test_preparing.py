@@ -19,7 +19,7 @@ from dist_lm import prepare
 from dist_lm.config import DataConfig, SourceConfig
 from dist_lm.data import preparing as data_module
 from dist_lm.data import tokenizer as text
-from dist_lm.data.files import Source
+from dist_lm.data.files import TextFile
 from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import MANIFEST
 from dist_lm.data.preparing import document_hash, held_out, prepare_dataset
@@ -342,7 +342,7 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
-    sources = [Source("a", "a", 2_000_000), Source("b", "b", 6_000_000)]
+    sources = [TextFile("a", "a", 2_000_000), TextFile("b", "b", 6_000_000)]
     progress = data_module.Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
     progress.documents = 1
     for now, more, source in ((5, 500_000, 0), (10, 500_000, 0), (20, 500_000, 1), (30, 1_500_000, 1)):
@@ -358,7 +358,7 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, said = [0.0], list[str]()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    reader = Reader(SourceConfig(input="ab"), [Source("a", "a", 0), Source("b", "b", 2_000_000)])
+    reader = Reader(SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)])
     progress = data_module.Progress("prepared", reader, said.append)
     clock[0] = 10.0
     progress.add(1_000_000, 1)

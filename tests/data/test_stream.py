@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from dist_lm.config import Config, DataConfig, SourceConfig
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.files import find_sources
+from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
-from dist_lm.data.mix import Mix, merge_after
-from dist_lm.data.order import Mixture, period_of
+from dist_lm.data.mix import MixtureReader, merge_after
+from dist_lm.data.order import MixtureSchedule, period_of
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.stream import Recipe, Row, Stream, best_fit
+from dist_lm.data.stream import PackedSequence, Stream, StreamSpec, best_fit
 from dist_lm.data.tokenizer import train_tokenizer
 from dist_lm.errors import UserError
 
@@ -60,17 +60,17 @@ class ThreadChannel:
         return received
 
 
-def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> Recipe:
+def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
     source = SourceConfig(input=str(path))
-    reader = Reader(source, find_sources(source))
+    reader = Reader(source, find_files(source))
     parts = reader.parts(lanes)
     fields = {"seq_len": LENGTH, "keep": lambda texts: texts, "key": np.array([5], np.uint64)} | fields
-    return Recipe(reader, parts, BYTES, lanes=min(lanes, len(parts)), **fields)
+    return StreamSpec(reader, parts, BYTES, lanes=min(lanes, len(parts)), **fields)
 
 
 def read(
-    recipe: Recipe, steps: list[int], state: Any = None, world: int = 1, threads: int = 0
-) -> tuple[list[Row], Any]:
+    recipe: StreamSpec, steps: list[int], state: Any = None, world: int = 1, threads: int = 0
+) -> tuple[list[PackedSequence], Any]:
     """The sequences of so many per step, and where the stream then stands; ranks must agree on it all."""
 
     def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[Any], Any]:
@@ -108,7 +108,7 @@ def write_source(folder: Path, rng: random.Random, kind: str) -> list[str]:
     return documents
 
 
-def ids(rows: list[Row]) -> list[list[int]]:
+def ids(rows: list[PackedSequence]) -> list[list[int]]:
     return [row.tokens.tolist() for row in rows]
 
 
@@ -222,7 +222,9 @@ def global_batches(
     batch = config.data.global_batch
 
     def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[np.ndarray], Any, Any]:
-        mix = Mix(data, config.data, 1, state=state, rank=rank, world=world, channel=ThreadChannel(rank, gather))
+        mix = MixtureReader(
+            data, config.data, 1, state=state, rank=rank, world=world, channel=ThreadChannel(rank, gather)
+        )
         made, after, shares = [], {}, []
         for step in steps:
             table, targets = np.zeros((batch, LENGTH + 1), np.int64), np.zeros((batch, 1), np.int64)
@@ -258,7 +260,7 @@ def test_a_mixture_is_the_same_in_every_world_and_after_a_resume(tmp_path: Path,
 )  # fmt: skip
 def test_shares_are_exact_over_every_period(weights: list[float], later: list[float], start: int) -> None:
     stages = [(0, weights), *([(start, later[: len(weights)])] if sum(later[: len(weights)]) else [])]
-    mixture = Mixture(stages)
+    mixture = MixtureSchedule(stages)
     sources, earlier = mixture.at(np.arange(1500))
     counts = np.zeros(len(weights), int)
     for source, before in zip(sources, earlier, strict=True):

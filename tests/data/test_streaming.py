@@ -18,13 +18,13 @@ import yaml
 
 from dist_lm import show
 from dist_lm.checkpoint.folder import step_folders
-from dist_lm.config import Config, plan
+from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import Mix, count_left_out
+from dist_lm.data.mix import MixtureReader, count_left_out
 from dist_lm.data.preparing import document_hash, held_out
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import Recipe, Stream
+from dist_lm.data.stream import Stream, StreamSpec
 from dist_lm.errors import UserError
 from dist_lm.metrics import read_metrics
 from tests.conftest import text_of
@@ -88,9 +88,9 @@ def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
     return config, open_dataset(config, lambda work: work(), say=print)
 
 
-def recipe(data: Dataset) -> Recipe:
+def recipe(data: Dataset) -> StreamSpec:
     (source,) = data.sources.values()
-    assert isinstance(source, Recipe)
+    assert isinstance(source, StreamSpec)
     return source
 
 
@@ -332,8 +332,8 @@ def test_show_and_find_read_a_stream_again(corpus: Path, tmp_path: Path, capsys:
     flags = mixed(tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9", "--run.eval_every", "9")
     train(tmp_path / "run", *flags)
     config, data = show_config(tmp_path / "run")
-    mix = Mix(data, config.data, config.run.seed)
-    batches = Batches(mix, config.data, plan(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot)
+    mix = MixtureReader(data, config.data, config.run.seed)
+    batches = Batches(mix, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot)
     rows = [batches.read(step).micros[0] for step in range(7)][-1]
     capsys.readouterr()
     show.main([str(tmp_path / "run"), "--step", "7", "--world", "2", "--rank", "1"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from dist_lm import train
 from dist_lm.cli import resolve
 from dist_lm.config import Config
-from dist_lm.data.batches import prepare_dataset
+from dist_lm.data.preparing import prepare_dataset
 from dist_lm.model import hf
 from dist_lm.plan import memory, vocabulary
 from dist_lm.runtime import zero

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.cli import FlagParser
 from dist_lm.console import printable
-from dist_lm.errors import UserError, did_you_mean, run_entry
+from dist_lm.errors import DataError, UserError, did_you_mean, run_entry
 
 if TYPE_CHECKING:
     from dist_lm.data.tokenizer import Tokenizer
@@ -107,17 +107,17 @@ def command_line(argv: list[str]) -> argparse.Namespace:
     if args.logprobs and not args.json:
         raise UserError("--logprobs is printed in JSON lines only; nearest: --json --logprobs")
     for text in [*(args.prompt or []), *args.stop]:
-        decoded(os.fsencode(text), "the command line", code=2)
+        decoded(os.fsencode(text), "the command line", UserError)
     return args
 
 
-def decoded(content: bytes, where: str, code: int = 65) -> str:
+def decoded(content: bytes, where: str, kind: type[UserError] = DataError) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8; rule: text is UTF-8",
-            code,
+        raise kind(
+            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8;"
+            " rule: text is UTF-8"
         ) from None
 
 

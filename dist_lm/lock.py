@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_lm.errors import UserError
+from dist_lm.errors import RetryableError, UserError
 
 STALE_SECONDS = 15.0
 LEASE_SECONDS = 120.0  # an NFS server may keep the flock of a host that is gone for 90 s
@@ -62,10 +62,9 @@ class RunLock:
             for left_over in self.path.parent.glob(".run.lock.*"):  # of a start that was killed in _create()
                 left_over.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
+            raise RetryableError(
                 f"run.dir={self.path.parent}: {error.filename or self.path}: {error.strerror}; rule: a folder that can"
                 " be written",
-                70,
             ) from error
         self.text, self._descriptor, self._looked_at = text, descriptor, time.monotonic()
         self._thread = threading.Thread(target=self._beat, args=(descriptor,), daemon=True, name="run-lock")

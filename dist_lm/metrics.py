@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dist_lm.console import _is_terminal, _warn, duration, say, shorten
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -196,7 +196,7 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
                     elif "loss" in figures:
                         steps[figures["step"]] = figures
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; rule: the folder of a run that made a step", 66) from None
+        raise CheckpointError(f"{path}: {error.strerror}; rule: the folder of a run that made a step") from None
     return [steps[key] for key in sorted(steps)], [evaluations[key] for key in sorted(evaluations)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dist_lm.cli import FlagParser, parse_value, resolve
 from dist_lm.config import DataConfig
-from dist_lm.errors import UserError, run_entry
+from dist_lm.errors import DataError, UserError, run_entry
 
 SETTINGS = ("input", "tokenizer", "text_column", "separator", "val_fraction")  # flags that are fields of data
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if arguments.verify is not None:
         damaged = shards.verify(arguments.verify)
         if damaged:
-            raise UserError(f"{arguments.verify}: damaged: {', '.join(damaged)}; nearest: prepare it again", 65)
+            raise DataError(f"{arguments.verify}: damaged: {', '.join(damaged)}; nearest: prepare it again")
         print(f"{arguments.verify}: every hash is right")
         return
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dist_lm.cli import FlagParser
 from dist_lm.console import duration, shorten
-from dist_lm.errors import UserError, run_entry
+from dist_lm.errors import CheckpointError, UserError, run_entry
 from dist_lm.metrics import draw_curves, read_metrics, run_names, smooth
 
 COLUMNS = ("run", "steps", "tokens", "tokens/s", "time", "data wait", "loss", "best val loss", "bits per byte")
@@ -36,7 +36,7 @@ def summary(name: str, run_dir: str) -> tuple[str, ...]:
     """A run's row of the table; `time` is what its steps took, `loss` the end of the smoothed training curve."""
     steps, evaluations = read_metrics(run_dir)
     if not steps:
-        raise UserError(f"{run_dir}: metrics.jsonl has no whole line of a step yet", 66)
+        raise CheckpointError(f"{run_dir}: metrics.jsonl has no whole line of a step yet")
     tokens = [0.0, *(s["tokens"] for s in steps)]
     seconds = sum((b - a) / s["tokens_per_second"] for (a, b), s in zip(pairwise(tokens), steps, strict=True))
     rate = statistics.median(s["tokens_per_second"] for s in steps)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_lm.data.tokenizer import StreamDecoder, Tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 from dist_lm.model.gpt import GPT, KVCache
 
 
@@ -131,9 +131,9 @@ def sample(
             if row.finish_reason:
                 continue
             if not math.isfinite(health):
-                raise UserError(
+                raise CheckpointError(
                     f"the model's logits for new token {len(row.tokens) + 1} are not finite; rule: use an earlier"
-                    " checkpoint, or fp32 where another type overflows", code=66,
+                    " checkpoint, or fp32 where another type overflows",
                 )  # fmt: skip
             row.logprobs += logprob
             row.add(int(token), tokenizer.eot, settings)

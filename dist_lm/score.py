@@ -16,7 +16,7 @@ from dist_lm.checkpoint.load import read_model
 from dist_lm.cli import resolve, split_arguments
 from dist_lm.config import batch_layout
 from dist_lm.data.manifest import find_prepared
-from dist_lm.errors import UserError, run_entry
+from dist_lm.errors import DataError, UserError, run_entry
 from dist_lm.runtime.start import start
 
 FLAGS = {
@@ -62,14 +62,14 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
         signal.signal(number, signal.SIG_DFL)
     data = open_dataset(config, world.on_main, training=False)
     if data.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s", 65)
+        raise DataError(f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s")
     held_out, length = sum(data.val["val"].sizes) > 0, config.data.seq_len
     shards = data.val["val"] if held_out else data.train
     sequences = sum(shards.counts(length, config.data.stride))
     if not sequences:
-        raise UserError(
+        raise DataError(
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of data.input="
-            f"{config.data.input} has {max(shards.sizes)}; nearest: {max(max(shards.sizes) - 1, 1)}", 65
+            f"{config.data.input} has {max(shards.sizes)}; nearest: {max(max(shards.sizes) - 1, 1)}"
         )  # fmt: skip
     figures = validate(world, model.to(world.device), shards, config, batch_layout(config, 1), tokenizer)
     scored = min(sequences, config.run.eval_batches * config.data.global_batch)

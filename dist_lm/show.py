@@ -26,10 +26,9 @@ from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.manifest import MANIFEST, find_prepared
 from dist_lm.data.mix import MixtureReader
 from dist_lm.data.order import sequence_ids
-from dist_lm.data.preparing import BAD_DATA
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import PackedSequence, StreamSpec
-from dist_lm.errors import UserError, run_entry
+from dist_lm.errors import CheckpointError, DataError, UserError, run_entry
 from dist_lm.metrics import read_metrics
 
 BAD_CHECKPOINT = 66
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{' '.join(argv)}: {RULE}")
     run_dir, settings_file = argv[0], Path(argv[0], "config.yaml")
     if not settings_file.is_file():
-        raise UserError(f"{run_dir}: has no config.yaml; rule: the folder of a run", BAD_CHECKPOINT)
+        raise CheckpointError(f"{run_dir}: has no config.yaml; rule: the folder of a run")
     config = resolve((str(settings_file), read_yaml(settings_file)), ("RUN", {"run.dir": run_dir, "data.workers": 0}))
     data = open_data(config)
     if "find" in given:
@@ -79,10 +78,10 @@ def open_data(config: Config) -> Dataset:
             elif config.data.stream and name not in config.data.validation:
                 own = folder / "streams.json"
             if not own.is_file():
-                raise UserError(
+                raise DataError(
                     f"{config.run.dir}: its data is neither in {folder} nor prepared at"
                     f" {config.data.field_of(name)}={spec.input} (seen from here); rule: run this where the run was"
-                    " started", BAD_DATA
+                    " started"
                 )  # fmt: skip
         return look()
 
@@ -91,7 +90,7 @@ def open_data(config: Config) -> Dataset:
         if _read_state(state)["data"] != data.identity:
             first = next(iter(data.sources.values()))
             where = first.folder if isinstance(first, TokenShards) else f"the text of {config.run.dir}"
-            raise UserError(f"{where}: its hashes are not those that {state.parent} trained on", BAD_DATA)
+            raise DataError(f"{where}: its hashes are not those that {state.parent} trained on")
     return data
 
 
@@ -205,7 +204,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return {"step": state.get("step", 0), "data": state["data"], "streams": state.get("streams")}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__})", BAD_CHECKPOINT) from error
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
 
 
 def _number(given: dict[str, list[str]], name: str, low: int, high: int) -> int:

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before all imports that take time: a launcher may 
 
 from dist_lm.cli import load
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
-from dist_lm.errors import CODES, UserError, run_entry
+from dist_lm.errors import DivergedError, UserError, run_entry
 from dist_lm.outcome import TRAIN_FLAGS, Attempt
 
 if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes, and listening to signals
@@ -215,10 +215,9 @@ def record_step(run: Run, pending: Pending) -> bool:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not runtime.scaler.is_enabled() or runtime.scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()
-            raise UserError(
+            raise DivergedError(
                 f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
                 " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip",
-                CODES["diverged"],
             )  # fmt: skip
         state.skipped_updates += 1
     state.tokens += int(targets)

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from dist_lm.config import DataConfig
-from dist_lm.data.batches import prepare_dataset
+from dist_lm.data.preparing import prepare_dataset
 from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, run_within
 from dist_lm.doctor import arguments as judged
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env, entry, finish, free_port, train
 
@@ -331,7 +331,7 @@ def test_hosts_that_only_know_themselves() -> None:
 
 def test_work_that_fails_or_hangs_is_said() -> None:
     def refuse() -> None:
-        raise UserError("no", 65)
+        raise DataError("no")
 
     def fail() -> None:
         raise OSError(5, "Input/output error")

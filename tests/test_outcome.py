@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.checkpoint.folder import step_folders, verify
-from dist_lm.errors import CODES, UserError, kind
+from dist_lm.errors import CODES, DataError, UserError, kind
 from dist_lm.outcome import Attempt, Stop, read
 from tests.procs import entry, finish, free_port, start_ranks, train
 from tests.test_train import losses, tiny, wait_for_step
@@ -43,7 +43,7 @@ def test_every_code_has_its_class() -> None:
 
 def test_an_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> str:
-        raise UserError("no such data", 65)
+        raise DataError("no such data")
 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError):
@@ -140,7 +140,7 @@ def test_the_lock_is_held_until_the_ending_is_recorded(tmp_path: Path, monkeypat
 
     def refuse() -> str:
         attempt.lock.take(quiet)
-        raise UserError("no such data", 65)
+        raise DataError("no such data")
 
     def record_while_held(kind: str, reason: str) -> dict[str, object]:
         assert (tmp_path / "run.lock").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.data.manifest import FILE_NAME, SHA256
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 
 BAD_CHECKPOINT = 66
 
@@ -73,10 +73,9 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
         except UserError as error:
             passed_over.append(str(error))
     if passed_over:
-        raise UserError(
+        raise CheckpointError(
             f"run.dir={run_dir} holds no valid checkpoint: {passed_over[0]}; rule: never restart silently at step 0;"
             " choose another run.dir, or remove the damaged folders",
-            BAD_CHECKPOINT,
         )
     return None, []
 
@@ -93,7 +92,7 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise UserError(f"{folder.name}: cannot be read ({error.strerror})", BAD_CHECKPOINT) from error
+        raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
     extra = present - set(files) - {"manifest.json"}
     if extra:
         raise _damaged(folder / min(extra), "is not in the manifest")
@@ -144,7 +143,7 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}", BAD_CHECKPOINT)
+    return CheckpointError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}")
 
 
 def _printable(name: str) -> str:
@@ -170,18 +169,16 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         for why in passed_over:
             say(f"warning: passed over {why}")
         if folder is None:
-            raise UserError(f"{name}: holds neither a checkpoint (step-*) nor a config.json", BAD_CHECKPOINT)
+            raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise UserError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name",
-                        BAD_CHECKPOINT)  # fmt: skip
+        raise CheckpointError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name")  # fmt: skip
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        raise UserError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})",
-                        BAD_CHECKPOINT) from error  # fmt: skip
+        raise CheckpointError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})") from error  # fmt: skip
 
 
 def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lm.checkpoint.folder import BAD_CHECKPOINT, _read_json, locate
+from dist_lm.checkpoint.folder import _read_json, locate
 from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import ModelConfig
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 
@@ -39,8 +39,8 @@ def read_weights(
         try:
             return hf.import_tensors(model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema"))
         except hf.MissingTensor as error:
-            raise UserError(
-                f"{folder} holds no average of its weights; rule: trained with run.ema > 0", BAD_CHECKPOINT
+            raise CheckpointError(
+                f"{folder} holds no average of its weights; rule: trained with run.ema > 0"
             ) from error
 
 
@@ -50,9 +50,8 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
     description, vocab_size, seq_len = read_description(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
-            BAD_CHECKPOINT,
         )
     model = GPT(description, vocab_size, seq_len)
     model.load_state_dict(read_weights(folder, description, vocab_size, seq_len, average), assign=True)
@@ -86,9 +85,8 @@ def restore(
                     else:
                         values.copy_(get(name)[...])
                 except (KeyError, hf.MissingTensor):
-                    raise UserError(
+                    raise CheckpointError(
                         f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
-                        BAD_CHECKPOINT,
                     ) from None
 
 
@@ -101,6 +99,6 @@ def _open_tensors(folder: Path, *stems: str) -> Any:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: not a whole safetensors file ({error})", BAD_CHECKPOINT) from error
+                raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
             where.update(dict.fromkeys(file.keys(), file))
         yield lambda name: where[name].get_slice(name)  # KeyError where there is none

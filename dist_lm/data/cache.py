@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from dist_lm.data.remote import _BAD_DATA, BLOCK, open_file
-from dist_lm.errors import UserError
+from dist_lm.data.remote import BLOCK, open_file
+from dist_lm.errors import DataError, UserError
 
 ROOM_WAIT = 30.0  # seconds for other processes to let go of copies before a cache is called too small
 
@@ -107,7 +107,7 @@ class ShardCache:
                     break
             else:
                 found = f"sha256 {digest.hexdigest()[:12]}, not {sha256[:12]}" if at == size else f"not {size} bytes"
-                raise UserError(f"{url}: {found}, twice; rule: as its manifest has it; prepare again", _BAD_DATA)
+                raise DataError(f"{url}: {found}, twice; rule: as its manifest has it; prepare again")
             with self._locked():
                 os.replace(aside, path)
             self.checked.add(path.name)

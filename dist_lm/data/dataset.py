@@ -20,7 +20,6 @@ from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import find_prepared
 from dist_lm.data.order import hash_words
 from dist_lm.data.preparing import (
-    BAD_DATA,
     document_hash,
     held_out,
     keep_validation,
@@ -32,7 +31,7 @@ from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import StreamSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 
 if TYPE_CHECKING:
     pass
@@ -134,8 +133,8 @@ def _make_ready(
     tokenizer = _tokenizer_of(first)
     for other in others:
         if _tokenizer_of(other).sha256 != tokenizer.sha256:
-            raise UserError(f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
-                            f" with --tokenizer {first}", BAD_DATA)  # fmt: skip
+            raise DataError(f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
+                            f" with --tokenizer {first}")  # fmt: skip
     wanted = config.run.eval_batches * data.global_batch * data.seq_len + 1
     for name in data.validation:
         if name in readers:
@@ -179,11 +178,11 @@ def _refuse_changed(streams: Mapping[str, Any], record: Path) -> None:
         have = {file: marks for file, _, *marks in now.get(name, [])}  # where a file lies may change
         for file, path, *marks in files:
             if have.pop(file, None) != marks:
-                raise UserError(f"{path or file} of {name} changed or vanished since the run began; rule: a stream's"
-                                " files stay; nearest: restore it, or start a new run.dir", BAD_DATA)  # fmt: skip
+                raise DataError(f"{path or file} of {name} changed or vanished since the run began; rule: a stream's"
+                                " files stay; nearest: restore it, or start a new run.dir")  # fmt: skip
         for path in have:
-            raise UserError(f"{path} of {name} was not there when the run began; rule: a stream's files stay; nearest:"
-                            " move it away, or start a new run.dir", BAD_DATA)  # fmt: skip
+            raise DataError(f"{path} of {name} was not there when the run began; rule: a stream's files stay; nearest:"
+                            " move it away, or start a new run.dir")  # fmt: skip
 
 
 def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
@@ -210,19 +209,19 @@ def _check(
             marks.append(json.dumps([name, options, files, data.val_fraction]))
         else:
             if not source.count(data) and (training or not sum(shards.count(data) for shards in val.values())):
-                raise UserError(
+                raise DataError(
                     f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, {data.field_of(name)}="
                     f"{specs[name].input} has {sum(source.sizes)} to train on; nearest:"
-                    f" {max(max(source.sizes, default=0) - 1, 1)}", BAD_DATA
+                    f" {max(max(source.sizes, default=0) - 1, 1)}"
                 )  # fmt: skip
             marks += [shard["sha256"] for split in source.manifest["splits"].values() for shard in split["shards"]]
         if len(sources) > 1:
             marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
     if config.run.eval_every and not sum(shards.count(data) for shards in val.values()):
         tokens = sum(sum(shards.sizes) for shards in val.values())
-        raise UserError(
+        raise DataError(
             f"data.val_fraction={data.val_fraction} holds out {tokens} tokens, fewer than one sequence; rule:"
-            f" at least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0", BAD_DATA
+            f" at least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0"
         )  # fmt: skip
     (first, *others) = sources.values()
     sequences = first.count(data) if not others and isinstance(first, TokenShards) else None

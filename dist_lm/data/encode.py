@@ -31,7 +31,7 @@ def serve(path: str, descriptor: int) -> None:
 JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
 
 
-WORKER = "import sys; from dist_lm.data.tokenizer import serve; serve(sys.argv[1], int(sys.argv[2]))"
+WORKER = "import sys; from dist_lm.data.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
 
 class TextPiece(NamedTuple):

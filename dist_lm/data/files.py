@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from dist_lm.config import SourceConfig
 from dist_lm.data import remote
-from dist_lm.errors import UserError, nearest
+from dist_lm.errors import DataError, nearest
 
 CHUNK = 2**20  # bytes read at once
 
@@ -60,17 +60,17 @@ def find_files(spec: SourceConfig, label: str = "data.input") -> list[TextFile]:
         files = [f for f in path.rglob("*") if _format(f.name) and f.is_file()]
         files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
         if not files:
-            raise UserError(f"{said}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)", 65)
+            raise DataError(f"{said}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)")
     elif glob.has_magic(spec.input):
         root = Path(re.split(r"[^/]*[*?[]", spec.input)[0] or ".")
         files = [Path(name) for name in glob.glob(spec.input, recursive=True) if Path(name).is_file()]
         if not files:
-            raise UserError(f"{said}: no file matches", 65)
+            raise DataError(f"{said}: no file matches")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.input) and not (_format(spec.input) or path.parent.is_dir()):
         return [TextFile(spec.input, "", 0, _hub_revision(spec))]
     else:
         near = _near(spec.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
-        raise UserError(f"{said}: no such file{near} (a hub dataset is owner/name)", 65)
+        raise DataError(f"{said}: no such file{near} (a hub dataset is owner/name)")
     named = sorted((file.relative_to(root).as_posix(), file, file.stat()) for file in files)
     return [TextFile(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named]
 

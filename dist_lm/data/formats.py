@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
 from dist_lm.data.files import CHUNK, Part, TextFile, _format, _is_damage, _near, _one_line, _open
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError
 
 LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
 SMALLEST_RANGE = 2**16  # bytes of a .jsonl file that are read apart from the rest
@@ -131,7 +131,7 @@ class Reader:
             yield
         except _DAMAGE as error:
             if self.bad_rows == "error" or not _is_damage(error):
-                raise UserError(f"{source.path or source.name}: {_one_line(error)}", 65) from error
+                raise DataError(f"{source.path or source.name}: {_one_line(error)}") from error
             skipped["rests of damaged files"] += 1
 
     def _texts(self, rows: Rows, convert: Convert, start: int, skipped: Counter[str], label: str = "row") -> Texts:
@@ -151,7 +151,7 @@ class Reader:
                 continue
             except _DAMAGE as error:
                 if self.bad_rows == "error" or isinstance(error, OSError):
-                    raise UserError(f"{label} {row}: {_one_line(error)}", 65) from error
+                    raise DataError(f"{label} {row}: {_one_line(error)}") from error
                 if row >= start:
                     skipped["bad rows"] += 1
                 continue
@@ -303,7 +303,7 @@ def _hub_stream(source: TextFile, spec: SourceConfig) -> Any:
             source.name, name=spec.subset, split=spec.split, revision=source.mark or spec.revision, streaming=True
         )
     except (ValueError, OSError) as error:
-        raise UserError(f"no such file here, and no hub dataset to be had: {_one_line(error)}", 65) from error
+        raise DataError(f"no such file here, and no hub dataset to be had: {_one_line(error)}") from error
     with contextlib.suppress(NotImplementedError):  # only Parquet can be cut finer than files
         stream = stream.reshard()
     return stream.with_format("arrow")
@@ -356,7 +356,7 @@ def _split(chunks: Iterator[str], separator: str | None) -> Texts:
             yield row, waiting[:cut]
             waiting = waiting[cut:]
     except _DAMAGE as error:
-        raise UserError(f"row {row}: {_one_line(error)}", 65) from error
+        raise DataError(f"row {row}: {_one_line(error)}") from error
     if waiting or row == 1:
         yield row, waiting
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from dist_lm.data.remote import SMALL_FILE, exists, fetch_small, is_remote
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 
 MANIFEST = "dataset.json"
 
@@ -138,19 +138,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: not a readable manifest ({type(error).__name__}); prepare again", _BAD_DATA
-        ) from error
+        raise DataError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again") from error
     if not isinstance(manifest, Mapping):
-        raise UserError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again", _BAD_DATA)
+        raise DataError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again")
     if manifest.get("format") != FORMAT:
         found = reprlib.repr(manifest.get("format"))
-        raise UserError(f"{file}: format {found} is not the format {FORMAT} of this version", _BAD_DATA)
+        raise DataError(f"{file}: format {found} is not the format {FORMAT} of this version")
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        raise UserError(
-            f"{file}: not a manifest as it was written: {_first_fault(error)}; nearest: prepare again", _BAD_DATA
+        raise DataError(
+            f"{file}: not a manifest as it was written: {_first_fault(error)}; nearest: prepare again"
         ) from error
     return manifest
 
@@ -159,7 +157,7 @@ def _read_small(file: Path) -> bytes:
     """A whole small file of this machine; a pipe or device, which might never end, is refused."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{file}: not a regular file", _BAD_DATA)
+        raise DataError(f"{file}: not a regular file")
     if found.st_size > SMALL_FILE:
-        raise UserError(f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have", _BAD_DATA)
+        raise DataError(f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have")
     return file.read_bytes()

@@ -26,7 +26,7 @@ from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared, read_manifest
 from dist_lm.data.shards import write_shard
 from dist_lm.data.tokenizer import Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
 from dist_lm.disk import write_file, write_json
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
@@ -80,7 +80,7 @@ class _Preparation:
 
     def find_text(self) -> None:
         if find_prepared(self.spec.input):
-            raise UserError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text", BAD_DATA)
+            raise DataError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text")
         found, inside = find_files(self.spec, self.field), self.folder.resolve()
         sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
         self.reader = Reader(self.spec, sources, self.data.bad_rows, self.field)
@@ -95,8 +95,8 @@ class _Preparation:
         self._refuse_other(state["settings"])
         for before, now in zip_longest(state["sources"], _listed(self.reader)):
             if before != now:
-                raise UserError(f"{self.folder}: the text changed since its preparation began: {before} is now {now};"
-                                " nearest: remove the folder", BAD_DATA)  # fmt: skip
+                raise DataError(f"{self.folder}: the text changed since its preparation began: {before} is now {now};"
+                                " nearest: remove the folder")  # fmt: skip
         done = sum(len(split["shards"]) for split in state["splits"].values())
         self.say(
             f"{self.folder}: going on after {done} finished shards; their text is read again but not encoded again"
@@ -117,7 +117,7 @@ class _Preparation:
             deque(pieces, maxlen=0)
         if not found.documents:
             where = f"{self.field}={self.spec.input!r}"
-            raise UserError(f"{where}: no document with text in {len(self.reader.sources)} files", BAD_DATA)
+            raise DataError(f"{where}: no document with text in {len(self.reader.sources)} files")
         small = found.documents < SMALL
         if learns or small:
             self.say(f"found {found.documents:,} documents, {found.bytes:,} bytes of text in {self.spec.input}")
@@ -172,9 +172,9 @@ class _Preparation:
         for name, value in self.settings.items():
             if have.get(name) != value:
                 section = "data." if name in ("tokenizer", "val_fraction") else self.field.removesuffix("input")
-                raise UserError(
+                raise DataError(
                     f"{self.folder} was prepared with {section}{name}={have.get(name)!r}, not {value!r};"
-                    " rule: one folder, one preparation; nearest: another folder, or remove this one", BAD_DATA
+                    " rule: one folder, one preparation; nearest: another folder, or remove this one"
                 )  # fmt: skip
 
 
@@ -250,10 +250,10 @@ def keep_validation(
         if tokens >= wanted:
             break
     if not hashes:
-        raise UserError(
+        raise DataError(
             f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents} documents of"
             f" {reader.spec.input}; rule: a stream's first held-out documents validate it; nearest: prepare it, a"
-            " larger data.val_fraction, a source in data.validation, or run.eval_every=0", BAD_DATA
+            " larger data.val_fraction, a source in data.validation, or run.eval_every=0"
         )  # fmt: skip
     splits = {"train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}, "val": writer.close()}
     _write_tokenizer(folder, tokenizer)

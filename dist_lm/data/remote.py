@@ -18,7 +18,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from dist_lm.errors import UserError, in_a_line
+from dist_lm.errors import DataError, UserError, in_a_line
 
 BLOCK = 2**22  # bytes fetched at once, and read ahead
 LARGEST_READ = 2**25  # bytes of one request
@@ -81,12 +81,12 @@ def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> l
                 raise OSError(f"{path_}: the server does not say its size; nearest: download it")
             found.append(Found(name, fs.unstrip_protocol(path_), info["size"], _mark(info)))
     except FileNotFoundError as error:
-        raise UserError(f"{label}={pattern!r}: nothing is there", _BAD_DATA) from error
+        raise DataError(f"{label}={pattern!r}: nothing is there") from error
     except OSError as error:
-        raise UserError(f"{label}={pattern!r}: {in_a_line(error)}", _BAD_DATA) from error
+        raise DataError(f"{label}={pattern!r}: {in_a_line(error)}") from error
     if not found:
         what = "no file matches" if is_glob else f"it has none of {' '.join(endings)}"
-        raise UserError(f"{label}={pattern!r}: {what}", _BAD_DATA)
+        raise DataError(f"{label}={pattern!r}: {what}")
     return sorted(found)
 
 
@@ -98,7 +98,7 @@ def exists(url: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise UserError(str(error), _BAD_DATA) from error
+        raise DataError(str(error)) from error
 
 
 def open_file(path: str, size: int | None = None, mark: str | None = None) -> io.BufferedReader:
@@ -112,9 +112,9 @@ def fetch_small(url: str) -> bytes:
         with open_file(url) as file:
             content = file.read(SMALL_FILE + 1)
     except OSError as error:
-        raise UserError(str(error), _BAD_DATA) from error
+        raise DataError(str(error)) from error
     if len(content) > SMALL_FILE:
-        raise UserError(f"{url}: larger than the {SMALL_FILE // 2**20} MB that such a file may have", _BAD_DATA)
+        raise DataError(f"{url}: larger than the {SMALL_FILE // 2**20} MB that such a file may have")
     return content
 
 

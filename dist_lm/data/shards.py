@@ -24,10 +24,10 @@ from pydantic import ValidationError
 
 from dist_lm.config import DataConfig
 from dist_lm.data.cache import ShardCache
-from dist_lm.data.manifest import _BAD_DATA, MANIFEST, Count, _Checked, _first_fault, read_manifest
+from dist_lm.data.manifest import MANIFEST, Count, _Checked, _first_fault, read_manifest
 from dist_lm.data.remote import is_remote, open_file
 from dist_lm.disk import safetensors_head, write_file
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 
 _LONGEST_HEADER = 2**16  # bytes of a shard's header; ours have less than 2**9
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
@@ -102,7 +102,7 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
 
 
 def _refuse_shard(path: str | Path, reason: str) -> UserError:
-    return UserError(f"{path}: not a shard as it was prepared: {reason}; nearest: prepare again", _BAD_DATA)
+    return DataError(f"{path}: not a shard as it was prepared: {reason}; nearest: prepare again")
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -138,7 +138,7 @@ class TokenShards:
             path = Path(folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
-                raise UserError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again", _BAD_DATA)
+                raise DataError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again")
         # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
         self._map = lru_cache(maxsize=64)(lambda shard: self._open(shard, Path(folder, self.files[shard])))
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])

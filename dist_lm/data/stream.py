@@ -23,7 +23,7 @@ from dist_lm.data.files import Part
 from dist_lm.data.formats import Reader
 from dist_lm.data.order import Words, hash_words, permute
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError, error_with_code
 
 BLOCK = 1024, 2**22  # documents or characters that fill a block: what is shuffled into each other
 BATCH = 128, 2**18  # ... and what is tokenized at once
@@ -339,7 +339,7 @@ class Stream:
 
     def _next_pass(self) -> None:
         if self._empty:  # else some document in some lane ends in a sequence, if only after many passes
-            raise UserError(f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one", 65)
+            raise DataError(f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one")
         self.passed, self.turn, self.done = self.passed + 1, 0, set()
         self._forget()
 
@@ -358,7 +358,7 @@ class Stream:
         found = [[n, lane.count(self.passed), lane.ended >= self.passed, lane.is_empty] for n, lane in own.items()]
         for rank, (said, theirs) in enumerate(self.gather([refusal, found])):
             if said:
-                raise UserError(said[0] if self.world == 1 else f"rank {rank}: {said[0]}", said[1])
+                raise error_with_code(said[0] if self.world == 1 else f"rank {rank}: {said[0]}", said[1])
             for lane, ready, ended, empty in theirs:
                 self._known[lane] = ready
                 self._closed |= {lane} if ended else set()

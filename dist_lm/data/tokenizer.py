@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import DataError, UserError, did_you_mean
 
 EOT = "<|endoftext|>"
 UNK = "<|unk|>"
@@ -58,7 +58,7 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
         self.eot_token = next((name for name in (eot_token, *EOT_NAMES) if name in self.vocabulary), "")
         if not self.eot_token:
-            raise UserError("no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token", 65)
+            raise DataError("no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token")
         self.eot = self.vocabulary[self.eot_token]
         content = json.loads(stored)
         model, added, decoder = content["model"], content["added_tokens"], json.dumps(content["decoder"])
@@ -86,7 +86,7 @@ class Tokenizer:
             named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
             return cls(file.read_text(encoding="utf-8"), named["content"] if isinstance(named, dict) else named)
         except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})", 65) from error
+            raise DataError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})") from error
 
     @cached_property
     def text_tokens(self) -> dict[int, str]:
@@ -111,7 +111,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"character {error.start} of the text is a lone surrogate; rule: Unicode", 65) from error
+            raise DataError(f"character {error.start} of the text is a lone surrogate; rule: Unicode") from error
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -175,7 +175,7 @@ class Tokenizer:
                     waiting, limit = waiting[place:], size
                 elif limit >= LONGEST_WORD:
                     said = f"{where}: the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that"
-                    raise UserError(said, 65)
+                    raise DataError(said)
                 else:
                     limit *= 2
         if waiting:

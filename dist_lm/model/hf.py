@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dist_lm.config import ModelConfig
-from dist_lm.errors import UserError, nearest
+from dist_lm.errors import CheckpointError, nearest
 from dist_lm.model.gpt import sinusoid
 from dist_lm.model.init import parameter_shapes, unpadded
 
@@ -34,7 +34,7 @@ LLAMA_BLOCK = {"input_layernorm": "norm1", "self_attn.q_proj": "attn.qkv", "self
                "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down"}  # fmt: skip
 
 
-class MissingTensor(UserError):
+class MissingTensor(CheckpointError):
     """A file lacks a tensor that its config implies."""
 
 
@@ -172,12 +172,12 @@ def import_part(entry: Entry, get: Callable[[str], Any], out: Tensor | None, sta
     tensor = _find(entry.name, get)
     shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     if shape != entry.shape:
-        raise UserError(f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}", 66)
+        raise CheckpointError(f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}")
     if out is None:
         if not torch.allclose(tensor[:].float(), constant(entry), rtol=0, atol=1e-6):
             field, good = ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
-            raise UserError(
-                f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}", 66
+            raise CheckpointError(
+                f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}"
             )
         return
     skipped = 0
@@ -198,7 +198,7 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
             return get(candidate)
         except KeyError:
             continue
-    raise MissingTensor(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies", 66)
+    raise MissingTensor(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies")
 
 
 # --- config.json
@@ -238,9 +238,9 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
     kind = str(config.get("model_type"))
     if kind not in _KINDS:
-        raise UserError(
+        raise CheckpointError(
             f"config.json: model_type={kind!r} must be one of {', '.join(_KINDS)};"
-            f" nearest: {nearest(kind, _KINDS) or 'llama'}", 66
+            f" nearest: {nearest(kind, _KINDS) or 'llama'}"
         )  # fmt: skip
     _require(config, "quantization_config", None, None)
     reader, vocab_size, field, seq_len = _KINDS[kind]
@@ -250,18 +250,18 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
-        raise UserError(f"config.json: cannot be a model of ours:{where} {first['msg']}", 66) from None
+        raise CheckpointError(f"config.json: cannot be a model of ours:{where} {first['msg']}") from None
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"config.json: not as transformers or dist_lm write it ({error!r})", 66) from None
+        raise CheckpointError(f"config.json: not as transformers or dist_lm write it ({error!r})") from None
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:
     """A field's value, which must be one that our network can take."""
     value = config.get(field, default)
     if value not in allowed:
-        raise UserError(
+        raise CheckpointError(
             f"config.json: {field}={value!r} is not supported; rule: one of {', '.join(map(repr, allowed))};"
-            f" nearest: {allowed[0]!r}", 66
+            f" nearest: {allowed[0]!r}"
         )  # fmt: skip
     return value
 

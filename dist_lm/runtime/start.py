@@ -16,7 +16,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from dist_lm import __version__
 from dist_lm.config import Config, batch_layout
-from dist_lm.errors import CODES, UserError, did_you_mean
+from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.runtime import zero
 from dist_lm.runtime.watchdog import Watchdog
@@ -41,7 +41,7 @@ def start(
     attempt = attempt or Attempt(Path(config.run.dir))
     refuse_silent_single()
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise UserError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it", 77)
+        raise SecurityError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it")
     _check_trackers(config.run.trackers)
     strategy = zero.choose_strategy(launch)
     no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -74,7 +74,7 @@ def start(
             project_dir=os.path.join(config.run.dir, "tensorboard"),
         )
     except dist.DistError as error:
-        raise UserError(_why_not_joined(error, config.run.timeout_seconds), CODES["retryable"]) from error
+        raise RetryableError(_why_not_joined(error, config.run.timeout_seconds)) from error
     runtime = Runtime(accelerator, config, strategy, settings, attempt)
     _prove_world(runtime)
     if not examining:
@@ -136,9 +136,10 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
     for rank, (host, own) in enumerate(seen):
         for name in first:
             if own[name] != first[name]:  # settings come first: with the same ones, the names are the same too
-                raise UserError(
+                kind_of_error = DataError if name.startswith("data.") else UserError
+                raise kind_of_error(
                     f"rank {rank} on {host} has {name} {own[name]}, rank 0 on {first_host} has {first[name]};"
-                    " rule: the same on every node", 65 if name.startswith("data.") else 2
+                    " rule: the same on every node"
                 )  # fmt: skip
 
 

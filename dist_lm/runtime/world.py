@@ -29,7 +29,7 @@ from dist_lm import console as console
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import Config
-from dist_lm.errors import CODES, UserError
+from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.optim import Muon, create_state
 from dist_lm.outcome import Attempt
 from dist_lm.runtime import zero
@@ -259,10 +259,10 @@ class Runtime:
                 break
             if stop:
                 why = self.stop.reason or "another rank was told to stop"
-                raise UserError(f"stopped during start-up: {why}; the same command goes on", CODES["preempted"])
+                raise PreemptedError(f"stopped during start-up: {why}; the same command goes on")
         said = self.channel.gather(outcome)[0]
         if "error" in said:
-            raise UserError(said["error"], said["code"])
+            raise error_with_code(said["error"], said["code"])
         return said["result"]
 
     def together(self, work: Callable[[], Any]) -> Any:
@@ -274,7 +274,7 @@ class Runtime:
             refusal = (str(error), error.code)
         for rank, said in enumerate(self.channel.gather(refusal)):
             if said:
-                raise UserError(said[0] if rank == 0 else f"rank {rank}: {said[0]}", said[1])
+                raise error_with_code(said[0] if rank == 0 else f"rank {rank}: {said[0]}", said[1])
         return result
 
     # --- the world outside

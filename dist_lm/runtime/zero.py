@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import BatchLayout, Config
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import RetryableError, UserError, did_you_mean
 from dist_lm.optim import MatrixSlice
 
 LAUNCH_FILES = Path(__file__).parents[2] / "launch"
@@ -214,7 +214,7 @@ def only_builder(folders: Sequence[Path], wait_seconds: float = 900.0) -> Iterat
             file.seek(0)
             who = f"process {file.read()}"
             if time.monotonic() - began > wait_seconds:
-                raise UserError(f"{folders[0]}: {who} builds for {wait_seconds:.0f} s already; rule: end it", 70)
+                raise RetryableError(f"{folders[0]}: {who} builds for {wait_seconds:.0f} s already; rule: end it")
             if not told:
                 print(f"waiting until {who} has built in {folders[0]}", file=sys.stderr, flush=True)
             told = True

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.config import Config, RunConfig
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 from dist_lm.runtime.start import refuse_silent_single, start
 from dist_lm.runtime.world import Runtime
 from tests.procs import finish, start_ranks
@@ -44,7 +44,7 @@ def agreements(folder: str) -> None:
     assert runtime.on_main(lambda: time.sleep(2.5)) is None  # longer than one look at it
 
     def refuse() -> None:
-        raise UserError("not like this", 65)
+        raise DataError("not like this")
 
     for ask in (runtime.on_main, runtime.together):
         with pytest.raises(UserError, match=r"not like this") as error:

@@ -33,7 +33,9 @@ def plain(path: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(STEPS):
         starts = torch.randint(len(tokens) - 65, (12,)).tolist()
-        x, y = (torch.stack([tokens[s + shift : s + shift + 64] for s in starts]) for shift in (0, 1))
+        x, y = (
+            torch.stack([tokens[s + shift : s + shift + 64] for s in starts]) for shift in (0, 1)
+        )
         (model(x, y) / y.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -46,17 +48,31 @@ def main(path: str) -> None:
             seconds = race(path, extra, cores)
             ratio = seconds["train.py"] / seconds["plain loop"]
             said = ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items())
-            print(f"{' '.join(extra) or 'as it stands'}, cores {cores}: {said}: {ratio:.3f} x", flush=True)
+            print(
+                f"{' '.join(extra) or 'as it stands'}, cores {cores}: {said}: {ratio:.3f} x",
+                flush=True,
+            )
 
 
 def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float]:
     """Seconds that each of both processes lived, side by side."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = ["dist_lm/train.py", "--config", "configs/char.yaml", "--data.input", path, "--run.dir", folder, *extra]
+        ours = [
+            "dist_lm/train.py",
+            "--config",
+            "configs/char.yaml",
+            "--data.input",
+            path,
+            "--run.dir",
+            folder,
+            *extra,
+        ]
         commands = {"train.py": ours, "plain loop": [__file__, path, "plain"]}
         began, seconds = time.monotonic(), {}
         running = {
-            name: subprocess.Popen(["taskset", "-c", str(core), sys.executable, *command], stdout=subprocess.DEVNULL)
+            name: subprocess.Popen(
+                ["taskset", "-c", str(core), sys.executable, *command], stdout=subprocess.DEVNULL
+            )
             for core, (name, command) in zip(cores, commands.items(), strict=True)
         }
         while len(seconds) < len(running):
@@ -65,7 +81,9 @@ def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float
                     assert process.returncode == 0, f"{name}: exit code {process.returncode}"
                     seconds[name] = time.monotonic() - began
             time.sleep(0.05)
-        print((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])  # the validation loss, if it evaluated
+        print(
+            (Path(folder) / "metrics.jsonl").read_text().splitlines()[-1]
+        )  # the validation loss, if it evaluated
     return seconds
 
 

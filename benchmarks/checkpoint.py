@@ -25,14 +25,29 @@ from dist_lm.cli import resolve
 from dist_lm.runtime.start import start
 
 ROUNDS = 5
-SIZE = {"model.layers": 14, "model.width": 768, "model.heads": 12, "data.seq_len": 64, "data.global_batch": 4}
+SIZE = {
+    "model.layers": 14,
+    "model.width": 768,
+    "model.heads": 12,
+    "data.seq_len": 64,
+    "data.global_batch": 4,
+}
 
 
 def main(strategy: str) -> None:
     folder = Path(tempfile.gettempdir(), "dist_lm-benchmark-checkpoint")
-    steps = [int(path.name[5:]) for path in folder.glob("step-*")]  # a second start measures resuming instead
-    settings = {**SIZE, "run.dir": str(folder), "run.trackers": [], "run.steps": 1000, "run.eval_every": 0,
-                "run.save_every": 0, "run.stop_after": max(steps, default=0) + 1}  # fmt: skip
+    steps = [
+        int(path.name[5:]) for path in folder.glob("step-*")
+    ]  # a second start measures resuming instead
+    settings = {
+        **SIZE,
+        "run.dir": str(folder),
+        "run.trackers": [],
+        "run.steps": 1000,
+        "run.eval_every": 0,
+        "run.save_every": 0,
+        "run.stop_after": max(steps, default=0) + 1,
+    }
     config = resolve(("benchmark", settings))
     runtime = start(config, strategy if strategy.startswith("zero") else None)
     place = train.find_place(runtime, config, [])
@@ -42,7 +57,14 @@ def main(strategy: str) -> None:
     train.train(run)
     if steps:  # a step's line is written before the checkpoint that follows it
         seconds = (folder / "metrics.jsonl").stat().st_mtime - psutil.Process().create_time()
-        runtime.say(json.dumps({"strategy": runtime.strategy, "first step after s, from the process's start": seconds}))
+        runtime.say(
+            json.dumps(
+                {
+                    "strategy": runtime.strategy,
+                    "first step after s, from the process's start": seconds,
+                }
+            )
+        )
         runtime.close()
         return
 
@@ -50,7 +72,14 @@ def main(strategy: str) -> None:
         return max(runtime.channel.gather(seconds))
 
     staged = run.saver._memory  # what this rank copied in the save just made
-    source, stalls, copies, saves, disk, extra = torch.empty_like(staged).fill_(1), [], [], [], [], []
+    source, stalls, copies, saves, disk, extra = (
+        torch.empty_like(staged).fill_(1),
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for n in range(ROUNDS):
         runtime.barrier()
         began = time.monotonic()
@@ -76,13 +105,25 @@ def main(strategy: str) -> None:
         os.unlink(folder / f"plain-{runtime.rank}")
     total = sum(runtime.channel.gather(staged.numel()))
     stall, copy, save, plain = map(statistics.median, (stalls, copies, saves, disk))
-    runtime.say(json.dumps({
-        "strategy": runtime.strategy, "world": runtime.world_size, "checkpoint GB": round(total / 1e9, 3),
-        "copy s": round(copy, 3), "stall s": round(stall, 3), "stall / copy": round(stall / copy, 2),
-        "save s": round(save, 2), "plain write s": round(plain, 2), "save / plain write": round(save / plain, 2),
-        "share staged MB": round(staged.numel() / 1e6), "beyond it MB": round(max(extra) / 1e6),
-        "stalls": [round(s, 3) for s in stalls], "copies": [round(s, 3) for s in copies],
-    }))  # fmt: skip
+    runtime.say(
+        json.dumps(
+            {
+                "strategy": runtime.strategy,
+                "world": runtime.world_size,
+                "checkpoint GB": round(total / 1e9, 3),
+                "copy s": round(copy, 3),
+                "stall s": round(stall, 3),
+                "stall / copy": round(stall / copy, 2),
+                "save s": round(save, 2),
+                "plain write s": round(plain, 2),
+                "save / plain write": round(save / plain, 2),
+                "share staged MB": round(staged.numel() / 1e6),
+                "beyond it MB": round(max(extra) / 1e6),
+                "stalls": [round(s, 3) for s in stalls],
+                "copies": [round(s, 3) for s in copies],
+            }
+        )
+    )
     runtime.close()
 
 

@@ -27,7 +27,13 @@ from dist_lm.sample import Sampling, lay_out_for_decoding, sample
 
 VOCAB_SIZE, SEQ_LEN, PROMPT = 50257, 1024, 32
 GPT2 = ModelConfig(
-    layers=12, heads=12, width=768, positions="learned", norm="layernorm", activation="gelu_tanh", bias=True
+    layers=12,
+    heads=12,
+    width=768,
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    bias=True,
 )
 LLAMA = ModelConfig(layers=12, heads=12, width=768)
 
@@ -41,14 +47,20 @@ def ours(model: GPT, tokenizer: Tokenizer, prompt: list[int], new_tokens: int) -
 def theirs(model: torch.nn.Module, prompt: list[int], new_tokens: int) -> list[int]:
     prompt_BT = torch.tensor([prompt])
     made_BT = model.generate(
-        prompt_BT, attention_mask=torch.ones_like(prompt_BT), do_sample=False, max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens, pad_token_id=0,
-    )  # fmt: skip
+        prompt_BT,
+        attention_mask=torch.ones_like(prompt_BT),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=0,
+    )
     return made_BT[0, len(prompt) :].tolist()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", choices=("gpt2", "llama"), default="gpt2")
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -64,7 +76,9 @@ def main() -> None:
         peer = AutoModelForCausalLM.from_pretrained(folder).eval()
     lay_out_for_decoding(model)  # as generate.py does on a CPU
     tokenizer = train_tokenizer("byte", [])
-    prompt = torch.randint(VOCAB_SIZE, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompt = torch.randint(
+        VOCAB_SIZE, (PROMPT,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
 
     runs: dict[str, Callable[[], list[int]]] = {
         "dist_lm": lambda: ours(model, tokenizer, prompt, args.new_tokens),
@@ -81,7 +95,9 @@ def main() -> None:
         assert made["dist_lm"] == made["transformers"], f"different ids: {made}"
     rates = {name: args.new_tokens / statistics.median(values) for name, values in seconds.items()}
     for name, rate in rates.items():
-        print(f"{name:14} {rate:7.2f} tokens/s   ({args.family}, {args.threads} threads, median of {args.rounds})")
+        print(
+            f"{name:14} {rate:7.2f} tokens/s   ({args.family}, {args.threads} threads, median of {args.rounds})"
+        )
     print(f"ratio {rates['dist_lm'] / rates['transformers']:.3f}, same ids")
 
 
@@ -89,7 +105,8 @@ def write_folder(folder: str, model: GPT) -> None:
     """The model as transformers reads it."""
     weights, size = model.state_dict(), (model.config, model.vocab_size, model.seq_len)
     tensors = {
-        entry.name: entry.from_flat(weights[entry.param].flatten()[slice(*entry.span)]) for entry in hf.layout(*size)
+        entry.name: entry.from_flat(weights[entry.param].flatten()[slice(*entry.span)])
+        for entry in hf.layout(*size)
     }
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
     Path(folder, "config.json").write_text(json.dumps(hf.config_json(*size, eot_id=None)))

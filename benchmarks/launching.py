@@ -18,7 +18,9 @@ from tests.machines import Slurm, admin_env, slurm
 from tests.procs import ROOT
 
 STEPS = 30
-TRAIN = f"--run.steps {STEPS} --run.eval_every 0 --run.save_every 0 --run.trackers".split()  # the quickstart's model
+TRAIN = (
+    f"--run.steps {STEPS} --run.eval_every 0 --run.save_every 0 --run.trackers".split()
+)  # the quickstart's model
 
 
 def tokens_per_second(run: Path) -> float:
@@ -40,15 +42,28 @@ def two_nodes(cluster: Slurm, run: Path) -> float:
 
 
 def main(rounds: int, folder: Path) -> None:
-    prepare = [sys.executable, "-m", "dist_lm.prepare", "--input", "stdlib", "--output", str(folder / "data")]
+    prepare = [
+        sys.executable,
+        "-m",
+        "dist_lm.prepare",
+        "--input",
+        "stdlib",
+        "--output",
+        str(folder / "data"),
+    ]
     subprocess.run(prepare, check=True, capture_output=True)
     TRAIN.extend(["--data.input", str(folder / "data")])
     with slurm(folder / "slurm") as cluster:
         ratios = []
         for number in range(rounds):
-            one, two = one_node(folder / f"one{number}"), two_nodes(cluster, folder / f"two{number}")
+            one, two = (
+                one_node(folder / f"one{number}"),
+                two_nodes(cluster, folder / f"two{number}"),
+            )
             ratios.append(two / one)
-            print(f"one node {one:,.0f} tokens/s, two nodes {two:,.0f}: {two / one:.3f}", flush=True)
+            print(
+                f"one node {one:,.0f} tokens/s, two nodes {two:,.0f}: {two / one:.3f}", flush=True
+            )
     print(f"median of {rounds}: {statistics.median(ratios):.3f}")
 
 

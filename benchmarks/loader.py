@@ -22,7 +22,9 @@ from dist_lm.errors import UserError
 T, BATCH, STEPS, ROUNDS = 1024, 16, 300, 5
 
 
-def nano_gpt_batch(tokens: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def nano_gpt_batch(
+    tokens: np.ndarray, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The usual loader of teaching code, for comparison: random windows one by one."""
     starts = rng.integers(0, len(tokens) - T, BATCH)
     x = torch.stack([torch.from_numpy(tokens[i : i + T].astype(np.int64)) for i in starts])
@@ -34,20 +36,41 @@ def main() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        prepare_dataset(DataConfig(tokenizer="byte"), Path(folder) / "shards", 1, say=lambda text: None)
+        prepare_dataset(
+            DataConfig(tokenizer="byte"), Path(folder) / "shards", 1, say=lambda text: None
+        )
         rates: dict[str, list[float]] = {}
         for workers in (0, 1):
-            config = resolve(("benchmark", {"data.input": f"{folder}/shards", "data.seq_len": T, "data.workers": workers,
-                                            "data.global_batch": BATCH, "run.dir": folder}))  # fmt: skip
+            config = resolve(
+                (
+                    "benchmark",
+                    {
+                        "data.input": f"{folder}/shards",
+                        "data.seq_len": T,
+                        "data.workers": workers,
+                        "data.global_batch": BATCH,
+                        "run.dir": folder,
+                    },
+                )
+            )
             data = open_dataset(config, lambda work: work())
             for _ in range(ROUNDS):
-                batches = Batches(data.train, config.data, batch_layout(config, 1), 0, torch.device("cpu"), seed=1,
-                                  eot=data.tokenizer.eot)  # fmt: skip
+                batches = Batches(
+                    data.train,
+                    config.data,
+                    batch_layout(config, 1),
+                    0,
+                    torch.device("cpu"),
+                    seed=1,
+                    eot=data.tokenizer.eot,
+                )
                 batches.take()
                 began = time.monotonic()
                 for _ in range(STEPS):
                     batches.take()
-                rates.setdefault(f"ours, {workers} workers", []).append(STEPS * BATCH * T / (time.monotonic() - began))
+                rates.setdefault(f"ours, {workers} workers", []).append(
+                    STEPS * BATCH * T / (time.monotonic() - began)
+                )
                 batches.close()
         tokens = data.train.read(np.arange(1000), T, T).reshape(-1)
         rng = np.random.default_rng(0)
@@ -55,7 +78,9 @@ def main() -> None:
             began = time.monotonic()
             for _ in range(STEPS):
                 nano_gpt_batch(tokens, rng)
-            rates.setdefault("random windows one by one", []).append(STEPS * BATCH * T / (time.monotonic() - began))
+            rates.setdefault("random windows one by one", []).append(
+                STEPS * BATCH * T / (time.monotonic() - began)
+            )
     for name, values in rates.items():
         print(
             f"{name:26} {statistics.median(values) / 1e6:7.1f} M tokens/s ({min(values) / 1e6:.1f} to {max(values) / 1e6:.1f})"

@@ -19,7 +19,9 @@ VOCABULARY, CONTEXT = 32000, 128
 
 
 def main(recipe: str) -> None:
-    config = resolve((recipe, read_yaml(recipe)), ("benchmark", {"run.trackers": [], "run.dir": "runs/memory"}))
+    config = resolve(
+        (recipe, read_yaml(recipe)), ("benchmark", {"run.trackers": [], "run.dir": "runs/memory"})
+    )
     runtime = start(config, "zero3")
     import deepspeed  # noqa: F401  # the idle process has it too
 
@@ -32,19 +34,32 @@ def main(recipe: str) -> None:
         model = GPT(config.model, VOCABULARY, CONTEXT)
     built = resident("VmHWM") - idle
     figures = runtime.channel.gather(built)
-    runtime.say(json.dumps({
-        "parameters": sum(sizes) // 4, "processes": runtime.world_size, "share + largest MB": round(allowed / 1e6),
-        "peak MB while building": [round(f / 1e6) for f in figures], "ratio": round(max(figures) / allowed, 2),
-    }))  # fmt: skip
+    runtime.say(
+        json.dumps(
+            {
+                "parameters": sum(sizes) // 4,
+                "processes": runtime.world_size,
+                "share + largest MB": round(allowed / 1e6),
+                "peak MB while building": [round(f / 1e6) for f in figures],
+                "ratio": round(max(figures) / allowed, 2),
+            }
+        )
+    )
     optimizer = make_optimizer(model, config.optim, config.run.precision)
     forget_peak()
     runtime.prepare(model, optimizer, shapes, config)
     figures = runtime.channel.gather([resident("VmHWM") - idle, resident("VmRSS") - idle])
-    runtime.say(json.dumps({
-        "with optimizer state: peak MB": [round(f[0] / 1e6) for f in figures],
-        "afterwards MB": [round(f[1] / 1e6) for f in figures],
-        "weights, fp32 pieces and two moments MB": round(4 * sum(sizes) / runtime.world_size / 1e6),
-    }))  # fmt: skip
+    runtime.say(
+        json.dumps(
+            {
+                "with optimizer state: peak MB": [round(f[0] / 1e6) for f in figures],
+                "afterwards MB": [round(f[1] / 1e6) for f in figures],
+                "weights, fp32 pieces and two moments MB": round(
+                    4 * sum(sizes) / runtime.world_size / 1e6
+                ),
+            }
+        )
+    )
     runtime.close()
 
 

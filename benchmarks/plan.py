@@ -42,12 +42,26 @@ SHAPES = {
 
 def settings(strategy: str, size: str, folder: str) -> Config:
     layers, width, length = SHAPES[size]
-    return resolve(("benchmark", {
-        "model.layers": layers, "model.heads": width // 32, "model.width": width, "data.input": f"{folder}/data",
-        "data.tokenizer": "bpe:8192", "data.seq_len": length, "data.global_batch": 2 * PROCESSES,
-        "run.dir": f"{folder}/{strategy}-{size}", "run.trackers": [], "run.eval_every": 0, "run.save_every": 0,
-        "run.steps": STEPS, "run.resume": "never",
-    }))  # fmt: skip
+    return resolve(
+        (
+            "benchmark",
+            {
+                "model.layers": layers,
+                "model.heads": width // 32,
+                "model.width": width,
+                "data.input": f"{folder}/data",
+                "data.tokenizer": "bpe:8192",
+                "data.seq_len": length,
+                "data.global_batch": 2 * PROCESSES,
+                "run.dir": f"{folder}/{strategy}-{size}",
+                "run.trackers": [],
+                "run.eval_every": 0,
+                "run.save_every": 0,
+                "run.steps": STEPS,
+                "run.resume": "never",
+            },
+        )
+    )
 
 
 def measure(strategy: str, size: str, folder: str) -> None:
@@ -82,7 +96,9 @@ def resident(field: str) -> int:
 
 
 def main(strategies: list[str]) -> None:
-    print("| | parameters | predicted MB | measured MB | predicted / measured | measured with glibc's defaults |")
+    print(
+        "| | parameters | predicted MB | measured MB | predicted / measured | measured with glibc's defaults |"
+    )
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="dist_lm-plan-") as folder:
         prepare(folder)
@@ -91,9 +107,14 @@ def main(strategies: list[str]) -> None:
             for size, (parameters, *bytes_) in figures.items():
                 if size != "idle":
                     own, idle = bytes_, figures["idle"][1:]
-                    predicted, measured, default = ((a - b) / 1e6 for a, b in zip(own, idle, strict=True))
-                    print(f"| {strategy} x {PROCESSES} | {parameters:,} | {predicted:.0f} | {measured:.0f} |"
-                          f" {predicted / measured:.3f} | {default:.0f} |", flush=True)  # fmt: skip
+                    predicted, measured, default = (
+                        (a - b) / 1e6 for a, b in zip(own, idle, strict=True)
+                    )
+                    print(
+                        f"| {strategy} x {PROCESSES} | {parameters:,} | {predicted:.0f} | {measured:.0f} |"
+                        f" {predicted / measured:.3f} | {default:.0f} |",
+                        flush=True,
+                    )
 
 
 def prepare(folder: str) -> None:
@@ -101,11 +122,15 @@ def prepare(folder: str) -> None:
     prepare_dataset(data, f"{folder}/data", 2, say=lambda text: None)
 
 
-def compare(strategy: str, size: str, folder: str, defaults: bool = True) -> tuple[int, float, int, int]:
+def compare(
+    strategy: str, size: str, folder: str, defaults: bool = True
+) -> tuple[int, float, int, int]:
     """Parameters, predicted bytes, measured ones, and measured with glibc's defaults."""
     config = settings(strategy, size, folder)
     vocab_size = vocabulary(config)
-    parameters = sum(math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values())
+    parameters = sum(
+        math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values()
+    )
     predicted = memory(config, choose_strategy(strategy), PROCESSES, vocab_size, on_gpu=False).peak
     measured = [started(strategy, size, folder, env) for env in ENVIRONMENTS[: 1 + defaults]]
     return parameters, predicted, measured[0], measured[-1]
@@ -113,10 +138,21 @@ def compare(strategy: str, size: str, folder: str, defaults: bool = True) -> tup
 
 def started(strategy: str, size: str, folder: str, env: dict[str, str]) -> int:
     shutil.rmtree(f"{folder}/{strategy}-{size}", ignore_errors=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(PROCESSES), __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(PROCESSES),
+        __file__,
+    ]
     done = subprocess.run(
-        [*command, "--measure", strategy, size, folder], check=True, env={**os.environ, **env}, capture_output=True, text=True,
-    )  # fmt: skip
+        [*command, "--measure", strategy, size, folder],
+        check=True,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
     return int(json.loads(done.stdout.splitlines()[-1])["peak in steps"])
 
 

@@ -34,15 +34,21 @@ def seconds(act: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", default="bpe:8192", help="what is trained and used")
-    parser.add_argument("--copies", type=int, default=4, help="of the standard library's text (9 MB)")
+    parser.add_argument(
+        "--copies", type=int, default=4, help="of the standard library's text (9 MB)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
 
     stdlib = DataConfig().as_source()
-    documents = ["".join(texts) for *_, texts in Reader(stdlib, find_files(stdlib)).documents(Counter())]
+    documents = [
+        "".join(texts) for *_, texts in Reader(stdlib, find_files(stdlib)).documents(Counter())
+    ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_tokenizer(args.tokenizer, documents).save(folder)
@@ -50,7 +56,9 @@ def main() -> None:
         megabytes = sum(len(document.encode()) for document in documents) / 1e6
         with open(folder / "corpus.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
-        config = DataConfig(input=str(folder / "corpus.jsonl"), tokenizer=str(folder / "tokenizer.json"))
+        config = DataConfig(
+            input=str(folder / "corpus.jsonl"), tokenizer=str(folder / "tokenizer.json")
+        )
         raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
         def ours() -> None:
@@ -64,10 +72,13 @@ def main() -> None:
         pairs = [(seconds(theirs), seconds(ours)) for _ in range(args.rounds)]
     their_time, our_time = (statistics.median(times) for times in zip(*pairs, strict=True))
     figures = {
-        "MB": round(megabytes, 1), "processes": args.processes, "encode_batch_MB_per_s": round(megabytes / their_time, 2),
-        "prepare_MB_per_s": round(megabytes / our_time, 2), "ratio": round(their_time / our_time, 3),
+        "MB": round(megabytes, 1),
+        "processes": args.processes,
+        "encode_batch_MB_per_s": round(megabytes / their_time, 2),
+        "prepare_MB_per_s": round(megabytes / our_time, 2),
+        "ratio": round(their_time / our_time, 3),
         "rounds": [[round(t, 2) for t in pair] for pair in pairs],
-    }  # fmt: skip
+    }
     print(json.dumps(figures))
 
 

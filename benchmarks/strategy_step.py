@@ -26,8 +26,19 @@ ROUNDS, STEPS, FIRST = 4, 15, 3
 
 def main(strategy: str) -> None:
     folder = Path(tempfile.gettempdir(), f"dist_lm-benchmark-{strategy}")
-    config = resolve(("benchmark", {"run.dir": str(folder), "run.trackers": [], "run.eval_every": 0,
-                                    "run.save_every": 0, "run.steps": 1000, "run.resume": "never"}))  # fmt: skip
+    config = resolve(
+        (
+            "benchmark",
+            {
+                "run.dir": str(folder),
+                "run.trackers": [],
+                "run.eval_every": 0,
+                "run.save_every": 0,
+                "run.steps": 1000,
+                "run.resume": "never",
+            },
+        )
+    )
     runtime = start(config, strategy if strategy.startswith("zero") else None)
     place = train.find_place(runtime, config, [])
     assert place, f"{folder} is finished"
@@ -36,7 +47,9 @@ def main(strategy: str) -> None:
     targets = runtime.sum(torch.tensor(float(batch.targets)))
     bare: list[float] = []
     for n in range(1, ROUNDS + 1):
-        run.config = Config(**{**config.__dict__, "run": config.run.model_copy(update={"stop_after": n * STEPS})})
+        run.config = Config(
+            **{**config.__dict__, "run": config.run.model_copy(update={"stop_after": n * STEPS})}
+        )
         train.train(run)
         for step in range(STEPS):
             began = time.monotonic()
@@ -54,10 +67,23 @@ def main(strategy: str) -> None:
             if step >= FIRST:
                 bare.append(time.monotonic() - began)
     tokens = run.layout.tokens_per_step
-    ours = [tokens / s["tokens_per_second"] for s in read_metrics(folder)[0] if (s["step"] - 1) % STEPS >= FIRST]
+    ours = [
+        tokens / s["tokens_per_second"]
+        for s in read_metrics(folder)[0]
+        if (s["step"] - 1) % STEPS >= FIRST
+    ]
     a, b = statistics.median(ours), statistics.median(bare)
-    runtime.say(json.dumps({"strategy": runtime.strategy, "world": runtime.world_size, "train.py ms": round(1000 * a, 1),
-                            "bare loop ms": round(1000 * b, 1), "ratio": round(a / b, 3)}))  # fmt: skip
+    runtime.say(
+        json.dumps(
+            {
+                "strategy": runtime.strategy,
+                "world": runtime.world_size,
+                "train.py ms": round(1000 * a, 1),
+                "bare loop ms": round(1000 * b, 1),
+                "ratio": round(a / b, 3),
+            }
+        )
+    )
     runtime.close()
 
 

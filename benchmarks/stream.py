@@ -90,10 +90,15 @@ if __name__ == "__main__":
 def corpus(megabytes: float, seed: int = 1) -> Iterator[str]:
     """Documents of so much text in all."""
     rng, left, most = np.random.default_rng(seed), megabytes * MB, 60_000
-    sounds = np.array([c + v + e for c in "bcdfghklmnprstvwz" for v in "aeiou" for e in ("", "n", "r", "st")], object)
+    sounds = np.array(
+        [c + v + e for c in "bcdfghklmnprstvwz" for v in "aeiou" for e in ("", "n", "r", "st")],
+        object,
+    )
     words: dict[str, None] = {}
     while len(words) < most:  # the more frequent the shorter
-        words["".join(rng.choice(sounds, 1 + int(len(words) > 100) + int(rng.integers(0, 3))))] = None
+        words["".join(rng.choice(sounds, 1 + int(len(words) > 100) + int(rng.integers(0, 3))))] = (
+            None
+        )
     table = np.array([word + end for end in (" ", ", ", ". ", ".\n") for word in words], object)
     ends = np.repeat(np.arange(4), [87, 7, 5, 1])
     while left > 0:
@@ -120,7 +125,11 @@ def write(folder: Path, kind: str, megabytes: float, row_group: int = 1000) -> i
                     writer.write_table(pa.table({"text": group}))
                     documents += len(group)
         else:
-            with gzip.open(path, "wb", compresslevel=1) if kind.endswith(".gz") else open(path, "wb") as file:
+            with (
+                gzip.open(path, "wb", compresslevel=1)
+                if kind.endswith(".gz")
+                else open(path, "wb") as file
+            ):
                 for text in texts:
                     file.write(json.dumps({"text": text}).encode() + b"\n")
                     documents += 1
@@ -129,8 +138,12 @@ def write(folder: Path, kind: str, megabytes: float, row_group: int = 1000) -> i
 
 def loaded(folder: Path, kind: str) -> datasets.IterableDataset:
     """The same files, streamed by `datasets`."""
-    return datasets.load_dataset("parquet" if kind == "parquet" else "json", split="train", streaming=True,
-                                 data_files=sorted(map(str, folder.iterdir())))  # fmt: skip
+    return datasets.load_dataset(
+        "parquet" if kind == "parquet" else "json",
+        split="train",
+        streaming=True,
+        data_files=sorted(map(str, folder.iterdir())),
+    )
 
 
 def make_tokenizer(scratch: Path) -> Path:
@@ -139,22 +152,43 @@ def make_tokenizer(scratch: Path) -> Path:
     return scratch / "tokenizer.json"
 
 
-def config_of(source: Path, tokenizer: Path | str, scratch: Path, workers: int = 0, stream: bool = True) -> Config:
-    return resolve(("benchmark", {
-        "data.input": str(source), "data.tokenizer": str(tokenizer), "data.stream": stream, "data.val_fraction": 0.0,
-        "data.seq_len": T, "data.global_batch": BATCH, "data.workers": workers, "run.eval_every": 0,
-        "run.epochs": 1, "optim.schedule": "constant", "run.dir": tempfile.mkdtemp(dir=scratch),
-    }))  # fmt: skip
+def config_of(
+    source: Path, tokenizer: Path | str, scratch: Path, workers: int = 0, stream: bool = True
+) -> Config:
+    return resolve(
+        (
+            "benchmark",
+            {
+                "data.input": str(source),
+                "data.tokenizer": str(tokenizer),
+                "data.stream": stream,
+                "data.val_fraction": 0.0,
+                "data.seq_len": T,
+                "data.global_batch": BATCH,
+                "data.workers": workers,
+                "run.eval_every": 0,
+                "run.epochs": 1,
+                "optim.schedule": "constant",
+                "run.dir": tempfile.mkdtemp(dir=scratch),
+            },
+        )
+    )
 
 
 def opened(config: Config) -> Dataset:
     return open_dataset(config, lambda work: work(), lambda text: None)
 
 
-def batches_of(config: Config, data: Dataset, state: Any = None, rank: int = 0, world: int = 1) -> Batches:
+def batches_of(
+    config: Config, data: Dataset, state: Any = None, rank: int = 0, world: int = 1
+) -> Batches:
     channel = Channel(rank, world, CPU) if world > 1 else None
-    mix = MixtureReader(data, config.data, config.run.seed, state=state, rank=rank, world=world, channel=channel)
-    return Batches(mix, config.data, batch_layout(config, world), rank, CPU, seed=1, eot=data.tokenizer.eot)
+    mix = MixtureReader(
+        data, config.data, config.run.seed, state=state, rank=rank, world=world, channel=channel
+    )
+    return Batches(
+        mix, config.data, batch_layout(config, world), rank, CPU, seed=1, eot=data.tokenizer.eot
+    )
 
 
 def read_pass(batches: Batches) -> int:
@@ -194,8 +228,15 @@ def raw(args: argparse.Namespace, scratch: Path) -> None:
     one_core()
     folder, file = scratch / "raw", make_tokenizer(scratch)
     write(folder, "parquet", args.megabytes or 6)
-    documents = [text for path in sorted(folder.iterdir()) for text in pq.read_table(path)["text"].to_pylist()]
-    alone, configs = tokenizers.Tokenizer.from_file(str(file)), [config_of(folder, file, scratch, n) for n in (0, 1)]
+    documents = [
+        text
+        for path in sorted(folder.iterdir())
+        for text in pq.read_table(path)["text"].to_pylist()
+    ]
+    alone, configs = (
+        tokenizers.Tokenizer.from_file(str(file)),
+        [config_of(folder, file, scratch, n) for n in (0, 1)],
+    )
     data = [opened(config) for config in configs]
     size = sum(len(text) for text in documents) / MB
 
@@ -215,8 +256,10 @@ def raw(args: argparse.Namespace, scratch: Path) -> None:
         rounds.append({name: timed(sides[name]) for name in names})
     print(f"{size:.0f} MB of text, {len(documents)} documents, {args.rounds} rounds")
     for name in sides:
-        print(f"{name:18} {spread([size / r[name][0] for r in rounds])} MB/s, "
-              f"{spread([size / r[name][1] for r in rounds])} MB per CPU second")  # fmt: skip
+        print(
+            f"{name:18} {spread([size / r[name][0] for r in rounds])} MB/s, "
+            f"{spread([size / r[name][1] for r in rounds])} MB per CPU second"
+        )
     for name in list(sides)[2:]:
         for base in list(sides)[:2]:
             clock, cpu = ([r[base][n] / r[name][n] for r in rounds] for n in (0, 1))
@@ -244,7 +287,9 @@ class Timed(Tokenizer):
 def with_tokenizer(data: Dataset, tokenizer: Tokenizer) -> Dataset:
     (recipe,) = data.sources.values()
     assert isinstance(recipe, StreamSpec), "a stream"
-    return dataclasses.replace(data, sources={"text": dataclasses.replace(recipe, tokenizer=tokenizer)})
+    return dataclasses.replace(
+        data, sources={"text": dataclasses.replace(recipe, tokenizer=tokenizer)}
+    )
 
 
 def pipeline(args: argparse.Namespace, scratch: Path) -> None:
@@ -253,7 +298,9 @@ def pipeline(args: argparse.Namespace, scratch: Path) -> None:
     write(folder, "parquet", args.megabytes or 6)
     rounds = []
     for _ in range(args.rounds):
-        rounds.append({side: two_processes(side, folder, file, scratch) for side in ("ours", "theirs")})
+        rounds.append(
+            {side: two_processes(side, folder, file, scratch) for side in ("ours", "theirs")}
+        )
     for side, name in (("ours", "stream"), ("theirs", "datasets")):
         clock, cpu = ([r[side][n] / MB for r in rounds] for n in (0, 1))
         print(f"{name:9} {spread(clock, 3)} M tokens/s of both, {spread(cpu, 3)} M per CPU second")
@@ -267,10 +314,22 @@ def two_processes(side: str, folder: Path, file: Path, scratch: Path) -> tuple[f
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    command = [sys.executable, __file__, "rank", "--side", side, "--folder", str(folder), "--tokenizer", str(file),
-               "--scratch", str(scratch)]  # fmt: skip
+    command = [
+        sys.executable,
+        __file__,
+        "rank",
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--tokenizer",
+        str(file),
+        "--scratch",
+        str(scratch),
+    ]
     ranks = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | world | {"RANK": str(n)}) for n in range(2)
+        subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | world | {"RANK": str(n)})
+        for n in range(2)
     ]
     try:
         found = [json.loads(process.communicate()[0]) for process in ranks]
@@ -298,13 +357,17 @@ def rank(args: argparse.Namespace, scratch: Path) -> None:
         # transformers' run_clm.py, streamed
         import transformers  # slow, and needed for this side only
 
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(args.tokenizer), eos_token="<|endoftext|>")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(args.tokenizer), eos_token="<|endoftext|>"
+        )
         tokenizer.model_max_length = 10**9  # no warning about the length
 
         def group_texts(examples: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
             joined = {key: list(chain(*examples[key])) for key in examples}
             total = len(joined["input_ids"]) // T * T
-            result = {key: [ids[i : i + T] for i in range(0, total, T)] for key, ids in joined.items()}
+            result = {
+                key: [ids[i : i + T] for i in range(0, total, T)] for key, ids in joined.items()
+            }
             result["labels"] = result["input_ids"].copy()
             return result
 
@@ -314,7 +377,9 @@ def rank(args: argparse.Namespace, scratch: Path) -> None:
             )
             rows = rows.map(group_texts, batched=True).shuffle(seed=1, buffer_size=1000)
             rows = split_dataset_by_node(rows, number, 2)
-            loader = torch.utils.data.DataLoader(rows, BATCH // 2, collate_fn=transformers.default_data_collator)
+            loader = torch.utils.data.DataLoader(
+                rows, BATCH // 2, collate_fn=transformers.default_data_collator
+            )
             tokens[0] = sum(batch["input_ids"].numel() for batch in loader)
 
     dist.barrier()
@@ -335,7 +400,10 @@ def mosaic(args: argparse.Namespace, scratch: Path) -> None:
     file = make_tokenizer(scratch)
     write(scratch / "text", "parquet", args.megabytes or 32)
     prepare_dataset(
-        config_of(scratch / "text", file, scratch, stream=False).data, scratch / "shards", 1, lambda said: None
+        config_of(scratch / "text", file, scratch, stream=False).data,
+        scratch / "shards",
+        1,
+        lambda said: None,
     )
     configs = [config_of(scratch / "shards", file, scratch, n, stream=False) for n in (0, 1)]
     shards = opened(configs[0]).train
@@ -355,16 +423,31 @@ def mosaic(args: argparse.Namespace, scratch: Path) -> None:
         return rate / MB
 
     def theirs(workers: int) -> float:
-        command = [python, "-c", MOSAIC, scratch / "sequences.npy", scratch / "mds", str(workers), str(epochs)]
+        command = [
+            python,
+            "-c",
+            MOSAIC,
+            scratch / "sequences.npy",
+            scratch / "mds",
+            str(workers),
+            str(epochs),
+        ]
         return float(subprocess.check_output(list(map(str, command)))) / MB
 
-    rounds = [[ours(configs[0]), theirs(0), ours(configs[1]), theirs(1)] for _ in range(args.rounds)]
+    rounds = [
+        [ours(configs[0]), theirs(0), ours(configs[1]), theirs(1)] for _ in range(args.rounds)
+    ]
     print(f"{rows} sequences of {T}, {epochs} epochs")
-    for name, rates in zip(("ours, 0 workers", "mosaic, 0 workers", "ours, 1 worker", "mosaic, 1 worker"),
-                           zip(*rounds, strict=True), strict=True):  # fmt: skip
+    for name, rates in zip(
+        ("ours, 0 workers", "mosaic, 0 workers", "ours, 1 worker", "mosaic, 1 worker"),
+        zip(*rounds, strict=True),
+        strict=True,
+    ):
         print(f"{name:18} {spread(list(rates), 1)} M tokens/s")
-    print(f"ratio, 0 workers: {spread([r[0] / r[1] for r in rounds])}; 1 worker: {spread([r[2] / r[3] for r in rounds])};"
-          f" the slower of ours / the faster of theirs: {spread([min(r[0], r[2]) / max(r[1], r[3]) for r in rounds])}")  # fmt: skip
+    print(
+        f"ratio, 0 workers: {spread([r[0] / r[1] for r in rounds])}; 1 worker: {spread([r[2] / r[3] for r in rounds])};"
+        f" the slower of ours / the faster of theirs: {spread([min(r[0], r[2]) / max(r[1], r[3]) for r in rounds])}"
+    )
 
 
 class Bytes(Tokenizer):
@@ -388,7 +471,10 @@ def resume(args: argparse.Namespace, scratch: Path) -> None:
         data = opened(config)
         began = time.perf_counter()
         half, end = places(config, data)
-        print(f"{kind}: {documents} documents, a pass of bytes {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{kind}: {documents} documents, a pass of bytes {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
         sides: dict[str, Callable[[], Any]] = {
             "open": partial(opened, config),
             "resume half way": partial(first_batch, config, data, half),
@@ -404,7 +490,10 @@ def resume(args: argparse.Namespace, scratch: Path) -> None:
 
 def places(config: Config, data: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
     """Where the stream stands half way, and NEAR batches of bytes before its end; says what memory it all took."""
-    batches, last = batches_of(config, with_tokenizer(data, Bytes())), deque[dict[str, Any]](maxlen=NEAR)
+    batches, last = (
+        batches_of(config, with_tokenizer(data, Bytes())),
+        deque[dict[str, Any]](maxlen=NEAR),
+    )
     sizes, some = list[float](), list[dict[str, Any]]()
     while not (batch := batches.take()).end:
         last.append(batch.after)
@@ -420,7 +509,9 @@ def places(config: Config, data: Dataset) -> tuple[dict[str, Any], dict[str, Any
 
 def first_batch(config: Config, data: Dataset, state: dict[str, Any]) -> None:
     batch = batches_of(config, data, state).take()
-    assert batch.targets == BATCH * T, f"{batch.targets} targets, not a full batch: the place is too near the end"
+    assert batch.targets == BATCH * T, (
+        f"{batch.targets} targets, not a full batch: the place is too near the end"
+    )
 
 
 def skip(folder: Path, kind: str, rows: int) -> None:
@@ -439,15 +530,20 @@ def memory(args: argparse.Namespace, scratch: Path) -> None:
         tokens += batch.targets
         sizes.append(resident())
         if len(sizes) % 1000 == 0:
-            print(f"{tokens / MB:.1f} M tokens in {time.perf_counter() - began:.0f} s, {sizes[-1]:.0f} MB", flush=True)
+            print(
+                f"{tokens / MB:.1f} M tokens in {time.perf_counter() - began:.0f} s, {sizes[-1]:.0f} MB",
+                flush=True,
+            )
     batches.close()
     print(f"{tokens / MB:.0f} M tokens in {time.perf_counter() - began:.0f} s: {course(sizes)}")
 
 
 def course(sizes: list[float]) -> str:
     tenths = [f"{part.max():.0f}" for part in np.array_split(np.array(sizes), 10)]
-    return (f"first {sizes[0]:.0f}, most {max(sizes):.0f}, last {sizes[-1]:.0f} MB;"
-            f" most in each tenth {' '.join(tenths)}")  # fmt: skip
+    return (
+        f"first {sizes[0]:.0f}, most {max(sizes):.0f}, last {sizes[-1]:.0f} MB;"
+        f" most in each tenth {' '.join(tenths)}"
+    )
 
 
 def resident() -> float:
@@ -457,14 +553,26 @@ def resident() -> float:
 
 def main() -> None:
     claims = {act.__name__: act for act in (raw, pipeline, mosaic, resume, memory, rank)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("claim", choices=claims)
-    parser.add_argument("--megabytes", type=int, default=0, help="of text; unset: what the claim is about")
+    parser.add_argument(
+        "--megabytes", type=int, default=0, help="of text; unset: what the claim is about"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--kinds", nargs="+", default=["parquet", "jsonl", "jsonl.gz"], help="of resume and memory")
-    parser.add_argument("--row_group", type=int, default=1000, help="rows in a row group of Parquet")
+    parser.add_argument(
+        "--kinds", nargs="+", default=["parquet", "jsonl", "jsonl.gz"], help="of resume and memory"
+    )
+    parser.add_argument(
+        "--row_group", type=int, default=1000, help="rows in a row group of Parquet"
+    )
     parser.add_argument("--scratch", type=Path, help="where a folder is made and removed again")
-    parser.add_argument("--mosaic-python", type=Path, help="of an environment with mosaicml-streaming; unset: make one")
+    parser.add_argument(
+        "--mosaic-python",
+        type=Path,
+        help="of an environment with mosaicml-streaming; unset: make one",
+    )
     for name in ("--side", "--folder", "--tokenizer"):
         parser.add_argument(name, type=Path if name != "--side" else str, help=argparse.SUPPRESS)
     args = parser.parse_args()

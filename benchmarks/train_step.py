@@ -90,30 +90,55 @@ def main() -> None:
             figures: dict[str, list[float]] = {"train.py": [], "bare loop": [], "transformers": []}
             for number in range(ROUNDS):
                 settings = {
-                    "model.layers": layers, "model.heads": heads, "model.width": width, "model.positions": "learned",
-                    "model.norm": "layernorm", "model.activation": "gelu_tanh", "model.bias": True,
-                    "data.input": str(shards), "data.seq_len": T, "data.global_batch": batch, "optim.lr": RATE,
-                    "run.dir": f"{folder}/{name}-{number}", "run.steps": steps, "run.eval_every": 0, "run.save_every": 0,
-                }  # fmt: skip
+                    "model.layers": layers,
+                    "model.heads": heads,
+                    "model.width": width,
+                    "model.positions": "learned",
+                    "model.norm": "layernorm",
+                    "model.activation": "gelu_tanh",
+                    "model.bias": True,
+                    "data.input": str(shards),
+                    "data.seq_len": T,
+                    "data.global_batch": batch,
+                    "optim.lr": RATE,
+                    "run.dir": f"{folder}/{name}-{number}",
+                    "run.steps": steps,
+                    "run.eval_every": 0,
+                    "run.save_every": 0,
+                }
                 config = resolve(("benchmark", settings))
                 figures["train.py"].append(median_step(ours(config)))
 
                 model = GPT(config.model, 2048, T)
                 init_weights(model, 1)
-                step = plain_step(model, lambda t: model(t[:, :-1], t[:, 1:]) / t[:, 1:].numel(), batch, T)  # noqa: B023
+                step = plain_step(
+                    model, lambda t: model(t[:, :-1], t[:, 1:]) / t[:, 1:].numel(), batch, T
+                )  # noqa: B023
                 figures["bare loop"].append(median_step(loop_of(step, steps)))
 
                 theirs = GPT2LMHeadModel(
-                    GPT2Config(vocab_size=2048, n_positions=T + 1, n_embd=width, n_layer=layers, n_head=heads,
-                               embd_pdrop=0, resid_pdrop=0, attn_pdrop=0, use_cache=False)
-                )  # fmt: skip
+                    GPT2Config(
+                        vocab_size=2048,
+                        n_positions=T + 1,
+                        n_embd=width,
+                        n_layer=layers,
+                        n_head=heads,
+                        embd_pdrop=0,
+                        resid_pdrop=0,
+                        attn_pdrop=0,
+                        use_cache=False,
+                    )
+                )
                 # It shifts labels itself: T + 1 tokens in, T targets.
                 step = plain_step(theirs, lambda t: theirs(t, labels=t).loss, batch, T)  # noqa: B023
                 figures["transformers"].append(median_step(loop_of(step, steps)))
             print(name)
             best = {kind: statistics.median(values) for kind, values in figures.items()}
             for kind, seconds in best.items():
-                ratios = [own and other / own for own, other in zip(figures["train.py"], figures[kind], strict=True)]
+                ratios = [
+                    own and other / own
+                    for own, other in zip(figures["train.py"], figures[kind], strict=True)
+                ]
                 print(
                     f"  {kind:13} {1000 * seconds:8.2f} ms/step {batch * T / seconds:9.0f} tokens/s;"
                     f" speed of train.py relative to it {statistics.median(ratios):.3f}"

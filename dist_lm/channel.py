@@ -21,8 +21,12 @@ class Channel:
         """Every rank's value, by rank. All ranks."""
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
+            self.device
+        )
+        sizes = [
+            torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)
+        ]
         dist.all_gather(sizes, torch.tensor([len(message)], device=self.device), group=self.group)
         largest = int(max(int(size) for size in sizes))
         assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
@@ -30,7 +34,10 @@ class Channel:
         padded[: len(message)] = message
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded, group=self.group)
-        return [json.loads(bytes(g[: int(n)].cpu().numpy())) for g, n in zip(gathered, sizes, strict=True)]
+        return [
+            json.loads(bytes(g[: int(n)].cpu().numpy()))
+            for g, n in zip(gathered, sizes, strict=True)
+        ]
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Any:
         """Start sending; the tensor must stay as it is until wait() on what this returns."""

@@ -24,7 +24,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise UserError(f"{key} is given twice (line {key_node.start_mark.line + 1}); rule: once")
+                raise UserError(
+                    f"{key} is given twice (line {key_node.start_mark.line + 1}); rule: once"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -43,7 +45,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         beside = Path(path).parent.glob("*.yaml")
-        raise UserError(f"--config {path}: cannot be read ({reason}){did_you_mean(str(path), beside)}") from error
+        raise UserError(
+            f"--config {path}: cannot be read ({reason}){did_you_mean(str(path), beside)}"
+        ) from error
     try:
         content = yaml.load(text, _Loader) or {}
     except UserError as error:
@@ -51,18 +55,24 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a mapping of the sections {', '.join(SECTIONS)}, not {content!r}")
+        raise UserError(
+            f"{path}: must be a mapping of the sections {', '.join(SECTIONS)}, not {content!r}"
+        )
     settings = {}
     for section, fields in content.items():
         if section not in SECTIONS:
-            raise UserError(f"{path}: unknown section {section!r}{did_you_mean(str(section), SECTIONS)}")
+            raise UserError(
+                f"{path}: unknown section {section!r}{did_you_mean(str(section), SECTIONS)}"
+            )
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {section} must be a mapping of its fields, not {fields!r}")
         settings.update({f"{section}.{field}": value for field, value in fields.items()})
     return settings
 
 
-def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict[str, list[str]], dict[str, Any]]:
+def split_arguments(
+    argv: Sequence[str], flags: Mapping[str, str]
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Split a command line into an entry's own `flags` (name -> help; its values are collected) and settings."""
     given: dict[str, list[str]] = {}
     settings: dict[str, Any] = {}
@@ -70,7 +80,9 @@ def split_arguments(argv: Sequence[str], flags: Mapping[str, str]) -> tuple[dict
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise UserError(f"{word!r} is not a flag; rule: --section.field VALUE{did_you_mean('--' + word, flags)}")
+            raise UserError(
+                f"{word!r} is not a flag; rule: --section.field VALUE{did_you_mean('--' + word, flags)}"
+            )
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         values = [value] if equals else []
@@ -119,12 +131,19 @@ def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
         raise UserError(_explain(error, origin)) from None
 
 
-def load(argv: Sequence[str], flags: Mapping[str, str], usage: str) -> tuple[Config, dict[str, list[str]]]:
+def load(
+    argv: Sequence[str], flags: Mapping[str, str], usage: str
+) -> tuple[Config, dict[str, list[str]]]:
     """Read an entry's command line, which may name a YAML file by --config; answers --help and --print_config."""
-    flags = {"config": "YAML file with the settings that differ from the defaults.",
-             "print_config": "Print the resolved settings and stop.", **flags}  # fmt: skip
+    flags = {
+        "config": "YAML file with the settings that differ from the defaults.",
+        "print_config": "Print the resolved settings and stop.",
+        **flags,
+    }
     wants_help = any(word in ("-h", "--help") for word in argv)
-    given, settings = split_arguments([word for word in argv if word not in ("-h", "--help")], flags)
+    given, settings = split_arguments(
+        [word for word in argv if word not in ("-h", "--help")], flags
+    )
     levels = [(path, read_yaml(path)) for path in given.get("config", [])]
     config = resolve(*levels, ("command line", settings))
     if wants_help or "print_config" in given:
@@ -140,11 +159,19 @@ def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
     lines = [f"--{name}: {text}" for name, text in flags.items()]
     for name, section in NESTED.items():  # which tyro leaves out
         lines.append(f"--{name}: {FIELDS[name].description} In YAML, each with:")
-        lines += [f"    {field}: {info.description}" for field, info in section.model_fields.items()]
+        lines += [
+            f"    {field}: {info.description}" for field, info in section.model_fields.items()
+        ]
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=config, args=["--help"], prog=usage, description="\n".join(lines),
-                 config=(tyro.conf.FlagConversionOff,))  # fmt: skip
+        tyro.cli(
+            Config,
+            default=config,
+            args=["--help"],
+            prog=usage,
+            description="\n".join(lines),
+            config=(tyro.conf.FlagConversionOff,),
+        )
     return out.getvalue()
 
 
@@ -156,9 +183,13 @@ class FlagParser(argparse.ArgumentParser):
         super().__init__(prog, description=description, allow_abbrev=False, formatter_class=form)
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        arguments, rest = self.parse_known_intermixed_args([_with_underscores(word) for word in argv])
+        arguments, rest = self.parse_known_intermixed_args(
+            [_with_underscores(word) for word in argv]
+        )
         if rest:
-            raise UserError(f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}")
+            raise UserError(
+                f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}"
+            )
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -174,7 +205,9 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
     """The first validation error as one line: where it was set, field, value, rule, nearest good value."""
     first = error.errors(include_url=False)[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
-    if kind == "value_error":  # one of our own rules, already worded; it may name fields set anywhere
+    if (
+        kind == "value_error"
+    ):  # one of our own rules, already worded; it may name fields set anywhere
         text = str(context["error"])
         where = next((origin[name] for name in re.findall(r"\w+\.\w+", text) if name in origin), "")
         return f"{where}: {text}" if where else text
@@ -203,9 +236,15 @@ def parse_value(name: str, words: list[str]) -> Any:
     """The value of a command line field: text as it stands where a field is text, otherwise as YAML reads it."""
     annotation = FIELDS[name].annotation
     if get_origin(annotation) is tuple:
-        return words if get_args(annotation)[0] is str else [yaml.load(word, _Loader) for word in words]
+        return (
+            words
+            if get_args(annotation)[0] is str
+            else [yaml.load(word, _Loader) for word in words]
+        )
     if len(words) > 1:
-        raise UserError(f"--{name} takes one value, not {' '.join(words)!r}; rule: quote a value with spaces")
+        raise UserError(
+            f"--{name} takes one value, not {' '.join(words)!r}; rule: quote a value with spaces"
+        )
     if annotation is str or (str in get_args(annotation) and words[0] not in ("null", "None")):
         return words[0]
     try:

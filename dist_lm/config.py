@@ -32,7 +32,10 @@ class Section(BaseModel):
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
     if of % value:
         divisors = [d for d in range(1, of + 1) if of % d == 0]
-        below, above = [d for d in divisors if d < value][-1:], [d for d in divisors if d > value][:1]
+        below, above = (
+            [d for d in divisors if d < value][-1:],
+            [d for d in divisors if d > value][:1],
+        )
         nearest_text = ", ".join(str(d) for d in below + above)
         raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest_text}")
 
@@ -47,22 +50,35 @@ class ModelConfig(Section):
 
     layers: Positive = Field(4, description="Number of transformer blocks.")
     heads: Positive = Field(4, description="Attention heads.")
-    kv_heads: Positive = Field(FOLLOWS, description="Key/value heads (GQA); unset: as many as heads.")
+    kv_heads: Positive = Field(
+        FOLLOWS, description="Key/value heads (GQA); unset: as many as heads."
+    )
     width: Positive = Field(128, description="Width of the residual stream.")
     ffn_width: Positive = Field(
-        FOLLOWS, description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3, rounded up to 64)."
+        FOLLOWS,
+        description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3, rounded up to 64).",
     )
-    positions: Literal["learned", "rope", "sinusoidal", "none"] = Field("rope", description="Position encoding.")
+    positions: Literal["learned", "rope", "sinusoidal", "none"] = Field(
+        "rope", description="Position encoding."
+    )
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Kind of normalisation.")
-    norm_placement: Literal["pre", "post"] = Field("pre", description="Normalise before or after each branch.")
+    norm_placement: Literal["pre", "post"] = Field(
+        "pre", description="Normalise before or after each branch."
+    )
     activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu"] = Field(
         "swiglu", description="Activation of the feed-forward."
     )
     bias: bool = Field(False, description="Biases in linear layers and layernorms.")
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys in each head.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the embeddings and on each residual branch.")
-    tie_embeddings: bool = Field(True, description="Share the input embedding with the output head.")
-    init: Literal["gpt2", "scaled", "xavier", "orthogonal"] = Field("gpt2", description="Initial weights of matrices.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the embeddings and on each residual branch."
+    )
+    tie_embeddings: bool = Field(
+        True, description="Share the input embedding with the output head."
+    )
+    init: Literal["gpt2", "scaled", "xavier", "orthogonal"] = Field(
+        "gpt2", description="Initial weights of matrices."
+    )
     norm_eps: float = Field(1e-5, gt=0, description="Epsilon of the norms.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary frequencies.")
 
@@ -79,7 +95,9 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.width={self.width} must be even for sinusoidal positions; nearest: {self.width + 1}"
             )
-        ffn_width = -(-self.width * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.width
+        ffn_width = (
+            -(-self.width * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.width
+        )
         self._derive(kv_heads=self.kv_heads or self.heads, ffn_width=self.ffn_width or ffn_width)
         return self
 
@@ -91,7 +109,9 @@ def _check_template(name: str, source: "SourceConfig") -> None:
         has_columns = False
     if source.template and not has_columns:
         near = f"{{{source.text_column}}}"
-        raise ValueError(f"{name}={source.template!r} must name columns in pairs of braces; nearest: {near!r}")
+        raise ValueError(
+            f"{name}={source.template!r} must name columns in pairs of braces; nearest: {near!r}"
+        )
 
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -101,16 +121,25 @@ class SourceConfig(Section):
     """One named source of data.sources or data.validation."""
 
     input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
-    weight: float = Field(1.0, gt=0, description="Share of the tokens, relative to the other sources'.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the tokens, relative to the other sources'."
+    )
     text_column: str = Field("text", description="Column of the text in rows.")
-    separator: str | None = Field(None, min_length=1, description="Text that ends a document inside a .txt file.")
-    template: str | None = Field(None, description="Text made of several columns, e.g. '{title}: {body}'.")
-    filter: dict[str, str | int | float | bool | None] = Field({}, description="Column: the value that rows must have.")
+    separator: str | None = Field(
+        None, min_length=1, description="Text that ends a document inside a .txt file."
+    )
+    template: str | None = Field(
+        None, description="Text made of several columns, e.g. '{title}: {body}'."
+    )
+    filter: dict[str, str | int | float | bool | None] = Field(
+        {}, description="Column: the value that rows must have."
+    )
     subset: str | None = Field(None, description="Configuration of a hub dataset.")
     split: str = Field("train", description="Split of a hub dataset.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub dataset.")
     at_end: Literal["repeat", "stop", "hand_on"] = Field(
-        "repeat", description="After a pass: begin again, end the run, or leave the share to the others."
+        "repeat",
+        description="After a pass: begin again, end the run, or leave the share to the others.",
     )
 
     def template_columns(self) -> list[str]:
@@ -121,49 +150,88 @@ class Stage(Section):
     """From a step on, other weights; a source that is not named has none."""
 
     from_step: Positive = Field(description="Updates made before this stage.")
-    weights: dict[SourceName, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Source: its share.")
+    weights: dict[SourceName, Annotated[float, Field(gt=0)]] = Field(
+        min_length=1, description="Source: its share."
+    )
 
 
 class DataConfig(Section):
     """Which text, as which tokens, in which order."""
 
-    input: str = Field("stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib.")
-    sources: dict[SourceName, SourceConfig] = Field({}, description="Several inputs by name, instead of input.")
-    stages: tuple[Stage, ...] = Field((), description="Other weights of the sources from a step on.")
-    validation: dict[SourceName, SourceConfig] = Field({}, description="Validation sets by name, never trained on.")
-    stream: bool = Field(False, description="Read raw text while training, instead of preparing it first.")
+    input: str = Field(
+        "stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib."
+    )
+    sources: dict[SourceName, SourceConfig] = Field(
+        {}, description="Several inputs by name, instead of input."
+    )
+    stages: tuple[Stage, ...] = Field(
+        (), description="Other weights of the sources from a step on."
+    )
+    validation: dict[SourceName, SourceConfig] = Field(
+        {}, description="Validation sets by name, never trained on."
+    )
+    stream: bool = Field(
+        False, description="Read raw text while training, instead of preparing it first."
+    )
     lanes: Positive = Field(8, description="Parts of a stream that are read side by side.")
     packing: Literal["concat", "best_fit"] = Field(
-        "concat", description="Streams: cut the tokens every seq_len, or keep documents whole and fill up."
+        "concat",
+        description="Streams: cut the tokens every seq_len, or keep documents whole and fill up.",
     )
-    bad_rows: Literal["error", "skip"] = Field("error", description="What to do with rows that are not text.")
-    cache_gb: float = Field(20.0, gt=0, description="Largest local copy of prepared shards that lie at a URL.")
-    text_column: str = Field("text", description="Column of the text in .jsonl, .json, .csv and .parquet.")
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="What to do with rows that are not text."
+    )
+    cache_gb: float = Field(
+        20.0, gt=0, description="Largest local copy of prepared shards that lie at a URL."
+    )
+    text_column: str = Field(
+        "text", description="Column of the text in .jsonl, .json, .csv and .parquet."
+    )
     separator: str | None = Field(None, description="Text that ends a document inside a .txt file.")
-    tokenizer: str = Field("bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name.")
-    val_fraction: float = Field(0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text.")
+    tokenizer: str = Field(
+        "bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name."
+    )
+    val_fraction: float = Field(
+        0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text."
+    )
     seq_len: Positive = Field(256, description="Input tokens of a sequence.")
-    stride: Positive = Field(FOLLOWS, description="Input tokens between sequence starts; unset: seq_len.")
+    stride: Positive = Field(
+        FOLLOWS, description="Input tokens between sequence starts; unset: seq_len."
+    )
     document_mask: bool = Field(False, description="No attention and no target across documents.")
     global_batch: Positive = Field(16, description="Sequences in one step, over all processes.")
-    micro_batch: Positive | None = Field(None, description="Sequences in one backward; unset: a rank's whole share.")
-    workers: NotNegative = Field(1, description="Threads that read batches ahead; 0 reads in the step itself.")
+    micro_batch: Positive | None = Field(
+        None, description="Sequences in one backward; unset: a rank's whole share."
+    )
+    workers: NotNegative = Field(
+        1, description="Threads that read batches ahead; 0 reads in the step itself."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
         _check_at_most("data.stride", self.stride or self.seq_len, "data.seq_len", self.seq_len)
         if self.separator == "":
-            raise ValueError("data.separator='' must not be empty; nearest: null (each file is one document)")
+            raise ValueError(
+                "data.separator='' must not be empty; nearest: null (each file is one document)"
+            )
         if self.sources and self.input != DataConfig.model_fields["input"].default:
-            raise ValueError(f"data.input={self.input!r} and data.sources exclude each other; rule: give one")
+            raise ValueError(
+                f"data.input={self.input!r} and data.sources exclude each other; rule: give one"
+            )
         for name in self.validation.keys() & self.named_sources().keys():
-            raise ValueError(f"data.validation.{name} has the name of a source; rule: names of their own")
+            raise ValueError(
+                f"data.validation.{name} has the name of a source; rule: names of their own"
+            )
         for name, spec in (self.sources | self.validation).items():
             _check_template(self.field_of(name).removesuffix("input") + "template", spec)
         for stage in self.stages:
             for name in stage.weights.keys() - self.sources.keys():
-                raise ValueError(f"data.stages: {name!r} is none of data.sources{did_you_mean(name, self.sources)}")
-        if [stage.from_step for stage in self.stages] != sorted({stage.from_step for stage in self.stages}):
+                raise ValueError(
+                    f"data.stages: {name!r} is none of data.sources{did_you_mean(name, self.sources)}"
+                )
+        if [stage.from_step for stage in self.stages] != sorted(
+            {stage.from_step for stage in self.stages}
+        ):
             raise ValueError("data.stages must be in the order of from_step, each given once")
         self._derive(stride=self.stride or self.seq_len)
         if self.stream and self.stride != self.seq_len:
@@ -181,16 +249,24 @@ class DataConfig(Section):
     def field_of(self, name: str) -> str:
         """Where a source's input was given."""
         section = "validation" if name in self.validation else "sources"
-        return f"data.{section}.{name}.input" if name in self.validation or self.sources else "data.input"
+        return (
+            f"data.{section}.{name}.input"
+            if name in self.validation or self.sources
+            else "data.input"
+        )
 
     def as_source(self) -> SourceConfig:
-        return SourceConfig(input=self.input, text_column=self.text_column, separator=self.separator)
+        return SourceConfig(
+            input=self.input, text_column=self.text_column, separator=self.separator
+        )
 
 
 class OptimConfig(Section):
     """How the weights move."""
 
-    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "sgd", "adafactor", "lion", "muon"] = Field(
+        "adamw", description="Optimizer."
+    )
     lr: float = Field(4e-3, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of a decaying schedule.")
     warmup_steps: NotNegative = Field(50, description="Steps of linear warm-up.")
@@ -198,11 +274,14 @@ class OptimConfig(Section):
         "cosine", description="Learning rate after the warm-up."
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.95), description="Decay of the first and second moment (sgd: the first is its momentum)."
+        (0.9, 0.95),
+        description="Decay of the first and second moment (sgd: the first is its momentum).",
     )
     eps: float = Field(1e-8, gt=0, description="Epsilon of the update's denominator.")
     weight_decay: float = Field(
-        0.1, ge=0, description="Decay of matrices, not of norms, biases, embeddings; decoupled but for sgd."
+        0.1,
+        ge=0,
+        description="Decay of matrices, not of norms, biases, embeddings; decoupled but for sgd.",
     )
     clip: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
 
@@ -217,32 +296,65 @@ class RunConfig(Section):
 
     dir: str = Field("runs/quickstart", min_length=1, description="Folder of the run.")
     steps: Positive | None = Field(400, description="Length of the run in updates.")
-    epochs: Positive | None = Field(None, description="Length of the run in passes over the data, instead of steps.")
-    seed: NotNegative = Field(1, description="Seed of the weights, the order of the data and dropout.")
+    epochs: Positive | None = Field(
+        None, description="Length of the run in passes over the data, instead of steps."
+    )
+    seed: NotNegative = Field(
+        1, description="Seed of the weights, the order of the data and dropout."
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Arithmetic of the forward; weights and gradients stay fp32."
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
-    activation_checkpointing: bool = Field(False, description="Recompute each block in the backward to save memory.")
-    ema: float = Field(0.0, ge=0, lt=1, description="Decay of a moving average of the weights, kept beside; 0: none.")
+    activation_checkpointing: bool = Field(
+        False, description="Recompute each block in the backward to save memory."
+    )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a moving average of the weights, kept beside; 0: none.",
+    )
     eval_every: NotNegative = Field(100, description="Steps between evaluations; 0: never.")
-    eval_batches: Positive = Field(20, description="Global batches in an evaluation, always the same ones.")
+    eval_batches: Positive = Field(
+        20, description="Global batches in an evaluation, always the same ones."
+    )
     save_every: NotNegative = Field(200, description="Steps between checkpoints; 0: only the last.")
-    keep_last: Positive = Field(2, description="How many of the newest checkpoints stay (the best one always does).")
-    keep_every: NotNegative = Field(0, description="Also keep every checkpoint at a multiple of this step; 0: none.")
-    resume: str = Field("auto", description="auto: go on where the folder stands; never; or a step folder.")
-    init_from: str | None = Field(None, description="Start from the weights of a checkpoint or transformers model.")
-    stop_after: Positive | None = Field(None, description="Stop at this step as if told to; the schedule stays.")
-    timeout_seconds: float = Field(600.0, ge=1, description="How long a process that is gone can hold up the others.")
+    keep_last: Positive = Field(
+        2, description="How many of the newest checkpoints stay (the best one always does)."
+    )
+    keep_every: NotNegative = Field(
+        0, description="Also keep every checkpoint at a multiple of this step; 0: none."
+    )
+    resume: str = Field(
+        "auto", description="auto: go on where the folder stands; never; or a step folder."
+    )
+    init_from: str | None = Field(
+        None, description="Start from the weights of a checkpoint or transformers model."
+    )
+    stop_after: Positive | None = Field(
+        None, description="Stop at this step as if told to; the schedule stays."
+    )
+    timeout_seconds: float = Field(
+        600.0, ge=1, description="How long a process that is gone can hold up the others."
+    )
     log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
-    profile_steps: NotNegative = Field(0, description="Trace this many steps with torch.profiler; 0: none.")
-    trackers: tuple[str, ...] = Field(("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb.")
-    sample_prompt: str = Field("\n", min_length=1, description="Prompt of the samples at each evaluation.")
+    profile_steps: NotNegative = Field(
+        0, description="Trace this many steps with torch.profiler; 0: none."
+    )
+    trackers: tuple[str, ...] = Field(
+        ("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb."
+    )
+    sample_prompt: str = Field(
+        "\n", min_length=1, description="Prompt of the samples at each evaluation."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"run.steps={self.steps} and run.epochs={self.epochs}: exactly one of them must be given")
+            raise ValueError(
+                f"run.steps={self.steps} and run.epochs={self.epochs}: exactly one of them must be given"
+            )
         return self
 
 
@@ -256,10 +368,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        _check_at_most("data.micro_batch", self.data.micro_batch or 1, "data.global_batch", self.data.global_batch)
+        _check_at_most(
+            "data.micro_batch",
+            self.data.micro_batch or 1,
+            "data.global_batch",
+            self.data.global_batch,
+        )
         if self.run.epochs and len(self.data.sources) > 1:
-            raise ValueError(f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps")
-        if self.run.epochs and self.data.stream and self.optim.schedule not in ("constant", "inverse_sqrt"):
+            raise ValueError(
+                f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps"
+            )
+        if (
+            self.run.epochs
+            and self.data.stream
+            and self.optim.schedule not in ("constant", "inverse_sqrt")
+        ):
             raise ValueError(
                 f"run.epochs={self.run.epochs} of a stream has no length that optim.schedule={self.optim.schedule}"
                 " could end at; rule: run.steps, or optim.schedule=constant or inverse_sqrt"
@@ -271,21 +394,40 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """{'model.layers': 4, ...}"""
-        return {f"{s}.{f}": v for s, fields in self.model_dump(mode="json").items() for f, v in fields.items()}
+        return {
+            f"{s}.{f}": v
+            for s, fields in self.model_dump(mode="json").items()
+            for f, v in fields.items()
+        }
 
 
 SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
-FIELDS = {f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()}
+FIELDS = {
+    f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()
+}
 NESTED: dict[str, type[Section]] = {
-    "data.sources": SourceConfig, "data.validation": SourceConfig, "data.stages": Stage
-}  # fmt: skip
+    "data.sources": SourceConfig,
+    "data.validation": SourceConfig,
+    "data.stages": Stage,
+}
 
 # What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
 # is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
 FREE_ON_RESUME = frozenset(
-    ["data.input", "data.sources", "data.text_column", "data.separator", "data.tokenizer", "data.val_fraction"]
+    [
+        "data.input",
+        "data.sources",
+        "data.text_column",
+        "data.separator",
+        "data.tokenizer",
+        "data.val_fraction",
+    ]
     + ["data.micro_batch", "data.workers", "data.cache_gb", "data.validation"]
-    + [f"run.{name}" for name in RunConfig.model_fields if name not in ("seed", "precision", "ema", "steps", "epochs")]
+    + [
+        f"run.{name}"
+        for name in RunConfig.model_fields
+        if name not in ("seed", "precision", "ema", "steps", "epochs")
+    ]
 )
 
 
@@ -298,7 +440,9 @@ class BatchLayout:
     micro_batch: int
     accumulation: int  # backward passes in a step, the same on every rank
     tokens_per_step: int
-    filler_percent: float  # rows without targets that even out the ranks, relative to the global batch
+    filler_percent: (
+        float  # rows without targets that even out the ranks, relative to the global batch
+    )
 
 
 def batch_layout(config: Config, world_size: int) -> BatchLayout:

@@ -16,7 +16,9 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, s
     with open(path, "wb", buffering=0) as file:
         for whole in parts:
             part = memoryview(whole)
-            for begin in range(0, len(part), _CHUNK):  # hashing and writing leave Python alone while they work
+            for begin in range(
+                0, len(part), _CHUNK
+            ):  # hashing and writing leave Python alone while they work
                 chunk = part[begin : begin + _CHUNK]
                 digest.update(chunk)
                 size += len(chunk)

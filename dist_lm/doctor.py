@@ -9,7 +9,9 @@ Each rank finds out its own facts, all get all of them, rank 0 prints what follo
 
 from dist_lm.launcher import die_with_launcher
 
-if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
+if (
+    __name__ == "__main__"
+):  # before all imports that take time: a launcher may be killed during them
     die_with_launcher()
 
 from dist_lm.cli import load
@@ -28,7 +30,9 @@ def arguments(argv: list[str]) -> tuple[Config, float, dict[str, list[str]]]:
     config, given = load(argv, FLAGS, "dist_lm/doctor.py")
     seconds = given.get("timeout_seconds", ["60"])[-1]
     if not seconds.isdecimal() or int(seconds) < 1:
-        raise UserError(f"--timeout_seconds={seconds} must be a whole number of 1 or more; nearest: 60")
+        raise UserError(
+            f"--timeout_seconds={seconds} must be a whole number of 1 or more; nearest: 60"
+        )
     return config, float(seconds), given
 
 
@@ -93,7 +97,9 @@ def main(config: Config, seconds: float, given: Mapping[str, list[str]]) -> None
     runtime = None
     try:
         run = config.run.model_copy(update={"timeout_seconds": seconds})
-        runtime = start(config.model_copy(update={"run": run}), given.get("launch", [None])[0], examining=True)
+        runtime = start(
+            config.model_copy(update={"run": run}), given.get("launch", [None])[0], examining=True
+        )
         for check in examine(runtime, config, seconds):
             checks.append(check)  # one by one, so that a peer's end leaves what was found before
     except UserError as error:
@@ -108,7 +114,9 @@ def main(config: Config, seconds: float, given: Mapping[str, list[str]]) -> None
     code = next((check.code for check in checks if check.grade == "fail"), 0)
     last, rank = checks[-1], os.environ.get("RANK", "0")
     if rank == "0":
-        print(report(checks, runtime.world_size if runtime else 0, code, "json" in given), flush=True)
+        print(
+            report(checks, runtime.world_size if runtime else 0, code, "json" in given), flush=True
+        )
     elif last.name == "peers":  # rank 0 may be the one that is gone
         print(f"rank {rank} ({socket.gethostname()}): {last.text}", file=sys.stderr, flush=True)
     if runtime is None or last.name == "peers":
@@ -119,14 +127,18 @@ def main(config: Config, seconds: float, given: Mapping[str, list[str]]) -> None
 
 def report(checks: Sequence[Check], world: int, code: int, as_json: bool) -> str:
     if as_json:
-        return json.dumps({"ranks": world, "code": code, "checks": [asdict(check) for check in checks]}, indent=1)
+        return json.dumps(
+            {"ranks": world, "code": code, "checks": [asdict(check) for check in checks]}, indent=1
+        )
     lines = []
     for check in checks:
         lines.append(f"{check.grade:6}{check.name:12}{check.text}")
         if check.remedy:
             lines.append(f"{'':18}-> {check.remedy}")
     grades = [check.grade for check in checks]
-    return "\n".join([*lines, f"{len(grades)} checks: {grades.count('warn')} warn, {grades.count('fail')} fail"])
+    return "\n".join(
+        [*lines, f"{len(grades)} checks: {grades.count('warn')} warn, {grades.count('fail')} fail"]
+    )
 
 
 def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Check]:
@@ -143,7 +155,13 @@ def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Check]
                 yield Check(name, "warn", text, remedy) if is_wrong else Check(name, "ok", text)
             except UserError as error:
                 failed.add(name)
-                yield Check(name, "fail", str(error), remedy, BAD_DATA if look in (data, tokenizer) else BAD_MACHINE)
+                yield Check(
+                    name,
+                    "fail",
+                    str(error),
+                    remedy,
+                    BAD_DATA if look in (data, tokenizer) else BAD_MACHINE,
+                )
     finally:
         if ranks.is_main:
             run_within(seconds / 4, ranks.clean)
@@ -156,7 +174,9 @@ class Ranks:
         self.runtime, self.config, self.seconds = runtime, config, seconds
         self.world, self.is_main, self.device = runtime.world_size, runtime.is_main, runtime.device
         self.gather = runtime.channel.gather
-        self.names = [f"rank {rank} ({host})" for rank, host in enumerate(self.gather(socket.gethostname()))]
+        self.names = [
+            f"rank {rank} ({host})" for rank, host in enumerate(self.gather(socket.gethostname()))
+        ]
         self.facts: list[dict[str, Any]] = []  # each rank's machine()
         self.checkpoint_bytes = 0  # not known yet
         self.folder = Path(config.run.dir).absolute()
@@ -175,7 +195,11 @@ class Ranks:
         """What `work` finds on each rank that is asked, or else all raise what it failed of. All ranks."""
         # Half of the time, so that the others do not give up a slow rank first.
         said = self.gather(run_within(self.seconds / 2, work) if asked else {"found": None})
-        failed = [f"{who}: {one['error']}" for who, one in zip(self.names, said, strict=True) if "error" in one]
+        failed = [
+            f"{who}: {one['error']}"
+            for who, one in zip(self.names, said, strict=True)
+            if "error" in one
+        ]
         if failed:
             raise UserError(_few(failed, "; "))
         return [one["found"] for one in said]
@@ -211,20 +235,35 @@ def devices(ranks: Ranks) -> Found:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What this rank's machine and software are."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))))
-    versions = {"python": platform.python_version(), "dist_lm": f"{__version__} ({code.hexdigest()[:8]})"}
+    code = hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    )
+    versions = {
+        "python": platform.python_version(),
+        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
+    }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     with open("/proc/meminfo") as file:
-        memory = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        memory = next(
+            int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
+        )
     facts = {
-        "versions": versions, "host": socket.gethostname(), "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0)), "memory": memory,
-        "device_memory": 0, "address": own_address(),
-    }  # fmt: skip
+        "versions": versions,
+        "host": socket.gethostname(),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "memory": memory,
+        "device_memory": 0,
+        "address": own_address(),
+    }
     if device.type == "cuda":
-        facts["device"], facts["device_memory"] = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
+        facts["device"], facts["device_memory"] = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.mem_get_info(device)[0],
+        )
         with contextlib.suppress(OSError, IndexError):
             driver = Path("/proc/driver/nvidia/version").read_text().split("  ")[1]
             facts["device"] = f"{facts['device']} {driver.strip()}"
@@ -245,8 +284,9 @@ def versions(ranks: Ranks) -> Found:
     different = [
         f"{who}: {key} {fact['versions'].get(key, 'missing')}, not {first.get(key, 'missing')}"
         for who, fact in zip(ranks.names, ranks.facts, strict=True)
-        for key in {**first, **fact["versions"]} if fact["versions"].get(key) != first.get(key)
-    ]  # fmt: skip
+        for key in {**first, **fact["versions"]}
+        if fact["versions"].get(key) != first.get(key)
+    ]
     if different:
         raise UserError(_few(different, "; "))
     return ", ".join(f"{key} {value}" for key, value in first.items()), False
@@ -255,7 +295,10 @@ def versions(ranks: Ranks) -> Found:
 def threads(ranks: Ranks) -> Found:
     for host in dict.fromkeys(fact["host"] for fact in ranks.facts):
         here = [fact for fact in ranks.facts if fact["host"] == host]
-        cores, wanted = len(set().union(*(fact["cores"] for fact in here))), sum(fact["threads"] for fact in here)
+        cores, wanted = (
+            len(set().union(*(fact["cores"] for fact in here))),
+            sum(fact["threads"] for fact in here),
+        )
         if wanted > cores:
             return f"{host}: {wanted} threads of {len(here)} ranks share {cores} core(s)", True
     return f"{ranks.facts[0]['threads']} a rank on {len(ranks.facts[0]['cores'])} cores", False
@@ -276,7 +319,9 @@ def memory(ranks: Ranks) -> Found:
         return text, False
     weights = 4 * parameters(ranks.config, vocab_size)
     divided = weights + checkpoint_bytes(ranks.config, vocab_size)  # gradients; weights and moments
-    on_each = weights if zero["stage"] in (1, 2) else 0  # there the optimizer has copies of its share
+    on_each = (
+        weights if zero["stage"] in (1, 2) else 0
+    )  # there the optimizer has copies of its share
     processes = 1 if on_gpu else sum(fact["host"] == host for fact in ranks.facts)
     least = processes * (on_each + divided / (ranks.world if zero["stage"] else 1))
     text += f", weights, gradients and moments take {_gb(least)}"
@@ -297,7 +342,9 @@ def clocks(ranks: Ranks) -> Found:
 
 
 def rendezvous(ranks: Ranks) -> Found:
-    where = f"{os.environ.get('MASTER_ADDR', 'none: one process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(":")
+    where = f"{os.environ.get('MASTER_ADDR', 'none: one process')}:{os.environ.get('MASTER_PORT', '')}".rstrip(
+        ":"
+    )
     hosts = {fact["host"]: fact["address"] for fact in ranks.facts}
     addresses = _few([f"{host} {address}" for host, address in hosts.items()], ", ")
     only_itself = len(hosts) > 1 and any(address.startswith("127.") for address in hosts.values())
@@ -308,7 +355,9 @@ def sums(ranks: Ranks) -> Found:
     """Latency and bandwidth of a sum over all ranks. All ranks."""
     if ranks.world == 1:
         return "one process: none", False
-    latency, rate = latency_and_rate(ranks.device, lambda tensor: ranks.runtime.sum(tensor)[0].item())
+    latency, rate = latency_and_rate(
+        ranks.device, lambda tensor: ranks.runtime.sum(tensor)[0].item()
+    )
     bus = 2 * (ranks.world - 1) / ranks.world * rate
     return f"{1000 * latency:.3g} ms, {_gb(bus)}/s on the bus", False
 
@@ -316,7 +365,11 @@ def sums(ranks: Ranks) -> Found:
 def pairs(ranks: Ranks) -> Found:
     """Neighbouring ranks send to and fro, even and odd pairs in turns; the slowest pair of each class. All ranks."""
     lower = [low for first in (0, 1) for low in range(first, ranks.world - 1, 2)]
-    own = [(low, *pair_speed(ranks.runtime, low)) for low in lower if ranks.runtime.rank in (low, low + 1)]
+    own = [
+        (low, *pair_speed(ranks.runtime, low))
+        for low in lower
+        if ranks.runtime.rank in (low, low + 1)
+    ]
     found: defaultdict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for said in ranks.gather(own):
         for low, latency, rate in said:
@@ -327,7 +380,9 @@ def pairs(ranks: Ranks) -> Found:
         rate, latency, low = min(measured)
         middle = statistics.median(rate for rate, _, _ in measured)
         who = f"{ranks.names[low]} and {ranks.names[low + 1]}"
-        texts.append(f"{kind}: {1000 * latency:.3g} ms, {_gb(rate)}/s at least ({who}), median {_gb(middle)}/s")
+        texts.append(
+            f"{kind}: {1000 * latency:.3g} ms, {_gb(rate)}/s at least ({who}), median {_gb(middle)}/s"
+        )
         slow |= rate < SLOW_LINK * middle
     return "; ".join(texts) or "one process: none", slow
 
@@ -348,7 +403,9 @@ def pair_speed(runtime: Runtime, low: int) -> tuple[float, float]:
     return latency / 2, 2 * rate
 
 
-def latency_and_rate(device: torch.device, work: Callable[[torch.Tensor], object]) -> tuple[float, float]:
+def latency_and_rate(
+    device: torch.device, work: Callable[[torch.Tensor], object]
+) -> tuple[float, float]:
     """Seconds for one number, and bytes a second for many."""
     one, many = (torch.zeros(size // 4, device=device) for size in (4, MESSAGE_BYTES))
     return best_of(20, lambda: work(one)), MESSAGE_BYTES / best_of(3, lambda: work(many))
@@ -362,7 +419,11 @@ def speed(ranks: Ranks) -> Found:
     seconds = best_of(8, lambda: (a @ a)[0, 0].item())
     rates = [2 * size**3 / took for took in ranks.gather(seconds)]
     middle = statistics.median(rates) if len(rates) > 2 else max(rates)
-    slow = [f"{who} {rate / 1e12:.3g}" for who, rate in zip(ranks.names, rates, strict=True) if rate < SLOW * middle]
+    slow = [
+        f"{who} {rate / 1e12:.3g}"
+        for who, rate in zip(ranks.names, rates, strict=True)
+        if rate < SLOW * middle
+    ]
     text = f"{min(rates) / 1e12:.3g} to {max(rates) / 1e12:.3g} TFLOP/s in {str(kind).removeprefix('torch.')}"
     return text + (f"; slow: {_few(slow, ', ')}" if slow else ""), bool(slow)
 
@@ -395,7 +456,9 @@ def run_folder(ranks: Ranks) -> Found:
 def space(ranks: Ranks) -> Found:
     def sizes() -> tuple[int, int]:
         config = ranks.config
-        return checkpoint_bytes(config, vocabulary(config)), checkpoints_kept(config, steps_of(config))
+        return checkpoint_bytes(config, vocabulary(config)), checkpoints_kept(
+            config, steps_of(config)
+        )
 
     free = ranks.ask(lambda: shutil.disk_usage(ranks.folder).free, asked=ranks.is_main)[0]
     try:
@@ -424,7 +487,9 @@ def disk(ranks: Ranks) -> Found:
 
     rates = ranks.ask(write, asked=os.environ.get("LOCAL_RANK", "0") == "0")
     rate, size = min(rate for rate in rates if rate), ranks.checkpoint_bytes
-    text = f"{_gb(rate)}/s a host at least" + (f", a checkpoint in about {size / rate:.2g} s" if size else "")
+    text = f"{_gb(rate)}/s a host at least" + (
+        f", a checkpoint in about {size / rate:.2g} s" if size else ""
+    )
     return text, size / rate > SAVE_SECONDS
 
 
@@ -434,21 +499,30 @@ def data(ranks: Ranks) -> Found:
     text, content = seen[0]
     others = [who for who, (_, own) in zip(ranks.names, seen, strict=True) if own != content]
     if others:
-        raise UserError(f"data.input={ranks.config.data.input}: {_few(others, ', ')} see(s) other content than rank 0")
+        raise UserError(
+            f"data.input={ranks.config.data.input}: {_few(others, ', ')} see(s) other content than rank 0"
+        )
     return text, False
 
 
 def seen_here(config: Config) -> tuple[str, str]:
     """The data that this rank can read, in words and as a hash."""
     if folder := prepared_folder(config):
-        train, val = TokenShards(folder, "train"), TokenShards(folder, "val")  # every shard has its size
+        train, val = (
+            TokenShards(folder, "train"),
+            TokenShards(folder, "val"),
+        )  # every shard has its size
         files = [str(folder / name) for name in (*train.files, *val.files)]
         content = b"".join((folder / name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
         text = f"{folder}: prepared, {sum(train.sizes):,} tokens to train on"
     else:
         named = config.data.named_sources()
         raw = {name: spec for name, spec in named.items() if not find_prepared(spec.input)}
-        sources = [source for name, spec in raw.items() for source in find_files(spec, config.data.field_of(name))]
+        sources = [
+            source
+            for name, spec in raw.items()
+            for source in find_files(spec, config.data.field_of(name))
+        ]
         files = [source.path for source in sources if source.path and not is_remote(source.path)]
         content = json.dumps([[source.name, source.size] for source in sources]).encode()
         text = f"{', '.join(spec.input for spec in named.values())}: "
@@ -478,7 +552,9 @@ def compare_tokenizers(config: Config) -> Found:
         manifest, own = read_manifest(folder), Tokenizer.load(folder)
         used = manifest["tokenizer"]["name"]
         if own.sha256 != manifest["tokenizer"]["sha256"]:
-            raise UserError(f"{folder}/tokenizer.json is not the one that the folder was prepared with")
+            raise UserError(
+                f"{folder}/tokenizer.json is not the one that the folder was prepared with"
+            )
     elif is_trained_spec(spec):
         return f"{spec}: made from the text as a run begins", False
     elif not Path(spec).exists():
@@ -492,29 +568,53 @@ def compare_tokenizers(config: Config) -> Found:
     for folder in folders:
         theirs = tokenizer_hash(folder)
         if theirs not in (None, own.sha256):
-            raise UserError(f"{folder} was trained with another tokenizer than data.input={config.data.input} has")
+            raise UserError(
+                f"{folder} was trained with another tokenizer than data.input={config.data.input} has"
+            )
         text += f", as {folder}" if theirs else ""
-    text += f"; prepared with data.tokenizer={used}, which stands, not {spec}" if used != spec else ""
+    text += (
+        f"; prepared with data.tokenizer={used}, which stands, not {spec}" if used != spec else ""
+    )
     return text, used != spec
 
 
 # In order: a line's name, its check, and what to do if it is not ok.
 CHECKS: tuple[tuple[str, Callable[[Ranks], Found], str], ...] = (
-    ("devices", devices, "look at that host; of several kinds all wait for the slowest in each step"),
+    (
+        "devices",
+        devices,
+        "look at that host; of several kinds all wait for the slowest in each step",
+    ),
     ("versions", versions, "install the same on every host"),
     ("threads", threads, "fewer ranks there, or more cores for them"),
     ("memory", memory, "python -m dist_lm.plan shows what would fit"),
     ("clocks", clocks, "set the clocks by NTP: times in logs and metrics do not compare"),
-    ("rendezvous", rendezvous, "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts"),
+    (
+        "rendezvous",
+        rendezvous,
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts",
+    ),
     ("all-reduce", sums, ""),
     ("pairs", pairs, "look at the link of the pair that is slower than the median"),
-    ("speed", speed, "all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"),
-    ("run folder", run_folder, "a run.dir that all hosts share and may write to, by its absolute path"),
-    ("space", space, "another run.dir, a smaller run.keep_last, or free some; if unknown, prepare the text first"),
+    (
+        "speed",
+        speed,
+        "all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out",
+    ),
+    (
+        "run folder",
+        run_folder,
+        "a run.dir that all hosts share and may write to, by its absolute path",
+    ),
+    (
+        "space",
+        space,
+        "another run.dir, a smaller run.keep_last, or free some; if unknown, prepare the text first",
+    ),
     ("disk", disk, "another disk, or a larger run.save_every"),
     ("data", data, "the same copy where every host sees it, by its absolute path"),
     ("tokenizer", tokenizer, "data, data.tokenizer and checkpoint that belong together"),
-)  # fmt: skip
+)
 NEEDS = {"space": "run folder", "disk": "space", "tokenizer": "data"}  # all others: devices
 
 

@@ -67,13 +67,17 @@ def run_entry(main: Callable[[list[str]], Result]) -> Result:
 
     An interrupt ends with 130, a closed pipe without a word.
     """
-    gc.set_threshold(100_000)  # by default all of torch's modules are looked through again and again as they come
+    gc.set_threshold(
+        100_000
+    )  # by default all of torch's modules are looked through again and again as they come
     try:
         result = main(sys.argv[1:])
         sys.stdout.flush()
         return result
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains when it flushes at exit
         sys.exit(0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -93,13 +97,23 @@ def nearest(value: str, options: Any) -> str:
 def did_you_mean(value: str, options: Any, prefix: str = "") -> str:
     """'; did you mean X?', looking also for the last part of a dotted name in other sections; or nothing."""
     options = [str(option) for option in options]
-    same_field = [option for option in options if option.rpartition(".")[2] == value.rpartition(".")[2]]
+    same_field = [
+        option for option in options if option.rpartition(".")[2] == value.rpartition(".")[2]
+    ]
     guess = same_field[0] if same_field else nearest(value, options)
     return f"; did you mean {prefix}{guess}?" if guess else ""
 
 
-CODES = {"done": 0, "config": 2, "data": 65, "checkpoint": 66, "retryable": RETRYABLE, "preempted": 75, "diverged": 76,
-         "security": 77}  # fmt: skip
+CODES = {
+    "done": 0,
+    "config": 2,
+    "data": 65,
+    "checkpoint": 66,
+    "retryable": RETRYABLE,
+    "preempted": 75,
+    "diverged": 76,
+    "security": 77,
+}
 
 
 def kind(code: int) -> str:

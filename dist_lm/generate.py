@@ -32,16 +32,29 @@ HUGE = 10**9
 # Flags whose value is a number: the default, the least, the greatest, and what it means.
 NUMBERS: dict[str, tuple[Any, float, float, str]] = {
     "max_new_tokens": (200, 1, HUGE, "tokens to make at most"),
-    "temperature": (0.8, 0, HUGE, "0 takes the likeliest token (greedy), 1 samples as learned, more is wilder"),
+    "temperature": (
+        0.8,
+        0,
+        HUGE,
+        "0 takes the likeliest token (greedy), 1 samples as learned, more is wilder",
+    ),
     "top_k": (0, 0, HUGE, "choose among the k likeliest tokens; 0: all"),
-    "top_p": (1.0, 1e-6, 1, "choose among the fewest tokens that have this probability together; 1: all"),
+    "top_p": (
+        1.0,
+        1e-6,
+        1,
+        "choose among the fewest tokens that have this probability together; 1: all",
+    ),
     "min_p": (0.0, 0, 1, "leave out tokens less likely than this share of the likeliest; 0: none"),
     "repetition_penalty": (1.0, 1e-6, HUGE, "make tokens seen before less likely; 1: no change"),
     "num_samples": (1, 1, HUGE, "continuations of each prompt"),
 }
 # Flags whose value is one of a few words, the first by default.
 WORDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "context": (("slide", "refuse"), "when the text outgrows the model's context: slide over its last part, or refuse"),
+    "context": (
+        ("slide", "refuse"),
+        "when the text outgrows the model's context: slide over its last part, or refuse",
+    ),
     "device": (("auto", "cpu", "cuda"), "auto: cuda where there is one"),
     "dtype": (tuple(DTYPES), "arithmetic of the model"),
 }
@@ -59,8 +72,14 @@ def within(kind: type, low: float, high: float, default: Any) -> Callable[[str],
             good = default if value != value else kind(min(max(value, low), high))
             number, form = ("a whole number", "d") if kind is int else ("a number", "g")
             is_limit_told = high < HUGE or value > high
-            rule = f"from {low:{form}} to {high:{form}}" if is_limit_told else f"of {low:{form}} or more"
-            raise argparse.ArgumentTypeError(f"{text} must be {number} {rule}; nearest: {good:{form}}")
+            rule = (
+                f"from {low:{form}} to {high:{form}}"
+                if is_limit_told
+                else f"of {low:{form}} or more"
+            )
+            raise argparse.ArgumentTypeError(
+                f"{text} must be {number} {rule}; nearest: {good:{form}}"
+            )
         return value
 
     return read
@@ -71,7 +90,9 @@ def one_of(options: tuple[str, ...]) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in options:
-            raise argparse.ArgumentTypeError(f"{text} must be one of {', '.join(options)}{did_you_mean(text, options)}")
+            raise argparse.ArgumentTypeError(
+                f"{text} must be one of {', '.join(options)}{did_you_mean(text, options)}"
+            )
         return text
 
     return read
@@ -85,21 +106,50 @@ def command_line(argv: list[str]) -> argparse.Namespace:
         "Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
     )
     add = parser.add_argument
-    add("--ckpt", required=True, help="run folder (its newest step), step folder, or transformers folder")
-    add("--prompt", action="append", help="text to go on from; repeatable; '' starts a new document")
-    add("--prompt_file", action="append", help="file whose text is a prompt, but for its last newline; repeatable")
+    add(
+        "--ckpt",
+        required=True,
+        help="run folder (its newest step), step folder, or transformers folder",
+    )
+    add(
+        "--prompt", action="append", help="text to go on from; repeatable; '' starts a new document"
+    )
+    add(
+        "--prompt_file",
+        action="append",
+        help="file whose text is a prompt, but for its last newline; repeatable",
+    )
     for name, (default, low, high, meaning) in NUMBERS.items():
         kind = within(type(default), low, high, default)
         add(f"--{name}", type=kind, default=default, help=f"{meaning} (default {default:g})")
     for name, (options, meaning) in WORDS.items():
         help_text, metavar = f"{meaning} (default {options[0]})", "|".join(options)
         add(f"--{name}", type=one_of(options), default=options[0], metavar=metavar, help=help_text)
-    add("--seed", type=within(int, 0, 2**63 - 1, 0), help="repeat the same samples; unset: other ones each time")
-    add("--stop", action="append", default=[], help="text that ends a continuation, itself left out; repeatable")
-    add("--ema", action="store_true", help="use the moving average of the weights that a run with run.ema kept")
+    add(
+        "--seed",
+        type=within(int, 0, 2**63 - 1, 0),
+        help="repeat the same samples; unset: other ones each time",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        help="text that ends a continuation, itself left out; repeatable",
+    )
+    add(
+        "--ema",
+        action="store_true",
+        help="use the moving average of the weights that a run with run.ema kept",
+    )
     add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
-    add("--json", action="store_true", help="print one JSON object a line for each continuation, when it is finished")
-    add("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
+    add(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line for each continuation, when it is finished",
+    )
+    add(
+        "--logprobs", action="store_true", help="with --json: the log-probability of each new token"
+    )
     add("--raw", action="store_true", help="do not escape control characters on a terminal")
     args = parser.read(argv)
     if "" in args.stop:
@@ -140,7 +190,9 @@ def prompts_from(args: argparse.Namespace) -> list[str] | None:
     return prompts or None
 
 
-def show(steps: Iterator[list["Continuation"]], prompts: list[str], args: argparse.Namespace, first: bool) -> None:
+def show(
+    steps: Iterator[list["Continuation"]], prompts: list[str], args: argparse.Namespace, first: bool
+) -> None:
     """Print the continuations in order, each as far as it is made; JSON lines when one is finished."""
     raw = args.raw or not sys.stdout.isatty()
 
@@ -168,9 +220,13 @@ def show(steps: Iterator[list["Continuation"]], prompts: list[str], args: argpar
 
 def json_line(row: "Continuation", prompt: str, args: argparse.Namespace, ascii_only: bool) -> str:
     fields: dict[str, Any] = {
-        "prompt": prompt, "text": row.text, "new_tokens": len(row.tokens), "finish_reason": row.finish_reason,
-        "tokens_per_second": round(len(row.tokens) / row.seconds, 2), "seed": args.seed,
-    }  # fmt: skip
+        "prompt": prompt,
+        "text": row.text,
+        "new_tokens": len(row.tokens),
+        "finish_reason": row.finish_reason,
+        "tokens_per_second": round(len(row.tokens) / row.seconds, 2),
+        "seed": args.seed,
+    }
     if args.logprobs:
         fields |= {"tokens": row.tokens, "logprobs": row.logprobs}
     return json.dumps(fields, ensure_ascii=ascii_only)
@@ -182,19 +238,37 @@ def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
     unknown = ids.count(tokenizer.unk) if tokenizer.unk is not None else 0
     if unknown:
         lacking = sorted({c for c in prompt if tokenizer.unk in tokenizer.encode(c)})
-        print(f"warning: {unknown} characters of the prompt are not in the vocabulary and count as unknown: "
-              f"{printable(repr(''.join(lacking[:20])))}", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: {unknown} characters of the prompt are not in the vocabulary and count as unknown: "
+            f"{printable(repr(''.join(lacking[:20])))}",
+            file=sys.stderr,
+        )
     return ids or [tokenizer.eot]
 
 
-def generate(model: "GPT", tokenizer: "Tokenizer", prompts: list[str], args: argparse.Namespace) -> None:
+def generate(
+    model: "GPT", tokenizer: "Tokenizer", prompts: list[str], args: argparse.Namespace
+) -> None:
     from dist_lm.sample import Sampling, sample  # torch
 
     settings = Sampling(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-        tuple(args.stop), args.context == "slide", args.logprobs, args.compile,
-    )  # fmt: skip
-    jobs = [(prompt, ids) for prompt in prompts for ids in [encode(tokenizer, prompt)] for _ in range(args.num_samples)]
+        args.max_new_tokens,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.min_p,
+        args.repetition_penalty,
+        tuple(args.stop),
+        args.context == "slide",
+        args.logprobs,
+        args.compile,
+    )
+    jobs = [
+        (prompt, ids)
+        for prompt in prompts
+        for ids in [encode(tokenizer, prompt)]
+        for _ in range(args.num_samples)
+    ]
     # A stream belongs to (seed, prompt, how often it came before): what stands beside it does not matter.
     times: Counter[str] = Counter()
     seeds = []

@@ -15,11 +15,17 @@ RETRYABLE = 70  # the exit code of what may be started again
 
 def die_with_launcher() -> None:
     """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as an orphan."""
-    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(os.environ):
+    if not {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "DIST_LM_ATTEMPT"} & set(
+        os.environ
+    ):
         return
     parent = os.getppid()
     if is_orphaned(parent):
-        print("error: the launcher of this process ended before the process began", file=sys.stderr, flush=True)
+        print(
+            "error: the launcher of this process ended before the process began",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(RETRYABLE)
 
     def watch() -> None:

@@ -59,7 +59,9 @@ class RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = self._wait_and_create(text, say)
-            for left_over in self.path.parent.glob(".run.lock.*"):  # of a start that was killed in _create()
+            for left_over in self.path.parent.glob(
+                ".run.lock.*"
+            ):  # of a start that was killed in _create()
                 left_over.unlink(missing_ok=True)
         except OSError as error:
             raise RetryableError(
@@ -67,7 +69,9 @@ class RunLock:
                 " be written",
             ) from error
         self.text, self._descriptor, self._looked_at = text, descriptor, time.monotonic()
-        self._thread = threading.Thread(target=self._beat, args=(descriptor,), daemon=True, name="run-lock")
+        self._thread = threading.Thread(
+            target=self._beat, args=(descriptor,), daemon=True, name="run-lock"
+        )
         self._thread.start()
         return text
 
@@ -182,7 +186,10 @@ class RunLock:
             descriptor = _write_new(aside, text)
             try:
                 os.link(aside, self.path)  # fails if there is one
-            except (FileExistsError, FileNotFoundError):  # or the quicker one took `aside` for a left-over
+            except (
+                FileExistsError,
+                FileNotFoundError,
+            ):  # or the quicker one took `aside` for a left-over
                 os.close(descriptor)
                 return None
             except OSError as error:

@@ -28,33 +28,60 @@ PLAIN_SECONDS, TERMINAL_SECONDS, TRACK_SECONDS = 10.0, 0.1, 1.0
 _MEAN_STEPS = 20  # steps that the rates on the console are averaged over
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"), by a pattern of the device's name.
 _PEAK_TFLOPS = {
-    r"\bB200\b": 2250, r"\bH[12]00 NVL\b": 835, r"\bH100 PCIe\b": 756, r"\bG?H[12]00\b": 989, r"\bA100\b": 312,
-    r"\bL40S\b": 362, r"\bL4\b": 121, r"\bA10G\b": 70, r"RTX 4090$": 165, r"RTX 3090$": 71,
-}  # fmt: skip
+    r"\bB200\b": 2250,
+    r"\bH[12]00 NVL\b": 835,
+    r"\bH100 PCIe\b": 756,
+    r"\bG?H[12]00\b": 989,
+    r"\bA100\b": 312,
+    r"\bL40S\b": 362,
+    r"\bL4\b": 121,
+    r"\bA10G\b": 70,
+    r"RTX 4090$": 165,
+    r"RTX 3090$": 71,
+}
 
 
 def peak_flops(device_name: str) -> float:
     """Dense bf16 FLOP/s of a device, which MFU is relative to in every precision; infinite where it is not known."""
-    return next((1e12 * peak for pattern, peak in _PEAK_TFLOPS.items() if re.search(pattern, device_name)), math.inf)
+    return next(
+        (1e12 * peak for pattern, peak in _PEAK_TFLOPS.items() if re.search(pattern, device_name)),
+        math.inf,
+    )
 
 
 class Metrics:
     """Takes the figures of each step and evaluation. Every rank may call it; only the main one records and prints."""
 
     def __init__(
-        self, run_dir: str | Path, *, steps: int | None, flops_per_token: float, device: "torch.device",
-        world_size: int, is_main: bool, track: Callable[[dict[str, float], int], None] | None = None,
-    ):  # fmt: skip
-        self.path, self.steps, self.is_main, self._track = Path(run_dir, FILE), steps, is_main, track
+        self,
+        run_dir: str | Path,
+        *,
+        steps: int | None,
+        flops_per_token: float,
+        device: "torch.device",
+        world_size: int,
+        is_main: bool,
+        track: Callable[[dict[str, float], int], None] | None = None,
+    ):
+        self.path, self.steps, self.is_main, self._track = (
+            Path(run_dir, FILE),
+            steps,
+            is_main,
+            track,
+        )
         self._mfu_per_rate = 0.0  # MFU of one token/s, where the device's peak is known
         self._memory: Callable[[], int] | None = None
         if device.type == "cuda":
             from torch import cuda  # here, because report draws curves without waiting for torch
 
-            self._mfu_per_rate = flops_per_token / (peak_flops(cuda.get_device_name(device)) * world_size)
+            self._mfu_per_rate = flops_per_token / (
+                peak_flops(cuda.get_device_name(device)) * world_size
+            )
             self._memory = lambda: cuda.max_memory_allocated(device)
         self._born = time.monotonic()
-        self._file: BinaryIO | None = None  # opened at the first line: a run that does nothing leaves no history
+        self._file: BinaryIO | None = (
+            None  # opened at the first line: a run that does nothing leaves no history
+        )
         self._line_is_torn = self._warned_of_file = False
         self._terminal = _is_terminal()
         self._clear = "\r\x1b[K" if self._terminal else ""  # the progress line makes way
@@ -67,15 +94,31 @@ class Metrics:
         self._last: dict[str, Any] = {}
 
     def step(
-        self, *, step: int, loss: float, lr: float, grad_norm: float, tokens: int, tokens_per_second: float,
-        data_wait: float, **extra: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        tokens_per_second: float,
+        data_wait: float,
+        **extra: Any,
+    ) -> None:
         """Record update `step` (from 1); `data_wait` is the share of its time spent waiting for data."""
         if not self.is_main:
             return
         now = time.monotonic()
-        figures = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
-                   "tokens_per_second": tokens_per_second, "data_wait": data_wait, **extra}  # fmt: skip
+        figures = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "tokens_per_second": tokens_per_second,
+            "data_wait": data_wait,
+            **extra,
+        }
         if self._mfu_per_rate:
             figures["mfu"] = tokens_per_second * self._mfu_per_rate
         if self._memory:
@@ -86,11 +129,17 @@ class Metrics:
         if self._done == 1:
             self._first_done_at = now
         weight = 1 / min(self._done, _MEAN_STEPS)
-        self._seconds_per_token += weight * (1 / max(tokens_per_second, 1e-9) - self._seconds_per_token)
+        self._seconds_per_token += weight * (
+            1 / max(tokens_per_second, 1e-9) - self._seconds_per_token
+        )
         self._data_wait += weight * (data_wait - self._data_wait)
         self._last = figures
 
-        if self._done == 1 or step == self.steps or now - self._printed_at >= self._seconds_between_lines:
+        if (
+            self._done == 1
+            or step == self.steps
+            or now - self._printed_at >= self._seconds_between_lines
+        ):
             self._print_progress(now)
         if self._done == 1 or step == self.steps or now - self._tracked_at >= TRACK_SECONDS:
             self._tracked_at = now
@@ -105,7 +154,9 @@ class Metrics:
             f"{self._clear}step {step}  {val_set}: loss {figures['val_loss']:.4f}  perplexity"
             f" {figures['val_perplexity']:.2f}  bits per byte {figures['val_bits_per_byte']:.4f}"
         )
-        self._tell_trackers({"step": step, **{f"{val_set}/{key}": value for key, value in figures.items()}})
+        self._tell_trackers(
+            {"step": step, **{f"{val_set}/{key}": value for key, value in figures.items()}}
+        )
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -151,7 +202,11 @@ class Metrics:
     def _tell_trackers(self, figures: Mapping[str, Any]) -> None:
         if self._track is None:
             return
-        values = {k: v for k, v in figures.items() if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)}
+        values = {
+            k: v
+            for k, v in figures.items()
+            if k != "step" and isinstance(v, (int, float)) and math.isfinite(v)
+        }
         try:
             self._track(values, figures["step"])
         except Exception as error:  # whatever a tracker does must never stop a run
@@ -166,16 +221,26 @@ class Metrics:
         rate = 1 / self._seconds_per_token
         parts = [f"step {last['step']}" + (f"/{self.steps}" if self.steps else "")]
         if self.steps and self._done > 1:  # the first step's time says little about the others
-            seconds_a_step = (now - self._first_done_at) / (self._done - 1)  # evaluations and saves included
+            seconds_a_step = (now - self._first_done_at) / (
+                self._done - 1
+            )  # evaluations and saves included
             parts.append(f"eta {duration((self.steps - last['step']) * seconds_a_step)}")
-        parts += [f"loss {last['loss']:.4f}", f"lr {last['lr']:.1e}", f"norm {last['grad_norm']:.3g}"]
+        parts += [
+            f"loss {last['loss']:.4f}",
+            f"lr {last['lr']:.1e}",
+            f"norm {last['grad_norm']:.3g}",
+        ]
         parts.append(f"{shorten(rate)} tok/s")
         if self._mfu_per_rate:
             parts.append(f"mfu {rate * self._mfu_per_rate:.1%}")
         parts.append(f"wait {self._data_wait:.0%}")  # for data
-        for name in [key.removeprefix("share_") for key in last if key.startswith("share_")]:  # of a mixture
+        for name in [
+            key.removeprefix("share_") for key in last if key.startswith("share_")
+        ]:  # of a mixture
             passes = last[f"passes_{name}"]
-            parts.append(f"{name} {last[f'share_{name}']:.1%} of {last[f'asked_{name}']:.1%}, pass {int(passes) + 1}")
+            parts.append(
+                f"{name} {last[f'share_{name}']:.1%} of {last[f'asked_{name}']:.1%}, pass {int(passes) + 1}"
+            )
         text = "  ".join(parts)
         if self._terminal and len(text) >= (columns := shutil.get_terminal_size().columns):
             text = " ".join(parts)[: columns - 1]
@@ -189,20 +254,26 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
     try:
         with open(path, "rb") as file:
             for line in file:
-                with contextlib.suppress(ValueError, AttributeError):  # torn by a kill or a full disk
+                with contextlib.suppress(
+                    ValueError, AttributeError
+                ):  # torn by a kill or a full disk
                     figures = _numbers(json.loads(line))
                     if "val_loss" in figures:
                         evaluations[figures["step"], figures["val_set"]] = figures
                     elif "loss" in figures:
                         steps[figures["step"]] = figures
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; rule: the folder of a run that made a step") from None
+        raise CheckpointError(
+            f"{path}: {error.strerror}; rule: the folder of a run that made a step"
+        ) from None
     return [steps[key] for key in sorted(steps)], [evaluations[key] for key in sorted(evaluations)]
 
 
 def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
     """Training loss (raw and smoothed) and validation loss against the step, of one run or several by name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow, and needed at the end of a run only
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # slow, and needed at the end of a run only
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
@@ -212,10 +283,18 @@ def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
         steps, evaluations = read_metrics(run_dir)
         x, loss = [s["step"] for s in steps], [s["loss"] for s in steps]
         axes.plot(x, loss, color=f"C{color}", alpha=0.25, linewidth=0.6)
-        axes.plot(x, smooth(loss), color=f"C{color}", linewidth=1.5, label=f"{name}: training, smoothed")
+        axes.plot(
+            x, smooth(loss), color=f"C{color}", linewidth=1.5, label=f"{name}: training, smoothed"
+        )
         for val_set in sorted({e["val_set"] for e in evaluations}):
             points = [(e["step"], e["val_loss"]) for e in evaluations if e["val_set"] == val_set]
-            axes.plot(*zip(*points, strict=True), "o--", color=f"C{color}", markersize=5, label=f"{name}: {val_set}")
+            axes.plot(
+                *zip(*points, strict=True),
+                "o--",
+                color=f"C{color}",
+                markersize=5,
+                label=f"{name}: {val_set}",
+            )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(png, format="png", dpi=120)

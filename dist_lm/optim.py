@@ -20,7 +20,9 @@ WSD_DECAY = 0.2  # share of a wsd run that decays
 MUON_MOMENTUM = 0.95
 # The quintic iteration of https://kellerjordan.github.io/posts/muon: five rounds bring singular values near 1.
 NS_ROUNDS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-NS_BATCH = 2**24  # elements orthogonalised at once: few kernel launches for small matrices, 64 MB a buffer for any size
+NS_BATCH = (
+    2**24
+)  # elements orthogonalised at once: few kernel launches for small matrices, 64 MB a buffer for any size
 
 
 def lr_at(optim: OptimConfig, step: int, steps: int) -> float:
@@ -51,14 +53,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, Any]]:
     """Two groups: matrices decay; norms, biases and both embeddings (embed, positions) do not.
 
     By name alone, because under ZeRO-3 a parameter does not show its shape.
     """
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": wd} for wd in (weight_decay, 0.0)]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": wd} for wd in (weight_decay, 0.0)
+    ]
     for name, parameter in named_parameters:
-        keeps = "norm" in name or name.endswith(".bias") or name.startswith(("embed.", "positions."))
+        keeps = (
+            "norm" in name or name.endswith(".bias") or name.startswith(("embed.", "positions."))
+        )
         groups[keeps]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
@@ -70,10 +78,18 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
     relative to the RMS of each tensor and at most 1/sqrt(step) (Shazeer & Stern 2018, algorithm 4). Decay is decoupled
     and scaled by the rate, for sgd it is PyTorch's L2 term in the gradient.
     """
-    groups, lr, (beta1, _) = param_groups(model.named_parameters(), optim.weight_decay), optim.lr, optim.betas
+    groups, lr, (beta1, _) = (
+        param_groups(model.named_parameters(), optim.weight_decay),
+        optim.lr,
+        optim.betas,
+    )
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True)  # CPU too: 3-5 x faster
-    if optim.name == "sgd":  # not fused: a first step skipped for an fp16 overflow leaves fused momentum uninitialised
+        return torch.optim.AdamW(
+            groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True
+        )  # CPU too: 3-5 x faster
+    if (
+        optim.name == "sgd"
+    ):  # not fused: a first step skipped for an fp16 overflow leaves fused momentum uninitialised
         return torch.optim.SGD(groups, lr=lr, momentum=beta1)
     if optim.name == "adafactor":
         return torch.optim.Adafactor(groups, lr=lr)
@@ -82,10 +98,13 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torc
     blocks = {name: p for name, p in model.named_parameters() if _is_matrix_of_block(name)}
     rest = [(name, p) for name, p in model.named_parameters() if name not in blocks]
     groups = [
-        {"params": [p for name, p in blocks.items() if name.endswith(".qkv.weight") == merged], "merged_qkv": merged,
-         "weight_decay": optim.weight_decay}
+        {
+            "params": [p for name, p in blocks.items() if name.endswith(".qkv.weight") == merged],
+            "merged_qkv": merged,
+            "weight_decay": optim.weight_decay,
+        }
         for merged in (True, False)
-    ]  # fmt: skip
+    ]
     groups = [group for group in groups if group["params"]] + param_groups(rest, optim.weight_decay)
     ns_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return Muon(groups, lr, optim.betas, optim.eps, ns_dtype)
@@ -97,7 +116,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     One update at rate 0 with zero gradients, whatever the optimizer; gradients and rates are put back.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    assert not any(optimizer.state.get(p) for p in parameters), "create_state() would erase this optimizer's state"
+    assert not any(optimizer.state.get(p) for p in parameters), (
+        "create_state() would erase this optimizer's state"
+    )
     grads, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -113,12 +134,22 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
 def moments(name: str, parameter: str) -> int:
     """How many tensors of a parameter's own shape the optimizer `name` keeps for it; adafactor's are smaller."""
-    return {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0, "muon": 1 if _is_matrix_of_block(parameter) else 2}[name]
+    return {
+        "adamw": 2,
+        "sgd": 1,
+        "lion": 1,
+        "adafactor": 0,
+        "muon": 1 if _is_matrix_of_block(parameter) else 2,
+    }[name]
 
 
 def _is_matrix_of_block(parameter: str) -> bool:
     """What Muon works on."""
-    return parameter.startswith("blocks.") and "norm" not in parameter and parameter.endswith(".weight")
+    return (
+        parameter.startswith("blocks.")
+        and "norm" not in parameter
+        and parameter.endswith(".weight")
+    )
 
 
 @dataclass(frozen=True)
@@ -165,11 +196,20 @@ class Muon(torch.optim.Optimizer):
     """
 
     rank: int
-    slices: dict[Tensor, list["MatrixSlice"]]  # by flat tensor, the same matrices in the same order on all ranks
-    exchange: Callable[[list[Tensor], list[int]], list[Tensor]]  # a part for each rank, how much comes from each
+    slices: dict[
+        Tensor, list["MatrixSlice"]
+    ]  # by flat tensor, the same matrices in the same order on all ranks
+    exchange: Callable[
+        [list[Tensor], list[int]], list[Tensor]
+    ]  # a part for each rank, how much comes from each
 
     def __init__(
-        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, ns_dtype: torch.dtype
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        ns_dtype: torch.dtype,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.ns_dtype, self.slices = ns_dtype, {}
@@ -177,7 +217,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            step = self._adamw if "merged_qkv" not in group else self._muon_sliced if self.slices else self._muon
+            step = (
+                self._adamw
+                if "merged_qkv" not in group
+                else self._muon_sliced
+                if self.slices
+                else self._muon
+            )
             step(group)
 
     def _muon_sliced(self, group: dict[str, Any]) -> None:
@@ -189,14 +235,20 @@ class Muon(torch.optim.Optimizer):
             world = len(slices[0].lengths)
             for batch in (slices[i : i + world] for i in range(0, len(slices), world)):
                 # Rank r works on the batch's r-th matrix; the last batch may leave some ranks without.
-                parts = [s.of(nesterov, self.rank) for s in batch] + [flat[:0]] * (world - len(batch))
+                parts = [s.of(nesterov, self.rank) for s in batch] + [flat[:0]] * (
+                    world - len(batch)
+                )
                 mine = batch[self.rank] if self.rank < len(batch) else None
                 lengths = list(mine.lengths) if mine else [0] * world
                 update = torch.cat(self.exchange(parts, lengths))
                 if mine:
                     matrices = _matrices(group, update.view(mine.shape))
-                    update = torch.cat([muon_update(m[None], self.ns_dtype)[0].flatten() for m in matrices])
-                back = self.exchange(list(torch.split(update, lengths)), [len(part) for part in parts])
+                    update = torch.cat(
+                        [muon_update(m[None], self.ns_dtype)[0].flatten() for m in matrices]
+                    )
+                back = self.exchange(
+                    list(torch.split(update, lengths)), [len(part) for part in parts]
+                )
                 for s, part in zip(batch, back, strict=False):
                     s.of(flat, self.rank).add_(part, alpha=-group["lr"])
 
@@ -207,13 +259,19 @@ class Muon(torch.optim.Optimizer):
             momentum = _state(self, p, "momentum_buffer")
             momentum.lerp_(grad, 1 - MUON_MOMENTUM)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            for part in zip(*(_matrices(group, whole) for whole in (p, grad, momentum)), strict=True):
+            for part in zip(
+                *(_matrices(group, whole) for whole in (p, grad, momentum)), strict=True
+            ):
                 by_shape.setdefault(part[0].shape, []).append(part)
         for shape, parts in by_shape.items():
             size = max(1, NS_BATCH // shape.numel())
             for chunk in (parts[i : i + size] for i in range(0, len(parts), size)):
-                nesterov = torch.stack([grad.lerp(momentum, MUON_MOMENTUM) for _, grad, momentum in chunk])
-                for (weight, _, _), update in zip(chunk, muon_update(nesterov, self.ns_dtype), strict=True):
+                nesterov = torch.stack(
+                    [grad.lerp(momentum, MUON_MOMENTUM) for _, grad, momentum in chunk]
+                )
+                for (weight, _, _), update in zip(
+                    chunk, muon_update(nesterov, self.ns_dtype), strict=True
+                ):
                     weight.add_(update, alpha=-group["lr"])
 
     def _adamw(self, group: dict[str, Any]) -> None:
@@ -222,8 +280,22 @@ class Muon(torch.optim.Optimizer):
             [_state(self, p, key) for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
         )
         beta1, beta2 = group["betas"]
-        adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, beta1=beta1,
-              beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"])  # fmt: skip
+        adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
 
 
 def muon_update(matrices_NRC: Tensor, ns_dtype: torch.dtype) -> Tensor:
@@ -267,5 +339,9 @@ def _with_grad(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 def _state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> Tensor:
     state: dict[str, Tensor] = optimizer.state[parameter]
     if key not in state:
-        state[key] = torch.zeros((), device=parameter.device) if key == "step" else torch.zeros_like(parameter)
+        state[key] = (
+            torch.zeros((), device=parameter.device)
+            if key == "step"
+            else torch.zeros_like(parameter)
+        )
     return state[key]

@@ -44,8 +44,12 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason = ""
-        at = float(os.environ.get("DIST_LM_STOP_AT") or "inf")  # seconds since 1970, by the scheduler's clock
-        self._deadline = time.monotonic() + at - time.time()  # later changes of our clock do not matter
+        at = float(
+            os.environ.get("DIST_LM_STOP_AT") or "inf"
+        )  # seconds since 1970, by the scheduler's clock
+        self._deadline = (
+            time.monotonic() + at - time.time()
+        )  # later changes of our clock do not matter
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -80,8 +84,12 @@ class Attempt:
         self.folder, self.before, self.stop = folder, read(folder), Stop()
         self.lock = RunLock(folder)  # taken once the ranks have met
         start_id = os.environ.get("DIST_LM_START_ID", "")
-        self.refusal = f".refused-{re.sub(r'[^A-Za-z0-9._-]', '_', start_id)}.json" if start_id else ""
-        self.number = number or int(os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1)
+        self.refusal = (
+            f".refused-{re.sub(r'[^A-Za-z0-9._-]', '_', start_id)}.json" if start_id else ""
+        )
+        self.number = number or int(
+            os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1
+        )
 
     @property
     def is_recorded(self) -> bool:
@@ -102,14 +110,25 @@ class Attempt:
 
         One process at a time; a later one of the same attempt replaces it.
         """
-        saved = [int(file.parent.name[5:]) for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")]
+        saved = [
+            int(file.parent.name[5:])
+            for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")
+        ]
         step, failures = max(saved, default=0), self.before.get("failures", 0)
         if step != self.before.get("step", 0):
             failures = 0
-        too_short = kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
+        too_short = (
+            kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
+        )
         if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
             failures += 1  # being preempted is nobody's fault; a job too short for one new step is
-        outcome = {"class": kind, "step": step, "reason": reason, "attempt": self.number, "failures": failures}
+        outcome = {
+            "class": kind,
+            "step": step,
+            "reason": reason,
+            "attempt": self.number,
+            "failures": failures,
+        }
         name = "outcome.json"
         try:
             if self.lock.is_anothers():
@@ -134,7 +153,12 @@ class Attempt:
             # Rank 0 speaks for all, unless this rank is alone with its error. Where another run has the folder, each
             # rank tells the launch script of its own node.
             patience = time.monotonic() + 5
-            while rank and not self.is_recorded and not self.lock.is_anothers() and time.monotonic() < patience:
+            while (
+                rank
+                and not self.is_recorded
+                and not self.lock.is_anothers()
+                and time.monotonic() < patience
+            ):
                 time.sleep(0.1)
             if rank == 0 or not self.is_recorded:
                 self.record(kind(error.code), str(error))
@@ -148,11 +172,15 @@ class Attempt:
         except Exception as error:
             traceback.print_exc()
             if rank == 0 or not self.is_recorded:
-                self.record("retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}")
+                self.record(
+                    "retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}"
+                )
             self.lock.release()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(CODES["retryable"])  # not through destructors, which may wait for a peer that is gone
+            os._exit(
+                CODES["retryable"]
+            )  # not through destructors, which may wait for a peer that is gone
         finally:
             self.lock.release()
         if reason:
@@ -162,7 +190,9 @@ class Attempt:
 def main(argv: list[str]) -> None:
     """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the run folder.
     after NUMBER CODE ARGUMENTS: say how it ended, and exit with its class's code: 70 and 75 may be started again."""
-    if argv[:1] != ["before"] and not (argv[:1] == ["after"] and len(argv) > 2 and argv[1].isdecimal()):
+    if argv[:1] != ["before"] and not (
+        argv[:1] == ["after"] and len(argv) > 2 and argv[1].isdecimal()
+    ):
         raise UserError("rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS")
     when, words = argv[0], argv[1 if argv[0] == "before" else 3 :]
     config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
@@ -175,13 +205,20 @@ def main(argv: list[str]) -> None:
         time.sleep(0.5)  # another node may be about to say it
     outcome = attempt.read_refusal() or read(folder)
     if not attempt.is_recorded:  # nobody was left to say it
-        outcome = attempt.record("done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})")
+        outcome = attempt.record(
+            "done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})"
+        )
     if attempt.read_refusal():
         attempt.forget_refusal()
-    print(f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
+        file=sys.stderr,
+    )
     if outcome["failures"] >= PATIENCE and outcome["class"] in ("retryable", "preempted"):
-        print(f"{folder}: failed {outcome['failures']} times without a new step; not started again", file=sys.stderr)
+        print(
+            f"{folder}: failed {outcome['failures']} times without a new step; not started again",
+            file=sys.stderr,
+        )
         sys.exit(1)
     sys.exit(CODES[outcome["class"]])
 

@@ -31,7 +31,13 @@ from dist_lm.metrics import peak_flops
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, parameter_shapes
 from dist_lm.optim import moments
-from dist_lm.runtime.zero import BUCKET, LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
+from dist_lm.runtime.zero import (
+    BUCKET,
+    LAUNCH_FILES,
+    Strategy,
+    choose_strategy,
+    refuse_combinations,
+)
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
 
 FLAGS = {
@@ -61,11 +67,15 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "a100-40": Gpu("A100", 39.4 * 2**30, 400), "a100-80": Gpu("A100", 79.2 * 2**30, 400),
-    "h100": Gpu("H100", 79.2 * 2**30, 700), "h200": Gpu("H200", 139.8 * 2**30, 700),
-    "b200": Gpu("B200", 178.4 * 2**30, 1000), "l40s": Gpu("L40S", 44.4 * 2**30, 350),
-    "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450), "cpu": Gpu("cpu", 0, 0),
-}  # fmt: skip
+    "a100-40": Gpu("A100", 39.4 * 2**30, 400),
+    "a100-80": Gpu("A100", 79.2 * 2**30, 400),
+    "h100": Gpu("H100", 79.2 * 2**30, 700),
+    "h200": Gpu("H200", 139.8 * 2**30, 700),
+    "b200": Gpu("B200", 178.4 * 2**30, 1000),
+    "l40s": Gpu("L40S", 44.4 * 2**30, 350),
+    "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450),
+    "cpu": Gpu("cpu", 0, 0),
+}
 
 
 @dataclass(frozen=True)
@@ -130,17 +140,27 @@ def main(argv: list[str]) -> None:
     kind = words.get("gpu", "h100")
     if kind not in GPUS:
         raise UserError(f"--gpu={kind} must be one of {', '.join(GPUS)}{did_you_mean(kind, GPUS)}")
-    cluster = Cluster(kind, int(_number(words, "nodes", 1)), int(_number(words, "gpus_per_node", 8)))
+    cluster = Cluster(
+        kind, int(_number(words, "nodes", 1)), int(_number(words, "gpus_per_node", 8))
+    )
     mfu = _number(words, "mfu", 0.4, "a number above 0 and at most 1")
     if "table" in words:
         print(table(cluster), end="")
         return
-    vocab_size = int(_number(words, "vocab_size", 1)) if "vocab_size" in words else vocabulary(config)
+    vocab_size = (
+        int(_number(words, "vocab_size", 1)) if "vocab_size" in words else vocabulary(config)
+    )
     figures = estimate(config, vocab_size, words.get("launch"), cluster, mfu)
-    print(json.dumps(figures, indent=1) if "json" in words else describe(figures, words.get("config", "defaults")))
+    print(
+        json.dumps(figures, indent=1)
+        if "json" in words
+        else describe(figures, words.get("config", "defaults"))
+    )
 
 
-def _number(words: Mapping[str, str], name: str, default: float, rule: str = "a whole number of 1 or more") -> float:
+def _number(
+    words: Mapping[str, str], name: str, default: float, rule: str = "a whole number of 1 or more"
+) -> float:
     text = words.get(name, str(default))
     try:
         number = float(text) if name == "mfu" else int(text)
@@ -160,21 +180,35 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
     shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
     sizes = {name: 4.0 * math.prod(shape) for name, shape in shapes.items()}
     weights = sum(sizes.values())  # fp32 in every precision; gradients and moments are as well
-    kept = sum(size * (moments(config.optim.name, name) + (config.run.ema > 0)) for name, size in sizes.items())
+    kept = sum(
+        size * (moments(config.optim.name, name) + (config.run.ema > 0))
+        for name, size in sizes.items()
+    )
     live = live_bytes(config, vocab_size, layout.micro_batch, strategy.stage == 3, on_gpu)
-    first, activations = max(live.activations + live.loss, live.blocks), max(live.activations, live.blocks)
+    first, activations = (
+        max(live.activations + live.loss, live.blocks),
+        max(live.activations, live.blocks),
+    )
     logits, saving = first - activations, checkpoint_bytes(config, vocab_size) / world
     added_up = layout.accumulation > 1  # then gradients are there before the last backward begins
     if not strategy.stage:
-        early = weights if world > 1 or added_up else 0.0  # DDP's buckets, which gradients are views of, always exist
+        early = (
+            weights if world > 1 or added_up else 0.0
+        )  # DDP's buckets, which gradients are views of, always exist
         peak = weights + kept + max(early + first, weights + live.end)
         return Memory(weights, weights, kept, activations, logits, peak, 0.0, 0.0, saving)
 
     # ZeRO: the optimizer works on fp32 copies of its share, gradients travel in a bucket that is copied to be summed.
     share, state, bucket = weights / world, (weights + kept) / world, min(4.0 * BUCKET, weights)
-    fixed = 4.0 * BUCKET if on_gpu else 0.0  # on a GPU all there as the backward begins, on a CPU as its pages fill
-    filled = [n * bucket / weights for n in range(1, int(weights // bucket) + 1)]  # how much is done as it is full
-    mine = share if strategy.optimizer_device == "none" else 0.0  # gradients go where the optimizer is
+    fixed = (
+        4.0 * BUCKET if on_gpu else 0.0
+    )  # on a GPU all there as the backward begins, on a CPU as its pages fill
+    filled = [
+        n * bucket / weights for n in range(1, int(weights // bucket) + 1)
+    ]  # how much is done as it is full
+    mine = (
+        share if strategy.optimizer_device == "none" else 0.0
+    )  # gradients go where the optimizer is
     before = (weights if strategy.stage == 1 else mine) if added_up else 0.0
     copied = [mine if on_gpu else mine * done for done in [0.0, *filled]]
     during = [
@@ -184,7 +218,9 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
     moving = max(before + first + fixed, *during, bucket + mine + live.end, 2 * mine)
     gradients = max(before, mine) + 2 * bucket
     held, host, disk = weights, 0.0, 0.0
-    if strategy.stage == 3:  # slices, and what is gathered of them: up to DeepSpeed's limit all of it stays together
+    if (
+        strategy.stage == 3
+    ):  # slices, and what is gathered of them: up to DeepSpeed's limit all of it stays together
         held = share + min(weights, 4.0 * GATHERED)
         always = mine + max(fixed, bucket)  # here gradients and bucket stay for good
         moving = always + max(first, *((1 - done) * activations + bucket for done in filled))
@@ -194,17 +230,32 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         host, held = host + share, held - share
     if "nvme" in (strategy.optimizer_device, strategy.param_device):
         host, disk = share, host - share
-    return Memory(held, gradients, state, activations, logits, held + state + moving, host, disk, saving)
+    return Memory(
+        held, gradients, state, activations, logits, held + state + moving, host, disk, saving
+    )
 
 
 def live_bytes(config: Config, vocab_size: int, micro: int, slices: bool, on_gpu: bool) -> Live:
     """What a forward and backward takes: blocks by runs of 1 and 2 of them on 1 and 2 rows, the loss as it is."""
     model, data, run = config.model, config.data, config.run
-    alike = (data.seq_len, data.document_mask, run.precision, run.activation_checkpointing, slices, on_gpu)
-    (a, b), (c, d) = ([_run_fake(model, layers, vocab_size, rows, *alike) for rows in (1, 2)] for layers in (1, 2))
-    x, y = model.layers - 1, micro - 1  # further layers and rows: each costs the same, whatever the others do
+    alike = (
+        data.seq_len,
+        data.document_mask,
+        run.precision,
+        run.activation_checkpointing,
+        slices,
+        on_gpu,
+    )
+    (a, b), (c, d) = (
+        [_run_fake(model, layers, vocab_size, rows, *alike) for rows in (1, 2)] for layers in (1, 2)
+    )
+    x, y = (
+        model.layers - 1,
+        micro - 1,
+    )  # further layers and rows: each costs the same, whatever the others do
     activations, blocks = (
-        a[n] + x * (c[n] - a[n]) + y * (b[n] - a[n]) + x * y * (d[n] - c[n] - b[n] + a[n]) for n in (0, 2)
+        a[n] + x * (c[n] - a[n]) + y * (b[n] - a[n]) + x * y * (d[n] - c[n] - b[n] + a[n])
+        for n in (0, 2)
     )
     bare = _run_fake(model, 0, vocab_size, micro, *alike)
     return Live(activations, max(bare[1] - bare[0], 0.0), blocks, bare[3])
@@ -212,9 +263,17 @@ def live_bytes(config: Config, vocab_size: int, micro: int, slices: bool, on_gpu
 
 @lru_cache(maxsize=4096)
 def _run_fake(
-    config: ModelConfig, layers: int, vocab_size: int, rows: int, length: int, document_mask: bool, precision: str,
-    activation_checkpointing: bool, slices: bool, on_gpu: bool,
-) -> tuple[float, float, float, float]:  # fmt: skip
+    config: ModelConfig,
+    layers: int,
+    vocab_size: int,
+    rows: int,
+    length: int,
+    document_mask: bool,
+    precision: str,
+    activation_checkpointing: bool,
+    slices: bool,
+    on_gpu: bool,
+) -> tuple[float, float, float, float]:
     """Bytes as the blocks have been run forward, and the most of the loss, the blocks' backward and the embedding's."""
     with FakeTensorMode():
         small = config.model_copy(update={"layers": layers})
@@ -239,9 +298,11 @@ def _run_fake(
         cast = torch.autocast("cpu", kind, enabled=kind != torch.float32, cache_enabled=not slices)
         with watch, cast:
             loss = model(
-                tokens, tokens, dropout_keys_B=tokens[:, 0] if config.dropout else None,
+                tokens,
+                tokens,
+                dropout_keys_B=tokens[:, 0] if config.dropout else None,
                 segments_BT=tokens if document_mask else None,
-            )  # fmt: skip
+            )
             for hook in hooks:  # recomputing a block would call them again
                 hook.remove()
             with torch.autocast("cpu", enabled=False):
@@ -263,7 +324,10 @@ class MemoryCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(storage := tensor.untyped_storage()) not in self.known:
+            if (
+                isinstance(tensor, Tensor)
+                and id(storage := tensor.untyped_storage()) not in self.known
+            ):
                 self.known[id(storage)] = None
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
@@ -289,7 +353,11 @@ def strategies(world: int) -> dict[str, Strategy]:
     found = {path.stem: choose_strategy(path.stem) for path in LAUNCH_FILES.glob("*.yaml")}
     del found["ddp" if world == 1 else "single"]
     devices = ("none", "cpu", "nvme")
-    return dict(sorted(found.items(), key=lambda item: (item[1].stage, devices.index(item[1].optimizer_device))))
+    return dict(
+        sorted(
+            found.items(), key=lambda item: (item[1].stage, devices.index(item[1].optimizer_device))
+        )
+    )
 
 
 def needed(figures: Memory, cluster: Cluster) -> float:
@@ -297,7 +365,9 @@ def needed(figures: Memory, cluster: Cluster) -> float:
     return figures.peak + (0.0 if cluster.on_gpu else figures.host + figures.saving)
 
 
-def largest_micro_batch(config: Config, strategy: Strategy, cluster: Cluster, vocab_size: int) -> int:
+def largest_micro_batch(
+    config: Config, strategy: Strategy, cluster: Cluster, vocab_size: int
+) -> int:
     """The largest micro-batch that fits, 0 if none does; at most a process's whole share of the global batch."""
 
     def is_too_large(micro: int) -> bool:
@@ -305,7 +375,9 @@ def largest_micro_batch(config: Config, strategy: Strategy, cluster: Cluster, vo
         figures = memory(tried, strategy, cluster.world, vocab_size, cluster.on_gpu)
         return needed(figures, cluster) > cluster.room
 
-    return bisect_left(range(1, batch_layout(config, cluster.world).share + 1), True, key=is_too_large)
+    return bisect_left(
+        range(1, batch_layout(config, cluster.world).share + 1), True, key=is_too_large
+    )
 
 
 def changed(config: Config, section: str, **fields: Any) -> Config:
@@ -323,32 +395,63 @@ def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str
             rows[name] = {"refused": str(error)}
             continue
         figures = memory(config, strategy, cluster.world, vocab_size, cluster.on_gpu)
-        takes, most = needed(figures, cluster), largest_micro_batch(config, strategy, cluster, vocab_size)
-        rows[name] = {**asdict(figures), "needed": takes, "fits": takes <= cluster.room, "largest_micro_batch": most}
+        takes, most = (
+            needed(figures, cluster),
+            largest_micro_batch(config, strategy, cluster, vocab_size),
+        )
+        rows[name] = {
+            **asdict(figures),
+            "needed": takes,
+            "fits": takes <= cluster.room,
+            "largest_micro_batch": most,
+        }
     return rows
 
 
-def estimate(config: Config, vocab_size: int, launch: str | None, cluster: Cluster, mfu: float) -> dict[str, Any]:
+def estimate(
+    config: Config, vocab_size: int, launch: str | None, cluster: Cluster, mfu: float
+) -> dict[str, Any]:
     """All figures, as --json prints them: bytes, seconds and counts, unrounded."""
     layout, steps, world = batch_layout(config, cluster.world), steps_of(config), cluster.world
-    asked = choose_strategy(launch or next(iter(strategies(world)))).name(world)  # refuses an unknown name
+    asked = choose_strategy(launch or next(iter(strategies(world)))).name(
+        world
+    )  # refuses an unknown name
     rows = fit(config, vocab_size, cluster)
-    flops, tokens = flops_per_token(config.model, vocab_size, config.data.seq_len), steps * layout.tokens_per_step
+    flops, tokens = (
+        flops_per_token(config.model, vocab_size, config.data.seq_len),
+        steps * layout.tokens_per_step,
+    )
     rate = mfu * cluster.peak() * world / flops
     seconds = tokens / rate
     return {
-        "parameters": parameters(config, vocab_size), "vocab_size": vocab_size, "steps": steps,
-        "flops_per_token": flops, "tokens": tokens, "flops": flops * tokens, "gpu": cluster.kind,
-        "nodes": cluster.nodes, "gpus_per_node": cluster.per_node, "micro_batch": layout.micro_batch,
-        "accumulation": layout.accumulation, "room": cluster.room, "overhead": OVERHEAD if cluster.on_gpu else 0.0,
-        "strategies": rows, "asked": asked, "mfu": mfu, "tokens_per_second": rate, "seconds": seconds,
+        "parameters": parameters(config, vocab_size),
+        "vocab_size": vocab_size,
+        "steps": steps,
+        "flops_per_token": flops,
+        "tokens": tokens,
+        "flops": flops * tokens,
+        "gpu": cluster.kind,
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.per_node,
+        "micro_batch": layout.micro_batch,
+        "accumulation": layout.accumulation,
+        "room": cluster.room,
+        "overhead": OVERHEAD if cluster.on_gpu else 0.0,
+        "strategies": rows,
+        "asked": asked,
+        "mfu": mfu,
+        "tokens_per_second": rate,
+        "seconds": seconds,
         "kilowatt_hours": GPUS[cluster.kind].watts * world * seconds / 3.6e6,
-        "checkpoint": checkpoint_bytes(config, vocab_size), "checkpoints_kept": checkpoints_kept(config, steps),
+        "checkpoint": checkpoint_bytes(config, vocab_size),
+        "checkpoints_kept": checkpoints_kept(config, steps),
         "advice": advice(config, vocab_size, cluster, rows, asked),
-    }  # fmt: skip
+    }
 
 
-def advice(config: Config, vocab_size: int, cluster: Cluster, rows: dict[str, Any], asked: str) -> list[str]:
+def advice(
+    config: Config, vocab_size: int, cluster: Cluster, rows: dict[str, Any], asked: str
+) -> list[str]:
     """Whether what was asked for fits; if not, what would."""
     own = rows[asked]
     if "refused" in own:
@@ -365,19 +468,34 @@ def advice(config: Config, vocab_size: int, cluster: Cluster, rows: dict[str, An
         would.append(f"--run.activation_checkpointing true, micro-batches up to {most}")
     would += [
         f"--launch {name}, micro-batches up to {row['largest_micro_batch']}"
-        for name, row in rows.items() if name != asked and row.get("largest_micro_batch")
-    ]  # fmt: skip
-    bigger = [kind for kind in GPUS if "cpu" not in (kind, cluster.kind) and own["needed"] <= Cluster(kind).room]
+        for name, row in rows.items()
+        if name != asked and row.get("largest_micro_batch")
+    ]
+    bigger = [
+        kind
+        for kind in GPUS
+        if "cpu" not in (kind, cluster.kind) and own["needed"] <= Cluster(kind).room
+    ]
     would += [f"--gpu {' or '.join(bigger)}"] if bigger else []
     said = f"{asked} does not fit: {_gb(own['needed'])} GB of {_gb(cluster.room)} GB;"
-    return [f"{said} what would:", *would] if would else [f"{said} nothing here would; more GPUs might"]
+    return (
+        [f"{said} what would:", *would]
+        if would
+        else [f"{said} nothing here would; more GPUs might"]
+    )
 
 
 def describe(figures: dict[str, Any], source: str) -> str:
     """One page. GB are 10^9 bytes."""
     f, columns = figures, [field.name for field in fields(Memory)]
-    overhead = f" beside {_gb(f['overhead'])} GB assumed for CUDA, NCCL and fragmentation" if f["overhead"] else ""
-    energy = f"{f['kilowatt_hours']:,.0f} kWh at the GPUs' full power, " if f["kilowatt_hours"] else ""
+    overhead = (
+        f" beside {_gb(f['overhead'])} GB assumed for CUDA, NCCL and fragmentation"
+        if f["overhead"]
+        else ""
+    )
+    energy = (
+        f"{f['kilowatt_hours']:,.0f} kWh at the GPUs' full power, " if f["kilowatt_hours"] else ""
+    )
     lines = [
         f"{source}: {f['parameters']:,} parameters, {shorten(f['flops_per_token'])} FLOP a token; {f['steps']:,} steps,"
         f" {shorten(f['tokens'])} tokens, {f['flops']:.3g} FLOP",
@@ -402,14 +520,19 @@ def describe(figures: dict[str, Any], source: str) -> str:
         f" {f['checkpoints_kept']} on disk: {_gb(f['checkpoint'] * f['checkpoints_kept'])} GB",
     ]
     if f["gpu"] == "cpu":
-        lines.append("glibc may keep much freed memory on top; MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back")
+        lines.append(
+            "glibc may keep much freed memory on top; MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back"
+        )
     return "\n".join(lines)
 
 
 def table(cluster: Cluster) -> str:
     """Markdown: peak GB of a process and the largest micro-batch, of each shipped recipe under each strategy."""
     names = list(strategies(cluster.world))
-    lines = ["| recipe | parameters | micro-batch | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    lines = [
+        "| recipe | parameters | micro-batch | " + " | ".join(names) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
     for path in sorted(CONFIGS.glob("*.yaml")):
         config = resolve((str(path), read_yaml(path)))
         try:
@@ -423,7 +546,11 @@ def table(cluster: Cluster) -> str:
         ]
         for row in fit(config, vocab_size, cluster).values():
             most = row.get("largest_micro_batch")
-            cells.append("refused" if "refused" in row else f"{_gb(row['needed'])}, {f'<= {most}' if most else 'none'}")
+            cells.append(
+                "refused"
+                if "refused" in row
+                else f"{_gb(row['needed'])}, {f'<= {most}' if most else 'none'}"
+            )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -15,7 +15,13 @@ from dist_lm.cli import FlagParser, parse_value, resolve
 from dist_lm.config import DataConfig
 from dist_lm.errors import DataError, UserError, run_entry
 
-SETTINGS = ("input", "tokenizer", "text_column", "separator", "val_fraction")  # flags that are fields of data
+SETTINGS = (
+    "input",
+    "tokenizer",
+    "text_column",
+    "separator",
+    "val_fraction",
+)  # flags that are fields of data
 
 
 def _command_line(argv: list[str]) -> argparse.Namespace:
@@ -25,8 +31,12 @@ def _command_line(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help=f"{field.description} ({field.default})")
     cores = str(len(os.sched_getaffinity(0)))
     parser.add_argument("--output", metavar="DIR", help="Folder to make, or to go on with.")
-    parser.add_argument("--processes", default=cores, help=f"Processes that encode ({cores}: all cores).")
-    parser.add_argument("--verify", metavar="DIR", help="Check every hash of a prepared folder instead.")
+    parser.add_argument(
+        "--processes", default=cores, help=f"Processes that encode ({cores}: all cores)."
+    )
+    parser.add_argument(
+        "--verify", metavar="DIR", help="Check every hash of a prepared folder instead."
+    )
     return parser.read(argv)
 
 
@@ -35,15 +45,25 @@ def main(argv: list[str]) -> None:
     if (arguments.verify is None) == (arguments.output is None):
         raise UserError("exactly one of --output DIR and --verify DIR must be given")
     if not arguments.processes.isdecimal() or int(arguments.processes) < 1:
-        raise UserError(f"--processes={arguments.processes} must be a whole number of 1 or more; nearest: 1")
-    given = {f"data.{name}": value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
-    config = resolve(("command line", {name: parse_value(name, [value]) for name, value in given.items()}))
+        raise UserError(
+            f"--processes={arguments.processes} must be a whole number of 1 or more; nearest: 1"
+        )
+    given = {
+        f"data.{name}": value
+        for name in SETTINGS
+        if (value := getattr(arguments, name)) is not None
+    }
+    config = resolve(
+        ("command line", {name: parse_value(name, [value]) for name, value in given.items()})
+    )
     from dist_lm.data import preparing, shards
 
     if arguments.verify is not None:
         damaged = shards.verify(arguments.verify)
         if damaged:
-            raise DataError(f"{arguments.verify}: damaged: {', '.join(damaged)}; nearest: prepare it again")
+            raise DataError(
+                f"{arguments.verify}: damaged: {', '.join(damaged)}; nearest: prepare it again"
+            )
         print(f"{arguments.verify}: every hash is right")
         return
     try:

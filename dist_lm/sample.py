@@ -27,7 +27,9 @@ class Sampling:
     """How tokens are chosen and when to end; top-k, top-p, min-p and the penalty mean what they do in transformers."""
 
     max_new_tokens: int
-    temperature: float | tuple[float, ...] = 1.0  # 0: the likeliest token; several: one for each row
+    temperature: float | tuple[float, ...] = (
+        1.0  # 0: the likeliest token; several: one for each row
+    )
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     min_p: float = 0.0
@@ -45,7 +47,9 @@ class Continuation:
     prompt: list[int]
     decoder: StreamDecoder
     tokens: list[int] = field(default_factory=list)  # with the end-of-text token, if that ended it
-    logprobs: list[float] = field(default_factory=list)  # of the model itself, before temperature and cuts
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # of the model itself, before temperature and cuts
     text: str = ""
     held: str = ""  # may turn out to begin a stop text
     finish_reason: str = ""  # "length", "stop" or "end_of_text", once finished
@@ -64,14 +68,20 @@ class Continuation:
         found = [self.held.index(stop) for stop in settings.stop if stop in self.held]
         if found:
             self.held, self.finish_reason = self.held[: min(found)], "stop"
-        keep = 0 if self.finish_reason else max((_overlap(self.held, stop) for stop in settings.stop), default=0)
+        keep = (
+            0
+            if self.finish_reason
+            else max((_overlap(self.held, stop) for stop in settings.stop), default=0)
+        )
         released = len(self.held) - keep
         self.text, self.held = self.text + self.held[:released], self.held[released:]
 
 
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 def window_start(length: int, seq_len: int) -> int:
@@ -126,7 +136,9 @@ def sample(
             facts.append(logits_BV.log_softmax(-1).gather(-1, tokens_B[:, None])[:, 0].double())
         if seen_BV is not None:
             seen_BV.scatter_(-1, tokens_B[:, None], True)
-        for row, text, token, health, *logprob in zip(rows, texts, *torch.stack(facts).tolist(), strict=True):
+        for row, text, token, health, *logprob in zip(
+            rows, texts, *torch.stack(facts).tolist(), strict=True
+        ):
             text.append(int(token))
             if row.finish_reason:
                 continue
@@ -134,7 +146,7 @@ def sample(
                 raise CheckpointError(
                     f"the model's logits for new token {len(row.tokens) + 1} are not finite; rule: use an earlier"
                     " checkpoint, or fp32 where another type overflows",
-                )  # fmt: skip
+                )
             row.logprobs += logprob
             row.add(int(token), tokenizer.eot, settings)
             row.seconds = time.perf_counter() - begin
@@ -144,7 +156,10 @@ def sample(
 
 
 def choose(
-    logits_BV: Tensor, settings: Sampling, streams: Sequence[random.Random], seen_BV: Tensor | None = None
+    logits_BV: Tensor,
+    settings: Sampling,
+    streams: Sequence[random.Random],
+    seen_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The next tokens, and a number for each row that is finite only if its logits are."""
     if seen_BV is not None:
@@ -153,15 +168,22 @@ def choose(
         logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
     if isinstance(settings.temperature, tuple):
         rows = zip(torch.split(logits_BV, 1), settings.temperature, streams, strict=True)
-        chosen = [choose(row, replace(settings, temperature=temperature), [own]) for row, temperature, own in rows]
-        return torch.cat([token for token, _ in chosen]), torch.cat([health.double() for _, health in chosen])
+        chosen = [
+            choose(row, replace(settings, temperature=temperature), [own])
+            for row, temperature, own in rows
+        ]
+        return torch.cat([token for token, _ in chosen]), torch.cat(
+            [health.double() for _, health in chosen]
+        )
     if settings.temperature == 0:
         best_B, tokens_B = logits_BV.max(-1)
         return tokens_B, best_B
     # Inverse of the cumulative distribution in the order of the vocabulary: rounding in another batch can move a
     # choice only where the draw falls on a boundary. Draws of 32 bits stay below the sum in fp64.
     cumulative_BV = cut(logits_BV, settings).exp().cumsum(-1)
-    draws_B1 = torch.tensor([[stream.getrandbits(32) / 2**32] for stream in streams], dtype=torch.float64)
+    draws_B1 = torch.tensor(
+        [[stream.getrandbits(32) / 2**32] for stream in streams], dtype=torch.float64
+    )
     sums_B1 = cumulative_BV[:, -1:]
     tokens_B1 = torch.searchsorted(cumulative_BV, draws_B1.to(sums_B1.device) * sums_B1, right=True)
     return tokens_B1[:, 0].clamp(max=logits_BV.shape[-1] - 1), sums_B1[:, 0]
@@ -169,7 +191,9 @@ def choose(
 
 def cut(logits_BV: Tensor, settings: Sampling) -> Tensor:
     """fp64 log-probabilities up to a constant (the largest is 0), -inf for what top-k, top-p and min-p leave out."""
-    assert not isinstance(settings.temperature, tuple), "rows of several temperatures are cut one by one"
+    assert not isinstance(settings.temperature, tuple), (
+        "rows of several temperatures are cut one by one"
+    )
     scores_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).double() / settings.temperature
     floor: Tensor | float = math.log(settings.min_p) if settings.min_p else -math.inf
     V = scores_BV.shape[-1]
@@ -186,11 +210,17 @@ def cut(logits_BV: Tensor, settings: Sampling) -> Tensor:
 
 
 def _prefill(
-    model: GPT, forward: Callable[..., Tensor], windows: list[list[int]], new_tokens: int, static: bool
+    model: GPT,
+    forward: Callable[..., Tensor],
+    windows: list[list[int]],
+    new_tokens: int,
+    static: bool,
 ) -> tuple[Tensor, KVCache]:
     """A cache that holds the windows, shorter ones padded on the left, and the logits after them."""
     longest, device = max(map(len, windows)), model.embed.weight.device
-    tokens_BT = torch.tensor([[0] * (longest - len(window)) + window for window in windows], device=device)
+    tokens_BT = torch.tensor(
+        [[0] * (longest - len(window)) + window for window in windows], device=device
+    )
     pads = [longest - len(window) for window in windows]
     pad_B = torch.tensor(pads, device=device) if any(pads) else None
     capacity = model.seq_len if static else min(model.seq_len, longest + new_tokens - 1)
@@ -207,7 +237,9 @@ def _seen(texts: list[list[int]], model: GPT) -> Tensor:
 
 def _check_lengths(lengths: list[int], settings: Sampling, seq_len: int) -> None:
     if min(lengths) == 0:
-        raise UserError("a prompt without tokens cannot be continued; nearest: the end-of-text token alone")
+        raise UserError(
+            "a prompt without tokens cannot be continued; nearest: the end-of-text token alone"
+        )
     longest, room = max(lengths), seq_len + 1 - max(lengths)
     if not settings.slide and settings.max_new_tokens > room:
         hint = f"{room} new tokens" if room > 0 else f"a prompt of {seq_len} tokens"

@@ -33,8 +33,12 @@ from dist_lm.metrics import read_metrics
 
 BAD_CHECKPOINT = 66
 RULE = "rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT"
-FLAGS = {"step": "The update, from 1.", "world": "Number of processes.", "rank": "Show only this one's share.",
-         "find": "A passage to look for."}  # fmt: skip
+FLAGS = {
+    "step": "The update, from 1.",
+    "world": "Number of processes.",
+    "rank": "Show only this one's share.",
+    "find": "A passage to look for.",
+}
 
 Step = dict[int, tuple[str, int | PackedSequence]]  # place: source, and its sequence
 
@@ -50,7 +54,10 @@ def main(argv: list[str]) -> None:
     run_dir, settings_file = argv[0], Path(argv[0], "config.yaml")
     if not settings_file.is_file():
         raise CheckpointError(f"{run_dir}: has no config.yaml; rule: the folder of a run")
-    config = resolve((str(settings_file), read_yaml(settings_file)), ("RUN", {"run.dir": run_dir, "data.workers": 0}))
+    config = resolve(
+        (str(settings_file), read_yaml(settings_file)),
+        ("RUN", {"run.dir": run_dir, "data.workers": 0}),
+    )
     data = open_data(config)
     if "find" in given:
         find(config, data, given["find"][0])
@@ -69,11 +76,18 @@ def open_data(config: Config) -> Dataset:
     """The run's data as it was prepared; never prepares anything, and refuses what is not what the run trained on."""
 
     def only_if_prepared(look: Callable[[], Any]) -> Any:
-        specs, folder = config.data.named_sources() | config.data.validation, Path(config.run.dir, "data")
+        specs, folder = (
+            config.data.named_sources() | config.data.validation,
+            Path(config.run.dir, "data"),
+        )
         raw = {name: spec for name, spec in specs.items() if not find_prepared(spec.input)}
         for name, spec in raw.items():
-            own = folder / ("val" if name in config.data.validation else "sources") / name / MANIFEST
-            if len(raw) == len(specs):  # the tokenizer was learned for the run, not a prepared source's
+            own = (
+                folder / ("val" if name in config.data.validation else "sources") / name / MANIFEST
+            )
+            if len(raw) == len(
+                specs
+            ):  # the tokenizer was learned for the run, not a prepared source's
                 own = folder / "tokenizer.json"
             elif config.data.stream and name not in config.data.validation:
                 own = folder / "streams.json"
@@ -82,14 +96,16 @@ def open_data(config: Config) -> Dataset:
                     f"{config.run.dir}: its data is neither in {folder} nor prepared at"
                     f" {config.data.field_of(name)}={spec.input} (seen from here); rule: run this where the run was"
                     " started"
-                )  # fmt: skip
+                )
         return look()
 
     data = open_dataset(config, only_if_prepared, say=lambda _: None)
     for state in _checkpoints(config)[-1:]:
         if _read_state(state)["data"] != data.identity:
             first = next(iter(data.sources.values()))
-            where = first.folder if isinstance(first, TokenShards) else f"the text of {config.run.dir}"
+            where = (
+                first.folder if isinstance(first, TokenShards) else f"the text of {config.run.dir}"
+            )
             raise DataError(f"{where}: its hashes are not those that {state.parent} trained on")
     return data
 
@@ -100,7 +116,9 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
     made = next(read_steps(config, data, step - 1))
     if not made:
         raise UserError(f"--step={step} is behind the end of the data")
-    print(f"step {step}: {len(made)} sequences of {length} inputs and their targets ({length + 1} tokens)")
+    print(
+        f"step {step}: {len(made)} sequences of {length} inputs and their targets ({length + 1} tokens)"
+    )
     for place, (name, sequence) in sorted(made.items()):
         if rank in (None, place % world):
             on_rank = f", rank {place % world}" if world > 1 else ""
@@ -108,8 +126,12 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
             title, tokens, spans = _look_up(config, data, name, sequence, position)
             print(f"\nplace {place}{on_rank}: {title}")
             for file, row, start, stop in spans:
-                print(f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence")
-                for line in data.tokenizer.decode(tokens[start:stop], skip_special=False).split("\n"):
+                print(
+                    f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence"
+                )
+                for line in data.tokenizer.decode(tokens[start:stop], skip_special=False).split(
+                    "\n"
+                ):
                     print(f"    | {printable(line)}")
 
 
@@ -122,12 +144,17 @@ def _look_up(
         assert isinstance(sequence, int)
         shard, first = source.find(sequence, length, stride)
         epoch = f" of epoch {position // data.sequences + 1}" if data.sequences else ""
-        title = f"sequence {sequence}{epoch}, {source.files[shard]} tokens {first} to {first + length}"
+        title = (
+            f"sequence {sequence}{epoch}, {source.files[shard]} tokens {first} to {first + length}"
+        )
         (tokens,) = source.read([sequence], length, stride)
         return title, tokens, source.documents_of(sequence, length, stride)
     assert isinstance(sequence, PackedSequence)
     number, files = cache(source.reader.row_number), source.reader.sources
-    spans = [(files[span.file].name, number(span.file, span.row), span.start, span.stop) for span in sequence.spans]
+    spans = [
+        (files[span.file].name, number(span.file, span.row), span.start, span.stop)
+        for span in sequence.spans
+    ]
     title = f"source {name}, pass {sequence.passed + 1}, {len(sequence.tokens)} tokens"
     return title, sequence.tokens, spans
 
@@ -156,10 +183,15 @@ def read_steps(config: Config, data: Dataset, first: int) -> Iterator[Step]:
 def find(config: Config, data: Dataset, text: str) -> None:
     """Print the steps of the run so far that had the passage, by following its whole order again."""
     last = max((figures["step"] for figures in read_metrics(config.run.dir)[0]), default=0)
-    holding = {name: _holding(config, data, source, text) for name, source in data.sources.items()
-               if isinstance(source, TokenShards)}  # fmt: skip
+    holding = {
+        name: _holding(config, data, source, text)
+        for name, source in data.sources.items()
+        if isinstance(source, TokenShards)
+    }
     seen: dict[int, set[str]] = {}
-    ends: dict[tuple[str, int, int], tuple[int, np.ndarray]] = {}  # of documents that go on: step and tokens of one end
+    ends: dict[
+        tuple[str, int, int], tuple[int, np.ndarray]
+    ] = {}  # of documents that go on: step and tokens of one end
     for step, made in zip(range(1, last + 1), read_steps(config, data, 0), strict=False):
         for name, sequence in made.values():
             source = data.sources[name]
@@ -169,9 +201,14 @@ def find(config: Config, data: Dataset, text: str) -> None:
                 continue
             assert isinstance(sequence, PackedSequence)
             for file, row, start, stop in sequence.spans:
-                tokens, where = sequence.tokens[start:stop], f"{source.reader.sources[file].name} row {row}"
+                tokens, where = (
+                    sequence.tokens[start:stop],
+                    f"{source.reader.sources[file].name} row {row}",
+                )
                 earlier, begin = ends.pop((name, file, row), (step, tokens[:0]))
-                if text in data.tokenizer.decode(np.concatenate([begin, tokens[min(1, len(begin)) :]])):
+                if text in data.tokenizer.decode(
+                    np.concatenate([begin, tokens[min(1, len(begin)) :]])
+                ):
                     for at in {step} if text in data.tokenizer.decode(tokens) else {earlier, step}:
                         seen.setdefault(at, set()).add(where)
                 if stop == len(sequence.tokens):  # its last token is the next sequence's first
@@ -202,7 +239,11 @@ def _checkpoints(config: Config) -> list[Path]:
 def _read_state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"step": state.get("step", 0), "data": state["data"], "streams": state.get("streams")}
+        return {
+            "step": state.get("step", 0),
+            "data": state["data"],
+            "streams": state.get("streams"),
+        }
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
 
@@ -212,7 +253,9 @@ def _number(given: dict[str, list[str]], name: str, low: int, high: int) -> int:
     value = int(text) if re.fullmatch(r"-?\d{1,18}", text) else None
     if value is None or not low <= value <= high:
         nearest = low if value is None else min(max(value, low), high)
-        raise UserError(f"--{name}={text} must be a whole number from {low} to {high}; nearest: {nearest}")
+        raise UserError(
+            f"--{name}={text} must be a whole number from {low} to {high}; nearest: {nearest}"
+        )
     return value
 
 

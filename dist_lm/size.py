@@ -14,7 +14,10 @@ from dist_lm.optim import moments
 
 HUB_VOCABULARIES = {"gpt2": 50257}  # of the shipped recipes, so that they need no network
 
-SHAPES, LAYOUT = lru_cache(hf.shapes), lru_cache(hf.layout)  # asked for again with every micro-batch of a plan
+SHAPES, LAYOUT = (
+    lru_cache(hf.shapes),
+    lru_cache(hf.layout),
+)  # asked for again with every micro-batch of a plan
 
 
 def vocabulary(config: Config) -> int:
@@ -45,18 +48,24 @@ def steps_of(config: Config) -> int:
             f"run.epochs={config.run.epochs} of data.input={config.data.input} is of unknown length; rule: a prepared"
             " folder, or run.steps"
         )
-    sequences = sum(TokenShards(config.data.input, "train").counts(config.data.seq_len, config.data.stride or 1))
+    sequences = sum(
+        TokenShards(config.data.input, "train").counts(config.data.seq_len, config.data.stride or 1)
+    )
     return -(-(config.run.epochs or 0) * sequences // config.data.global_batch)
 
 
 def parameters(config: Config, vocab_size: int) -> int:
     """How many there are, without what pads the vocabulary."""
-    return sum(math.prod(shape) for shape in SHAPES(config.model, vocab_size, config.data.seq_len).values())
+    return sum(
+        math.prod(shape) for shape in SHAPES(config.model, vocab_size, config.data.seq_len).values()
+    )
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Tensors of a checkpoint: weights as their family has them, the optimizer's moments, the moving average."""
-    weights = sum(math.prod(entry.shape) for entry in LAYOUT(config.model, vocab_size, config.data.seq_len))
+    weights = sum(
+        math.prod(entry.shape) for entry in LAYOUT(config.model, vocab_size, config.data.seq_len)
+    )
     kept = [
         math.prod(shape) * (moments(config.optim.name, name) + (config.run.ema > 0))
         for name, shape in SHAPES(config.model, vocab_size, config.data.seq_len).items()
@@ -68,6 +77,10 @@ def checkpoints_kept(config: Config, steps: int) -> int:
     """How many lie on disk at once: the newest, the best, what keep_every keeps, and one being written."""
     run = config.run
     saves = -(-steps // run.save_every) if run.save_every else 1
-    multiples = steps // math.lcm(run.keep_every, run.save_every) if run.keep_every and run.save_every else 0
+    multiples = (
+        steps // math.lcm(run.keep_every, run.save_every)
+        if run.keep_every and run.save_every
+        else 0
+    )
     best = bool(run.eval_every and run.save_every)
     return min(saves, run.keep_last + best + multiples + 1)

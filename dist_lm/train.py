@@ -8,11 +8,20 @@ optimizer's tensors. Running the same command again goes on where the run folder
 import gc
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import locate, newest_valid, read_state, set_aside_newer, step_folders, verify
+from dist_lm.checkpoint.folder import (
+    locate,
+    newest_valid,
+    read_state,
+    set_aside_newer,
+    step_folders,
+    verify,
+)
 from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
 from dist_lm.launcher import die_with_launcher
 
-if __name__ == "__main__":  # before all imports that take time: a launcher may be killed during them
+if (
+    __name__ == "__main__"
+):  # before all imports that take time: a launcher may be killed during them
     die_with_launcher()
 
 from dist_lm.cli import load
@@ -20,7 +29,9 @@ from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
 from dist_lm.errors import DivergedError, UserError, run_entry
 from dist_lm.outcome import TRAIN_FLAGS, Attempt
 
-if __name__ == "__main__":  # before the seconds that torch takes to import: typing mistakes, and listening to signals
+if (
+    __name__ == "__main__"
+):  # before the seconds that torch takes to import: typing mistakes, and listening to signals
     ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN_FLAGS, "dist_lm/train.py"))
     ATTEMPT = Attempt(Path(ARGUMENTS[0].run.dir))
     ATTEMPT.stop.listen()
@@ -67,7 +78,9 @@ class TrainState:
     tokens: int = 0  # targets trained on
     skipped_updates: int = 0  # fp16 overflows
     val_loss: float | None = None  # of the newest evaluation
-    streams: dict[str, Any] = field(default_factory=dict)  # where raw sources stand, as far as this rank reads them
+    streams: dict[str, Any] = field(
+        default_factory=dict
+    )  # where raw sources stand, as far as this rank reads them
 
 
 @dataclass(frozen=True)
@@ -146,8 +159,14 @@ def train(run: Run) -> str:
     config, runtime, state, model = run.config, run.runtime, run.state, run.runtime.model
     batches = run.batches = training_batches(run)
     batch = batches.take()
-    runtime.warm_up(lambda: model(batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)))
-    targets, stop, is_lost = runtime.sum(runtime.with_stop(batch.targets))  # it may have come during start-up
+    runtime.warm_up(
+        lambda: model(
+            batch.micros[0].tokens_BT, torch.full_like(batch.micros[0].tokens_BT, NO_TARGET)
+        )
+    )
+    targets, stop, is_lost = runtime.sum(
+        runtime.with_stop(batch.targets)
+    )  # it may have come during start-up
     runtime.refuse_lost_folder(float(is_lost))
     first_step, stopping, pending = state.step, bool(stop), None
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
@@ -178,8 +197,12 @@ def train(run: Run) -> str:
         loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
         for number, micro in enumerate(batch.micros, 1):
             with runtime.micro_step(last=number == len(batch.micros)):
-                loss = model(micro.tokens_BT, micro.targets_BT, dropout_keys_B=micro.dropout_keys_B,
-                             segments_BT=micro.segments_BT)  # fmt: skip
+                loss = model(
+                    micro.tokens_BT,
+                    micro.targets_BT,
+                    dropout_keys_B=micro.dropout_keys_B,
+                    segments_BT=micro.segments_BT,
+                )
                 runtime.backward(loss / targets.float())
             loss_sum += loss.detach()
 
@@ -195,7 +218,11 @@ def train(run: Run) -> str:
             stopping = record_step(run, pending)
         figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
         hashing = config.run.log_batch_hash
-        batch_hash = runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device)) if hashing else None
+        batch_hash = (
+            runtime.sum(torch.tensor([batch.row_hashes], device=runtime.device))
+            if hashing
+            else None
+        )
         seconds = time.monotonic() - started
         pending = Pending(state.step + 1, lr, figures, seconds, waited, batch_hash, batch.shares)
         state.step, state.val_loss, state.streams = state.step + 1, None, batch.after
@@ -204,7 +231,9 @@ def train(run: Run) -> str:
 
     profiler.stop()
     batches.close()
-    return (runtime.stop.reason or "another rank was told to stop") if stopping and not ended else ""
+    return (
+        (runtime.stop.reason or "another rank was told to stop") if stopping and not ended else ""
+    )
 
 
 def record_step(run: Run, pending: Pending) -> bool:
@@ -218,7 +247,7 @@ def record_step(run: Run, pending: Pending) -> bool:
             raise DivergedError(
                 f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
                 " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip",
-            )  # fmt: skip
+            )
         state.skipped_updates += 1
     state.tokens += int(targets)
     extra: dict[str, Any] = {**pending.shares}
@@ -229,9 +258,15 @@ def record_step(run: Run, pending: Pending) -> bool:
     if runtime.attempt.lock.lost:
         return bool(stop)  # the file is another run's; the ranks agree on it in the next step
     run.metrics.step(
-        step=pending.step, loss=loss, lr=pending.lr, grad_norm=norm, tokens=state.tokens,
-        tokens_per_second=targets / pending.seconds, data_wait=pending.seconds_waiting / pending.seconds, **extra,
-    )  # fmt: skip
+        step=pending.step,
+        loss=loss,
+        lr=pending.lr,
+        grad_norm=norm,
+        tokens=state.tokens,
+        tokens_per_second=targets / pending.seconds,
+        data_wait=pending.seconds_waiting / pending.seconds,
+        **extra,
+    )
     return bool(stop)
 
 
@@ -246,14 +281,20 @@ def evaluate(run: Run) -> None:
             losses.append(figures["val_loss"])
             if config.run.ema:
                 with runtime.averaged():
-                    averaged = validate(runtime, runtime.model, shards, config, run.layout, data.tokenizer)
+                    averaged = validate(
+                        runtime, runtime.model, shards, config, run.layout, data.tokenizer
+                    )
                 run.metrics.evaluation(run.state.step, f"{name} of ema", averaged)
         run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
         prompt = data.tokenizer.encode(config.run.sample_prompt) or [data.tokenizer.eot]
-        rows = len(SAMPLE_TEMPERATURES)  # as one batch: half the forwards, in each of which ZeRO-3 gathers weights
+        rows = len(
+            SAMPLE_TEMPERATURES
+        )  # as one batch: half the forwards, in each of which ZeRO-3 gathers weights
         settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
         with runtime.autocast():
-            *_, made = sample(run.model, data.tokenizer, [prompt] * rows, settings, [0] * rows, stop_early=False)
+            *_, made = sample(
+                run.model, data.tokenizer, [prompt] * rows, settings, [0] * rows, stop_early=False
+            )
         texts = [f"## step {run.state.step}, loss {losses[0]:.4f}"]
         for temperature, continuation in zip(SAMPLE_TEMPERATURES, made, strict=True):
             text = config.run.sample_prompt + continuation.text
@@ -269,12 +310,21 @@ def save(run: Run, last: bool) -> None:
     vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
     streams = merge_after(runtime.channel.gather(run.state.streams))
     if left_out := count_left_out(streams):
-        runtime.say("left out so far: " + ", ".join(f"{number:,} {kind}" for kind, number in left_out.items()))
+        runtime.say(
+            "left out so far: "
+            + ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
+        )
     facts = {
-        **asdict(run.state), "streams": streams, "strategy": runtime.strategy, "world_size": runtime.world_size,
-        "scaler": runtime.scaler.state_dict(), "config": config.model_dump(mode="json"), "data": run.data.identity,
-        "versions": {"dist_lm": __version__, "torch": torch.__version__}, "commit": git_commit(),
-    }  # fmt: skip
+        **asdict(run.state),
+        "streams": streams,
+        "strategy": runtime.strategy,
+        "world_size": runtime.world_size,
+        "scaler": runtime.scaler.state_dict(),
+        "config": config.model_dump(mode="json"),
+        "data": run.data.identity,
+        "versions": {"dist_lm": __version__, "torch": torch.__version__},
+        "commit": git_commit(),
+    }
     contents = {
         "config.json": hf.config_json(config.model, vocab_size, seq_len, run.data.tokenizer.eot),
         "generation_config.json": hf.generation_config_json(run.data.tokenizer.eot),
@@ -283,7 +333,15 @@ def save(run: Run, last: bool) -> None:
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
     with run.metrics.pause():
         report_saving(run, run.saver.finish)
-        run.saver.begin(run.state.step, config.model, vocab_size, seq_len, runtime.owned, texts, run.data.tokenizer)
+        run.saver.begin(
+            run.state.step,
+            config.model,
+            vocab_size,
+            seq_len,
+            runtime.owned,
+            texts,
+            run.data.tokenizer,
+        )
         if last:
             run.saver.finish()
 
@@ -330,7 +388,11 @@ def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> R
     facts = read_state(Path(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
-    last = min(steps or sys.maxsize, config.run.stop_after or sys.maxsize, -(-(used_up or sys.maxsize) // batch))
+    last = min(
+        steps or sys.maxsize,
+        config.run.stop_after or sys.maxsize,
+        -(-(used_up or sys.maxsize) // batch),
+    )
     if facts["step"] >= last:
         runtime.say(
             f"{run_dir} is finished at step {facts['step']}; to go on raise run.steps={steps} or run.stop_after,"
@@ -349,9 +411,14 @@ def build(runtime: Runtime, config: Config, place: ResumePoint) -> Run:
     gc.freeze()  # what is there by now stays: collecting need not look through torch's modules again
     runtime.prepare(model, optimizer, parameter_shapes(config.model, vocab_size, seq_len), config)
     metrics = Metrics(
-        config.run.dir, steps=place.steps, flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
-        device=runtime.device, world_size=runtime.world_size, is_main=runtime.is_main, track=runtime.track,
-    )  # fmt: skip
+        config.run.dir,
+        steps=place.steps,
+        flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
+        device=runtime.device,
+        world_size=runtime.world_size,
+        is_main=runtime.is_main,
+        track=runtime.track,
+    )
     saver = Saver(
         Path(config.run.dir),
         runtime.background,
@@ -361,7 +428,9 @@ def build(runtime: Runtime, config: Config, place: ResumePoint) -> Run:
         lost=runtime.attempt.lock.look,
     )
     layout = batch_layout(config, runtime.world_size)
-    run = Run(config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState())
+    run = Run(
+        config, runtime, data, layout, place.steps, model, optimizer, metrics, saver, TrainState()
+    )
     restore_or_init(run, place)
     return run
 
@@ -373,7 +442,9 @@ def restore_or_init(run: Run, place: ResumePoint) -> None:
         if config.run.init_from:
             runtime.together(lambda: start_from(run, config.run.init_from or ""))
         else:
-            init_weights(run.model, config.run.seed, ((h.name, h.start, h.weight) for h in runtime.owned()))
+            init_weights(
+                run.model, config.run.seed, ((h.name, h.start, h.weight) for h in runtime.owned())
+            )
         runtime.spread()
         runtime.start_average()
         return
@@ -382,7 +453,9 @@ def restore_or_init(run: Run, place: ResumePoint) -> None:
     runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
-    run.state = TrainState(facts["step"], facts["tokens"], facts["skipped_updates"], streams=facts.get("streams", {}))
+    run.state = TrainState(
+        facts["step"], facts["tokens"], facts["skipped_updates"], streams=facts.get("streams", {})
+    )
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
 
 
@@ -390,32 +463,56 @@ def training_batches(run: Run) -> Batches:
     config, data, runtime = run.config.data, run.data, run.runtime
     source: Any = next(iter(data.sources.values()))
     if data.sequences is None:
-        source = MixtureReader(data, config, run.config.run.seed, state=run.state.streams, rank=runtime.rank,
-                     world=runtime.world_size, channel=runtime.reading)  # fmt: skip
+        source = MixtureReader(
+            data,
+            config,
+            run.config.run.seed,
+            state=run.state.streams,
+            rank=runtime.rank,
+            world=runtime.world_size,
+            channel=runtime.reading,
+        )
     return Batches(
-        source, config, run.layout, runtime.rank, runtime.device, seed=run.config.run.seed,
-        eot=data.tokenizer.eot, first_step=run.state.step,
-        end_position=run.config.run.epochs and data.sequences and run.config.run.epochs * data.sequences,
-        dropout=run.config.model.dropout > 0, hash_rows=run.config.run.log_batch_hash,
-    )  # fmt: skip
+        source,
+        config,
+        run.layout,
+        runtime.rank,
+        runtime.device,
+        seed=run.config.run.seed,
+        eot=data.tokenizer.eot,
+        first_step=run.state.step,
+        end_position=run.config.run.epochs
+        and data.sequences
+        and run.config.run.epochs * data.sequences,
+        dropout=run.config.model.dropout > 0,
+        hash_rows=run.config.run.log_batch_hash,
+    )
 
 
 def refuse_other_mathematics(
     runtime: Runtime, config: Config, data: Dataset, facts: Mapping[str, Any], allowed: list[str]
 ) -> None:
     """A resumed run has the settings it was started with, but for those that do not touch its mathematics."""
-    old = {f"{s}.{f}": value for s, fields in facts["config"].items() for f, value in fields.items()}
+    old = {
+        f"{s}.{f}": value for s, fields in facts["config"].items() for f, value in fields.items()
+    }
     old["data (its tokens, by hash)"] = facts["data"]
     new = {**config.flat(), "data (its tokens, by hash)": data.identity}
-    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    changed = {
+        name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]
+    }
     for name in ("run.steps", "run.epochs"):
         before, after = changed.get(name, (None, None))
         if before is not None and after is not None and after > before:
-            runtime.say(f"{name} grows from {before} to {after}: from here on the schedule is that of the longer run")
+            runtime.say(
+                f"{name} grows from {before} to {after}: from here on the schedule is that of the longer run"
+            )
             del changed[name]
     refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
     if refused:
-        both = ", ".join(f"{name}: {changed[name][0]!r} -> {changed[name][1]!r}" for name in refused)
+        both = ", ".join(
+            f"{name}: {changed[name][0]!r} -> {changed[name][1]!r}" for name in refused
+        )
         raise UserError(
             f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed run keeps its"
             f" mathematics; choose another run.dir, or --allow_change {refused[0]}"
@@ -428,10 +525,14 @@ def start_from(run: Run, name: str) -> None:
     described, vocab_size, context = read_description(folder)
     ours, theirs = run.config.model.model_dump(), described.model_dump()
     different = [
-        f"--model.{key} {theirs[key]}" for key in ours if ours[key] != theirs[key] and key not in ("dropout", "init")
+        f"--model.{key} {theirs[key]}"
+        for key in ours
+        if ours[key] != theirs[key] and key not in ("dropout", "init")
     ]
     if different:
-        raise UserError(f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}")
+        raise UserError(
+            f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}"
+        )
     tokenizer = run.data.tokenizer
     if tokenizer.vocab_size != vocab_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
         raise UserError(
@@ -468,7 +569,9 @@ def describe(run: Run) -> None:
         if isinstance(source, StreamSpec):
             kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
             if source.lanes < runtime.world_size:
-                say(f"warning: {name} has {source.lanes} lanes, fewer than the {runtime.world_size} processes")
+                say(
+                    f"warning: {name} has {source.lanes} lanes, fewer than the {runtime.world_size} processes"
+                )
         say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
@@ -480,7 +583,9 @@ def describe(run: Run) -> None:
             f" {run.layout.filler_percent:.1f} % of each step"
         )
     if run.steps and config.optim.warmup_steps > run.steps:
-        say(f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps")
+        say(
+            f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps"
+        )
     if hf.family(config.model) is None:
         say("warning: no transformers family has this model; only dist_lm reads its checkpoints")
     if runtime.is_main:
@@ -494,7 +599,9 @@ def finish(run: Run, why: str) -> None:
     if run.runtime.is_main:
         try:
             draw_curves([run.dir], run.dir / "loss.png")
-        except Exception as error:  # a picture that cannot be drawn or stored must not spoil a finished run
+        except (
+            Exception
+        ) as error:  # a picture that cannot be drawn or stored must not spoil a finished run
             run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
         again = f"stopped: {why}; the same command goes on"
         generate = f"try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."

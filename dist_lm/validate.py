@@ -15,13 +15,27 @@ _ORDER_SEED = 0  # the same validation sequences whatever the run's seed
 
 
 def validate(
-    runtime: Runtime, model: nn.Module, shards: TokenShards, config: Config, layout: BatchLayout, tokenizer: Tokenizer
+    runtime: Runtime,
+    model: nn.Module,
+    shards: TokenShards,
+    config: Config,
+    layout: BatchLayout,
+    tokenizer: Tokenizer,
 ) -> dict[str, float]:
     """Evaluate the first `run.eval_batches` global batches of a fixed order. All ranks."""
     data = config.data
-    end = min(sum(shards.counts(data.seq_len, data.stride)), config.run.eval_batches * data.global_batch)
+    end = min(
+        sum(shards.counts(data.seq_len, data.stride)), config.run.eval_batches * data.global_batch
+    )
     batches = Batches(
-        shards, data, layout, runtime.rank, runtime.device, seed=_ORDER_SEED, eot=tokenizer.eot, end_position=end
+        shards,
+        data,
+        layout,
+        runtime.rank,
+        runtime.device,
+        seed=_ORDER_SEED,
+        eot=tokenizer.eot,
+        end_position=end,
     )
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     loss_targets_bytes = torch.zeros(3, dtype=torch.float64, device=runtime.device)

@@ -23,9 +23,13 @@ WORDS = "the a one cat dog bird tree house runs sleeps eats sees and or not unde
 
 # A model that trains in milliseconds: what a test of the machinery needs of it is that every part is there.
 TINY = [
-    *("--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8 --optim.lr 1e-3").split(),
-    *("--optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0 --run.log_batch_hash true").split(),
-]  # fmt: skip
+    *(
+        "--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8 --optim.lr 1e-3"
+    ).split(),
+    *(
+        "--optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0 --run.log_batch_hash true"
+    ).split(),
+]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,7 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def text_of(documents: int, seed: int = 0) -> str:
     """Sentences of a small vocabulary, so that a tiny model has something to learn."""
     rng = random.Random(seed)
-    return "\n\n".join(" ".join(rng.choices(WORDS, k=rng.randint(20, 60))) + "." for _ in range(documents))
+    return "\n\n".join(
+        " ".join(rng.choices(WORDS, k=rng.randint(20, 60))) + "." for _ in range(documents)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +51,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder of 300 documents of bytes."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "text.txt").write_text(text_of(300))
-    data = DataConfig(input=str(folder / "text.txt"), separator="\n\n", tokenizer="byte", val_fraction=0.1)
+    data = DataConfig(
+        input=str(folder / "text.txt"), separator="\n\n", tokenizer="byte", val_fraction=0.1
+    )
     prepare_dataset(data, folder / "shards", 1)
     return folder / "shards"
 
@@ -59,14 +67,24 @@ def owned(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[Ow
 
 
 def write_step(
-    run: Path, step: int, model: GPT, texts: Mapping[str, Any], tokenizer: Tokenizer,
+    run: Path,
+    step: int,
+    model: GPT,
+    texts: Mapping[str, Any],
+    tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """A step folder as train writes it, by one process."""
     saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last=100)
     files = {name: json.dumps(content) for name, content in texts.items()}
     saver.begin(
-        step, model.config, tokenizer.vocab_size, model.seq_len, lambda: owned(model, optimizer), files, tokenizer
+        step,
+        model.config,
+        tokenizer.vocab_size,
+        model.seq_len,
+        lambda: owned(model, optimizer),
+        files,
+        tokenizer,
     )
     saver.finish()
     return run / f"step-{step:08d}"

@@ -27,19 +27,27 @@ def needs(*programs: str) -> None:
     """Skip where these tests cannot run. CI has all of it, see .ci/run."""
     if os.geteuid() != 0:
         pytest.skip("needs root, for network namespaces")
-    missing = [name for name in programs if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    missing = [
+        name
+        for name in programs
+        if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    ]
     if missing:
         pytest.skip(f"needs {', '.join(missing)}: apt-get install -y slurm-wlm munge iproute2")
 
 
 def sh(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=admin_env())
+    done = subprocess.run(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=admin_env()
+    )
     assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
     return done.stdout
 
 
 def admin_env(**more: str) -> dict[str, str]:
-    return clean_env(**{**more, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"})
+    return clean_env(
+        **{**more, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"}
+    )
 
 
 def until(true: Callable[[], object], seconds: float, what: str) -> None:
@@ -57,21 +65,62 @@ class Host:
         self.space, self.link = f"{net.id}n{number}", f"{net.id}v{number}"
         self.address = net.address(number + 1)
         sh("ip", "netns", "add", self.space)
-        sh("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.space)
+        sh(
+            "ip",
+            "link",
+            "add",
+            self.link,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            self.space,
+        )
         sh("ip", "link", "set", self.link, "master", net.bridge, "up")
-        for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+        for command in (
+            f"addr add {self.address}/24 dev eth0",
+            "link set eth0 up",
+            "link set lo up",
+        ):
             sh("ip", "-n", self.space, *command.split())
         setup = f"hostname {self.name} && mount -t tmpfs none {net.private} && mount --bind {net.hosts} /etc/hosts"
         self.holder = subprocess.Popen(
-            ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", f"{setup} && exec sleep infinity"],
+            [
+                "ip",
+                "netns",
+                "exec",
+                self.space,
+                "unshare",
+                "--uts",
+                "sh",
+                "-c",
+                f"{setup} && exec sleep infinity",
+            ],
             env=admin_env(),
-        )  # fmt: skip
-        until(lambda: self.run("hostname", check=False).strip() == self.name, 10, f"{self.name} is up")
+        )
+        until(
+            lambda: self.run("hostname", check=False).strip() == self.name, 10, f"{self.name} is up"
+        )
 
     @property
     def enter(self) -> list[str]:
-        core = str(sorted(os.sched_getaffinity(0))[self.number % len(os.sched_getaffinity(0))])  # a host has one
-        return ["taskset", "-c", core, "nsenter", "-t", str(self.holder.pid), "-m", "-n", "-u", "--"]
+        core = str(
+            sorted(os.sched_getaffinity(0))[self.number % len(os.sched_getaffinity(0))]
+        )  # a host has one
+        return [
+            "taskset",
+            "-c",
+            core,
+            "nsenter",
+            "-t",
+            str(self.holder.pid),
+            "-m",
+            "-n",
+            "-u",
+            "--",
+        ]
 
     def run(self, *command: str, check: bool = True) -> str:
         return sh(*self.enter, *command, check=check)
@@ -213,7 +262,9 @@ class Slurm:
         self.net, self.folder = net, net.folder
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         conf = CONF.format(head=net.address(HEAD_ADDRESS), port=free_port(), folder=self.folder)
-        conf += "".join(f"NodeName={h.name} NodeAddr={h.address} CPUs=2 State=UNKNOWN\n" for h in net.nodes)
+        conf += "".join(
+            f"NodeName={h.name} NodeAddr={h.address} CPUs=2 State=UNKNOWN\n" for h in net.nodes
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (self.folder / "state").mkdir()
@@ -223,9 +274,15 @@ class Slurm:
     def up(self) -> None:
         at = self.folder
         self.spawn(
-            "munged", "--foreground", "--force", f"--socket={at}/munge.socket", f"--key-file={at}/munge.key",
-            f"--pid-file={at}/munged.pid", f"--log-file={at}/munged.log", f"--seed-file={at}/munged.seed",
-        )  # fmt: skip
+            "munged",
+            "--foreground",
+            "--force",
+            f"--socket={at}/munge.socket",
+            f"--key-file={at}/munge.key",
+            f"--pid-file={at}/munged.pid",
+            f"--log-file={at}/munged.log",
+            f"--seed-file={at}/munged.seed",
+        )
         until((at / "munge.socket").exists, 10, "munged is up")
         as_head = ("unshare", "--uts", "sh", "-c", 'hostname head && exec "$0" "$@"')
         self.spawn("slurmctld", "-D", "-f", f"{at}/slurm.conf", enter=as_head)
@@ -252,7 +309,12 @@ class Slurm:
 
     def ask(self, *command: str, check: bool = True, **env: str) -> str:
         done = subprocess.run(
-            command, cwd=ROOT, env=self.env(**env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=self.env(**env),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stdout}"
         return done.stdout
@@ -264,7 +326,12 @@ class Slurm:
     def submit(self, *arguments: str, **env: str) -> str:
         """sbatch from the checkout, as a user would; the job's number."""
         said = self.ask(
-            "sbatch", "--parsable", f"--output={self.folder}/job-%j.out", *arguments, PYTHON=sys.executable, **env
+            "sbatch",
+            "--parsable",
+            f"--output={self.folder}/job-%j.out",
+            *arguments,
+            PYTHON=sys.executable,
+            **env,
         )
         return said.strip().split("\n")[-1]
 
@@ -276,8 +343,17 @@ class Slurm:
         file = self.folder / f"job-{job}.out"
         return file.read_text() if file.exists() else ""
 
-    def wait(self, job: str, seconds: float = 150, state: str = "COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL") -> str:
-        until(lambda: re.fullmatch(state, self.field(job, "JobState")), seconds, f"job {job} {state}\n{self.said(job)}")
+    def wait(
+        self,
+        job: str,
+        seconds: float = 150,
+        state: str = "COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL",
+    ) -> str:
+        until(
+            lambda: re.fullmatch(state, self.field(job, "JobState")),
+            seconds,
+            f"job {job} {state}\n{self.said(job)}",
+        )
         return self.field(job, "JobState")
 
     def close(self) -> None:

@@ -15,7 +15,11 @@ from typing import Any
 
 from tests.procs import ROOT, free_port
 
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
 
 
 class ObjectStore:
@@ -29,7 +33,9 @@ class ObjectStore:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.objectstore", str(self.folder), str(self.port)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | KEYS, stdout=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | KEYS, stdout=subprocess.DEVNULL
+        )
         for _ in range(600):
             assert self.process.poll() is None, "the server ended"
             try:
@@ -56,7 +62,11 @@ class ObjectStore:
     def client(self) -> Any:
         import boto3
 
-        keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+        keys = {
+            "aws_access_key_id": "test",
+            "aws_secret_access_key": "test",
+            "region_name": "us-east-1",
+        }
         return boto3.client("s3", endpoint_url=self.endpoint, **keys)
 
     def kill(self) -> None:
@@ -79,7 +89,11 @@ def serve(folder: Path, port: int) -> None:
         client.create_bucket(Bucket=bucket.name)
         for path in sorted(bucket.rglob("*")):
             if path.is_file():
-                client.put_object(Bucket=bucket.name, Key=path.relative_to(bucket).as_posix(), Body=path.read_bytes())
+                client.put_object(
+                    Bucket=bucket.name,
+                    Key=path.relative_to(bucket).as_posix(),
+                    Body=path.read_bytes(),
+                )
     ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False).start()
     threading.Event().wait()
 

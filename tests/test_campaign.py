@@ -22,7 +22,10 @@ def worst(run: Path, other: Path, first_step: int = 1) -> tuple[float, float]:
     """Largest relative difference of loss and of gradient norm; the batches must be the same."""
     a, b = ([s for s in losses(r) if s["step"] >= first_step] for r in (run, other))
     assert [s["batch_hash"] for s in a] == [s["batch_hash"] for s in b] != []
-    return tuple(max(abs(x[k] - y[k]) / abs(y[k]) for x, y in zip(a, b, strict=True)) for k in ("loss", "grad_norm"))  # type: ignore[return-value]
+    return tuple(
+        max(abs(x[k] - y[k]) / abs(y[k]) for x, y in zip(a, b, strict=True))
+        for k in ("loss", "grad_norm")
+    )  # type: ignore[return-value]
 
 
 def report(what: str, figures: tuple[float, float]) -> None:
@@ -50,7 +53,10 @@ def test_resumed_on_another_number(prepared: Path, tmp_path: Path, before: int, 
     train(tmp_path / "whole", *common, world=before)
     train(tmp_path / "moved", *common, "--run.stop_after", "50", world=before)
     train(tmp_path / "moved", *common, world=after)
-    report(f"resumed on {after} instead of {before}, next 50 steps", worst(tmp_path / "moved", tmp_path / "whole", 51))
+    report(
+        f"resumed on {after} instead of {before}, next 50 steps",
+        worst(tmp_path / "moved", tmp_path / "whole", 51),
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -60,7 +66,9 @@ def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> N
     rng, kills = random.Random(world), []
     for _ in range(4):  # kills of one run, one after another
         step = rng.randint(max(kills, default=0) + 1, 50)
-        ranks = start_ranks(world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common)
+        ranks = start_ranks(
+            world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common
+        )
         wait_for_step(tmp_path / "killed", step, ranks)
         ranks[rng.randrange(world)].send_signal(signal.SIGKILL)
         for rank in ranks:
@@ -73,30 +81,49 @@ def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> N
     a, b = (tensors(tmp_path / run / "step-00000060") for run in ("killed", "whole"))
     different = [name for name in a if not torch.equal(a[name], b[name])]
     print(
-        f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |", flush=True
+        f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |",
+        flush=True,
     )
     assert different == []
 
 
-STRATEGIES = [("ddp", 2), ("ddp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3", 3), ("zero3", 4),
-              ("zero2-offload", 2)]  # fmt: skip
+STRATEGIES = [
+    ("ddp", 2),
+    ("ddp", 4),
+    ("zero1", 2),
+    ("zero2", 2),
+    ("zero3", 2),
+    ("zero3", 3),
+    ("zero3", 4),
+    ("zero2-offload", 2),
+]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion", "sgd"])
 @pytest.mark.parametrize("dropout", ["0.0", "0.1"])
 def test_strategies_table(prepared: Path, tmp_path: Path, dropout: str, optimizer: str) -> None:
-    print(f"\n50 steps, fp32, {optimizer} at a peak of 1e-3, dropout {dropout}, against one process:")
-    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout, "--optim.name", optimizer)
+    print(
+        f"\n50 steps, fp32, {optimizer} at a peak of 1e-3, dropout {dropout}, against one process:"
+    )
+    common = tiny(
+        prepared, "--run.steps", "50", "--model.dropout", dropout, "--optim.name", optimizer
+    )
     train(tmp_path / "one", *common)
     for strategy, world in STRATEGIES:
         if optimizer == "adamw" or "offload" not in strategy:
             spread(tmp_path / f"{strategy}-{world}", strategy, world, *common)
-            report(f"{strategy} x {world}", worst(tmp_path / f"{strategy}-{world}", tmp_path / "one"))
+            report(
+                f"{strategy} x {world}", worst(tmp_path / f"{strategy}-{world}", tmp_path / "one")
+            )
 
 
 def test_strategies_in_bf16(prepared: Path, tmp_path: Path) -> None:
-    print("\n50 steps, bf16, AdamW at a peak of 1e-3, dropout 0.1, against one process in bf16 (loss alone is held):")
-    common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1", "--run.precision", "bf16")
+    print(
+        "\n50 steps, bf16, AdamW at a peak of 1e-3, dropout 0.1, against one process in bf16 (loss alone is held):"
+    )
+    common = tiny(
+        prepared, "--run.steps", "50", "--model.dropout", "0.1", "--run.precision", "bf16"
+    )
     train(tmp_path / "one", *common)
     for strategy, world in STRATEGIES:
         spread(tmp_path / f"{strategy}-{world}", strategy, world, *common)
@@ -108,23 +135,44 @@ def test_strategies_in_bf16(prepared: Path, tmp_path: Path) -> None:
 def test_chain_with_adamw(prepared: Path, tmp_path: Path) -> None:
     common = tiny(prepared, "--run.steps", "50", "--model.dropout", "0.1")
     train(tmp_path / "one", *common)
-    for part, (strategy, world) in enumerate([("single", 1), ("zero3", 4), ("zero1", 2), ("ddp", 2), ("zero2", 4)], 1):
+    for part, (strategy, world) in enumerate(
+        [("single", 1), ("zero3", 4), ("zero1", 2), ("ddp", 2), ("zero2", 4)], 1
+    ):
         spread(tmp_path / "chain", strategy, world, *common, "--run.stop_after", str(10 * part))
-    report("single, zero3 x 4, zero1 x 2, ddp x 2, zero2 x 4", worst(tmp_path / "chain", tmp_path / "one"))
+    report(
+        "single, zero3 x 4, zero1 x 2, ddp x 2, zero2 x 4",
+        worst(tmp_path / "chain", tmp_path / "one"),
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_in_place(prepared: Path, tmp_path: Path, strategy: str, world: int, optimizer: str) -> None:
+def test_resumed_in_place(
+    prepared: Path, tmp_path: Path, strategy: str, world: int, optimizer: str
+) -> None:
     if "offload" in strategy and optimizer != "adamw":
         pytest.skip("refused by name")
-    common = tiny(prepared, "--model.dropout", "0.1", "--optim.name", optimizer, "--run.save_every", "5",
-                  "--run.keep_last", "3")  # fmt: skip
+    common = tiny(
+        prepared,
+        "--model.dropout",
+        "0.1",
+        "--optim.name",
+        optimizer,
+        "--run.save_every",
+        "5",
+        "--run.keep_last",
+        "3",
+    )
     spread(tmp_path / "whole", strategy, world, *common)
     shutil.copytree(tmp_path / "whole/step-00000005", tmp_path / "again/step-00000005")
     spread(tmp_path / "again", strategy, world, *common)
     a, b = (tensors(tmp_path / run / "step-00000012") for run in ("again", "whole"))
     different = [name for name in a if not torch.equal(a[name], b[name])]
-    print(f"| {strategy} x {world}, {optimizer} | {len(a)} tensors | {len(different)} differ |", flush=True)
+    print(
+        f"| {strategy} x {world}, {optimizer} | {len(a)} tensors | {len(different)} differ |",
+        flush=True,
+    )
     assert different == []

@@ -63,7 +63,10 @@ def test_unset_fields_follow_the_last_level(tmp_path: Path) -> None:
 def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("run: {epochs: 3}\n")
-    assert settings("--config", str(file)).run.model_dump(include={"steps", "epochs"}) == {"steps": None, "epochs": 3}
+    assert settings("--config", str(file)).run.model_dump(include={"steps", "epochs"}) == {
+        "steps": None,
+        "epochs": 3,
+    }
     config = settings("--config", str(file), "--run.steps", "7")
     assert (config.run.steps, config.run.epochs) == (7, None)
 
@@ -78,21 +81,42 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ("x", "'x' is not a flag; rule: --section.field VALUE"),
         ("--model.layers", "--model.layers needs a value: --model.layers 4"),
         ("--model.layers 3 --model.layers 4", "--model.layers is given twice; rule: once"),
-        ("--model.layers 3 4", "--model.layers takes one value, not '3 4'; rule: quote a value with spaces"),
-        ("--model.layers 0", "command line: model.layers=0 must be greater than or equal to 1; nearest: 1"),
-        ("--model.layers 4.5", "command line: model.layers=4.5 must be a valid integer; nearest: 4"),
-        ("--model.layers true", "command line: model.layers=True must be a valid integer; nearest: 4"),
+        (
+            "--model.layers 3 4",
+            "--model.layers takes one value, not '3 4'; rule: quote a value with spaces",
+        ),
+        (
+            "--model.layers 0",
+            "command line: model.layers=0 must be greater than or equal to 1; nearest: 1",
+        ),
+        (
+            "--model.layers 4.5",
+            "command line: model.layers=4.5 must be a valid integer; nearest: 4",
+        ),
+        (
+            "--model.layers true",
+            "command line: model.layers=True must be a valid integer; nearest: 4",
+        ),
         ("--model.bias 1", "command line: model.bias=1 must be a valid boolean; nearest: true"),
         ("--optim.lr nan", "command line: optim.lr='nan' must be a valid number; nearest: 0.004"),
         ("--optim.lr .inf", "command line: optim.lr=inf must be a finite number; nearest: 0.004"),
         ("--optim.lr -1", "command line: optim.lr=-1 must be greater than 0; nearest: 0.004"),
-        ("--optim.betas 1 0.5", "command line: optim.betas=1 must be less than 1; nearest: (0.9, 0.95)"),
+        (
+            "--optim.betas 1 0.5",
+            "command line: optim.betas=1 must be less than 1; nearest: (0.9, 0.95)",
+        ),
         (
             "--model.positions rop",
             "command line: model.positions='rop' must be one of learned, rope, sinusoidal, none; nearest: rope",
         ),
-        ("--model.heads 5", "command line: model.heads=5 does not divide model.width=128; nearest: 4, 8"),
-        ("--model.kv_heads 3", "command line: model.kv_heads=3 does not divide model.heads=4; nearest: 2, 4"),
+        (
+            "--model.heads 5",
+            "command line: model.heads=5 does not divide model.width=128; nearest: 4, 8",
+        ),
+        (
+            "--model.kv_heads 3",
+            "command line: model.kv_heads=3 does not divide model.heads=4; nearest: 2, 4",
+        ),
         (
             "--model.heads 128",
             "command line: model.width=128 with model.heads=128 gives an odd head size, which rope cannot rotate;"
@@ -106,16 +130,28 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
             "--data.stride 500",
             "command line: data.stride=500 must be at most data.seq_len=256; nearest: 256",
         ),
-        ("--data.separator=", "command line: data.separator='' must not be empty; nearest: null (each file is one document)"),
-        ("--optim.min_lr 1", "command line: optim.min_lr=1.0 must be at most optim.lr=0.004; nearest: 0.004"),
+        (
+            "--data.separator=",
+            "command line: data.separator='' must not be empty; nearest: null (each file is one document)",
+        ),
+        (
+            "--optim.min_lr 1",
+            "command line: optim.min_lr=1.0 must be at most optim.lr=0.004; nearest: 0.004",
+        ),
         (
             "--data.micro_batch 64",
             "command line: data.micro_batch=64 must be at most data.global_batch=16; nearest: 16",
         ),
-        ("--run.steps 3 --run.epochs 4", "command line: run.steps=3 and run.epochs=4 exclude each other; rule: give one"),
-        ("--run.steps null", "command line: run.steps=None and run.epochs=None: exactly one of them must be given"),
+        (
+            "--run.steps 3 --run.epochs 4",
+            "command line: run.steps=3 and run.epochs=4 exclude each other; rule: give one",
+        ),
+        (
+            "--run.steps null",
+            "command line: run.steps=None and run.epochs=None: exactly one of them must be given",
+        ),
     ],
-)  # fmt: skip
+)
 def test_command_line_errors(argv: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         settings(*argv.split())
@@ -133,7 +169,10 @@ def test_command_line_errors(argv: str, message: str) -> None:
         ("model:\n  layers: 3\n  layers: 4", "FILE: layers is given twice (line 3); rule: once"),
         ("model: {layers: '3'}", "FILE: model.layers='3' must be a valid integer; nearest: 4"),
         ("model: {layers: [", "FILE: not valid YAML: "),
-        ("run: !!python/object:os.system {}", "FILE: not valid YAML: could not determine a constructor"),
+        (
+            "run: !!python/object:os.system {}",
+            "FILE: not valid YAML: could not determine a constructor",
+        ),
         ("data: {input: 3}", "FILE: data.input=3 must be a valid string; nearest: stdlib"),
         (
             "data: {sources: {web: {input: a.csv, template: const, text_column: body}}}",
@@ -143,7 +182,10 @@ def test_command_line_errors(argv: str, message: str) -> None:
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
             "FILE: data.validation.held.template='a}' must name columns in pairs of braces; nearest: '{text}'",
         ),
-        ("run: {steps: 3, epochs: 4}", "FILE: run.steps=3 and run.epochs=4 exclude each other; rule: give one"),
+        (
+            "run: {steps: 3, epochs: 4}",
+            "FILE: run.steps=3 and run.epochs=4 exclude each other; rule: give one",
+        ),
     ],
 )
 def test_yaml_errors(tmp_path: Path, text: str, message: str) -> None:
@@ -156,7 +198,10 @@ def test_yaml_errors(tmp_path: Path, text: str, message: str) -> None:
 
 def test_missing_yaml_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "debug.yaml").write_text("")
-    with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\); did you mean .*/debug.yaml\?"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot be read \(No such file or directory\); did you mean .*/debug.yaml\?",
+    ):
         read_yaml(tmp_path / "debgu.yaml")
 
 
@@ -164,10 +209,15 @@ def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Pa
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     output = train(tmp_path / "run", "--model.layerz", "3", code=2, PYTHONPATH=str(tmp_path))
     assert output == "error: unknown flag --model.layerz; did you mean --model.layers?\n"
-    assert train(tmp_path / "run", "--model.layerz", "3", code=2, RANK="1", PYTHONPATH=str(tmp_path)) == ""
+    assert (
+        train(tmp_path / "run", "--model.layerz", "3", code=2, RANK="1", PYTHONPATH=str(tmp_path))
+        == ""
+    )
 
 
-def test_help_shows_every_field_with_the_given_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_every_field_with_the_given_yaml(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "a.yaml"
     file.write_text("model: {layers: 77}\n")
     with pytest.raises(SystemExit):
@@ -179,7 +229,11 @@ def test_help_shows_every_field_with_the_given_yaml(tmp_path: Path, capsys: pyte
 
 def test_help_gives_each_field_a_meaning() -> None:
     text = " ".join(help_text(Config(), {}, "x").split())
-    assert [name for name, info in FIELDS.items() if not info.description or info.description[:20] not in text] == []
+    assert [
+        name
+        for name, info in FIELDS.items()
+        if not info.description or info.description[:20] not in text
+    ] == []
 
 
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,12 +252,21 @@ def test_recipes_load_and_hold_only_what_differs(recipe: Path) -> None:
     assert [name for name, value in given.items() if FIELDS[name].default == value] == []
 
 
-@given(batch=st.integers(1, 300), world=st.integers(1, 64), micro=st.one_of(st.none(), st.integers(1, 300)))
+@given(
+    batch=st.integers(1, 300),
+    world=st.integers(1, 64),
+    micro=st.one_of(st.none(), st.integers(1, 300)),
+)
 def test_plan_fits_the_batch(batch: int, world: int, micro: int | None) -> None:
-    fields: dict[str, Any] = {"data.global_batch": batch, "data.micro_batch": micro and min(micro, batch)}
+    fields: dict[str, Any] = {
+        "data.global_batch": batch,
+        "data.micro_batch": micro and min(micro, batch),
+    }
     config = resolve(("test", fields))
     if world > batch:
-        with pytest.raises(UserError, match=f"at least the number of processes, {world}; nearest: {world}"):
+        with pytest.raises(
+            UserError, match=f"at least the number of processes, {world}; nearest: {world}"
+        ):
             batch_layout(config, world)
         return
     made = batch_layout(config, world)
@@ -234,8 +297,15 @@ def test_configs_cannot_be_changed_or_given_more() -> None:
 
 
 def test_yaml_round_trip() -> None:
-    assert Config.model_validate({k: _tuples(v) for k, v in yaml.safe_load(Config().to_yaml()).items()}) == Config()
+    assert (
+        Config.model_validate(
+            {k: _tuples(v) for k, v in yaml.safe_load(Config().to_yaml()).items()}
+        )
+        == Config()
+    )
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }

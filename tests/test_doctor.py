@@ -29,20 +29,42 @@ from tests.procs import ROOT, clean_env, entry, finish, free_port, train
 SETTINGS = [word for word in TINY if word not in ("--run.log_batch_hash", "true")]
 
 
-def ranks(*arguments: str, where: Sequence[Path] = (ROOT, ROOT), code: Sequence[Path] = (ROOT, ROOT),
-          before: Sequence[Sequence[str]] = ((), ())) -> list[subprocess.Popen[str]]:  # fmt: skip
+def ranks(
+    *arguments: str,
+    where: Sequence[Path] = (ROOT, ROOT),
+    code: Sequence[Path] = (ROOT, ROOT),
+    before: Sequence[Sequence[str]] = ((), ()),
+) -> list[subprocess.Popen[str]]:
     """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
     port, started = str(free_port()), []
     for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(code[rank])}  # fmt: skip
-        command = [*before[rank], sys.executable, str(code[rank] / "dist_lm/doctor.py"), *SETTINGS, *arguments]
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "PYTHONPATH": str(code[rank]),
+        }
+        command = [
+            *before[rank],
+            sys.executable,
+            str(code[rank] / "dist_lm/doctor.py"),
+            *SETTINGS,
+            *arguments,
+        ]
         started.append(
             subprocess.Popen(
-                command, cwd=where[rank], env=clean_env(**own), text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                command,
+                cwd=where[rank],
+                env=clean_env(**own),
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
             )
-        )  # fmt: skip
+        )
     return started
 
 
@@ -56,7 +78,11 @@ def doctor(*arguments: str, expect: int = 0, **how: object) -> str:
 def mounted(folder: Path, options: str) -> Iterator[Path]:
     """A small file system in memory; skips where it cannot be had."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
     try:
@@ -81,19 +107,48 @@ def test_alone_and_fit(prepared: Path, tmp_path: Path) -> None:
 def test_two_ranks_under_each_launcher(prepared: Path, tmp_path: Path) -> None:
     data = ("--data.input", str(prepared), "--data.tokenizer", "byte")
     common = (*SETTINGS, *data, "--run.dir", str(tmp_path / "run"), "--json")
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-                "-m", "dist_lm.doctor", "--launch", "zero2"]  # fmt: skip
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2",
-                  "--main_process_port", str(free_port()), "dist_lm/doctor.py"]  # fmt: skip
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "dist_lm.doctor",
+        "--launch",
+        "zero2",
+    ]
+    accelerate = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "launch/ddp.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+        "dist_lm/doctor.py",
+    ]
     for launcher, strategy in ((torchrun, "zero2"), (accelerate, "ddp")):
-        done = subprocess.run([sys.executable, *launcher, *common], cwd=ROOT, env=clean_env(PYTHONPATH=str(ROOT)),
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=240)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *launcher, *common],
+            cwd=ROOT,
+            env=clean_env(PYTHONPATH=str(ROOT)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=240,
+        )
         found = json.loads(done.stdout[done.stdout.index("{") :])
         assert (done.returncode, found["code"], found["ranks"]) == (0, 0, 2)
         checks = {check["name"]: check for check in found["checks"]}
         assert "fail" not in {check["grade"] for check in checks.values()}
         assert checks["devices"]["text"].endswith(strategy)
-        assert "same node" in checks["pairs"]["text"] and " GB/s on the bus" in checks["all-reduce"]["text"]
+        assert (
+            "same node" in checks["pairs"]["text"]
+            and " GB/s on the bus" in checks["all-reduce"]["text"]
+        )
         assert "need " in checks["space"]["text"]
 
 
@@ -118,11 +173,16 @@ def test_a_run_folder_that_one_rank_does_not_see(prepared: Path, tmp_path: Path)
     (tmp_path / "there").mkdir()
     arguments = ("--data.input", str(prepared), "--run.dir", "runs/x", "--timeout_seconds", "16")
     page = doctor(*arguments, where=(tmp_path / "here", tmp_path / "there"), expect=70)
-    assert "fail  run folder  rank 1 (" in page and f"No such file or directory: '{tmp_path}/there/runs/x/" in page
+    assert (
+        "fail  run folder  rank 1 (" in page
+        and f"No such file or directory: '{tmp_path}/there/runs/x/" in page
+    )
     assert "-> a run.dir that all hosts share and may write to, by its absolute path" in page
     (tmp_path / "there/runs/x").mkdir(parents=True)
     page = doctor(*arguments, where=(tmp_path / "here", tmp_path / "there"), expect=70)
-    assert "fail  run folder  rank 1 (" in page and list((tmp_path / "there/runs/x").iterdir()) == []
+    assert (
+        "fail  run folder  rank 1 (" in page and list((tmp_path / "there/runs/x").iterdir()) == []
+    )
     shutil.rmtree(tmp_path / "there/runs")
     assert not (tmp_path / "here/runs").exists() and not (tmp_path / "there/runs").exists()
 
@@ -133,19 +193,37 @@ def test_data_that_one_rank_does_not_see_or_sees_otherwise(tmp_path: Path) -> No
     for folder in (here, there):
         folder.mkdir()
     (here / "a.txt").write_text(text_of(5))
-    arguments = ("--data.input", "*.txt", "--run.dir", str(tmp_path / "run"), "--data.tokenizer", "byte")
+    arguments = (
+        "--data.input",
+        "*.txt",
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--data.tokenizer",
+        "byte",
+    )
     page = doctor(*arguments, where=(here, there), expect=65)
     assert "fail  data        rank 1 (" in page and "data.input='*.txt': no file matches" in page
     assert "-> the same copy where every host sees it, by its absolute path" in page
     (there / "a.txt").write_text(text_of(6))
     page = doctor(*arguments, where=(here, there), expect=65)
-    assert "fail  data        data.input=*.txt: rank 1 (" in page and "see(s) other content than rank 0" in page
+    assert (
+        "fail  data        data.input=*.txt: rank 1 (" in page
+        and "see(s) other content than rank 0" in page
+    )
     assert "-> the same copy where every host sees it, by its absolute path" in page
 
 
 def test_a_read_only_folder(prepared: Path, tmp_path: Path) -> None:
     def check(folder: Path, why: str) -> None:
-        page = entry("doctor", *SETTINGS, "--data.input", str(prepared), "--run.dir", str(folder / "run"), code=70)
+        page = entry(
+            "doctor",
+            *SETTINGS,
+            "--data.input",
+            str(prepared),
+            "--run.dir",
+            str(folder / "run"),
+            code=70,
+        )
         assert "fail  run folder  rank 0 (" in page and f"{why}: '{folder}/run'" in page
         assert "-> a run.dir that all hosts share and may write to, by its absolute path" in page
 
@@ -162,7 +240,15 @@ def test_too_little_disk(prepared: Path, tmp_path: Path) -> None:
     for name in ("--run.save_every", "--run.eval_every"):
         saving[saving.index(name) + 1] = "1"
     with mounted(tmp_path / "small", "size=1m") as folder:
-        page = entry("doctor", *saving, "--data.input", str(prepared), "--run.dir", str(folder / "run"), code=70)
+        page = entry(
+            "doctor",
+            *saving,
+            "--data.input",
+            str(prepared),
+            "--run.dir",
+            str(folder / "run"),
+            code=70,
+        )
     assert re.search(r"fail  space       0\.0010\d GB free, 4 checkpoints of 0\.00", page)
     assert "-> another run.dir, a smaller run.keep_last, or free some" in page
 
@@ -180,7 +266,10 @@ def test_damaged_data(tmp_path: Path) -> None:
     prepare_dataset(data, folder, 1, say=lambda text: None)
     arguments = (*SETTINGS, "--data.input", str(folder), "--run.dir", str(tmp_path / "run"))
     page = entry("doctor", *arguments)
-    assert "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048" in page
+    assert (
+        "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048"
+        in page
+    )
     assert "-> data, data.tokenizer and checkpoint that belong together" in page
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole.replace('"!"', '"?!"', 1))
@@ -200,13 +289,20 @@ def test_damaged_data(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_of_another_tokenizer(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text_of(300))
-    data = DataConfig(input=str(tmp_path / "text.txt"), separator="\n\n", tokenizer="char", val_fraction=0.1)
+    data = DataConfig(
+        input=str(tmp_path / "text.txt"), separator="\n\n", tokenizer="char", val_fraction=0.1
+    )
     prepare_dataset(data, tmp_path / "chars", 1, say=lambda text: None)
     train(tmp_path / "run", *SETTINGS, "--data.input", str(prepared))
     arguments = (*SETTINGS, "--run.dir", str(tmp_path / "run"), "--data.input")
-    assert f"257 tokens, as {tmp_path}/run/step-00000012" in entry("doctor", *arguments, str(prepared))
+    assert f"257 tokens, as {tmp_path}/run/step-00000012" in entry(
+        "doctor", *arguments, str(prepared)
+    )
     page = entry("doctor", *arguments, str(tmp_path / "chars"), code=65)
-    assert f"step-00000012 was trained with another tokenizer than data.input={tmp_path}/chars has" in page
+    assert (
+        f"step-00000012 was trained with another tokenizer than data.input={tmp_path}/chars has"
+        in page
+    )
     assert "-> data, data.tokenizer and checkpoint that belong together" in page
 
 
@@ -228,15 +324,23 @@ def test_two_hosts(prepared: Path, tmp_path: Path) -> None:
     page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=before)
     assert "2 ranks on 2 host(s)" in page
     assert "pairs       between nodes: " in page and "(rank 0 (node-a) and rank 1 (node-b))" in page
-    assert "warn  rendezvous  127.0.0.1:" in page and "node-a 127.0.0.1 by lo, node-b 127.0.0.1 by lo" in page
-    assert "-> GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts" in page
+    assert (
+        "warn  rendezvous  127.0.0.1:" in page
+        and "node-a 127.0.0.1 by lo, node-b 127.0.0.1 by lo" in page
+    )
+    assert (
+        "-> GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface between the hosts" in page
+    )
 
 
 @contextlib.contextmanager
 def slow_cores(share: float) -> Iterator[list[str]]:
     """What to put before a command so that it gets only this share of a core; skips where control groups cannot."""
     for folder, files in (
-        (Path("/sys/fs/cgroup/cpu"), {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": str(int(10000 * share))}),
+        (
+            Path("/sys/fs/cgroup/cpu"),
+            {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": str(int(10000 * share))},
+        ),
         (Path("/sys/fs/cgroup"), {"cpu.max": f"{int(10000 * share)} 10000"}),
     ):
         group = folder / f"dist_lm-test-{os.getpid()}"
@@ -255,23 +359,49 @@ def slow_cores(share: float) -> Iterator[list[str]]:
 @pytest.mark.campaign
 def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
     with slow_cores(0.2) as slow:
-        page = doctor("--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=([], slow))
+        page = doctor(
+            "--data.input", str(prepared), "--run.dir", str(tmp_path / "run"), before=([], slow)
+        )
     assert "warn  speed " in page and "; slow: rank 1 (" in page and "; slow: rank 0" not in page
-    assert "-> all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out" in page
+    assert (
+        "-> all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"
+        in page
+    )
 
 
 def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     port, began = str(free_port()), time.monotonic()
-    page = entry("doctor", *SETTINGS, "--run.dir", str(tmp_path / "run"), "--timeout_seconds", "3", code=70, timeout=90,
-                 MASTER_PORT=port, **alone)  # fmt: skip
+    page = entry(
+        "doctor",
+        *SETTINGS,
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--timeout_seconds",
+        "3",
+        code=70,
+        timeout=90,
+        MASTER_PORT=port,
+        **alone,
+    )
     assert time.monotonic() - began < 60
-    assert f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up" in page
+    assert (
+        f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up"
+        in page
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_falls_silent(prepared: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_rank_that_dies_or_falls_silent(
+    prepared: Path, tmp_path: Path, how: signal.Signals
+) -> None:
     run = tmp_path / "run"
     both = ranks("--data.input", str(prepared), "--run.dir", str(run), "--timeout_seconds", "8")
     try:
@@ -284,15 +414,24 @@ def test_a_rank_that_dies_or_falls_silent(prepared: Path, tmp_path: Path, how: s
         both[1].communicate()
         both[0].kill()
     assert both[0].returncode == 70
-    assert "fail  peers       a rank is missing, died or was silent for 8 s, after the check of " in page
+    assert (
+        "fail  peers       a rank is missing, died or was silent for 8 s, after the check of "
+        in page
+    )
     assert not any(run.glob(".doctor-*"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--timeout_seconds", "soon"], "--timeout_seconds=soon must be a whole number of 1 or more; nearest: 60"),
-        (["--timeout_seconds", "0"], "--timeout_seconds=0 must be a whole number of 1 or more; nearest: 60"),
+        (
+            ["--timeout_seconds", "soon"],
+            "--timeout_seconds=soon must be a whole number of 1 or more; nearest: 60",
+        ),
+        (
+            ["--timeout_seconds", "0"],
+            "--timeout_seconds=0 must be a whole number of 1 or more; nearest: 60",
+        ),
         (["--jason"], "unknown flag --jason; did you mean --json?"),
     ],
 )
@@ -305,7 +444,9 @@ def test_mistakes(arguments: list[str], message: str) -> None:
 def test_what_start_refuses_is_on_the_page() -> None:
     found = json.loads(entry("doctor", *SETTINGS, "--launch", "zero2", "--json", code=2))
     assert [(c["name"], c["grade"], c["code"]) for c in found["checks"]] == [("start", "fail", 2)]
-    assert found["checks"][0]["text"].startswith("--launch zero2 needs ranks that a launcher started")
+    assert found["checks"][0]["text"].startswith(
+        "--launch zero2 needs ranks that a launcher started"
+    )
 
 
 # --- judgements
@@ -316,7 +457,9 @@ def said(check: Callable[[Any], tuple[str, bool]], **known: Any) -> tuple[str, b
     return check(SimpleNamespace(names=["rank 0 (a)", "rank 1 (b)"], **known))
 
 
-@pytest.mark.parametrize(("late", "apart", "warns"), [([0.2, -0.001], "0.001", False), ([-7.5, -7.25], "7.25", True)])
+@pytest.mark.parametrize(
+    ("late", "apart", "warns"), [([0.2, -0.001], "0.001", False), ([-7.5, -7.25], "7.25", True)]
+)
 def test_clocks_that_differ(late: list[float], apart: str, warns: bool) -> None:
     """Five looks at two clocks, most of them late."""
     looks = iter([[100.0, 100.0 + seconds] for seconds in [late[0]] * 4 + [late[1]]])
@@ -326,7 +469,9 @@ def test_clocks_that_differ(late: list[float], apart: str, warns: bool) -> None:
 
 def test_hosts_that_only_know_themselves() -> None:
     facts = [{"host": host, "address": "127.0.1.1"} for host in "ab"]
-    assert [said(rendezvous, facts=facts[:hosts], device=torch.device("cpu"))[1] for hosts in (1, 2)] == [False, True]
+    assert [
+        said(rendezvous, facts=facts[:hosts], device=torch.device("cpu"))[1] for hosts in (1, 2)
+    ] == [False, True]
 
 
 def test_work_that_fails_or_hangs_is_said() -> None:
@@ -345,6 +490,9 @@ def test_work_that_fails_or_hangs_is_said() -> None:
 def test_the_page() -> None:
     checks = [Check("a", "ok", "fine"), Check("b", "fail", "broken", "mend it", 70)]
     assert report(checks, 2, 70, False).splitlines() == [
-        "ok    a           fine", "fail  b           broken", " " * 18 + "-> mend it", "2 checks: 0 warn, 1 fail"
-    ]  # fmt: skip
+        "ok    a           fine",
+        "fail  b           broken",
+        " " * 18 + "-> mend it",
+        "2 checks: 0 warn, 1 fail",
+    ]
     assert json.loads(report(checks, 2, 70, True))["checks"][1]["remedy"] == "mend it"

@@ -25,21 +25,30 @@ from tests.conftest import write_step
 from tests.procs import ROOT, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
-GPT2 = ModelConfig(layers=2, heads=2, width=32, positions="learned", norm="layernorm", activation="relu", bias=True)
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "openai-gpt": GPT2.model_copy(update={"norm_placement": "post"})}
+GPT2 = ModelConfig(
+    layers=2, heads=2, width=32, positions="learned", norm="layernorm", activation="relu", bias=True
+)
+FAMILIES = {
+    "llama": LLAMA,
+    "gpt2": GPT2,
+    "openai-gpt": GPT2.model_copy(update={"norm_placement": "post"}),
+}
 CONTEXT = 48
 
 
-def write_random(run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 10, seed: int = 9) -> Path:
+def write_random(
+    run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 10, seed: int = 9
+) -> Path:
     """A step folder of a random model, as train writes it."""
     gpt, size = GPT(model, tokenizer.vocab_size, CONTEXT), (model, tokenizer.vocab_size, CONTEXT)
     init_weights(gpt, seed)
     for parameter in gpt.parameters():  # a livelier text than GPT-2's small weights make
         parameter.data *= 8 if parameter.dim() == 2 else 1
     texts = {
-        "config.json": hf.config_json(*size, tokenizer.eot), "state.json": {"step": step},
+        "config.json": hf.config_json(*size, tokenizer.eot),
+        "state.json": {"step": step},
         "generation_config.json": hf.generation_config_json(tokenizer.eot),
-    }  # fmt: skip
+    }
     return write_step(run, step, gpt, texts, tokenizer)
 
 
@@ -49,7 +58,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     for name, model in FAMILIES.items():
         write_random(folder / name, model, train_tokenizer("byte", []))
-    write_random(folder / "ends", LLAMA, train_tokenizer("byte", []), seed=5)  # "hello" leads to end-of-text
+    write_random(
+        folder / "ends", LLAMA, train_tokenizer("byte", []), seed=5
+    )  # "hello" leads to end-of-text
     write_random(folder / "char", LLAMA, train_tokenizer("char", ["abcdefgh \n"]))
     return folder
 
@@ -60,9 +71,19 @@ class Cli:
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], ckpt: Path):
         self.patch, self.capture, self.ckpt = patch, capture, ckpt
 
-    def __call__(self, *words: str, stdin: bytes = b"", ckpt: Path | None = None) -> tuple[int, str, str]:
+    def __call__(
+        self, *words: str, stdin: bytes = b"", ckpt: Path | None = None
+    ) -> tuple[int, str, str]:
         self.patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        defaults = ["generate", "--ckpt", str(ckpt or self.ckpt), "--temperature", "0", "--max_new_tokens", "12"]
+        defaults = [
+            "generate",
+            "--ckpt",
+            str(ckpt or self.ckpt),
+            "--temperature",
+            "0",
+            "--max_new_tokens",
+            "12",
+        ]
         self.patch.setattr(sys, "argv", defaults + list(words))
         code = 0
         try:
@@ -85,7 +106,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run
 def process(*words: str, **more: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "dist_lm.generate", *words]
     env = clean_env(PYTHONUNBUFFERED="")  # it must flush by itself
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )
 
 
 # --- the same as transformers
@@ -93,20 +116,38 @@ def process(*words: str, **more: Any) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "ends"])
 @pytest.mark.parametrize("penalty", ["1", "1.3"])
-def test_greedy_is_what_transformers_generates_token_for_token(cli: Cli, runs: Path, name: str, penalty: str) -> None:
+def test_greedy_is_what_transformers_generates_token_for_token(
+    cli: Cli, runs: Path, name: str, penalty: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow
 
     (step,) = (runs / name).iterdir()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(step), AutoTokenizer.from_pretrained(step)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(step),
+        AutoTokenizer.from_pretrained(step),
+    )
     prompts = ["hello", "a", "Il était une fois"]
     words = [word for prompt in prompts for word in ("--prompt", prompt)]
-    made = cli.lines(*words, "--max_new_tokens", "30", "--logprobs", "--repetition_penalty", penalty, ckpt=runs / name)
+    made = cli.lines(
+        *words,
+        "--max_new_tokens",
+        "30",
+        "--logprobs",
+        "--repetition_penalty",
+        penalty,
+        ckpt=runs / name,
+    )
     for prompt, line in zip(prompts, made, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(**ids, max_new_tokens=30, do_sample=False, repetition_penalty=float(penalty))
+        out = model.generate(
+            **ids, max_new_tokens=30, do_sample=False, repetition_penalty=float(penalty)
+        )
         theirs = out[0, ids.input_ids.shape[1] :].tolist()
         assert line["tokens"] == theirs
-        assert line["text"] == tokenizer.decode(theirs, skip_special_tokens=True) and line["prompt"] == prompt
+        assert (
+            line["text"] == tokenizer.decode(theirs, skip_special_tokens=True)
+            and line["prompt"] == prompt
+        )
     assert name != "ends" or made[0]["finish_reason"] == "end_of_text"
 
 
@@ -117,13 +158,22 @@ def test_plain_output_is_prompt_and_continuation(cli: Cli) -> None:
     (line,) = cli.lines("--prompt", "hello")
     assert cli("--prompt", "hello") == (0, "hello" + line["text"] + "\n", "")
     (other,) = cli.lines("--prompt", "")
-    assert cli("--prompt", "hello", "--prompt", "")[1] == f"hello{line['text']}\n---\n{other['text']}\n"
+    assert (
+        cli("--prompt", "hello", "--prompt", "")[1]
+        == f"hello{line['text']}\n---\n{other['text']}\n"
+    )
 
 
 def test_json_lines(cli: Cli) -> None:
     (line,) = cli.lines("--prompt", "hello", "--seed", "3")
     rate = line.pop("tokens_per_second")
-    assert line == {"prompt": "hello", "text": line["text"], "new_tokens": 12, "finish_reason": "length", "seed": 3}
+    assert line == {
+        "prompt": "hello",
+        "text": line["text"],
+        "new_tokens": 12,
+        "finish_reason": "length",
+        "seed": 3,
+    }
     assert rate > 0 and not line["text"].startswith("hello")
     (long,) = cli.lines("--prompt", "hello", "--logprobs")
     assert len(long["logprobs"]) == len(long["tokens"]) == 12 and max(long["logprobs"]) < 0
@@ -133,18 +183,28 @@ def test_a_stop_text_ends_it(cli: Cli) -> None:
     (whole,) = cli.lines("--prompt", "hello")
     stop = whole["text"][3:5]
     (line,) = cli.lines("--prompt", "hello", "--stop", "never", "--stop", stop)
-    assert (line["text"], line["finish_reason"]) == (whole["text"][: whole["text"].index(stop)], "stop")
+    assert (line["text"], line["finish_reason"]) == (
+        whole["text"][: whole["text"].index(stop)],
+        "stop",
+    )
     assert line["new_tokens"] < 12
 
 
 def test_samples_repeat_with_the_seed_and_do_not_know_their_neighbours(cli: Cli) -> None:
     how = ("--temperature", "1", "--seed", "7", "--num_samples", "3")
     rows = cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how)
-    assert rows == [{**row, "tokens_per_second": old["tokens_per_second"]}
-                    for row, old in zip(cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how), rows,
-                                        strict=True)]  # fmt: skip
-    assert [row["text"] for row in cli.lines("--prompt", "a longer prompt", *how)] == [row["text"] for row in rows[3:]]
-    flat = cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how, "--temperature", "1e9")  # only draws count
+    assert rows == [
+        {**row, "tokens_per_second": old["tokens_per_second"]}
+        for row, old in zip(
+            cli.lines("--prompt", "abc", "--prompt", "a longer prompt", *how), rows, strict=True
+        )
+    ]
+    assert [row["text"] for row in cli.lines("--prompt", "a longer prompt", *how)] == [
+        row["text"] for row in rows[3:]
+    ]
+    flat = cli.lines(
+        "--prompt", "abc", "--prompt", "a longer prompt", *how, "--temperature", "1e9"
+    )  # only draws count
     assert len({row["text"] for row in flat}) == 6
     unseeded = [cli.lines("--prompt", "abc", "--temperature", "1")[0] for _ in range(2)]
     assert unseeded[0]["text"] != unseeded[1]["text"]
@@ -152,8 +212,21 @@ def test_samples_repeat_with_the_seed_and_do_not_know_their_neighbours(cli: Cli)
     assert again[0]["text"] == unseeded[0]["text"]
 
 
-def test_more_sequences_than_fit_a_batch_are_the_same(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    how = ("--prompt", "a", "--prompt", "bcd", "--num_samples", "2", "--temperature", "1", "--seed", "1")
+def test_more_sequences_than_fit_a_batch_are_the_same(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = (
+        "--prompt",
+        "a",
+        "--prompt",
+        "bcd",
+        "--num_samples",
+        "2",
+        "--temperature",
+        "1",
+        "--seed",
+        "1",
+    )
     at_once = cli(*how)
     monkeypatch.setattr(generate, "AT_ONCE", 3)
     assert cli(*how) == at_once and at_once[1].count("---\n") == 3
@@ -171,7 +244,10 @@ def test_prompts_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:
 def test_characters_that_a_vocabulary_lacks_are_a_warning(cli: Cli, runs: Path) -> None:
     code, out, err = cli("--prompt", "abc Xyz\x1b", ckpt=runs / "char")
     assert (code, out[:8]) == (0, "abc Xyz\x1b")
-    assert err == "warning: 4 characters of the prompt are not in the vocabulary and count as unknown: '\\x1bXyz'\n"
+    assert (
+        err
+        == "warning: 4 characters of the prompt are not in the vocabulary and count as unknown: '\\x1bXyz'\n"
+    )
     assert cli("--prompt", "abc", ckpt=runs / "char")[2] == ""
 
 
@@ -179,9 +255,11 @@ def test_a_text_beyond_the_context_slides_or_is_refused(cli: Cli) -> None:
     long = "x" * (2 * CONTEXT)
     assert cli.lines("--prompt", long, "--max_new_tokens", "60")[0]["new_tokens"] == 60
     assert cli("--prompt", long, "--context", "refuse") == (
-        2, "", "error: a prompt of 96 tokens and 12 new ones do not fit the model's context of 48; nearest: a prompt of"
+        2,
+        "",
+        "error: a prompt of 96 tokens and 12 new ones do not fit the model's context of 48; nearest: a prompt of"
         " 48 tokens, or slide\n",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -195,7 +273,9 @@ def test_top_k_may_exceed_the_vocabulary(cli: Cli) -> None:
 
 
 @pytest.mark.campaign
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own, in what it imports to compile
 def test_compiled(cli: Cli) -> None:
     assert cli("--prompt", "hello", "--compile") == cli("--prompt", "hello")
 
@@ -212,7 +292,10 @@ REFUSED = [
     ("--top_p 0", "--top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06"),
     ("--top_p 1.1", "--top_p: 1.1 must be a number from 1e-06 to 1; nearest: 1"),
     ("--min_p 2", "--min_p: 2 must be a number from 0 to 1; nearest: 1"),
-    ("--repetition_penalty 0", "--repetition_penalty: 0 must be a number of 1e-06 or more; nearest: 1e-06"),
+    (
+        "--repetition_penalty 0",
+        "--repetition_penalty: 0 must be a number of 1e-06 or more; nearest: 1e-06",
+    ),
     ("--max_new_tokens 0", "--max_new_tokens: 0 must be a whole number of 1 or more; nearest: 1"),
     ("--num_samples 0", "--num_samples: 0 must be a whole number of 1 or more; nearest: 1"),
     ("--seed -5", "--seed: -5 must be a whole number of 0 or more; nearest: 0"),
@@ -228,7 +311,10 @@ REFUSED = [
     ("--dtype bf61", "--dtype: bf61 must be one of fp32, bf16, fp16; did you mean bf16?"),
     ("--tempreature 1", "unknown argument --tempreature; did you mean --temperature?"),
     ("--prompt", "--prompt: expected one argument"),
-    ("--prompt \udcff", "the command line: byte 0xff at offset 0 is not UTF-8; rule: text is UTF-8"),
+    (
+        "--prompt \udcff",
+        "the command line: byte 0xff at offset 0 is not UTF-8; rule: text is UTF-8",
+    ),
 ]
 
 
@@ -240,10 +326,18 @@ def test_a_bad_command_line_is_one_line_and_2(cli: Cli, words: str, message: str
 def test_a_prompt_that_cannot_be_read(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"abc\xe9")
     problem = "byte 0xe9 at offset 3 is not UTF-8; rule: text is UTF-8"
-    assert cli("--prompt_file", str(tmp_path / "bad")) == (65, "", f"error: --prompt_file {tmp_path}/bad: {problem}\n")
+    assert cli("--prompt_file", str(tmp_path / "bad")) == (
+        65,
+        "",
+        f"error: --prompt_file {tmp_path}/bad: {problem}\n",
+    )
     assert cli(stdin=b"abc\xe9") == (65, "", f"error: stdin: {problem}\n")
     gone = tmp_path / "gone"
-    assert cli("--prompt_file", str(gone)) == (2, "", f"error: --prompt_file {gone}: No such file or directory\n")
+    assert cli("--prompt_file", str(gone)) == (
+        2,
+        "",
+        f"error: --prompt_file {gone}: No such file or directory\n",
+    )
 
 
 def test_cuda_where_there_is_none(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,16 +352,20 @@ def test_a_diverged_checkpoint(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(hf.Entry, "from_flat", lambda *args: export(*args) * float("nan"))
     write_random(tmp_path / "nan", LLAMA, train_tokenizer("byte", []), step=20)
     assert cli("--prompt", "a", ckpt=tmp_path / "nan") == (
-        66, "", "error: the model's logits for new token 1 are not finite; rule: use an earlier checkpoint, or fp32"
+        66,
+        "",
+        "error: the model's logits for new token 1 are not finite; rule: use an earlier checkpoint, or fp32"
         " where another type overflows\n",
-    )  # fmt: skip
+    )
     assert cli("--prompt", "a", ckpt=tmp_path / "nan" / "step-00000010")[0] == 0
 
 
 # --- which checkpoint
 
 
-def test_run_step_and_transformers_folders_are_the_same_model(cli: Cli, runs: Path, tmp_path: Path) -> None:
+def test_run_step_and_transformers_folders_are_the_same_model(
+    cli: Cli, runs: Path, tmp_path: Path
+) -> None:
     (step,) = (runs / "llama").iterdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((step / name).read_bytes())
@@ -282,9 +380,14 @@ def test_a_torn_checkpoint_is_passed_over_or_refused(cli: Cli, tmp_path: Path) -
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-1])
     code, out, err = cli("--prompt", "hello", ckpt=tmp_path)
     assert (code, out) == cli("--prompt", "hello", ckpt=good)[:2] != newest[:2]
-    assert err.startswith("warning: passed over step-00000020/model.safetensors: has ") and err.count("\n") == 1
+    assert (
+        err.startswith("warning: passed over step-00000020/model.safetensors: has ")
+        and err.count("\n") == 1
+    )
     code, out, err = cli("--prompt", "hello", ckpt=torn)
-    assert (code, out) == (66, "") and err.startswith("error: step-00000020/model.safetensors: has ")
+    assert (code, out) == (66, "") and err.startswith(
+        "error: step-00000020/model.safetensors: has "
+    )
     (torn / "manifest.json").unlink()  # torn before its manifest was written
     (good / "model.safetensors").write_bytes(b"")
     code, out, err = cli("--prompt", "hello", ckpt=tmp_path)
@@ -301,10 +404,13 @@ def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
         "try: config.run_entry(generate.main)\n"
         "finally: assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (
-        2, "error: --top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06\n"
-    )  # fmt: skip
+        2,
+        "error: --top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06\n",
+    )
 
 
 def test_it_starts_soon_and_imports_neither_accelerate_nor_deepspeed(runs: Path) -> None:
@@ -317,7 +423,9 @@ def test_it_starts_soon_and_imports_neither_accelerate_nor_deepspeed(runs: Path)
         "assert not heavy, heavy\n"
         "print(time.perf_counter() - start, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=clean_env(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stderr) < 3
 
@@ -333,7 +441,16 @@ def test_help_names_every_flag(cli: Cli) -> None:
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
     # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is ignored.
-    words = ("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000", "--temperature", "0")
+    words = (
+        "--ckpt",
+        str(runs / "llama"),
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "1000000",
+        "--temperature",
+        "0",
+    )
     child = process(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.send_signal(signal.SIGINT)
@@ -343,8 +460,16 @@ def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_a_closed_pipe_is_no_error(runs: Path) -> None:
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000",
-                    "--temperature", "0")  # fmt: skip  # greedy, it goes on for ever; sampled, it may end by itself
+    child = process(
+        "--ckpt",
+        str(runs / "llama"),
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "1000000",
+        "--temperature",
+        "0",
+    )  # greedy, it goes on for ever; sampled, it may end by itself
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.stdout.close()
     assert child.stderr is not None
@@ -355,7 +480,17 @@ def test_a_closed_pipe_is_no_error(runs: Path) -> None:
 @pytest.mark.slow
 def test_text_streams_in_whole_characters(runs: Path) -> None:
     """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come one by one."""
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "é", "--max_new_tokens", "60", "--seed", "1", bufsize=0)
+    child = process(
+        "--ckpt",
+        str(runs / "llama"),
+        "--prompt",
+        "é",
+        "--max_new_tokens",
+        "60",
+        "--seed",
+        "1",
+        bufsize=0,
+    )
     assert child.stdout is not None
     pieces = []
     while piece := os.read(child.stdout.fileno(), 2**16):
@@ -382,7 +517,9 @@ def test_a_terminal_is_asked_and_never_driven(runs: Path) -> None:
     assert out.startswith(b"> ab") and b"> cd" in out
 
 
-def test_control_characters_are_escaped_on_a_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_are_escaped_on_a_terminal(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = "a\x1b[2J\u202eé\t日\x9b\nb"
     assert cli("--prompt", prompt)[1].startswith(prompt)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -395,5 +532,10 @@ def test_errors_of_reading_are_user_errors() -> None:
     with pytest.raises(UserError, match="--ckpt"):
         generate.command_line([])
     started = time.perf_counter()
-    args = generate.command_line(["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"])
-    assert (args.max_new_tokens, args.stop) == (5, ["a-b", "c-d"]) and time.perf_counter() - started < 1
+    args = generate.command_line(
+        ["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"]
+    )
+    assert (args.max_new_tokens, args.stop) == (
+        5,
+        ["a-b", "c-d"],
+    ) and time.perf_counter() - started < 1

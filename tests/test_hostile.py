@@ -77,40 +77,115 @@ def train_with(**values: Any) -> Edit:
 
 
 MANIFEST_EDITS: dict[str, tuple[Edit, str]] = {
-    "absolute name": (shard_with(file="/etc/passwd"), "splits.train.shards.0.file='/etc/passwd': must match [A-Za-z0-9_]"),
-    "name with dots": (shard_with(file="../../etc/passwd"), "splits.train.shards.0.file='../../etc/passwd': must match"),
+    "absolute name": (
+        shard_with(file="/etc/passwd"),
+        "splits.train.shards.0.file='/etc/passwd': must match [A-Za-z0-9_]",
+    ),
+    "name with dots": (
+        shard_with(file="../../etc/passwd"),
+        "splits.train.shards.0.file='../../etc/passwd': must match",
+    ),
     "parent": (shard_with(file=".."), "splits.train.shards.0.file='..': must match"),
-    "name with a line": (shard_with(file=f"{SHARD}\n"), "splits.train.shards.0.file='train-00000.safetensors\\n': must"),
-    "name with a zero": (shard_with(file="a\0b"), "splits.train.shards.0.file='a\\x00b': must match"),
+    "name with a line": (
+        shard_with(file=f"{SHARD}\n"),
+        "splits.train.shards.0.file='train-00000.safetensors\\n': must",
+    ),
+    "name with a zero": (
+        shard_with(file="a\0b"),
+        "splits.train.shards.0.file='a\\x00b': must match",
+    ),
     "name as a query": (shard_with(file="a?b"), "splits.train.shards.0.file='a?b': must match"),
     "long name": (shard_with(file="a" * 201), "String should have at most 200 characters"),
-    "name is a number": (shard_with(file=5), "splits.train.shards.0.file=5: Input should be a valid string"),
-    "no name": (lambda manifest: entry(manifest).pop("file"), "splits.train.shards.0.file: Field required"),
-    "hash is a path": (shard_with(sha256="/tmp/victim/a"), "splits.train.shards.0.sha256='/tmp/victim/a': must match"),
+    "name is a number": (
+        shard_with(file=5),
+        "splits.train.shards.0.file=5: Input should be a valid string",
+    ),
+    "no name": (
+        lambda manifest: entry(manifest).pop("file"),
+        "splits.train.shards.0.file: Field required",
+    ),
+    "hash is a path": (
+        shard_with(sha256="/tmp/victim/a"),
+        "splits.train.shards.0.sha256='/tmp/victim/a': must match",
+    ),
     "hash in capitals": (shard_with(sha256="A" * 64), "must match [0-9a-f]{64}"),
-    "hash of the tokenizer": (tokenizer_with(sha256="../x"), "tokenizer.sha256='../x': must match [0-9a-f]{64}"),
-    "no tokens": (shard_with(tokens=-1), "splits.train.shards.0.tokens=-1: Input should be greater than or equal to 0"),
-    "endless tokens": (shard_with(tokens=10**30), "splits.train.shards.0.tokens=1000000000000000000000000000000: Input"),
-    "half a token": (shard_with(tokens=40.5), "splits.train.shards.0.tokens=40.5: Input should be a valid integer"),
-    "tokens are true": (shard_with(tokens=True), "splits.train.shards.0.tokens=True: Input should be a valid integer"),
-    "tokens are text": (shard_with(tokens="40"), "splits.train.shards.0.tokens='40': Input should be a valid integer"),
-    "bytes are text": (shard_with(bytes="x"), "splits.train.shards.0.bytes='x': Input should be a valid integer"),
+    "hash of the tokenizer": (
+        tokenizer_with(sha256="../x"),
+        "tokenizer.sha256='../x': must match [0-9a-f]{64}",
+    ),
+    "no tokens": (
+        shard_with(tokens=-1),
+        "splits.train.shards.0.tokens=-1: Input should be greater than or equal to 0",
+    ),
+    "endless tokens": (
+        shard_with(tokens=10**30),
+        "splits.train.shards.0.tokens=1000000000000000000000000000000: Input",
+    ),
+    "half a token": (
+        shard_with(tokens=40.5),
+        "splits.train.shards.0.tokens=40.5: Input should be a valid integer",
+    ),
+    "tokens are true": (
+        shard_with(tokens=True),
+        "splits.train.shards.0.tokens=True: Input should be a valid integer",
+    ),
+    "tokens are text": (
+        shard_with(tokens="40"),
+        "splits.train.shards.0.tokens='40': Input should be a valid integer",
+    ),
+    "bytes are text": (
+        shard_with(bytes="x"),
+        "splits.train.shards.0.bytes='x': Input should be a valid integer",
+    ),
     "another sum": (train_with(tokens=7), "tokens=7 must be the 80 of all its shards"),
-    "dtype of objects": (tokenizer_with(dtype="O"), "tokenizer.dtype='O': Input should be 'uint16' or 'uint32'"),
-    "endless dtype": (tokenizer_with(dtype="V999999999"), "tokenizer.dtype='V999999999': Input should be 'uint16' or"),
-    "endless vocabulary": (tokenizer_with(vocab_size=10**12), "tokenizer.vocab_size=1000000000000: Input should be less"),
-    "vocabulary in words": (tokenizer_with(vocab_size="many"), "tokenizer.vocab_size='many': Input should be a valid int"),
-    "shards are a number": (train_with(shards=3), "splits.train.shards=3: Input should be a valid list"),
+    "dtype of objects": (
+        tokenizer_with(dtype="O"),
+        "tokenizer.dtype='O': Input should be 'uint16' or 'uint32'",
+    ),
+    "endless dtype": (
+        tokenizer_with(dtype="V999999999"),
+        "tokenizer.dtype='V999999999': Input should be 'uint16' or",
+    ),
+    "endless vocabulary": (
+        tokenizer_with(vocab_size=10**12),
+        "tokenizer.vocab_size=1000000000000: Input should be less",
+    ),
+    "vocabulary in words": (
+        tokenizer_with(vocab_size="many"),
+        "tokenizer.vocab_size='many': Input should be a valid int",
+    ),
+    "shards are a number": (
+        train_with(shards=3),
+        "splits.train.shards=3: Input should be a valid list",
+    ),
     "a shard is a number": (train_with(shards=[3]), "splits.train.shards.0=3: Input should be"),
     "no splits": (lambda manifest: manifest.pop("splits"), "splits: Field required"),
-    "other splits": (lambda manifest: manifest.update(splits={"test": {}}), "splits.train: Field required"),
-    "splits are a list": (lambda manifest: manifest.update(splits=[]), "splits=[]: Input should be"),
+    "other splits": (
+        lambda manifest: manifest.update(splits={"test": {}}),
+        "splits.train: Field required",
+    ),
+    "splits are a list": (
+        lambda manifest: manifest.update(splits=[]),
+        "splits=[]: Input should be",
+    ),
     "no tokenizer": (lambda manifest: manifest.pop("tokenizer"), "tokenizer: Field required"),
-    "nameless source": (lambda manifest: manifest.update(sources=[{"bytes": 1}]), "sources.0.name: Field required"),
-    "sources are text": (lambda manifest: manifest.update(sources="a"), "sources='a': Input should be a valid list"),
-    "settings are a list": (lambda manifest: manifest.update(settings=[1]), "settings=[1]: Input should be a valid dict"),
-    "another format": (lambda manifest: manifest.update(format=[[]]), "format [[]] is not the format 1 of this version"),
-}  # fmt: skip
+    "nameless source": (
+        lambda manifest: manifest.update(sources=[{"bytes": 1}]),
+        "sources.0.name: Field required",
+    ),
+    "sources are text": (
+        lambda manifest: manifest.update(sources="a"),
+        "sources='a': Input should be a valid list",
+    ),
+    "settings are a list": (
+        lambda manifest: manifest.update(settings=[1]),
+        "settings=[1]: Input should be a valid dict",
+    ),
+    "another format": (
+        lambda manifest: manifest.update(format=[[]]),
+        "format [[]] is not the format 1 of this version",
+    ),
+}
 
 WHOLE_MANIFESTS = {
     "[]": "not a manifest but a list",
@@ -144,7 +219,11 @@ def use(folder: str | Path, cache: ShardCache | None = None) -> None:
 def check_watch(watch: list[str], folder: Path) -> None:
     """What was opened is in the folder, and something was: the watch works."""
     assert str(folder / MANIFEST) in watch
-    ours = [path for path in watch if path.startswith(("/", "..")) and not path.endswith((".py", ".pyc"))]
+    ours = [
+        path
+        for path in watch
+        if path.startswith(("/", "..")) and not path.endswith((".py", ".pyc"))
+    ]
     assert [path for path in ours if not os.path.realpath(path).startswith(f"{folder}/")] == []
 
 
@@ -235,34 +314,88 @@ SHARD_EDITS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda raw: b"", "0 bytes are no safetensors file"),
     "cut in the length": (lambda raw: raw[:7], "7 bytes are no safetensors file"),
     "cut in the header": (lambda raw: raw[:100], "its header has"),
-    "cut in the tokens": (lambda raw: raw[:-1], "tokens: bytes 144 to 224 are not 40 of U16 in the file"),
-    "another file": (lambda raw: b"root:x:0:0:root:/root:/bin/bash\n" * 9, "its header has 3475222254926655346 bytes"),
-    "endless header": (with_header(b"{}", 2**64 - 1), "its header has 18446744073709551615 bytes of"),
+    "cut in the tokens": (
+        lambda raw: raw[:-1],
+        "tokens: bytes 144 to 224 are not 40 of U16 in the file",
+    ),
+    "another file": (
+        lambda raw: b"root:x:0:0:root:/root:/bin/bash\n" * 9,
+        "its header has 3475222254926655346 bytes",
+    ),
+    "endless header": (
+        with_header(b"{}", 2**64 - 1),
+        "its header has 18446744073709551615 bytes of",
+    ),
     "large header": (with_header(b"{}" + b" " * 2**17), "its header has 131074 bytes of"),
     "no JSON": (with_header(b"{"), "Invalid JSON"),
     "deep": (with_header(b"[" * 60000), "Invalid JSON: recursion limit exceeded"),
     "a list": (with_header(b"[]"), "Input should be an object"),
     "no tokens": (without("tokens"), "tokens: Field required"),
     "no documents": (without("document_row"), "document_row: Field required"),
-    "unknown dtype": (with_tensor("tokens", dtype="O"), "tokens.dtype='O': Input should be 'U16', 'U32' or 'I64'"),
-    "another dtype": (with_tensor("tokens", dtype="U32", shape=[20]), "20 tokens of uint32 where dataset.json has 40"),
-    "fewer tokens": (with_tensor("tokens", shape=[39], data_offsets=[144, 222]), "39 tokens of uint16 where dataset.json"),
+    "unknown dtype": (
+        with_tensor("tokens", dtype="O"),
+        "tokens.dtype='O': Input should be 'U16', 'U32' or 'I64'",
+    ),
+    "another dtype": (
+        with_tensor("tokens", dtype="U32", shape=[20]),
+        "20 tokens of uint32 where dataset.json has 40",
+    ),
+    "fewer tokens": (
+        with_tensor("tokens", shape=[39], data_offsets=[144, 222]),
+        "39 tokens of uint16 where dataset.json",
+    ),
     "two dimensions": (with_tensor("tokens", shape=[4, 10]), "tokens.shape=[4, 10]: "),
     "no dimension": (with_tensor("tokens", shape=[]), "tokens.shape.0: Field required"),
-    "negative shape": (with_tensor("tokens", shape=[-1]), "tokens.shape.0=-1: Input should be greater than or equal to 0"),
-    "endless shape": (with_tensor("tokens", shape=[2**40]), "tokens: bytes 144 to 224 are not 1099511627776 of U16"),
-    "shape is text": (with_tensor("tokens", shape="40"), "tokens.shape='40': Input should be a valid array"),
-    "offsets behind the end": (with_tensor("tokens", data_offsets=[9000, 9080]), "tokens: bytes 9000 to 9080 are not 40"),
-    "negative offsets": (with_tensor("tokens", data_offsets=[-80, 0]), "tokens.data_offsets.0=-80: Input should be"),
-    "offsets turned round": (with_tensor("tokens", data_offsets=[224, 144]), "tokens: bytes 224 to 144 are not 40 of U16"),
-    "offsets and shape differ": (with_tensor("tokens", data_offsets=[144, 222]), "tokens: bytes 144 to 222 are not 40"),
-    "columns differ": (with_tensor("document_row", shape=[5], data_offsets=[96, 136]), "its documents do not follow each"),
-    "unknown source": (with_value("document_source", 2, 1), "a document is from none of the 1 sources"),
-    "negative source": (with_value("document_source", 2, -1), "a document is from none of the 1 sources"),
-    "documents go back": (with_value("document_start", 2, 3), "its documents do not follow each other"),
+    "negative shape": (
+        with_tensor("tokens", shape=[-1]),
+        "tokens.shape.0=-1: Input should be greater than or equal to 0",
+    ),
+    "endless shape": (
+        with_tensor("tokens", shape=[2**40]),
+        "tokens: bytes 144 to 224 are not 1099511627776 of U16",
+    ),
+    "shape is text": (
+        with_tensor("tokens", shape="40"),
+        "tokens.shape='40': Input should be a valid array",
+    ),
+    "offsets behind the end": (
+        with_tensor("tokens", data_offsets=[9000, 9080]),
+        "tokens: bytes 9000 to 9080 are not 40",
+    ),
+    "negative offsets": (
+        with_tensor("tokens", data_offsets=[-80, 0]),
+        "tokens.data_offsets.0=-80: Input should be",
+    ),
+    "offsets turned round": (
+        with_tensor("tokens", data_offsets=[224, 144]),
+        "tokens: bytes 224 to 144 are not 40 of U16",
+    ),
+    "offsets and shape differ": (
+        with_tensor("tokens", data_offsets=[144, 222]),
+        "tokens: bytes 144 to 222 are not 40",
+    ),
+    "columns differ": (
+        with_tensor("document_row", shape=[5], data_offsets=[96, 136]),
+        "its documents do not follow each",
+    ),
+    "unknown source": (
+        with_value("document_source", 2, 1),
+        "a document is from none of the 1 sources",
+    ),
+    "negative source": (
+        with_value("document_source", 2, -1),
+        "a document is from none of the 1 sources",
+    ),
+    "documents go back": (
+        with_value("document_start", 2, 3),
+        "its documents do not follow each other",
+    ),
     "begins late": (with_value("document_start", 0, 1), "its documents do not follow each other"),
-    "begins behind the end": (with_value("document_start", 5, 40), "its documents do not follow each other"),
-}  # fmt: skip
+    "begins behind the end": (
+        with_value("document_start", 5, 40),
+        "its documents do not follow each other",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SHARD_EDITS)
@@ -273,14 +406,18 @@ def test_a_shard_that_was_edited(name: str, tmp_path: Path) -> None:
     (tmp_path / SHARD).write_bytes(edited)
     edit_manifest(tmp_path, shard_with(bytes=len(edited)))
     refused(
-        lambda: use(tmp_path), f"{tmp_path}/{SHARD}: not a shard as it was prepared: {said}", "; nearest: prepare again"
+        lambda: use(tmp_path),
+        f"{tmp_path}/{SHARD}: not a shard as it was prepared: {said}",
+        "; nearest: prepare again",
     )
 
 
 def test_a_folder_that_nobody_edited_is_read(tmp_path: Path, watch: list[str]) -> None:
     make(tmp_path / "p", [40, 40])
     edit_manifest(tmp_path / "p", lambda manifest: None)
-    (tmp_path / "p" / SHARD).write_bytes(with_tensor("tokens")((tmp_path / "p" / SHARD).read_bytes()))
+    (tmp_path / "p" / SHARD).write_bytes(
+        with_tensor("tokens")((tmp_path / "p" / SHARD).read_bytes())
+    )
     edit_manifest(tmp_path / "p", shard_with(bytes=(tmp_path / "p" / SHARD).stat().st_size))
     watch.clear()
     use(tmp_path / "p")
@@ -295,8 +432,13 @@ def test_a_manifest_without_settings(prepared: Path, tmp_path: Path) -> None:
     data = {"input": str(folder), "tokenizer": "byte"}
     (tmp_path / "a.txt").write_text("text")
     again = DataConfig.model_validate(data | {"input": str(tmp_path / "a.txt")})
-    refused(lambda: prepare_dataset(again, folder, 1), f"{folder} was prepared with data.input=None, not ")
-    config = Config.model_validate({"data": data, "run": {"dir": str(tmp_path / "run"), "steps": 1}})
+    refused(
+        lambda: prepare_dataset(again, folder, 1),
+        f"{folder} was prepared with data.input=None, not ",
+    )
+    config = Config.model_validate(
+        {"data": data, "run": {"dir": str(tmp_path / "run"), "steps": 1}}
+    )
     assert compare_tokenizers(config) == ("257 tokens", False)
 
 
@@ -305,9 +447,13 @@ def test_the_command_exits_as_data_in_one_line(tmp_path: Path) -> None:
     make(tmp_path, [40, 40])
     edit_manifest(tmp_path, shard_with(file="/etc/passwd"))
     command = [sys.executable, "-m", "dist_lm.prepare", "--verify", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 65 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path}/dataset.json: ") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"error: {tmp_path}/dataset.json: ") and done.stderr.count("\n") == 1
+    )
 
 
 # --- a prepared folder at a URL

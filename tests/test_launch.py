@@ -18,14 +18,21 @@ from tests.procs import ROOT, clean_env, free_port, train
 from tests.test_slurm import assert_undisturbed, long, outcome
 from tests.test_train import assert_same_curve, losses, running, tiny
 
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").glob("*.sh"), ROOT / ".ci/run"])
+SCRIPTS = sorted(
+    [*(ROOT / "launch").glob("*.sh"), *(ROOT / "slurm").glob("*.sh"), ROOT / ".ci/run"]
+)
 
 
 def launch(script: str, *arguments: str, code: int = 0, **env: str) -> str:
     done = subprocess.run(
-        [f"launch/{script}.sh", *arguments], cwd=ROOT, env=clean_env(PYTHON=sys.executable, **env), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
-    )  # fmt: skip
+        [f"launch/{script}.sh", *arguments],
+        cwd=ROOT,
+        env=clean_env(PYTHON=sys.executable, **env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+    )
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"
     return done.stdout
 
@@ -35,20 +42,32 @@ def test_scripts_are_clean() -> None:
         assert subprocess.run(["bash", "-n", script]).returncode == 0
     if not shutil.which("shellcheck"):
         pytest.skip("needs shellcheck: apt-get install -y shellcheck")
-    done = subprocess.run(["shellcheck", "-x", *SCRIPTS], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        ["shellcheck", "-x", *SCRIPTS], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_dry_run_prints_the_command_and_stops(tmp_path: Path) -> None:
     run = ["--run.dir", str(tmp_path / "run")]
     said = launch(
-        "torchrun", "--nproc", "3", "--port=15999", "--launch", "zero2", "--dry-run", *run, CUDA_VISIBLE_DEVICES=""
+        "torchrun",
+        "--nproc",
+        "3",
+        "--port=15999",
+        "--launch",
+        "zero2",
+        "--dry-run",
+        *run,
+        CUDA_VISIBLE_DEVICES="",
     )
     assert (
         "--nnodes 1 --nproc-per-node 3 --node-rank 0 --master-addr 127.0.0.1 --master-port 15999"
         f" {ROOT}/dist_lm/train.py --launch zero2 --run.dir {tmp_path}/run\n" in said
     )
-    assert "--nproc-per-node 2 " in launch("torchrun", "--dry-run", *run, CUDA_VISIBLE_DEVICES="4,7")  # its GPUs
+    assert "--nproc-per-node 2 " in launch(
+        "torchrun", "--dry-run", *run, CUDA_VISIBLE_DEVICES="4,7"
+    )  # its GPUs
     several = ("--nnodes", "2", "--host", "localhost", "--dry-run", *run)
     said = launch("accelerate", "--node-rank", "1", "--nproc", "2", "--interface", "lo", *several)
     assert (
@@ -66,12 +85,15 @@ def test_dry_run_prints_the_command_and_stops(tmp_path: Path) -> None:
         ("--nproc two", "torchrun.sh: error: --nproc two must be a whole number"),
         ("--nnodes 2", "--nnodes 2 needs --host, the first node's name or address"),
         ("--nnodes 2 --host localhost", "--nnodes 2 needs --node-rank, from 0 on the first node"),
-        ("--nnodes 2 --node-rank 0 --host no.such.host", "--host no.such.host is not a name that leads to an address"),
+        (
+            "--nnodes 2 --node-rank 0 --host no.such.host",
+            "--host no.such.host is not a name that leads to an address",
+        ),
         ("--launch zero4", "--launch zero4 must be one of: ddp single zero1"),
         ("--interface eth77", "--interface eth77 is not there; nearest: "),
         ("--data.lr 1e-3", "error: unknown flag --data.lr; did you mean --optim.lr?"),
     ],
-)  # fmt: skip
+)
 def test_refusals_before_anything_starts(arguments: str, answer: str, tmp_path: Path) -> None:
     began = time.monotonic()
     said = launch("torchrun", *arguments.split(), "--run.dir", str(tmp_path / "run"), code=2)
@@ -85,7 +107,10 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         said = launch("torchrun", "--port", port, "--run.dir", str(tmp_path / "run"), code=2)
-    assert said == f"torchrun.sh: error: --port {port}: port {port} is in use on this host; choose another\n"
+    assert (
+        said
+        == f"torchrun.sh: error: --port {port}: port {port} is in use on this host; choose another\n"
+    )
 
 
 @pytest.mark.slow
@@ -96,14 +121,25 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     run = tmp_path / "run"
     command = [f"launch/{script}.sh", "--nproc", "2", "--run.dir", str(run), *long(prepared)]
     with open(tmp_path / "out", "w") as out:
-        launcher = subprocess.Popen(command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out)
+        launcher = subprocess.Popen(
+            command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out
+        )
     try:
         reach(run, 20)
         if script == "torchrun":
             commands = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in running(run)}
-            kill(next(pid for pid, words in commands.items() if "train.py" in words and "distributed.run" not in words))
+            kill(
+                next(
+                    pid
+                    for pid, words in commands.items()
+                    if "train.py" in words and "distributed.run" not in words
+                )
+            )
             until(lambda: outcome(run).get("attempt") == 1, 30, "the report")
-            assert "is missing; RuntimeError" in outcome(run)["reason"] and outcome(run)["class"] == "retryable"
+            assert (
+                "is missing; RuntimeError" in outcome(run)["reason"]
+                and outcome(run)["class"] == "retryable"
+            )
             restarted = losses(run)[-1]["step"]
             reach(run, restarted + 5)
         launcher.send_signal(signal.SIGUSR1 if script == "torchrun" else signal.SIGINT)
@@ -111,8 +147,12 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
         assert launcher.wait(60) == 75, said()
         attempts = 2 if script == "torchrun" else 1
         assert (outcome(run)["class"], outcome(run)["attempt"]) == ("preempted", attempts), said()
-        assert int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
-        assert said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1  # each signal once
+        assert (
+            int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
+        )
+        assert (
+            said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1
+        )  # each signal once
         assert running(run) == []
     finally:
         for pid in (launcher.pid, *running(run)):
@@ -121,11 +161,15 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(prepared: Path, tmp_path: Path) -> None:
+def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(
+    prepared: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     command = ["launch/torchrun.sh", "--nproc", "2", "--run.dir", str(run), *long(prepared)]
     with open(tmp_path / "out", "w") as out:
-        first = subprocess.Popen(command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out)
+        first = subprocess.Popen(
+            command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out
+        )
     try:
         reach(run, 20)
         said = launch("torchrun", "--nproc", "2", "--run.dir", str(run), *long(prepared), code=2)
@@ -145,7 +189,11 @@ def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(p
 
 def reach(run: Path, step: int) -> None:
     def there() -> bool:
-        return (run / "metrics.jsonl").exists() and bool(losses(run)) and losses(run)[-1]["step"] >= step
+        return (
+            (run / "metrics.jsonl").exists()
+            and bool(losses(run))
+            and losses(run)[-1]["step"] >= step
+        )
 
     until(there, 90, f"step {step} of {run}")
 
@@ -166,7 +214,15 @@ def on_both(hosts: Network, *arguments: str, home: Path = ROOT, **env: str) -> L
     script, port = str(home / "launch/torchrun.sh"), str(free_port())
     flags = ("--nnodes", "2", "--host", "node0", "--port", port)
     return [
-        host.start(script, *flags, "--node-rank", str(host.number), *arguments, PYTHON=sys.executable, **env)
+        host.start(
+            script,
+            *flags,
+            "--node-rank",
+            str(host.number),
+            *arguments,
+            PYTHON=sys.executable,
+            **env,
+        )
         for host in hosts.nodes
     ]
 
@@ -188,7 +244,9 @@ def ranks(host: Host) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_link_cut_for_five_seconds_and_for_good(hosts: Network, prepared: Path, tmp_path: Path) -> None:
+def test_a_link_cut_for_five_seconds_and_for_good(
+    hosts: Network, prepared: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     launchers = on_both(hosts, "--run.dir", str(run), *long(prepared))
     try:
@@ -202,11 +260,17 @@ def test_a_link_cut_for_five_seconds_and_for_good(hosts: Network, prepared: Path
         hosts.nodes[1].cut()
         began = time.monotonic()
         first = [ranks(host) for host in hosts.nodes]
-        until(lambda: not set(first[0]) & set(ranks(hosts.nodes[0])), 25, "rank 0 ends after the cut")
-        until(lambda: not set(first[1]) & set(ranks(hosts.nodes[1])), 25, "rank 1 ends after the cut")
+        until(
+            lambda: not set(first[0]) & set(ranks(hosts.nodes[0])), 25, "rank 0 ends after the cut"
+        )
+        until(
+            lambda: not set(first[1]) & set(ranks(hosts.nodes[1])), 25, "rank 1 ends after the cut"
+        )
         assert time.monotonic() - began < 25
         until(lambda: outcome(run), 10, "the report")
-        assert outcome(run)["class"] == "retryable" and "rank 1 on node1" in outcome(run)["reason"], outcome(run)
+        assert (
+            outcome(run)["class"] == "retryable" and "rank 1 on node1" in outcome(run)["reason"]
+        ), outcome(run)
     finally:
         hosts.nodes[1].mend()
     reach(run, losses(run)[-1]["step"] + 10)
@@ -218,10 +282,20 @@ def test_a_link_cut_for_five_seconds_and_for_good(hosts: Network, prepared: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["data", "version", pytest.param("folder", marks=pytest.mark.campaign)])
-def test_a_node_that_differs_is_refused(hosts: Network, prepared: Path, tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize(
+    "case", ["data", "version", pytest.param("folder", marks=pytest.mark.campaign)]
+)
+def test_a_node_that_differs_is_refused(
+    hosts: Network, prepared: Path, tmp_path: Path, case: str
+) -> None:
     """Each node has a folder of its own at the same path."""
-    arguments, private, run, home, env = tiny(prepared), hosts.private / case, tmp_path / "run", ROOT, {}
+    arguments, private, run, home, env = (
+        tiny(prepared),
+        hosts.private / case,
+        tmp_path / "run",
+        ROOT,
+        {},
+    )
     if case == "data":
         hosts.nodes[0].run("cp", "-r", str(prepared), str(private))
         arguments[1], code = str(private), 65
@@ -229,14 +303,28 @@ def test_a_node_that_differs_is_refused(hosts: Network, prepared: Path, tmp_path
     elif case == "version":
         for host in hosts.nodes:
             host.run("mkdir", str(private))
-            host.run("cp", "-r", *(str(ROOT / name) for name in ("dist_lm", "launch")), str(private))
-        hosts.nodes[1].run("sed", "-i", "s/^__version__.*/__version__ = '9.9.9'/", str(private / "dist_lm/__init__.py"))
-        home, env, code, answer = private, {"PYTHONPATH": str(private)}, 2, "rank 1 on node1 has dist_lm 9.9.9 ("
+            host.run(
+                "cp", "-r", *(str(ROOT / name) for name in ("dist_lm", "launch")), str(private)
+            )
+        hosts.nodes[1].run(
+            "sed",
+            "-i",
+            "s/^__version__.*/__version__ = '9.9.9'/",
+            str(private / "dist_lm/__init__.py"),
+        )
+        home, env, code, answer = (
+            private,
+            {"PYTHONPATH": str(private)},
+            2,
+            "rank 1 on node1 has dist_lm 9.9.9 (",
+        )
     else:
         run, code = private / "run", 2
         answer = f"run.dir={run} on node1 is not the folder that rank 0 sees"
     began = time.monotonic()
-    codes, said = ends(on_both(hosts, "--restarts", "0", "--run.dir", str(run), *arguments, home=home, **env))
+    codes, said = ends(
+        on_both(hosts, "--restarts", "0", "--run.dir", str(run), *arguments, home=home, **env)
+    )
     assert codes == [code, code] and answer in said[0], said[0]
     assert time.monotonic() - began < 60  # 30 on a machine of its own
     if case != "folder":
@@ -245,11 +333,28 @@ def test_a_node_that_differs_is_refused(hosts: Network, prepared: Path, tmp_path
 
 @pytest.mark.campaign
 @pytest.mark.timeout(900)
-def test_elastic_goes_on_with_the_nodes_that_are_left(hosts: Network, prepared: Path, tmp_path: Path) -> None:
+def test_elastic_goes_on_with_the_nodes_that_are_left(
+    hosts: Network, prepared: Path, tmp_path: Path
+) -> None:
     run, port = tmp_path / "run", str(free_port())
-    flags = ("--nnodes", "1:2", "--host", "node0", "--port", port, "--run.dir", str(run), *long(prepared))
+    flags = (
+        "--nnodes",
+        "1:2",
+        "--host",
+        "node0",
+        "--port",
+        port,
+        "--run.dir",
+        str(run),
+        *long(prepared),
+    )
     launchers = [
-        host.start(str(ROOT / "launch/torchrun.sh"), *flags, PYTHON=sys.executable, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10")
+        host.start(
+            str(ROOT / "launch/torchrun.sh"),
+            *flags,
+            PYTHON=sys.executable,
+            TORCH_ELASTIC_SHUTDOWN_TIMEOUT="10",
+        )
         for host in hosts.nodes
     ]
     reach(run, 60)
@@ -259,7 +364,8 @@ def test_elastic_goes_on_with_the_nodes_that_are_left(hosts: Network, prepared: 
     print(f"\nreport after {time.monotonic() - began:.0f} s: {outcome(run)}")
     until(
         lambda: (
-            "ddp on 1 process" in launchers[0][1].read_text() or "single on 1 process" in launchers[0][1].read_text()
+            "ddp on 1 process" in launchers[0][1].read_text()
+            or "single on 1 process" in launchers[0][1].read_text()
         ),
         180,
         "one node goes on",

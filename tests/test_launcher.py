@@ -44,7 +44,10 @@ def test_an_orphan_is_known_by_its_parent(tmp_path: Path, monkeypatch: pytest.Mo
 
 def until_runs(path: Path, pid: int) -> None:
     deadline = time.monotonic() + 10
-    while str(path).encode() not in Path(f"/proc/{pid}/cmdline").read_bytes() and time.monotonic() < deadline:
+    while (
+        str(path).encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
 
 
@@ -70,6 +73,10 @@ def test_a_rank_whose_launcher_ended_before_it_began(tmp_path: Path, env: dict[s
     while "\n" not in out.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
     said = out.read_text()
-    if env and said.startswith("lives") and b"python" in Path(f"/proc/{said.split()[1]}/cmdline").read_bytes():
+    if (
+        env
+        and said.startswith("lives")
+        and b"python" in Path(f"/proc/{said.split()[1]}/cmdline").read_bytes()
+    ):
         pytest.skip("what adopts orphans here is Python")
     assert said.startswith("error: the launcher of this process ended before" if env else "lives")

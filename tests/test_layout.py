@@ -46,7 +46,9 @@ def test_imports_never_point_right() -> None:
     level = {module: n for n, modules in enumerate(LEVELS) for module in modules}
     wrong, graph = [], {}
     for module, path in MODULES.items():
-        graph[module] = {name.split(".")[1] for name in imports(path) if name.startswith("dist_lm.")} & set(MODULES)
+        graph[module] = {
+            name.split(".")[1] for name in imports(path) if name.startswith("dist_lm.")
+        } & set(MODULES)
         wrong += [f"{module} -> {used}" for used in graph[module] if level[used] > level[module]]
         wrong += [f"{module} -> entry {used}" for used in graph[module] if used in LEVELS[-1]]
     assert wrong == []
@@ -58,13 +60,23 @@ def test_imports_never_point_right() -> None:
 
 def test_accelerate_and_distributed_have_one_home() -> None:
     for module, path in MODULES.items():
-        foreign = {n for n in imports(path) if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n}
+        foreign = {
+            n
+            for n in imports(path)
+            if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n
+        }
         assert module in ("runtime", "zero", "watch") or not foreign, (module, foreign)
-    assert not {n for n in imports(CODE / "zero.py", top_level_only=True) if n.startswith("deepspeed")}  # optional
+    assert not {
+        n for n in imports(CODE / "zero.py", top_level_only=True) if n.startswith("deepspeed")
+    }  # optional
 
 
 def test_transformers_is_for_tests_only() -> None:
-    assert [m for m, path in MODULES.items() if "transformers" in {n.split(".")[0] for n in imports(path)}] == []
+    assert [
+        m
+        for m, path in MODULES.items()
+        if "transformers" in {n.split(".")[0] for n in imports(path)}
+    ] == []
 
 
 def test_names_shadow_nothing() -> None:
@@ -79,7 +91,14 @@ def test_init_holds_only_the_version() -> None:
 
 
 def test_no_pickle_and_no_code_from_files() -> None:
-    banned = {"torch.load", "torch.save", "eval", "exec", "dist.all_gather_object", "dist.broadcast_object_list"}
+    banned = {
+        "torch.load",
+        "torch.save",
+        "eval",
+        "exec",
+        "dist.all_gather_object",
+        "dist.broadcast_object_list",
+    }
     for module, path in MODULES.items():
         tree = ast.parse(path.read_text())
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -90,11 +109,15 @@ def test_no_pickle_and_no_code_from_files() -> None:
 def test_launch_files_hold_no_mathematics() -> None:
     for path in (ROOT / "launch").glob("*.yaml"):
         text = path.read_text()
-        assert not [w for w in ("mixed_precision", "batch", "clip", "accumulation", "dtype") if w in text], path
+        assert not [
+            w for w in ("mixed_precision", "batch", "clip", "accumulation", "dtype") if w in text
+        ], path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", ["ruff check .", "ruff format --check .", "mypy"])
 def test_linter_and_type_checker_are_clean(check: str) -> None:
-    done = subprocess.run([sys.executable, "-m", *check.split()], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *check.split()], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

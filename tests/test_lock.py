@@ -42,7 +42,9 @@ def held(folder: Path) -> Iterator[RunLock]:
 
 
 @contextlib.contextmanager
-def another_process(folder: Path, before: str = "", host: str = "") -> Iterator["subprocess.Popen[str]"]:
+def another_process(
+    folder: Path, before: str = "", host: str = ""
+) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the lock until it is told to go on; then it says why it lost it, or nothing."""
     code = f"""
 import socket, sys
@@ -81,7 +83,11 @@ def test_it_is_held_and_released(tmp_path: Path) -> None:
         path = tmp_path / "run/run.lock"
         place = json.loads(path.read_text())
         assert (place["host"], place["pid"]) == (socket.gethostname(), os.getpid())
-        assert Holder(path).look() == "alive" and mine.look() == mine.lost == "" and not mine.is_anothers()
+        assert (
+            Holder(path).look() == "alive"
+            and mine.look() == mine.lost == ""
+            and not mine.is_anothers()
+        )
         before = path.stat().st_mtime_ns
         time.sleep(0.5)
         assert path.stat().st_mtime_ns > before
@@ -92,9 +98,13 @@ def test_it_is_held_and_released(tmp_path: Path) -> None:
 def test_a_live_run_is_left_alone_and_a_dead_one_s_lock_taken_at_once(tmp_path: Path) -> None:
     said: list[str] = []
     with another_process(tmp_path) as first:
-        with pytest.raises(UserError, match=r"is in use by another run \(.*\); rule: one run a folder"):
+        with pytest.raises(
+            UserError, match=r"is in use by another run \(.*\); rule: one run a folder"
+        ):
             RunLock(tmp_path).take(said.append)
-        assert len(said) == 1 and said[0].startswith(f"waiting for the run that holds {tmp_path}/run.lock (")
+        assert len(said) == 1 and said[0].startswith(
+            f"waiting for the run that holds {tmp_path}/run.lock ("
+        )
         assert RunLock(tmp_path).is_anothers()
         first.kill()
         first.wait()
@@ -141,12 +151,16 @@ def test_a_stopped_process_keeps_its_folder(tmp_path: Path) -> None:
         assert first.communicate("\n", timeout=20)[0] == "\n"  # it lost nothing
 
 
-def test_a_host_that_is_lost_may_have_its_flock_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_lost_may_have_its_flock_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As an NFS server sees it: nothing is touched, and the flock goes later."""
     monkeypatch.setattr(lock, "LEASE_SECONDS", 60.0)
     with another_process(tmp_path, host="elsewhere") as first:
         first.send_signal(signal.SIGSTOP)
-        killer = threading.Timer(8.0, first.kill)  # after 6 s a start on the same host would have been refused
+        killer = threading.Timer(
+            8.0, first.kill
+        )  # after 6 s a start on the same host would have been refused
         killer.start()
         began = time.monotonic()
         with held(tmp_path):
@@ -162,7 +176,10 @@ def test_where_flock_is_granted_to_everybody_a_stopped_process_loses_its_folder_
         first.send_signal(signal.SIGSTOP)
         with held(tmp_path) as second:
             first.send_signal(signal.SIGCONT)
-            assert first.communicate("\n", timeout=20)[0] == f"{tmp_path}/run.lock is now held by {second.text}\n"
+            assert (
+                first.communicate("\n", timeout=20)[0]
+                == f"{tmp_path}/run.lock is now held by {second.text}\n"
+            )
             assert second.look() == ""
 
 
@@ -179,7 +196,7 @@ def replaced(folder: Path) -> None:
         (shutil.rmtree, "was deleted"),
         (replaced, "was deleted"),
     ],
-)  # fmt: skip
+)
 def test_a_lost_folder_is_noticed_by_the_thread_and_nothing_is_done_there(
     tmp_path: Path, take_away: Callable[[Path], None], why: str
 ) -> None:
@@ -237,12 +254,16 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_and_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", refuse)
-    with pytest.raises(UserError, match=r"run\.dir=.*No space left on device; rule: a folder") as error:
+    with pytest.raises(
+        UserError, match=r"run\.dir=.*No space left on device; rule: a folder"
+    ) as error:
         RunLock(tmp_path).take(quiet)
     assert error.value.code == 70 and list(tmp_path.iterdir()) == []
 
@@ -250,6 +271,8 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(tmp_path: Path, monkeypatch:
 def test_another_node_with_another_folder_is_refused(tmp_path: Path) -> None:
     with held(tmp_path / "one") as mine:
         (tmp_path / "two").mkdir()
-        with pytest.raises(UserError, match=r"is not the folder that rank 0 sees; rule: one that all nodes share"):
+        with pytest.raises(
+            UserError, match=r"is not the folder that rank 0 sees; rule: one that all nodes share"
+        ):
             RunLock(tmp_path / "two").see(mine.text)
         RunLock(tmp_path / "one").see(mine.text)

@@ -18,13 +18,25 @@ VAL = {"val_loss": 2.5, "val_perplexity": math.exp(2.5), "val_bits_per_byte": 1.
 
 
 def make(run_dir, **options):
-    defaults = {"steps": 4, "flops_per_token": 1e9, "device": torch.device("cpu"), "world_size": 1, "is_main": True}
+    defaults = {
+        "steps": 4,
+        "flops_per_token": 1e9,
+        "device": torch.device("cpu"),
+        "world_size": 1,
+        "is_main": True,
+    }
     return Metrics(run_dir, **(defaults | options))
 
 
 def give(recorder, step, **figures):
-    figures = {"loss": 3 - step / 8, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100 * step, "tokens_per_second": 1000.0,
-               "data_wait": 0.25} | figures  # fmt: skip
+    figures = {
+        "loss": 3 - step / 8,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 100 * step,
+        "tokens_per_second": 1000.0,
+        "data_wait": 0.25,
+    } | figures
     recorder.step(step=step, **figures)
 
 
@@ -52,12 +64,22 @@ def test_lines_are_whole_and_unrounded(tmp_path):
     give(recorder, 1, loss=1 / 3, batch_hash="00ff")
     line = (tmp_path / "metrics.jsonl").read_text()  # at once, not when closed
     assert line.endswith("\n") and json.loads(line) == {
-        "step": 1, "loss": 1 / 3, "lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "tokens_per_second": 1000.0,
-        "data_wait": 0.25, "batch_hash": "00ff",
-    }  # fmt: skip
+        "step": 1,
+        "loss": 1 / 3,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 100,
+        "tokens_per_second": 1000.0,
+        "data_wait": 0.25,
+        "batch_hash": "00ff",
+    }
     recorder.evaluation(1, "val", VAL)
     recorder.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == {"step": 1, "val_set": "val", **VAL}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == {
+        "step": 1,
+        "val_set": "val",
+        **VAL,
+    }
 
 
 def test_not_finite_is_valid_json_and_read_back(tmp_path):
@@ -79,7 +101,10 @@ def test_other_ranks_record_nothing(tmp_path, capsys):
 
 
 def test_a_step_trained_twice_and_torn_lines(tmp_path):
-    for first, losses in ((1, [1.0, 2.0, 3.0]), (2, [9.0])):  # the second process trains step 2 again
+    for first, losses in (
+        (1, [1.0, 2.0, 3.0]),
+        (2, [9.0]),
+    ):  # the second process trains step 2 again
         recorder = make(tmp_path)
         for n, loss in enumerate(losses, first):
             give(recorder, n, loss=loss)
@@ -152,13 +177,29 @@ def test_failing_tracker_is_dropped_with_one_warning(tmp_path, capsys, clock):
         clock.now += 5
         give(recorder, n, batch_hash="ab", loss=math.nan)
     recorder.close()
-    assert calls == [(1, {"lr": 1e-3, "grad_norm": 0.5, "tokens": 100, "tokens_per_second": 1000.0, "data_wait": 0.25})]
-    assert capsys.readouterr().err == "warning: tracking is off, the run goes on: RuntimeError: no network\n"
+    assert calls == [
+        (
+            1,
+            {
+                "lr": 1e-3,
+                "grad_norm": 0.5,
+                "tokens": 100,
+                "tokens_per_second": 1000.0,
+                "data_wait": 0.25,
+            },
+        )
+    ]
+    assert (
+        capsys.readouterr().err
+        == "warning: tracking is off, the run goes on: RuntimeError: no network\n"
+    )
 
 
 def test_trackers_are_told_once_a_second_and_of_the_ends(tmp_path, clock):
     steps = []
-    recorder = make(tmp_path, steps=30, track=lambda values, step: steps.append((step, sorted(values)[-1])))
+    recorder = make(
+        tmp_path, steps=30, track=lambda values, step: steps.append((step, sorted(values)[-1]))
+    )
     for n in range(1, 31):
         clock.now += 0.125
         give(recorder, n)
@@ -184,20 +225,34 @@ recorder.close()
 
 @pytest.mark.parametrize("where", ["closed pipe", "full disk", "closed", "all in a closed pipe"])
 def test_training_outlives_its_standard_output(tmp_path, where):
-    out = {"full disk": os.open("/dev/full", os.O_WRONLY), "closed": None}.get(where, subprocess.PIPE)
+    out = {"full disk": os.open("/dev/full", os.O_WRONLY), "closed": None}.get(
+        where, subprocess.PIPE
+    )
     err = subprocess.STDOUT if where == "all in a closed pipe" else subprocess.PIPE
     buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     close_it = {"preexec_fn": lambda: os.close(1)} if where == "closed" else {}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdin=subprocess.PIPE, stdout=out,
-                               stderr=err, text=True, env=buffered, **close_it)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=err,
+        text=True,
+        env=buffered,
+        **close_it,
+    )
     if process.stdout:
         process.stdout.close()
         process.stdout = None
     _, errors = process.communicate("\n", timeout=60)
     assert process.returncode == 0, errors
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
-    expected = {"closed pipe": "[Errno 32] Broken pipe", "full disk": "[Errno 28] No space left on device"}.get(where)
-    assert (errors or "") == (f"warning: standard output is gone, the run goes on: {expected}\n" if expected else "")
+    expected = {
+        "closed pipe": "[Errno 32] Broken pipe",
+        "full disk": "[Errno 28] No space left on device",
+    }.get(where)
+    assert (errors or "") == (
+        f"warning: standard output is gone, the run goes on: {expected}\n" if expected else ""
+    )
 
 
 # --- the console
@@ -244,10 +299,12 @@ def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
     recorder.close()
     third = "step 3/4 eta 0:00 loss 2.6250 lr 1.0e-03 norm 0.5"  # the rest is cut off
     assert capsys.readouterr().out.split("\r\x1b[K") == [
-        "", "step 1/4 loss 2.8750 lr 1.0e-03 norm 0.5 1k tok/s", third,
+        "",
+        "step 1/4 loss 2.8750 lr 1.0e-03 norm 0.5 1k tok/s",
+        third,
         "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000\n",
         f"{third}\n3 steps in 0:00: goodput 67%, up to the first step 33%, evaluating and saving 0%\n",
-    ]  # fmt: skip
+    ]
 
 
 def test_rates_are_averaged_over_steps(tmp_path, capsys):
@@ -255,7 +312,9 @@ def test_rates_are_averaged_over_steps(tmp_path, capsys):
     give(recorder, 1, tokens_per_second=1000.0, data_wait=0.0)
     give(recorder, 2, tokens_per_second=3000.0, data_wait=0.5)
     recorder.close()
-    assert "  1.5k tok/s  wait 25%\n" in capsys.readouterr().out  # equal tokens in 3 and 1 parts of the time
+    assert (
+        "  1.5k tok/s  wait 25%\n" in capsys.readouterr().out
+    )  # equal tokens in 3 and 1 parts of the time
 
 
 # --- what a device can do
@@ -263,11 +322,23 @@ def test_rates_are_averaged_over_steps(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "tflops"),
-    [("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
-     ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA L4", 121),
-     ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA B200", 2250),
-     ("NVIDIA GeForce RTX 4090 D", math.inf), ("NVIDIA H20", math.inf), ("Tesla V100-SXM2-16GB", math.inf)],
-)  # fmt: skip
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090 D", math.inf),
+        ("NVIDIA H20", math.inf),
+        ("Tesla V100-SXM2-16GB", math.inf),
+    ],
+)
 def test_peaks(name, tflops):
     assert peak_flops(name) == tflops * 1e12
 
@@ -291,7 +362,9 @@ def test_smoothing():
     assert smooth([4.0, 2.0]) == [4.0, 2.0]  # a short curve is left as it is
     long = smooth([0.0] * 100 + [1.0] * 100)
     assert long[99] == 0 and long[100] == pytest.approx(0.25, abs=0.01) and long[-1] > 0.99
-    assert smooth([math.nan, 2.0, math.inf, 4.0])[1:3] == [2.0, 2.0] and math.isnan(smooth([math.nan])[0])
+    assert smooth([math.nan, 2.0, math.inf, 4.0])[1:3] == [2.0, 2.0] and math.isnan(
+        smooth([math.nan])[0]
+    )
 
 
 def test_curves_are_drawn(tmp_path):
@@ -315,5 +388,17 @@ def test_names_of_runs():
 
 
 def test_numbers_for_people():
-    assert [shorten(n) for n in (7.0, 999.4, 51234, 1.5e6, 2e9)] == ["7", "999", "51.2k", "1.5M", "2G"]
-    assert [duration(s) for s in (0.4, 59.6, 3599, 3600, 90061)] == ["0:00", "1:00", "59:59", "1:00:00", "25:01:01"]
+    assert [shorten(n) for n in (7.0, 999.4, 51234, 1.5e6, 2e9)] == [
+        "7",
+        "999",
+        "51.2k",
+        "1.5M",
+        "2G",
+    ]
+    assert [duration(s) for s in (0.4, 59.6, 3599, 3600, 90061)] == [
+        "0:00",
+        "1:00",
+        "59:59",
+        "1:00:00",
+        "25:01:01",
+    ]

@@ -28,9 +28,17 @@ NO_DECAY = ["embed.weight", "positions.weight", "blocks.0.up.bias", "blocks.0.no
 def tiny(seed=0):
     """The kinds of parameters that a GPT has; keys and values are narrower than queries (GQA)."""
     torch.manual_seed(seed)
-    block = nn.ModuleDict({"qkv": nn.Linear(4, 8, bias=False), "up": nn.Linear(4, 12), "norm": nn.RMSNorm(4)})
-    return nn.ModuleDict({"embed": nn.Embedding(6, 4), "positions": nn.Embedding(5, 4),
-                          "blocks": nn.ModuleList([block]), "head": nn.Linear(4, 6, bias=False)})  # fmt: skip
+    block = nn.ModuleDict(
+        {"qkv": nn.Linear(4, 8, bias=False), "up": nn.Linear(4, 12), "norm": nn.RMSNorm(4)}
+    )
+    return nn.ModuleDict(
+        {
+            "embed": nn.Embedding(6, 4),
+            "positions": nn.Embedding(5, 4),
+            "blocks": nn.ModuleList([block]),
+            "head": nn.Linear(4, 6, bias=False),
+        }
+    )
 
 
 def give_grads(model, seed):
@@ -50,10 +58,36 @@ def snapshot(optimizer):
 # --- schedules
 
 GOLDEN = {  # lr 1, min_lr 0.1, warm-up of 4 in 12 updates
-    "cosine": [0.25, 0.5, 0.75, 1, 1, 0.965746, 0.868198, 0.722208, 0.55, 0.377792, 0.231802, 0.134254],
+    "cosine": [
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+        0.965746,
+        0.868198,
+        0.722208,
+        0.55,
+        0.377792,
+        0.231802,
+        0.134254,
+    ],
     "linear": [0.25, 0.5, 0.75, 1, 1, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125],
     "constant": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-    "wsd": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 0.7, 0.4],  # ceil(20% of 12) = 3 decay, the first from lr itself
+    "wsd": [
+        0.25,
+        0.5,
+        0.75,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.7,
+        0.4,
+    ],  # ceil(20% of 12) = 3 decay, the first from lr itself
     "inverse_sqrt": [0.25, 0.5, 0.75, 1, *(math.sqrt(4 / n) for n in range(5, 13))],
 }
 
@@ -61,7 +95,9 @@ GOLDEN = {  # lr 1, min_lr 0.1, warm-up of 4 in 12 updates
 @pytest.mark.parametrize("schedule", GOLDEN)
 def test_schedule_golden(schedule):
     optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=4, schedule=schedule)
-    assert [lr_at(optim, step, 12) for step in range(12)] == pytest.approx(GOLDEN[schedule], abs=1e-6)
+    assert [lr_at(optim, step, 12) for step in range(12)] == pytest.approx(
+        GOLDEN[schedule], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("schedule", GOLDEN)
@@ -69,14 +105,19 @@ def test_schedule_edges(schedule):
     no_warmup = OptimConfig(lr=0.5, warmup_steps=0, schedule=schedule)
     assert lr_at(no_warmup, 0, 1) == 0.5  # a run of one update
     assert all(0 < lr_at(no_warmup, step, 7) <= 0.5 for step in range(7))
-    longer = OptimConfig(lr=0.5, warmup_steps=20, schedule=schedule)  # than the run: warned about, not refused
+    longer = OptimConfig(
+        lr=0.5, warmup_steps=20, schedule=schedule
+    )  # than the run: warned about, not refused
     assert [lr_at(longer, step, 10) for step in (0, 9)] == [0.025, 0.25]
     fits = OptimConfig(lr=0.5, warmup_steps=10, schedule=schedule)
     assert lr_at(fits, 9, 10) == 0.5
 
 
 def test_inverse_sqrt_stays_above_min_lr():
-    assert lr_at(OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=1, schedule="inverse_sqrt"), 999, 1000) == 0.2
+    assert (
+        lr_at(OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=1, schedule="inverse_sqrt"), 999, 1000)
+        == 0.2
+    )
 
 
 # --- which parameters decay
@@ -89,7 +130,9 @@ def test_decay_spares_norms_biases_embeddings():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert [names[p] for p in decayed["params"]] == [*MATRICES, "head.weight"]
     assert sorted(names[p] for p in spared["params"]) == sorted(NO_DECAY)
-    assert [len(g["params"]) for g in param_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)] == [1]
+    assert [
+        len(g["params"]) for g in param_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)
+    ] == [1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +141,9 @@ def test_every_parameter_is_in_one_group(name):
     optimizer = make_optimizer(model, OptimConfig(name=name), "fp32")
     in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
-    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    decayed = {
+        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
     assert decayed == {id(p) for n, p in model.named_parameters() if n not in NO_DECAY}
 
 
@@ -108,7 +153,9 @@ BETAS, EPS, DECAY, RATES = (0.9, 0.95), 1e-8, 0.1, (0.01, 0.02)
 
 
 def adamw(x, g, s, t, lr, wd):
-    s["m"], s["v"] = (b * s.get(k, 0) + (1 - b) * g**n for k, b, n in zip("mv", BETAS, (1, 2), strict=True))
+    s["m"], s["v"] = (
+        b * s.get(k, 0) + (1 - b) * g**n for k, b, n in zip("mv", BETAS, (1, 2), strict=True)
+    )
     m, v = s["m"] / (1 - BETAS[0] ** t), s["v"] / (1 - BETAS[1] ** t)
     return x * (1 - lr * wd) - lr * m / (np.sqrt(v) + EPS)
 
@@ -140,7 +187,9 @@ def adafactor(x, g, s, t, lr, wd):
 def muon(x, g, s, t, lr, wd):
     s["m"] = 0.95 * s.get("m", 0) + 0.05 * g
     nesterov, new = 0.95 * s["m"] + 0.05 * g, []
-    for part in np.split(nesterov, [4, 6]) if len(x) == 8 else [nesterov]:  # q has 4 rows, k and v have 2
+    for part in (
+        np.split(nesterov, [4, 6]) if len(x) == 8 else [nesterov]
+    ):  # q has 4 rows, k and v have 2
         z = part / np.linalg.norm(part)
         for _ in range(5):
             a = z @ z.T
@@ -152,13 +201,17 @@ def muon(x, g, s, t, lr, wd):
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_golden(name):
     model = tiny()
-    optimizer = make_optimizer(model, OptimConfig(name=name, betas=BETAS, eps=EPS, weight_decay=DECAY), "fp32")
+    optimizer = make_optimizer(
+        model, OptimConfig(name=name, betas=BETAS, eps=EPS, weight_decay=DECAY), "fp32"
+    )
     expected = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
     remembered = {n: {} for n in expected}
     for t, lr in enumerate(RATES, 1):
         give_grads(model, seed=t)
         for n, p in model.named_parameters():
-            rule = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion, "muon": muon}[name]
+            rule = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion, "muon": muon}[
+                name
+            ]
             rule = adamw if name == "muon" and n not in MATRICES else rule
             wd = 0 if n in NO_DECAY else DECAY
             expected[n] = rule(expected[n], p.grad.double().numpy(), remembered[n], t, lr, wd)
@@ -176,8 +229,12 @@ def test_newton_schulz_is_nearly_orthogonal(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(newton_schulz(matrices, torch.float32))
     assert values.min() > 0.5 and values.max() < 1.25
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)  # it points where the exact answer does
-    cosine = nn.functional.cosine_similarity(newton_schulz(matrices, torch.float32).flatten(), (u @ v).flatten(), dim=0)
+    u, _, v = torch.linalg.svd(
+        matrices, full_matrices=False
+    )  # it points where the exact answer does
+    cosine = nn.functional.cosine_similarity(
+        newton_schulz(matrices, torch.float32).flatten(), (u @ v).flatten(), dim=0
+    )
     assert cosine > 0.97
 
 
@@ -217,7 +274,9 @@ def test_qkv_parts():
 @pytest.mark.parametrize("name", NAMES)
 def test_created_state_is_the_state_before_the_first_update(name):
     model, twin = tiny(), tiny()
-    optimizer, untouched = (make_optimizer(m, OptimConfig(name=name), "fp32") for m in (model, twin))
+    optimizer, untouched = (
+        make_optimizer(m, OptimConfig(name=name), "fp32") for m in (model, twin)
+    )
     give_grads(model, seed=1)
     before = [(p.clone(), p.grad) for p in model.parameters()]
     create_state(optimizer)
@@ -225,12 +284,16 @@ def test_created_state_is_the_state_before_the_first_update(name):
         assert torch.equal(p, value) and p.grad is grad
     assert {group["lr"] for group in optimizer.param_groups} == {OptimConfig().lr}
     for state in snapshot(optimizer):
-        assert state and all(isinstance(tensor, torch.Tensor) and not tensor.any() for tensor in state.values())
+        assert state and all(
+            isinstance(tensor, torch.Tensor) and not tensor.any() for tensor in state.values()
+        )
     for seed in (1, 2):
         for m, o in ((model, optimizer), (twin, untouched)):
             give_grads(m, seed)
             o.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
+    )
     with pytest.raises(AssertionError, match="would erase"):
         create_state(optimizer)
 
@@ -256,7 +319,9 @@ def test_loaded_state_continues_bit_for_bit(name):
         set_lr(o, 1e-3)
         give_grads(m, seed=7)
         o.step()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -297,13 +362,23 @@ def test_parameters_without_gradient_stay(name):
 @pytest.mark.parametrize("bias", [False, True])
 def test_groups_by_name_are_those_by_shape(bias: bool) -> None:
     """ZeRO-3 hides shapes, so names decide: matrices but embeddings decay, matrices inside blocks are Muon's."""
-    config = ModelConfig(layers=2, heads=2, width=16, bias=bias, qk_norm=True, positions="learned", norm="layernorm",
-                         tie_embeddings=False)  # fmt: skip
+    config = ModelConfig(
+        layers=2,
+        heads=2,
+        width=16,
+        bias=bias,
+        qk_norm=True,
+        positions="learned",
+        norm="layernorm",
+        tie_embeddings=False,
+    )
     model = GPT(config, 50, 8)
     shape = {id(p): (p.ndim, name) for name, p in model.named_parameters()}
     for group in param_groups(model.named_parameters(), 0.1):
         for ndim, name in (shape[id(p)] for p in group["params"]):
-            assert (group["weight_decay"] > 0) == (ndim == 2 and not name.startswith(("embed", "positions"))), name
+            assert (group["weight_decay"] > 0) == (
+                ndim == 2 and not name.startswith(("embed", "positions"))
+            ), name
     for group in make_optimizer(model, OptimConfig(name="muon"), "fp32").param_groups:
         for ndim, name in (shape[id(p)] for p in group["params"]):
             assert ("merged_qkv" in group) == (ndim == 2 and name.startswith("blocks.")), name

@@ -23,18 +23,32 @@ def saved(run: Path, step: int) -> None:
     (run / f"step-{step:08d}/manifest.json").touch()
 
 
-def test_failures_are_counted_until_there_is_a_new_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_counted_until_there_is_a_new_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = []
     monkeypatch.setenv("DIST_LM_STOP_AT", "1")  # in a job that has an end
     for name, reason, new_step in [
-        ("retryable", "gone", 0), ("retryable", "gone", 0), ("preempted", "SIGTERM", 0), ("retryable", "gone", 0),
-        ("retryable", "gone", 10), ("preempted", "the time of the job ends", 0), ("preempted", "SIGUSR1", 20), ("done", "", 0),
-    ]:  # fmt: skip
+        ("retryable", "gone", 0),
+        ("retryable", "gone", 0),
+        ("preempted", "SIGTERM", 0),
+        ("retryable", "gone", 0),
+        ("retryable", "gone", 10),
+        ("preempted", "the time of the job ends", 0),
+        ("preempted", "SIGUSR1", 20),
+        ("done", "", 0),
+    ]:
         if new_step:
             saved(tmp_path, new_step)
         counts.append(Attempt(tmp_path).record(name, reason)["failures"])
     assert counts == [1, 2, 2, 3, 1, 2, 0, 0]
-    assert read(tmp_path) == {"class": "done", "step": 20, "reason": "", "attempt": 8, "failures": 0}
+    assert read(tmp_path) == {
+        "class": "done",
+        "step": 20,
+        "reason": "",
+        "attempt": 8,
+        "failures": 0,
+    }
 
 
 def test_every_code_has_its_class() -> None:
@@ -48,19 +62,29 @@ def test_an_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError):
         Attempt(tmp_path).run(refuse)
-    assert read(tmp_path) == {"class": "data", "step": 0, "reason": "no such data", "attempt": 1, "failures": 0}
+    assert read(tmp_path) == {
+        "class": "data",
+        "step": 0,
+        "reason": "no such data",
+        "attempt": 1,
+        "failures": 0,
+    }
     with pytest.raises(SystemExit) as stopped:
         Attempt(tmp_path).run(lambda: "SIGTERM")
     assert stopped.value.code == 75 and read(tmp_path)["class"] == "preempted"
     Attempt(tmp_path).run(lambda: "")
     assert read(tmp_path)["class"] == "done"
     (tmp_path / "file").touch()
-    assert Attempt(tmp_path / "file" / "run").record("done", "")["class"] == "done"  # said, not raised
+    assert (
+        Attempt(tmp_path / "file" / "run").record("done", "")["class"] == "done"
+    )  # said, not raised
     (tmp_path / "outcome.json").write_text("{torn")
     assert read(tmp_path) == {} and Attempt(tmp_path).number == 1
 
 
-def test_a_rank_alone_with_its_refusal_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_alone_with_its_refusal_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse() -> str:
         raise UserError("not installed here")
 
@@ -86,7 +110,9 @@ def test_the_clock_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_launchers_ask(tmp_path: Path) -> None:
     run = ["--run.dir", str(tmp_path)]
-    assert "rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS" in entry("outcome", "again", *run, code=2)
+    assert "rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS" in entry(
+        "outcome", "again", *run, code=2
+    )
     assert entry("outcome", "before", *run) == f"1 {tmp_path}\n"
     assert "did you mean --run.steps?" in entry("outcome", "before", "--run.stepps", "3", code=2)
     said = entry("outcome", "after", "1", "137", *run, code=70)
@@ -96,7 +122,9 @@ def test_what_launchers_ask(tmp_path: Path) -> None:
     (tmp_path / "outcome.json").write_text(json.dumps(record))
     said = entry("outcome", "after", "3", "1", *run, code=1)
     assert "failed 3 times without a new step; not started again" in said
-    (tmp_path / "outcome.json").write_text(json.dumps({**record, "class": "diverged", "failures": 0}))
+    (tmp_path / "outcome.json").write_text(
+        json.dumps({**record, "class": "diverged", "failures": 0})
+    )
     entry("outcome", "after", "3", "1", *run, code=76)
 
 
@@ -104,7 +132,9 @@ def quiet(text: str) -> None:
     pass
 
 
-def test_only_who_holds_the_folder_writes_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_who_holds_the_folder_writes_its_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A refused start tells its own launch script, whose number may be that of the run that lives there."""
 
     def refuse() -> str:
@@ -124,16 +154,22 @@ def test_only_who_holds_the_folder_writes_its_outcome(tmp_path: Path, monkeypatc
     assert {file.name for file in tmp_path.iterdir()} == {"run.lock", ".refused-node0-12_.._3.json"}
     said = entry("outcome", "after", "1", "1", *run, code=2, DIST_LM_START_ID="node0-12/../3")
     assert said == f"{tmp_path}: config at step 0, attempt 1: in use by another run\n"
-    said = entry("outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other")  # killed while it waited
+    said = entry(
+        "outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other"
+    )  # killed while it waited
     assert "no rank said why" in said
     assert {file.name for file in tmp_path.iterdir()} == {"run.lock"}
 
     monkeypatch.setenv("RANK", "0")
     first.run(lambda: "")
-    assert read(tmp_path)["class"] == "done" and {file.name for file in tmp_path.iterdir()} == {"outcome.json"}
+    assert read(tmp_path)["class"] == "done" and {file.name for file in tmp_path.iterdir()} == {
+        "outcome.json"
+    }
 
 
-def test_the_lock_is_held_until_the_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_held_until_the_ending_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
     attempt = Attempt(tmp_path)
     record = attempt.record
@@ -183,7 +219,16 @@ def test_a_dead_run_s_lock_stops_nobody_from_recording(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     (tmp_path / "run.lock").write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid}))
-    entry("outcome", "after", "1", "137", "--run.dir", str(tmp_path), code=70, DIST_LM_START_ID="first")
+    entry(
+        "outcome",
+        "after",
+        "1",
+        "137",
+        "--run.dir",
+        str(tmp_path),
+        code=70,
+        DIST_LM_START_ID="first",
+    )
     assert (read(tmp_path)["class"], read(tmp_path)["attempt"]) == ("retryable", 1)
 
 
@@ -194,14 +239,24 @@ def handles(pid: int, number: signal.Signals) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["start", "evaluation", "save"])
-def test_a_signal_in_any_phase_leads_to_one_agreed_stop(prepared: Path, tmp_path: Path, phase: str) -> None:
+def test_a_signal_in_any_phase_leads_to_one_agreed_stop(
+    prepared: Path, tmp_path: Path, phase: str
+) -> None:
     """Each phase fills nearly all of the time; one rank alone is told."""
     run = tmp_path / "run"
-    often = {"start": (), "evaluation": ("--run.eval_every", "1"), "save": ("--run.save_every", "1")}[phase]
+    often = {
+        "start": (),
+        "evaluation": ("--run.eval_every", "1"),
+        "save": ("--run.save_every", "1"),
+    }[phase]
     arguments = tiny(prepared, "--run.steps", "100000", *often)
     ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(run), *arguments)
     deadline = time.monotonic() + 90
-    while not (handles(ranks[1].pid, signal.SIGUSR1) if phase == "start" else (run / "metrics.jsonl").exists()):
+    while not (
+        handles(ranks[1].pid, signal.SIGUSR1)
+        if phase == "start"
+        else (run / "metrics.jsonl").exists()
+    ):
         if time.monotonic() > deadline:
             ranks[0].kill()
             ranks[1].kill()
@@ -223,10 +278,19 @@ def test_a_signal_in_any_phase_leads_to_one_agreed_stop(prepared: Path, tmp_path
 @pytest.mark.slow
 def test_a_diverged_run_and_a_finished_one_say_so(prepared: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30", "--optim.clip", "0"), code=76)
-    assert read(tmp_path / "run")["class"] == "diverged" and "diverged at step" in read(tmp_path / "run")["reason"]
+    assert (
+        read(tmp_path / "run")["class"] == "diverged"
+        and "diverged at step" in read(tmp_path / "run")["reason"]
+    )
     train(tmp_path / "other", *tiny(prepared))
     train(tmp_path / "other", *tiny(prepared))
-    assert read(tmp_path / "other") == {"class": "done", "step": 12, "reason": "", "attempt": 2, "failures": 0}
+    assert read(tmp_path / "other") == {
+        "class": "done",
+        "step": 12,
+        "reason": "",
+        "attempt": 2,
+        "failures": 0,
+    }
 
 
 @pytest.mark.slow
@@ -237,18 +301,34 @@ def test_ranks_that_cannot_meet_say_why(prepared: Path, tmp_path: Path, taken: b
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1] if taken else free_port()
-        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+        }
         arguments = tiny(prepared, "--run.timeout_seconds", "3")
         output = train(tmp_path / "run", *arguments, code=70, **place, MASTER_PORT=str(port))
     if taken:
-        assert f"error: port 127.0.0.1:{port} is in use by another process; rule: a free one" in output
+        assert (
+            f"error: port 127.0.0.1:{port} is in use by another process; rule: a free one" in output
+        )
     else:
-        assert f"error: only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up" in output
-    assert read(tmp_path / "run")["class"] == "retryable" and "127.0.0.1" in read(tmp_path / "run")["reason"]
+        assert (
+            f"error: only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up"
+            in output
+        )
+    assert (
+        read(tmp_path / "run")["class"] == "retryable"
+        and "127.0.0.1" in read(tmp_path / "run")["reason"]
+    )
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_ends_the_others_in_time(prepared: Path, tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_and_ends_the_others_in_time(
+    prepared: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     arguments = tiny(prepared, "--run.steps", "100000", "--run.timeout_seconds", "10")
     ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(run), *arguments)

@@ -49,7 +49,9 @@ def test_gpt2_124m_by_hand() -> None:
     """Every number worked out beside it: V 50257 (padded to 50304), T 1024, D 768, 12 layers."""
     config = recipe("gpt2-124m")
     figures = estimate(config, vocabulary(config), "ddp", Cluster("h100", 1, 8), 0.4)
-    block = (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768
+    block = (
+        (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768
+    )
     parameters = 50257 * 768 + 1024 * 768 + 12 * block + 2 * 768
     assert figures["parameters"] == parameters == 124_439_808
     padded = parameters + (50304 - 50257) * 768
@@ -57,7 +59,11 @@ def test_gpt2_124m_by_hand() -> None:
     assert figures["flops_per_token"] == 6 * matrices + 12 * 12 * 768 * 1024
     assert figures["tokens"] == 19073 * 512 * 1024
     row = figures["strategies"]["ddp"]
-    assert (row["weights"], row["gradients"], row["optimizer"]) == (4 * padded, 4 * padded, 8 * padded)
+    assert (row["weights"], row["gradients"], row["optimizer"]) == (
+        4 * padded,
+        4 * padded,
+        8 * padded,
+    )
     rate = 0.4 * 989e12 * 8 / figures["flops_per_token"]
     assert figures["tokens_per_second"] == pytest.approx(rate)
     assert figures["seconds"] == pytest.approx(figures["tokens"] / rate)
@@ -66,7 +72,9 @@ def test_gpt2_124m_by_hand() -> None:
     assert figures["checkpoints_kept"] == 4  # two last, the best, one being written
     assert (figures["micro_batch"], figures["accumulation"]) == (32, 2)
     zero2 = figures["strategies"]["zero2"]
-    assert zero2["optimizer"] == pytest.approx(12 * padded / 8)  # fp32 copies of its share and two moments
+    assert zero2["optimizer"] == pytest.approx(
+        12 * padded / 8
+    )  # fp32 copies of its share and two moments
     assert zero2["peak"] < row["peak"]
 
 
@@ -75,22 +83,40 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
     live = live_bytes(recipe("gpt2-124m"), 50257, 32, False, True)
     tokens, D, F, H = 32 * 1024, 768, 3072, 12
     residual = 2 * 4 * D + 2 * 2 * 4  # inputs of both norms, and their means and deviations
-    products = 2 * (D + 3 * D + D + D + F + F)  # inputs of qkv; q, k, v; attention's output, also out's input; up, down
+    products = 2 * (
+        D + 3 * D + D + D + F + F
+    )  # inputs of qkv; q, k, v; attention's output, also out's input; up, down
     block = tokens * (residual + products + 4 * H)  # and the log sums of the softmax
     weights = 2 * (12 * D * D)  # bf16 copies
     kept = 12 * (block + weights)
     assert live.activations == pytest.approx(kept, rel=0.05)
 
 
-@pytest.mark.parametrize("settings", [{}, {"run.precision": "bf16"}, {"run.activation_checkpointing": True},
-                                      {"model.dropout": 0.1, "model.kv_heads": 1, "model.tie_embeddings": False}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"run.precision": "bf16"},
+        {"run.activation_checkpointing": True},
+        {"model.dropout": 0.1, "model.kv_heads": 1, "model.tie_embeddings": False},
+    ],
+)
 def test_blocks_are_alike(settings: dict[str, object]) -> None:
     """What is inferred from one and two blocks and rows is what five blocks and seven rows take when run whole."""
     config = tiny(**{"model.layers": 5, "data.seq_len": 64, **settings})
     inferred = live_bytes(config, 257, 7, False, False)
     data, run = config.data, config.run
     whole = plan._run_fake(
-        config.model, 5, 257, 7, data.seq_len, False, run.precision, run.activation_checkpointing, False, False
+        config.model,
+        5,
+        257,
+        7,
+        data.seq_len,
+        False,
+        run.precision,
+        run.activation_checkpointing,
+        False,
+        False,
     )
     assert inferred.activations == pytest.approx(whole[0], rel=0.01)
     assert inferred.blocks == pytest.approx(whole[2], rel=0.01)
@@ -107,7 +133,9 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
     watch = MemoryCounter([*model.parameters(), *model.buffers()])
     with watch:
         model(tokens, tokens).backward()
-    whole = plan._run_fake(config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False)
+    whole = plan._run_fake(
+        config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False
+    )
     assert watch.most == pytest.approx(max(whole[1:]), rel=0.02)
 
 
@@ -123,20 +151,29 @@ def test_moments_are_what_the_optimizer_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [(), ("--optim.name", "muon"), ("--run.ema", "0.9")])
-def test_checkpoint_bytes_are_those_on_disk(prepared: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+def test_checkpoint_bytes_are_those_on_disk(
+    prepared: Path, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     settings = (*TINY, "--data.input", str(prepared), *settings)
     train(tmp_path / "run", *settings)
     (folder,) = step_folders(tmp_path / "run")
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     config, _ = load(settings, {}, "test")
-    assert checkpoint_bytes(config, vocabulary(config)) == pytest.approx(written, rel=0.05)  # headers, Adam's step
+    assert checkpoint_bytes(config, vocabulary(config)) == pytest.approx(
+        written, rel=0.05
+    )  # headers, Adam's step
 
 
 @pytest.mark.parametrize(
     ("settings", "number"),
-    [({"run.save_every": 0}, 1), ({"run.save_every": 10, "run.steps": 20}, 2), ({"run.save_every": 1}, 4),
-     ({"run.save_every": 1, "run.eval_every": 0}, 3), ({"run.save_every": 10, "run.keep_every": 100, "run.steps": 400}, 8)],
-)  # fmt: skip
+    [
+        ({"run.save_every": 0}, 1),
+        ({"run.save_every": 10, "run.steps": 20}, 2),
+        ({"run.save_every": 1}, 4),
+        ({"run.save_every": 1, "run.eval_every": 0}, 3),
+        ({"run.save_every": 10, "run.keep_every": 100, "run.steps": 400}, 8),
+    ],
+)
 def test_checkpoints_on_disk_at_once(settings: dict[str, object], number: int) -> None:
     config = resolve(("test", settings))
     assert checkpoints_kept(config, steps_of(config)) == number
@@ -144,10 +181,24 @@ def test_checkpoints_on_disk_at_once(settings: dict[str, object], number: int) -
 
 def test_strategies_divide_what_they_say() -> None:
     config, vocab = recipe("llama-1b"), 32000
-    found = {name: memory(config, strategy, 8, vocab, True) for name, strategy in strategies(8).items()}
-    assert list(found) == ["ddp", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload", "zero3-nvme"]
-    assert found["ddp"].peak > found["zero1"].peak > found["zero2"].peak > found["zero2-offload"].peak
-    assert found["zero1"].gradients > found["zero2"].gradients  # whole ones between the backward passes of a step
+    found = {
+        name: memory(config, strategy, 8, vocab, True) for name, strategy in strategies(8).items()
+    }
+    assert list(found) == [
+        "ddp",
+        "zero1",
+        "zero2",
+        "zero2-offload",
+        "zero3",
+        "zero3-offload",
+        "zero3-nvme",
+    ]
+    assert (
+        found["ddp"].peak > found["zero1"].peak > found["zero2"].peak > found["zero2-offload"].peak
+    )
+    assert (
+        found["zero1"].gradients > found["zero2"].gradients
+    )  # whole ones between the backward passes of a step
     assert found["zero2-offload"].host == pytest.approx(20 * found["ddp"].weights / 4 / 8)
     assert found["zero3-nvme"].disk > 0 and found["zero3-offload"].disk == 0
     assert [m.disk + m.host for m in found.values()][:3] == [0, 0, 0]
@@ -173,10 +224,16 @@ def test_what_does_not_fit_and_what_would() -> None:
     assert others[-1] == "--gpu h200 or b200"
     assert not figures["strategies"]["ddp"]["fits"] and figures["strategies"]["zero3"]["fits"]
     page = describe(figures, "x.yaml")
-    assert "* ddp" in page and "none fits" in page and "at an MFU of 0.4 (--mfu; a guess until measured)" in page
+    assert (
+        "* ddp" in page
+        and "none fits" in page
+        and "at an MFU of 0.4 (--mfu; a guess until measured)" in page
+    )
     config = recipe("llama-7b", **{"run.activation_checkpointing": False})
     spared = estimate(config, 32000, "zero3", Cluster("a100-40", 8, 8), 0.4)
-    assert any(line.startswith("--run.activation_checkpointing true, ") for line in spared["advice"])
+    assert any(
+        line.startswith("--run.activation_checkpointing true, ") for line in spared["advice"]
+    )
     small = estimate(tiny(**{"optim.name": "adafactor"}), 257, "zero2", Cluster("cpu", 1, 2), 0.4)
     assert small["advice"][0].startswith("optim.name=adafactor is not available under zero2")
     assert "refused" in describe(small, "x")
@@ -184,7 +241,19 @@ def test_what_does_not_fit_and_what_would() -> None:
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--config", str(ROOT / GPT2), "--launch", "zero2", "--gpus-per-node", "4", "--gpu", "a100-80", "--json"])
+    main(
+        [
+            "--config",
+            str(ROOT / GPT2),
+            "--launch",
+            "zero2",
+            "--gpus-per-node",
+            "4",
+            "--gpu",
+            "a100-80",
+            "--json",
+        ]
+    )
     figures = json.loads(capsys.readouterr().out)
     assert (figures["asked"], figures["gpu"], figures["gpus_per_node"]) == ("zero2", "a100-80", 4)
     main(["--config", str(ROOT / "configs/debug.yaml"), "--gpu", "cpu", "--gpus-per-node", "1"])
@@ -195,21 +264,39 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "h1000"], "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu; did you mean h100?"),
+        (
+            ["--gpu", "h1000"],
+            "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu; did you mean h100?",
+        ),
         (["--nodes", "0"], "--nodes=0 must be a whole number of 1 or more; nearest: 1"),
-        (["--gpus_per_node", "x"], "--gpus_per_node=x must be a whole number of 1 or more; nearest: 8"),
+        (
+            ["--gpus_per_node", "x"],
+            "--gpus_per_node=x must be a whole number of 1 or more; nearest: 8",
+        ),
         (["--vocab_size", "-3"], "--vocab_size=-3 must be a whole number of 1 or more; nearest: 1"),
         (["--mfu", "40"], "--mfu=40 must be a number above 0 and at most 1; nearest: 0.4"),
         (["--mfu", "high"], "--mfu=high must be a number above 0 and at most 1; nearest: 0.4"),
-        (["--launch", "zero4"], "--launch zero4: no readable launch file; rule: one of ddp, single, zero1, zero2-offload, zero2,"
-         " zero3-nvme, zero3-offload, zero3, or a path; did you mean zero3?"),
-        (["--nodes", "3"], "data.global_batch=16 must be at least the number of processes, 24; nearest: 24"),
-        (["--data.tokenizer", "char"], "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary without"
-         " reading text; rule: a prepared folder, or --vocab_size N"),
-        (["--run.epochs", "2"], "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or run.steps"),
+        (
+            ["--launch", "zero4"],
+            "--launch zero4: no readable launch file; rule: one of ddp, single, zero1, zero2-offload, zero2,"
+            " zero3-nvme, zero3-offload, zero3, or a path; did you mean zero3?",
+        ),
+        (
+            ["--nodes", "3"],
+            "data.global_batch=16 must be at least the number of processes, 24; nearest: 24",
+        ),
+        (
+            ["--data.tokenizer", "char"],
+            "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary without"
+            " reading text; rule: a prepared folder, or --vocab_size N",
+        ),
+        (
+            ["--run.epochs", "2"],
+            "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or run.steps",
+        ),
         (["--lunch", "ddp"], "unknown flag --lunch; did you mean --launch?"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
         main(arguments)
@@ -245,6 +332,7 @@ def test_memory_is_what_training_takes(strategy: str, tmp_path: Path) -> None:
 
     benchmark.prepare(str(tmp_path))
     (_, predicted, measured, _), (_, idle_predicted, idle_measured, _) = (
-        benchmark.compare(strategy, size, str(tmp_path), defaults=False) for size in ("30 M", "idle")
+        benchmark.compare(strategy, size, str(tmp_path), defaults=False)
+        for size in ("30 M", "idle")
     )
     assert predicted - idle_predicted == pytest.approx(measured - idle_measured, rel=0.10)

@@ -14,15 +14,31 @@ def runs(tmp_path, monkeypatch):
     for name, rate in (("slow", 100.0), ("fast", 200.0)):
         (tmp_path / name).mkdir()
         lines = [
-            {"step": n, "loss": 4.0 - n, "lr": 1.0, "grad_norm": 1.0, "tokens": 1000 * n, "tokens_per_second": rate,
-             "data_wait": 0.5} for n in (1, 2, 3)
-        ]  # fmt: skip
+            {
+                "step": n,
+                "loss": 4.0 - n,
+                "lr": 1.0,
+                "grad_norm": 1.0,
+                "tokens": 1000 * n,
+                "tokens_per_second": rate,
+                "data_wait": 0.5,
+            }
+            for n in (1, 2, 3)
+        ]
         if name == "fast":
             for step, loss in ((2, 1.25), (3, 1.5)):
                 lines.append(
-                    {"step": step, "val_set": "val", "val_loss": loss, "val_perplexity": 1, "val_bits_per_byte": 0.9}
+                    {
+                        "step": step,
+                        "val_set": "val",
+                        "val_loss": loss,
+                        "val_perplexity": 1,
+                        "val_bits_per_byte": 0.9,
+                    }
                 )
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     return tmp_path
 
 
@@ -58,15 +74,21 @@ def test_help_names_the_command(capsys):
 @pytest.mark.parametrize(
     ("argv", "message", "code"),
     [
-        (["nowhere"],
-         "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that made a step", 66),
+        (
+            ["nowhere"],
+            "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that made a step",
+            66,
+        ),
         (["empty"], "empty: metrics.jsonl has no whole line of a step yet", 66),
         (["slow", "--outptu", "x.png"], "unknown argument --outptu; did you mean --output?", 2),
         (["--output", "x.png"], "the following arguments are required: RUN", 2),
-        (["slow", "--output", "no/x.png"],
-         "--output no/x.png: No such file or directory; rule: a file that can be written", 2),
+        (
+            ["slow", "--output", "no/x.png"],
+            "--output no/x.png: No such file or directory; rule: a file that can be written",
+            2,
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(runs, argv, message, code):
     (runs / "empty").mkdir()
     (runs / "empty" / "metrics.jsonl").write_text("")

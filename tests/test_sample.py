@@ -15,7 +15,15 @@ from dist_lm.data.tokenizer import StreamDecoder, train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from dist_lm.sample import Continuation, Sampling, choose, cut, lay_out_for_decoding, sample, window_start
+from dist_lm.sample import (
+    Continuation,
+    Sampling,
+    choose,
+    cut,
+    lay_out_for_decoding,
+    sample,
+    window_start,
+)
 
 BYTES = train_tokenizer("byte", [])
 CONTEXT = 24
@@ -23,11 +31,23 @@ GREEDY = Sampling(40, temperature=0)  # beyond the context: it slides
 
 MODELS = {
     "llama": ModelConfig(layers=2, heads=4, kv_heads=2, width=32),
-    "gpt2": ModelConfig(layers=2, heads=2, width=32, positions="learned", norm="layernorm", activation="silu"),
-    "post-norm": ModelConfig(layers=2, heads=2, width=32, positions="sinusoidal", norm="layernorm",
-                             norm_placement="post", activation="relu", bias=True),
-    "no positions": ModelConfig(layers=2, heads=2, width=32, positions="none", qk_norm=True, tie_embeddings=False),
-}  # fmt: skip
+    "gpt2": ModelConfig(
+        layers=2, heads=2, width=32, positions="learned", norm="layernorm", activation="silu"
+    ),
+    "post-norm": ModelConfig(
+        layers=2,
+        heads=2,
+        width=32,
+        positions="sinusoidal",
+        norm="layernorm",
+        norm_placement="post",
+        activation="relu",
+        bias=True,
+    ),
+    "no positions": ModelConfig(
+        layers=2, heads=2, width=32, positions="none", qk_norm=True, tie_embeddings=False
+    ),
+}
 
 
 def make(name: str) -> GPT:
@@ -45,7 +65,9 @@ def model() -> GPT:
     return make("llama")
 
 
-def run(model: GPT, prompts: list[list[int]], how: Sampling, seeds: list | None = None, **more) -> list[Continuation]:
+def run(
+    model: GPT, prompts: list[list[int]], how: Sampling, seeds: list | None = None, **more
+) -> list[Continuation]:
     *_, rows = sample(model, BYTES, prompts, how, seeds or list(range(len(prompts))), **more)
     return rows
 
@@ -72,7 +94,11 @@ def test_greedy_is_the_argmax_of_a_plain_forward_also_beyond_the_context(name: s
 def test_a_row_of_a_batch_has_the_logits_and_the_text_it_has_alone(name: str) -> None:
     model = make(name)
     prompts = [prompt_of(length, seed=length) for length in (3, 20, 1, 60, 20)]
-    for how in (GREEDY, Sampling(40, temperature=0.9, logprobs=True), Sampling(40, top_p=0.8, top_k=50)):
+    for how in (
+        GREEDY,
+        Sampling(40, temperature=0.9, logprobs=True),
+        Sampling(40, top_p=0.8, top_k=50),
+    ):
         together = run(model, prompts, how)
         for n, prompt in enumerate(prompts):
             (alone,) = run(model, [prompt], how, [n])
@@ -87,7 +113,9 @@ def test_rows_may_have_temperatures_of_their_own(name: str) -> None:
     model, prompts, each = make(name), [prompt_of(3), prompt_of(3), prompt_of(9)], (0.0, 0.8, 1.3)
     together = run(model, prompts, Sampling(40, each, top_k=50, repetition_penalty=1.1))
     for n, temperature in enumerate(each):
-        (alone,) = run(model, [prompts[n]], Sampling(40, temperature, top_k=50, repetition_penalty=1.1), [n])
+        (alone,) = run(
+            model, [prompts[n]], Sampling(40, temperature, top_k=50, repetition_penalty=1.1), [n]
+        )
         assert together[n].tokens == alone.tokens
 
 
@@ -111,16 +139,25 @@ def test_the_layout_for_decoding_changes_neither_shapes_nor_text(model: GPT) -> 
     laid_out = make("llama")
     lay_out_for_decoding(laid_out)
     assert laid_out.embed.weight.stride() == (1, laid_out.embed.weight.shape[0])
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), laid_out.parameters(), strict=True))
-    assert run(laid_out, [prompt_of(5)], GREEDY)[0].tokens == run(model, [prompt_of(5)], GREEDY)[0].tokens
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), laid_out.parameters(), strict=True)
+    )
+    assert (
+        run(laid_out, [prompt_of(5)], GREEDY)[0].tokens
+        == run(model, [prompt_of(5)], GREEDY)[0].tokens
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in what it imports to compile
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own, in what it imports to compile
 def test_a_compiled_model_makes_the_same_text(model: GPT) -> None:
     prompts, how = [prompt_of(3), prompt_of(9)], Sampling(CONTEXT, temperature=0)
     compiled = Sampling(CONTEXT, temperature=0, compile=True)
-    assert [row.tokens for row in run(model, prompts, compiled)] == [row.tokens for row in run(model, prompts, how)]
+    assert [row.tokens for row in run(model, prompts, compiled)] == [
+        row.tokens for row in run(model, prompts, how)
+    ]
 
 
 @pytest.mark.slow
@@ -129,7 +166,10 @@ def test_what_train_compiled_is_left_alone(model: GPT) -> None:
     compiled, forwards = make("llama"), []
     compiled.compile(backend=lambda *_: pytest.fail("compiled for sampling"))
     compiled.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
-    assert run(compiled, [prompt_of(3)], GREEDY)[0].tokens == run(model, [prompt_of(3)], GREEDY)[0].tokens
+    assert (
+        run(compiled, [prompt_of(3)], GREEDY)[0].tokens
+        == run(model, [prompt_of(3)], GREEDY)[0].tokens
+    )
     assert forwards
 
 
@@ -144,7 +184,10 @@ def test_the_window_keeps_half_a_context_and_moves_seldom(seq_len: int, length: 
 
 
 def test_a_text_longer_than_the_context_is_refused_if_asked(model: GPT) -> None:
-    assert len(run(model, [prompt_of(14)], Sampling(11, 0, slide=False), stop_early=False)[0].tokens) == 11
+    assert (
+        len(run(model, [prompt_of(14)], Sampling(11, 0, slide=False), stop_early=False)[0].tokens)
+        == 11
+    )
     with pytest.raises(UserError) as error:
         run(model, [prompt_of(14), prompt_of(2)], Sampling(12, 0, slide=False))
     assert str(error.value) == (
@@ -155,7 +198,10 @@ def test_a_text_longer_than_the_context_is_refused_if_asked(model: GPT) -> None:
 
 
 def test_a_prompt_without_tokens_is_refused(model: GPT) -> None:
-    with pytest.raises(UserError, match="a prompt without tokens cannot be continued; nearest: the end-of-text token"):
+    with pytest.raises(
+        UserError,
+        match="a prompt without tokens cannot be continued; nearest: the end-of-text token",
+    ):
         run(model, [[1], []], GREEDY)
 
 
@@ -173,7 +219,9 @@ class Grid:
         return next(self.values)
 
 
-@pytest.mark.parametrize("how", [Sampling(1), Sampling(1, 0.5), Sampling(1, 1.5, top_k=7), Sampling(1, top_p=0.6)])
+@pytest.mark.parametrize(
+    "how", [Sampling(1), Sampling(1, 0.5), Sampling(1, 1.5, top_k=7), Sampling(1, top_p=0.6)]
+)
 def test_draws_follow_the_distribution(how: Sampling) -> None:
     n, logits_1V = 2**12, torch.randn(1, 20, generator=torch.Generator().manual_seed(1)) * 2
     grid, counts_V = Grid(n), torch.zeros(20)
@@ -210,9 +258,13 @@ def reference(logits_BV: Tensor, how: Sampling, ids_BT: Tensor | None = None) ->
 
 @settings(deadline=None, max_examples=60)
 @given(
-    seed=st.integers(0, 1000), temperature=st.sampled_from([0.1, 0.7, 1, 3]), top_k=st.sampled_from([0, 1, 5, 40, 99]),
-    top_p=st.sampled_from([1e-9, 0.3, 0.95, 1]), min_p=st.sampled_from([0, 0.01, 0.3, 1]), tied=st.booleans(),
-)  # fmt: skip
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.1, 0.7, 1, 3]),
+    top_k=st.sampled_from([0, 1, 5, 40, 99]),
+    top_p=st.sampled_from([1e-9, 0.3, 0.95, 1]),
+    min_p=st.sampled_from([0, 0.01, 0.3, 1]),
+    tied=st.booleans(),
+)
 def test_cuts_are_those_of_transformers(seed, temperature, top_k, top_p, min_p, tied) -> None:
     logits_BV = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) * 3
     if tied and top_p == 1:  # its top-p breaks a tie by the order of a sort, ours keeps both
@@ -233,7 +285,9 @@ def test_repetition_penalty_is_that_of_transformers(model: GPT, penalty: float) 
         window = torch.tensor([text[window_start(len(text), CONTEXT) :]])
         with torch.no_grad():
             logits_BV = model(window)[:, -1]
-        expected = reference(logits_BV, Sampling(1, repetition_penalty=penalty), torch.tensor([text])).argmax()
+        expected = reference(
+            logits_BV, Sampling(1, repetition_penalty=penalty), torch.tensor([text])
+        ).argmax()
         assert token == expected
         text.append(token)
 
@@ -264,20 +318,32 @@ def test_end_of_text_ends_it_and_with_stop_early_the_work() -> None:
     model, forwards = make("gpt2"), []
     model.register_forward_pre_hook(lambda *_: forwards.append(1))
     first = run(model, [prompt_of(5)], GREEDY, stop_early=False)[0].tokens[3]
-    model.embed.weight.data[[first, BYTES.eot]] = model.embed.weight.data[[BYTES.eot, first]]  # now it is end-of-text
+    model.embed.weight.data[[first, BYTES.eot]] = model.embed.weight.data[
+        [BYTES.eot, first]
+    ]  # now it is end-of-text
     forwards.clear()
     (row,) = run(model, [prompt_of(5)], GREEDY)
-    assert (row.finish_reason, row.tokens[-1], len(forwards)) == ("end_of_text", BYTES.eot, len(row.tokens))
+    assert (row.finish_reason, row.tokens[-1], len(forwards)) == (
+        "end_of_text",
+        BYTES.eot,
+        len(row.tokens),
+    )
     assert BYTES.decode(row.tokens[:-1]) == row.text and len(row.tokens) < GREEDY.max_new_tokens
     forwards.clear()
     (same,) = run(model, [prompt_of(5)], GREEDY, stop_early=False)
     assert (same.tokens, same.text, len(forwards)) == (row.tokens, row.text, GREEDY.max_new_tokens)
 
 
-def grow(text: str, stops: tuple[str, ...], tokens: list[int] | None = None) -> list[tuple[str, str]]:
+def grow(
+    text: str, stops: tuple[str, ...], tokens: list[int] | None = None
+) -> list[tuple[str, str]]:
     """The states of a continuation whose tokens are the bytes of a text."""
     tokens = BYTES.encode(text) if tokens is None else tokens
-    how, row, states = Sampling(len(tokens), stop=stops), Continuation([1], StreamDecoder(BYTES)), []
+    how, row, states = (
+        Sampling(len(tokens), stop=stops),
+        Continuation([1], StreamDecoder(BYTES)),
+        [],
+    )
     for token in tokens:
         if not row.finish_reason:
             row.add(token, BYTES.eot, how)
@@ -308,12 +374,24 @@ def test_stop_texts(text: str, stops: tuple[str, ...], expected: str, reason: st
 def test_what_streams_never_holds_a_part_of_a_stop_text(text: str, stops: list[str]) -> None:
     *_, (final, reason) = grow(text + "$", tuple(stops))
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
-    starts = [text.index(stop) for stop in stops if stop in text and text.index(stop) + len(stop) == min(ends)]
+    starts = [
+        text.index(stop)
+        for stop in stops
+        if stop in text and text.index(stop) + len(stop) == min(ends)
+    ]
     assert (final, reason) == ((text[: min(starts)], "stop") if ends else (text + "$", "length"))
 
 
 def test_text_is_whole_characters_and_end_of_text_releases_the_rest() -> None:
     states = grow("", ("€x",), [*BYTES.encode("é€"), BYTES.encode("é")[0], BYTES.eot])
-    assert [text for text, _ in states] == ["", "é", "é", "é", "é", "é", "é€\ufffd"]  # held: € and half an é
+    assert [text for text, _ in states] == [
+        "",
+        "é",
+        "é",
+        "é",
+        "é",
+        "é",
+        "é€\ufffd",
+    ]  # held: € and half an é
     assert states[-1][1] == "end_of_text"
     assert grow("", (), [*BYTES.encode("é"), BYTES.encode("é")[0]])[-1] == ("é\ufffd", "length")

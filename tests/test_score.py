@@ -23,9 +23,15 @@ from tests.conftest import TINY, text_of, write_step
 from tests.procs import entry, train
 
 ONE_PROCESS = SimpleNamespace(
-    rank=0, world_size=1, is_main=True, device=torch.device("cpu"), autocast=contextlib.nullcontext,
-    sum=lambda tensor: tensor, on_main=lambda work: work(), close=lambda: None,
-)  # fmt: skip
+    rank=0,
+    world_size=1,
+    is_main=True,
+    device=torch.device("cpu"),
+    autocast=contextlib.nullcontext,
+    sum=lambda tensor: tensor,
+    on_main=lambda work: work(),
+    close=lambda: None,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +39,21 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on `prepared` with one checkpoint, of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
     # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it from.
-    data = DataConfig(input=str(prepared), tokenizer="bpe:300", seq_len=32, global_batch=8, workers=0)
-    config = Config(model=ModelConfig(layers=1, heads=2, width=16), data=data, run=RunConfig(steps=3, eval_batches=2))
+    data = DataConfig(
+        input=str(prepared), tokenizer="bpe:300", seq_len=32, global_batch=8, workers=0
+    )
+    config = Config(
+        model=ModelConfig(layers=1, heads=2, width=16),
+        data=data,
+        run=RunConfig(steps=3, eval_batches=2),
+    )
     tokenizer = Tokenizer.load(prepared)
     model = GPT(config.model, tokenizer.vocab_size, data.seq_len)
     init_weights(model, seed=1)
     texts = {
-        "config.json": hf.config_json(config.model, tokenizer.vocab_size, data.seq_len, tokenizer.eot),
+        "config.json": hf.config_json(
+            config.model, tokenizer.vocab_size, data.seq_len, tokenizer.eot
+        ),
         "state.json": {"step": 3, "config": config.model_dump(mode="json")},
     }
     write_step(folder, 3, model, texts, tokenizer)
@@ -56,12 +70,16 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def expected(run: Path, shards: TokenShards, **data: int) -> dict[str, float]:
     model, tokenizer, _ = read_model(str(run))
-    config = Config(data=DataConfig(**{"seq_len": 32, "global_batch": 8, **data}), run=RunConfig(eval_batches=2))
+    config = Config(
+        data=DataConfig(**{"seq_len": 32, "global_batch": 8, **data}), run=RunConfig(eval_batches=2)
+    )
     return validate(ONE_PROCESS, model, shards, config, batch_layout(config, 1), tokenizer)
 
 
 def figures(printed: str) -> dict[str, float]:
-    return {name: float(value) for name, value in (line.split() for line in printed.splitlines()[-3:])}
+    return {
+        name: float(value) for name, value in (line.split() for line in printed.splitlines()[-3:])
+    }
 
 
 def test_the_runs_own_text(run, prepared, capsys):
@@ -76,14 +94,27 @@ def test_the_runs_own_text(run, prepared, capsys):
 
 def test_settings_of_the_evaluation(run, prepared, capsys):
     main(["--ckpt", str(run / "step-00000003"), "--data.seq-len", "16", "--data.micro_batch", "3"])
-    assert figures(capsys.readouterr().out) == expected(run, TokenShards(prepared, "val"), seq_len=16, micro_batch=3)
+    assert figures(capsys.readouterr().out) == expected(
+        run, TokenShards(prepared, "val"), seq_len=16, micro_batch=3
+    )
 
 
 def test_raw_text_is_split_as_training_would(run, prepared, capsys, tmp_path):
     (tmp_path / "text.txt").write_text(text_of(300))  # what `prepared` was made of
     main(["--ckpt", str(run), "--data.input", "text.txt", "--data.separator", "\n\n"])
     assert figures(capsys.readouterr().out) == expected(run, TokenShards(prepared, "val"))
-    main(["--ckpt", str(run), "--data.input", "text.txt", "--data.separator", "\n\n", "--data.val_fraction", "0"])
+    main(
+        [
+            "--ckpt",
+            str(run),
+            "--data.input",
+            "text.txt",
+            "--data.separator",
+            "\n\n",
+            "--data.val_fraction",
+            "0",
+        ]
+    )
     printed = capsys.readouterr().out
     assert " tokens, all of text.txt\n" in printed
     assert figures(printed) != expected(run, TokenShards(prepared, "val"))
@@ -95,11 +126,21 @@ def test_a_folder_that_is_not_ours_needs_a_text(run, prepared, capsys, tmp_path)
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (hf_folder / name).write_bytes((run / "step-00000003" / name).read_bytes())
     with pytest.raises(
-        UserError, match=r"^--data\.input must be given: .*/hf does not say what text it was trained on$"
+        UserError,
+        match=r"^--data\.input must be given: .*/hf does not say what text it was trained on$",
     ):
         main(["--ckpt", str(hf_folder)])
     main(
-        ["--ckpt", str(hf_folder), "--data.input", str(prepared), "--data.global_batch", "8", "--run.eval_batches", "2"]
+        [
+            "--ckpt",
+            str(hf_folder),
+            "--data.input",
+            str(prepared),
+            "--data.global_batch",
+            "8",
+            "--run.eval_batches",
+            "2",
+        ]
     )
     assert figures(capsys.readouterr().out) == expected(run, TokenShards(prepared, "val"))
 
@@ -110,22 +151,36 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys):
     from dist_lm.prepare import main as prepare
 
     prepare(entry_arguments)
-    with pytest.raises(UserError, match=r"^data\.input=chars was prepared with another tokenizer than .*-00000003's$"):
+    with pytest.raises(
+        UserError,
+        match=r"^data\.input=chars was prepared with another tokenizer than .*-00000003's$",
+    ):
         main(["--ckpt", str(run), "--data.input", "chars"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data.input x", "--ckpt must be given once: a run folder, .* or a folder in transformers' layout"),
-        ("--ckpt RUN --model.width 8",
-         r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision, run\.eval_batches"),
-        ("--ckpt RUN --data.tokenizer byte", r"--data\.tokenizer: score takes it from --ckpt; rule: .*"),
+        (
+            "--data.input x",
+            "--ckpt must be given once: a run folder, .* or a folder in transformers' layout",
+        ),
+        (
+            "--ckpt RUN --model.width 8",
+            r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision, run\.eval_batches",
+        ),
+        (
+            "--ckpt RUN --data.tokenizer byte",
+            r"--data\.tokenizer: score takes it from --ckpt; rule: .*",
+        ),
         ("--ckpt RUN --ckp x", r"unknown flag --ckp; did you mean --ckpt\?"),
-        ("--ckpt RUN --data.seq_len 64", r"data\.seq_len=64 exceeds the context of .*-00000003; nearest: 32"),
+        (
+            "--ckpt RUN --data.seq_len 64",
+            r"data\.seq_len=64 exceeds the context of .*-00000003; nearest: 32",
+        ),
         ("--ckpt /no/where", r"/no/where: no such folder; rule: .*"),
     ],
-)  # fmt: skip
+)
 def test_errors(run, arguments, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         main(arguments.replace("RUN", str(run)).split())
@@ -145,8 +200,16 @@ def test_help(capsys):
 
 @pytest.mark.slow
 def test_the_number_that_training_printed(prepared, tmp_path):
-    flags = dict(zip(TINY[::2], TINY[1::2], strict=True)) | {"--run.eval_every": "12", "--run.eval_batches": "3"}
-    train(tmp_path / "run", "--data.input", str(prepared), *(word for pair in flags.items() for word in pair))
+    flags = dict(zip(TINY[::2], TINY[1::2], strict=True)) | {
+        "--run.eval_every": "12",
+        "--run.eval_batches": "3",
+    }
+    train(
+        tmp_path / "run",
+        "--data.input",
+        str(prepared),
+        *(word for pair in flags.items() for word in pair),
+    )
     evaluation = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     for name, value in figures(entry("score", "--ckpt", str(tmp_path / "run"))).items():
         assert f'"{name}": {value!r}' in evaluation

@@ -34,7 +34,10 @@ def run(prepared: Path, tmp_path: Path) -> Path:
 def texts(printed: str) -> list[str]:
     """The text of each place: what is behind the bars."""
     places = printed.split("\nplace ")[1:]
-    return ["\n".join(line[6:] for line in place.splitlines() if line.startswith("    | ")) for place in places]
+    return [
+        "\n".join(line[6:] for line in place.splitlines() if line.startswith("    | "))
+        for place in places
+    ]
 
 
 @pytest.mark.parametrize(("step", "world"), [(1, 1), (5, 4)])
@@ -45,11 +48,15 @@ def test_it_shows_what_the_loader_reads(run, prepared, capsys, step, world):
     data, shown = DataConfig(seq_len=LENGTH, global_batch=BATCH, workers=0), []
     for rank in range(world):
         layout = batch_layout(Config(data=data), world)
-        batches = Batches(shards, data, layout, rank, torch.device("cpu"), seed=SEED, eot=tokenizer.eot)
+        batches = Batches(
+            shards, data, layout, rank, torch.device("cpu"), seed=SEED, eot=tokenizer.eot
+        )
         rows = [
             [*tokens, targets[-1]]
             for micro in batches.read(step - 1).micros
-            for tokens, targets in zip(micro.tokens_BT.tolist(), micro.targets_BT.tolist(), strict=True)
+            for tokens, targets in zip(
+                micro.tokens_BT.tolist(), micro.targets_BT.tolist(), strict=True
+            )
             if targets[-1] >= 0
         ]
         main([str(run), "--step", str(step), "--world", str(world), "--rank", str(rank)])
@@ -57,7 +64,9 @@ def test_it_shows_what_the_loader_reads(run, prepared, capsys, step, world):
         assert len(rows) == len(texts(printed)) > 0
         for row, place in zip(rows, texts(printed), strict=True):
             # Documents are printed one after another; their ends are the end-of-text tokens.
-            assert place.replace("\n", "") == printable(tokenizer.decode(row, skip_special=False)).replace("\n", "")
+            assert place.replace("\n", "") == printable(
+                tokenizer.decode(row, skip_special=False)
+            ).replace("\n", "")
         shown += texts(printed)
     assert sorted(shown) == sorted(texts(everything)) and len(shown) == BATCH
 
@@ -71,7 +80,9 @@ def test_lines_name_source_shard_documents_and_span(run, prepared, capsys):
     assert [(int(m[1]), int(m[2])) for m in places] == [(n, n % 3) for n in range(6)]
     assert all(int(m[6]) - int(m[5]) == LENGTH for m in places)
     spans = [
-        m for line in lines if (m := re.fullmatch(r"  (\S+) row (\d+), tokens (\d+) to (\d+) of the sequence", line))
+        m
+        for line in lines
+        if (m := re.fullmatch(r"  (\S+) row (\d+), tokens (\d+) to (\d+) of the sequence", line))
     ]
     assert {m[1] for m in spans} == {"text.txt"} and len({m[2] for m in spans}) > 3
     assert [m[3] for m in spans].count("0") == [m[4] for m in spans].count(str(LENGTH)) == BATCH
@@ -90,7 +101,10 @@ def test_the_last_step_of_epochs_is_not_full(run, prepared, capsys):
     main([str(run), "--step", str(last)])
     left = sequences % BATCH
     assert left and capsys.readouterr().out.startswith(f"step {last}: {left} sequences")
-    with pytest.raises(UserError, match=f"--step={last + 1} must be a whole number from 1 to {last}; nearest: {last}"):
+    with pytest.raises(
+        UserError,
+        match=f"--step={last + 1} must be a whole number from 1 to {last}; nearest: {last}",
+    ):
         main([str(run), "--step", str(last + 1)])
 
 
@@ -104,20 +118,41 @@ def test_nothing_drives_the_terminal():
         (["RUN", "--step", "0"], "--step=0 must be a whole number from 1 to 5; nearest: 1", 2),
         (["RUN", "--step", "6"], "--step=6 must be a whole number from 1 to 5; nearest: 5", 2),
         (["RUN", "--step", "x"], "--step=x must be a whole number from 1 to 5; nearest: 1", 2),
-        (["RUN"], "RUN: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT", 2),
+        (
+            ["RUN"],
+            "RUN: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            2,
+        ),
         (["RUN", "--world", "2"], "--step=unset must be a whole number from 1 to 5; nearest: 1", 2),
-        (["RUN", "--step", "1", "--world", "7"], "--world=7 must be a whole number from 1 to 6; nearest: 6", 2),
-        (["RUN", "--step", "1", "--world", "2", "--rank", "2"],
-         "--rank=2 must be a whole number from 0 to 1; nearest: 1", 2),
+        (
+            ["RUN", "--step", "1", "--world", "7"],
+            "--world=7 must be a whole number from 1 to 6; nearest: 6",
+            2,
+        ),
+        (
+            ["RUN", "--step", "1", "--world", "2", "--rank", "2"],
+            "--rank=2 must be a whole number from 0 to 1; nearest: 1",
+            2,
+        ),
         (["RUN", "--stop", "1"], "unknown flag --stop; did you mean --step?", 2),
-        (["--step", "1"], "--step 1: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT", 2),
-        (["RUN", "--step", "1", "--run.seed", "2"],
-         "RUN --step 1 --run.seed 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT", 2),
-        (["RUN", "--step", "1", "2"],
-         "RUN --step 1 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT", 2),
+        (
+            ["--step", "1"],
+            "--step 1: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            2,
+        ),
+        (
+            ["RUN", "--step", "1", "--run.seed", "2"],
+            "RUN --step 1 --run.seed 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            2,
+        ),
+        (
+            ["RUN", "--step", "1", "2"],
+            "RUN --step 1 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            2,
+        ),
         (["no", "--step", "1"], "no: has no config.yaml; rule: the folder of a run", 66),
     ],
-)  # fmt: skip
+)
 def test_errors(run, argv, message, code, monkeypatch):
     monkeypatch.chdir(run.parent)
     with pytest.raises(UserError) as refusal:
@@ -129,14 +164,21 @@ def test_data_that_is_gone_or_other(run, prepared):
     step = run / "step-00000005"
     step.mkdir()
     (step / "state.json").write_text('{"data": "other"}')
-    with pytest.raises(UserError, match=f"^{prepared}: its hashes are not those that {step} trained on$") as refusal:
+    with pytest.raises(
+        UserError, match=f"^{prepared}: its hashes are not those that {step} trained on$"
+    ) as refusal:
         main([str(run), "--step", "1"])
     assert refusal.value.code == 65
     (step / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"state\.json: cannot be read \(JSONDecodeError\)$"):
         main([str(run), "--step", "1"])
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(f"input: {prepared}", "input: gone.txt"))
-    with pytest.raises(UserError, match=r"neither in .*/data nor prepared at data\.input=gone\.txt \(seen from here\)"):
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace(f"input: {prepared}", "input: gone.txt")
+    )
+    with pytest.raises(
+        UserError,
+        match=r"neither in .*/data nor prepared at data\.input=gone\.txt \(seen from here\)",
+    ):
         main([str(run), "--step", "1"])
 
 
@@ -154,7 +196,9 @@ def test_a_mixture_of_prepared_folders(prepared, tmp_path, capsys):
     assert len(texts(capsys.readouterr().out)) == BATCH
     (tmp_path / "raw.txt").write_text("raw")
     write_run(a=SourceConfig(input=str(prepared)), b=SourceConfig(input=str(tmp_path / "raw.txt")))
-    with pytest.raises(UserError, match=r"neither in .*/data nor prepared at data\.sources\.b\.input=.*/raw\.txt "):
+    with pytest.raises(
+        UserError, match=r"neither in .*/data nor prepared at data\.sources\.b\.input=.*/raw\.txt "
+    ):
         main([str(tmp_path), "--step", "1"])
     assert not (tmp_path / "data" / "sources").exists()
 

@@ -41,36 +41,63 @@ def logs(run: Path) -> str:
     return "".join(file.read_text() for file in sorted((run / "logs").glob("*.log")))
 
 
-def submit(cluster: Slurm, run: Path, *arguments: str, sbatch: tuple[str, ...] = ("--nodes=2",), **env: str) -> str:
+def submit(
+    cluster: Slurm, run: Path, *arguments: str, sbatch: tuple[str, ...] = ("--nodes=2",), **env: str
+) -> str:
     return cluster.submit(*sbatch, "slurm/train.sh", "--run.dir", str(run), *arguments, **env)
 
 
 def reach(cluster: Slurm, run: Path, step: int, job: str) -> None:
     def there() -> bool:
-        assert cluster.field(job, "JobState") not in ("COMPLETED", "FAILED", "CANCELLED"), cluster.said(job) + logs(run)
-        return (run / "metrics.jsonl").exists() and bool(losses(run)) and losses(run)[-1]["step"] >= step
+        assert cluster.field(job, "JobState") not in ("COMPLETED", "FAILED", "CANCELLED"), (
+            cluster.said(job) + logs(run)
+        )
+        return (
+            (run / "metrics.jsonl").exists()
+            and bool(losses(run))
+            and losses(run)[-1]["step"] >= step
+        )
 
     until(there, 90, f"step {step} of {run}")
 
 
-def assert_undisturbed(run: Path, prepared: Path, tmp_path: Path, *more: str, world: int = 2) -> None:
+def assert_undisturbed(
+    run: Path, prepared: Path, tmp_path: Path, *more: str, world: int = 2
+) -> None:
     """The last checkpoint has the bits of a run that got there in one go, and the figures are one curve."""
     last = step_folders(run)[-1]
-    train(tmp_path / "whole", *long(prepared, "--run.stop_after", str(int(last.name[5:])), *more), world=world)
+    train(
+        tmp_path / "whole",
+        *long(prepared, "--run.stop_after", str(int(last.name[5:])), *more),
+        world=world,
+    )
     assert_same_bits(last, step_folders(tmp_path / "whole")[-1])
     assert_same_curve(run, tmp_path / "whole", 0.0)
 
 
 @pytest.mark.parametrize("launch", ["ddp", "zero2"])
-def test_two_nodes_have_the_losses_of_one_process(cluster: Slurm, prepared: Path, tmp_path: Path, launch: str) -> None:
+def test_two_nodes_have_the_losses_of_one_process(
+    cluster: Slurm, prepared: Path, tmp_path: Path, launch: str
+) -> None:
     train(tmp_path / "one", *tiny(prepared))
-    job = submit(cluster, tmp_path / "run", *tiny(prepared), LAUNCH=launch, DOCTOR=str(int(launch == "ddp")))
+    job = submit(
+        cluster, tmp_path / "run", *tiny(prepared), LAUNCH=launch, DOCTOR=str(int(launch == "ddp"))
+    )
     assert cluster.wait(job) == "COMPLETED", cluster.said(job) + logs(tmp_path / "run")
     assert (", 0 fail" in cluster.said(job)) == (launch == "ddp")  # the doctor's page
     assert f"{launch} on 2 process(es) of cpu" in logs(tmp_path / "run")
     assert_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
-    assert outcome(tmp_path / "run") == {"class": "done", "step": 12, "reason": "", "attempt": 1, "failures": 0}
-    assert {file.name for file in (tmp_path / "run/logs").iterdir()} == {"node0-rank0.log", "node1-rank1.log"}
+    assert outcome(tmp_path / "run") == {
+        "class": "done",
+        "step": 12,
+        "reason": "",
+        "attempt": 1,
+        "failures": 0,
+    }
+    assert {file.name for file in (tmp_path / "run/logs").iterdir()} == {
+        "node0-rank0.log",
+        "node1-rank1.log",
+    }
 
 
 def test_one_run_preempted_signalled_and_killed_has_the_bits_of_an_undisturbed_one(
@@ -94,38 +121,58 @@ def test_one_run_preempted_signalled_and_killed_has_the_bits_of_an_undisturbed_o
     kill(victim)
     until(lambda: outcome(run)["attempt"] == 3, 40, "the report on a killed rank")
     assert time.monotonic() - began < 30
-    assert outcome(run)["class"] == "retryable" and "rank 1 on node1 is missing" in outcome(run)["reason"]
+    assert (
+        outcome(run)["class"] == "retryable"
+        and "rank 1 on node1 is missing" in outcome(run)["reason"]
+    )
 
     reach(cluster, run, losses(run)[-1]["step"] + 1, job)
     cluster.ask("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     until(lambda: outcome(run)["attempt"] == 4, 40, "the last outcome")
     assert outcome(run)["class"] == "preempted" and int(cluster.field(job, "Restarts")) == 3
-    until(lambda: cluster.field(job, "JobState") == "CANCELLED" and cluster.idle(), 60, "what was cancelled stays so")
+    until(
+        lambda: cluster.field(job, "JobState") == "CANCELLED" and cluster.idle(),
+        60,
+        "what was cancelled stays so",
+    )
     assert_undisturbed(run, prepared, tmp_path)
     assert [host.pids("dist_lm") for host in cluster.net.nodes] == [[], []]
 
 
-def test_a_job_ends_in_time_by_its_own_clock_and_is_requeued(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
+def test_a_job_ends_in_time_by_its_own_clock_and_is_requeued(
+    cluster: Slurm, prepared: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    sbatch = ("--nodes=2", "--time=1", "--signal=CONT@1")  # instead of USR1, which Slurm may send up to a minute early
+    sbatch = (
+        "--nodes=2",
+        "--time=1",
+        "--signal=CONT@1",
+    )  # instead of USR1, which Slurm may send up to a minute early
     job = submit(cluster, run, *long(prepared), sbatch=sbatch, STOP_BEFORE="15")
     reach(cluster, run, 1, job)
     until(lambda: outcome(run), 75, "the end of the job's time")
-    assert (outcome(run)["class"], outcome(run)["reason"]) == ("preempted", "the time of the job ends")
+    assert (outcome(run)["class"], outcome(run)["reason"]) == (
+        "preempted",
+        "the time of the job ends",
+    )
     until(lambda: cluster.field(job, "Restarts") == "1", 30, "the requeueing")
     cluster.ask("scancel", job)
     cluster.wait(job)
 
 
-def test_what_cannot_work_is_refused_at_once_and_not_requeued(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_at_once_and_not_requeued(
+    cluster: Slurm, prepared: Path, tmp_path: Path
+) -> None:
     began = time.monotonic()
     job = submit(cluster, tmp_path / "run", "--optim.rate", "1e-3")
     assert cluster.wait(job) == "FAILED" and time.monotonic() - began < 30
     assert "error: unknown flag --optim.rate; did you mean " in cluster.said(job)
     job = submit(cluster, tmp_path / "run", *tiny(prepared, "--data.seq_len", "1000000"))
     assert cluster.wait(job) == "FAILED" and cluster.field(job, "Restarts") == "0"
-    assert "data at step 0, attempt 1: data.seq_len=1000000 needs 1000001 tokens" in cluster.said(job)
+    assert "data at step 0, attempt 1: data.seq_len=1000000 needs 1000001 tokens" in cluster.said(
+        job
+    )
 
 
 def test_the_same_failure_three_times_without_a_step_ends_the_requeueing(
@@ -134,7 +181,9 @@ def test_the_same_failure_three_times_without_a_step_ends_the_requeueing(
     run = tmp_path / "run"
     run.mkdir()
     (run / "outcome.json").write_text(
-        json.dumps({"class": "retryable", "step": 0, "reason": "twice before", "attempt": 2, "failures": 2})
+        json.dumps(
+            {"class": "retryable", "step": 0, "reason": "twice before", "attempt": 2, "failures": 2}
+        )
     )
     job = submit(cluster, run, *long(prepared, "--run.save_every", "0"))
     reach(cluster, run, 2, job)
@@ -150,7 +199,10 @@ def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> Non
     inputs = ("--input", f"{tmp_path}/*.txt", "--output", f"{tmp_path}/shards")
     job = cluster.submit("--array=0-1", "slurm/prepare.sh", *inputs, "--tokenizer", "byte")
     until(lambda: sorted(tmp_path.glob("shards/part-*/dataset.json"))[1:], 60, "both parts")
-    listed = [json.loads((tmp_path / f"shards/part-0000{n}/dataset.json").read_text())["sources"] for n in (0, 1)]
+    listed = [
+        json.loads((tmp_path / f"shards/part-0000{n}/dataset.json").read_text())["sources"]
+        for n in (0, 1)
+    ]
     assert [[source["name"][9:] for source in part] for part in listed] == [
         ["0.txt", "2.txt", "4.txt"],
         ["1.txt", "3.txt"],
@@ -158,7 +210,13 @@ def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> Non
     cluster.wait(job)
     train(tmp_path / "run", *tiny(tmp_path / "shards/part-00000", "--run.steps", "1"))
     job = cluster.submit(
-        "slurm/generate.sh", "--ckpt", f"{tmp_path}/run", "--prompt", "the cat", "--max_new_tokens", "3"
+        "slurm/generate.sh",
+        "--ckpt",
+        f"{tmp_path}/run",
+        "--prompt",
+        "the cat",
+        "--max_new_tokens",
+        "3",
     )
     assert cluster.wait(job) == "COMPLETED" and "the cat" in cluster.said(job)
 
@@ -179,13 +237,17 @@ def test_twenty_preemptions(cluster: Slurm, prepared: Path, tmp_path: Path) -> N
             reach(
                 cluster,
                 run,
-                (losses(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0) + rng.randint(1, 30),
+                (losses(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0)
+                + rng.randint(1, 30),
                 job,
             )
         else:
             time.sleep(rng.uniform(0.5, 12))
         if number % 2:
-            assert cluster.wait(cluster.submit("--nodes=2", "--partition=high", "--wrap=true")) == "COMPLETED"
+            assert (
+                cluster.wait(cluster.submit("--nodes=2", "--partition=high", "--wrap=true"))
+                == "COMPLETED"
+            )
         else:
             cluster.ask("scancel", "--signal=USR1", job)
         until(lambda n=number: cluster.said(job).count(": attempt ") > n, 90, f"start {number + 1}")  # type: ignore[misc]
@@ -215,7 +277,11 @@ def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     reach(cluster, run, losses(run)[-1]["step"] + 10, job)
     print(f"training on two nodes again after {time.monotonic() - began:.0f} s")
     cluster.ask("scancel", "--signal=USR1", job)
-    until(lambda: outcome(run)["attempt"] == 2 and outcome(run)["class"] == "preempted", 60, "the stop")
+    until(
+        lambda: outcome(run)["attempt"] == 2 and outcome(run)["class"] == "preempted",
+        60,
+        "the stop",
+    )
     shutil.copytree(run, tmp_path / "copy")  # the job goes on
     reach(cluster, run, losses(run)[-1]["step"] + 1, job)
     began = time.monotonic()
@@ -229,6 +295,8 @@ def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     assert_undisturbed(tmp_path / "copy", prepared, tmp_path)
     train(tmp_path / "one", *long(prepared, "--run.stop_after", str(enough)))
     run_losses = [step["loss"] for step in losses(run)[:enough]]
-    assert run_losses == pytest.approx([step["loss"] for step in losses(tmp_path / "one")], rel=1e-5)
+    assert run_losses == pytest.approx(
+        [step["loss"] for step in losses(tmp_path / "one")], rel=1e-5
+    )
     cluster.start_node(node)
     until(cluster.idle, 60, "the node is back")

@@ -35,8 +35,15 @@ from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
     """TINY on the prepared text; a flag given again in `more` stands."""
-    flags = dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(zip(more[::2], more[1::2], strict=True))
-    return ["--data.input", str(prepared), "--run.trackers", *(word for pair in flags.items() for word in pair)]
+    flags = dict(zip(TINY[::2], TINY[1::2], strict=True)) | dict(
+        zip(more[::2], more[1::2], strict=True)
+    )
+    return [
+        "--data.input",
+        str(prepared),
+        "--run.trackers",
+        *(word for pair in flags.items() for word in pair),
+    ]
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
@@ -97,7 +104,9 @@ def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
     init_weights(model, config.run.seed)
     optimizer = make_optimizer(model, config.optim, "fp32")
     for step, figures in enumerate(losses(tmp_path / "run")):
-        ids = sequence_ids(np.arange(8 * step, 8 * step + 8), sum(shards.counts(32, 32)), config.run.seed)
+        ids = sequence_ids(
+            np.arange(8 * step, 8 * step + 8), sum(shards.counts(32, 32)), config.run.seed
+        )
         tokens = torch.from_numpy(shards.read(ids, 32, 32).astype(np.int64))
         loss = model(tokens[:, :-1], tokens[:, 1:]) / (8 * 32)
         loss.backward()
@@ -105,13 +114,17 @@ def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
         set_lr(optimizer, lr_at(config.optim, step, 12))
         optimizer.step()
         optimizer.zero_grad()
-        assert (figures["loss"], figures["grad_norm"]) == pytest.approx((loss.item(), norm.item()), rel=1e-5), step
+        assert (figures["loss"], figures["grad_norm"]) == pytest.approx(
+            (loss.item(), norm.item()), rel=1e-5
+        ), step
         assert norm > 0.5  # so that it is clipped
 
 
 @pytest.mark.campaign
 def test_compiled_curve(prepared: Path, tmp_path: Path) -> None:
-    common = tiny(prepared, "--model.dropout", "0.1", "--model.layers", "1", "--data.micro_batch", "4")
+    common = tiny(
+        prepared, "--model.dropout", "0.1", "--model.layers", "1", "--data.micro_batch", "4"
+    )
     train(tmp_path / "eager", *common)
     train(tmp_path / "compiled", *common, "--run.compile", "true", world=2)
     assert_same_curve(tmp_path / "compiled", tmp_path / "eager", 1e-5)
@@ -157,7 +170,9 @@ def test_half_precision(prepared: Path, tmp_path: Path, precision: str) -> None:
 @pytest.mark.slow
 def test_fp16_overflow_is_skipped_counted_and_resumed(prepared: Path, tmp_path: Path) -> None:
     """The first scale, 65536, overflows with a loss this steep; the run goes on at a smaller one."""
-    common = tiny(prepared, "--run.precision", "fp16", "--data.global_batch", "1", "--data.seq_len", "2")
+    common = tiny(
+        prepared, "--run.precision", "fp16", "--data.global_batch", "1", "--data.seq_len", "2"
+    )
     train(tmp_path / "run", *common, "--run.stop_after", "5")
     state = json.loads((tmp_path / "run/step-00000005/state.json").read_text())
     assert state["skipped_updates"] == losses(tmp_path / "run")[-1]["skipped_updates"] > 0
@@ -171,7 +186,9 @@ def test_fp16_overflow_is_skipped_counted_and_resumed(prepared: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.campaign)])
-def test_killed_anywhere_ends_with_the_same_bits(prepared: Path, tmp_path: Path, world: int) -> None:
+def test_killed_anywhere_ends_with_the_same_bits(
+    prepared: Path, tmp_path: Path, world: int
+) -> None:
     common = tiny(prepared, "--run.steps", "40", "--run.save_every", "7", "--model.dropout", "0.1")
     train(tmp_path / "whole", *common, world=world)
     rng = random.Random(world)
@@ -191,7 +208,15 @@ def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -
     common = tiny(prepared, "--run.steps", "60", "--model.dropout", "0.1")
     train(tmp_path / "whole", *common)
     for world, stop, micro in ((2, "10", "4"), (4, "20", "1"), (3, "30", "2"), (1, "60", "8")):
-        train(tmp_path / "moved", *common, "--run.stop_after", stop, "--data.micro_batch", micro, world=world)
+        train(
+            tmp_path / "moved",
+            *common,
+            "--run.stop_after",
+            stop,
+            "--data.micro_batch",
+            micro,
+            world=world,
+        )
     assert_same_curve(tmp_path / "moved", tmp_path / "whole", 1e-5)
     state = json.loads((tmp_path / "moved/step-00000030/state.json").read_text())
     assert (state["world_size"], state["strategy"]) == (3, "ddp")
@@ -202,16 +227,24 @@ def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> N
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
             return
-        assert all(rank.poll() is None for rank in ranks), "\n".join(rank.communicate()[0] for rank in ranks)
+        assert all(rank.poll() is None for rank in ranks), "\n".join(
+            rank.communicate()[0] for rank in ranks
+        )
         time.sleep(0.01)
     raise AssertionError(f"step {step} was not reached")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_one_rank_stops_all_at_one_step(prepared: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_step(
+    prepared: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     ranks = start_ranks(
-        2, "dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.steps", "100000")
+        2,
+        "dist_lm/train.py",
+        "--run.dir",
+        str(tmp_path / "run"),
+        *tiny(prepared, "--run.steps", "100000"),
     )
     wait_for_step(tmp_path / "run", 5, ranks)
     ranks[1].send_signal(number)
@@ -227,13 +260,22 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
     train(run, *common)
     unbuildable = "import runpy; from dist_lm import runtime; runtime.Runtime.prepare = None; "
-    script = (unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')", "--run.dir", str(run), *common)
+    script = (
+        unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')",
+        "--run.dir",
+        str(run),
+        *common,
+    )
     code, output = finish(start_ranks(1, "-c", *script))  # it says so before it builds anything
-    assert code == 0 and "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in output, output
+    assert (
+        code == 0
+        and "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in output
+    ), output
     output = train(run, *tiny(prepared, "--optim.lr", "2e-3", "--model.dropout", "0.5"), code=2)
     assert (
         f"error: run.dir={run} was started with other settings (model.dropout: 0.0 -> 0.5, optim.lr: 0.001 -> 0.002);"
-        " rule: a resumed run keeps its mathematics; choose another run.dir, or --allow_change model.dropout" in output
+        " rule: a resumed run keeps its mathematics; choose another run.dir, or --allow_change model.dropout"
+        in output
     )
     faster = ["--optim.lr", "2e-3", "--allow_change", "optim.lr"]
     train(run, *tiny(prepared, *faster, "--run.steps", "6"), "--allow_change", "run.steps")
@@ -250,24 +292,34 @@ def test_an_older_step_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
     train(run, *common)
     before = tensors(run / "step-00000012")
     output = train(run, *common, "--run.resume", str(run / "step-00000004"))
-    assert "step-00000012 is of another trajectory now and was renamed to replaced-0-step-00000012" in output
+    assert (
+        "step-00000012 is of another trajectory now and was renamed to replaced-0-step-00000012"
+        in output
+    )
     after = tensors(run / "step-00000012")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over_and_only_bad_ones_are_refused(prepared: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_only_bad_ones_are_refused(
+    prepared: Path, tmp_path: Path
+) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.save_every", "4")
     train(run, *common)
     whole = tensors(run / "step-00000012")
     flip_a_bit(run / "step-00000012/model.safetensors")
     output = train(run, *common)
-    assert "passed over a damaged checkpoint: step-00000012/model.safetensors: does not match its hash" in output
+    assert (
+        "passed over a damaged checkpoint: step-00000012/model.safetensors: does not match its hash"
+        in output
+    )
     again = tensors(run / "step-00000012")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     for folder in step_folders(run):
         flip_a_bit(folder / "model.safetensors")
-    assert "holds no valid checkpoint: step-00000012/model.safetensors" in train(run, *common, code=66)
+    assert "holds no valid checkpoint: step-00000012/model.safetensors" in train(
+        run, *common, code=66
+    )
 
 
 @pytest.mark.slow
@@ -287,7 +339,9 @@ def test_damaged_newer_steps_do_not_cost_the_valid_ones(prepared: Path, tmp_path
         os.truncate(planted / "model.safetensors", 100)
     output = go_on_to(9)
     assert output.count("passed over a damaged checkpoint") == 2 and "step 9 is saved" in output
-    assert [folder.name for folder in step_folders(run)] == [f"step-{step:08d}" for step in (8, 9, 31, 41)]
+    assert [folder.name for folder in step_folders(run)] == [
+        f"step-{step:08d}" for step in (8, 9, 31, 41)
+    ]
     assert "resuming step-00000009" in go_on_to(10)
 
 
@@ -301,7 +355,9 @@ def test_a_copy_of_a_step_under_another_name_can_be_resumed(prepared: Path, tmp_
     assert "resuming best" in output and "step-00000008 is of another trajectory now" in output
     again = tensors(run / "step-00000012")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert entry("generate", "--ckpt", str(run / "best"), "--prompt", "the", "--max_new_tokens", "5").startswith("the")
+    assert entry(
+        "generate", "--ckpt", str(run / "best"), "--prompt", "the", "--max_new_tokens", "5"
+    ).startswith("the")
 
 
 def flip_a_bit(file: Path) -> None:
@@ -315,11 +371,16 @@ def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
     """Fine-tuning: another schedule, the weights of a checkpoint; its first loss continues, its step is 0 again."""
     common = tiny(prepared, "--run.steps", "24")
     train(tmp_path / "first", *common)
-    train(tmp_path / "second", *common, "--run.init_from", str(tmp_path / "first"), "--run.seed", "2")
+    train(
+        tmp_path / "second", *common, "--run.init_from", str(tmp_path / "first"), "--run.seed", "2"
+    )
     assert losses(tmp_path / "second")[0]["loss"] < losses(tmp_path / "first")[0]["loss"] - 0.5
     deeper = tiny(prepared, "--run.init_from", str(tmp_path / "first"), "--model.layers", "3")
     output = train(tmp_path / "third", *deeper, code=2)
-    assert f"run.init_from={tmp_path / 'first'} is another model; rule: the same one: --model.layers 2" in output
+    assert (
+        f"run.init_from={tmp_path / 'first'} is another model; rule: the same one: --model.layers 2"
+        in output
+    )
 
 
 # --- length, divergence, places
@@ -329,7 +390,10 @@ def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
 def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
     """Two epochs of a stream whose length no batch divides: every sequence twice, the rest of the last step empty."""
     common = [
-        word for word in tiny(prepared, "--data.global_batch", "37", "--data.seq_len", "64", "--run.steps", "DROP")
+        word
+        for word in tiny(
+            prepared, "--data.global_batch", "37", "--data.seq_len", "64", "--run.steps", "DROP"
+        )
     ]
     at = common.index("--run.steps")
     output = train(tmp_path / "run", *common[:at], *common[at + 2 :], "--run.epochs", "2")
@@ -341,9 +405,14 @@ def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_divergence_stops_all_ranks_and_is_never_saved(prepared: Path, tmp_path: Path, world: int) -> None:
+def test_divergence_stops_all_ranks_and_is_never_saved(
+    prepared: Path, tmp_path: Path, world: int
+) -> None:
     output = train(
-        tmp_path / "run", *tiny(prepared, "--optim.lr", "1e30", "--run.save_every", "1"), world=world, code=76
+        tmp_path / "run",
+        *tiny(prepared, "--optim.lr", "1e30", "--run.save_every", "1"),
+        world=world,
+        code=76,
     )
     assert "error: diverged at step" in output and "try a smaller optim.lr" in output
     for folder in step_folders(tmp_path / "run"):
@@ -369,11 +438,30 @@ def test_more_processes_than_sequences_are_refused(prepared: Path, tmp_path: Pat
 def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -> None:
     port, ranks = str(free_port()), []
     for rank in range(2):
-        env = clean_env(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
-        command = ["dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.seed", str(rank))]
-        ranks.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+        env = clean_env(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            LOCAL_WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        command = [
+            "dist_lm/train.py",
+            "--run.dir",
+            str(tmp_path / "run"),
+            *tiny(prepared, "--run.seed", str(rank)),
+        ]
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
     code, output = finish(ranks)
     told = r"error: rank 1 on \S+ has settings \(by hash\) (\w+), rank 0 on \S+ has (\w+); rule: the same on every node"
     found = re.search(told, output)
@@ -384,15 +472,23 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
     """A second start refuses, also while the first is stopped, and leaves the outcome alone; a killed run's lock is
     taken over, and its launch script hears that it may be started again."""
-    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000", "--run.save_every", "50")
+    run, common = (
+        tmp_path / "run",
+        tiny(prepared, "--run.steps", "100000", "--run.save_every", "50"),
+    )
     first = start_ranks(1, "dist_lm/train.py", "--run.dir", str(run), *common)
     wait_for_step(run, 3, first)
     first[0].send_signal(signal.SIGSTOP)
     output = train(run, *common, code=2, world=2, DIST_LM_START_ID="second", DIST_LM_ATTEMPT="1")
-    assert f"error: run.dir={run} is in use by another run whose process is stopped or unreachable" in output
+    assert (
+        f"error: run.dir={run} is in use by another run whose process is stopped or unreachable"
+        in output
+    )
     assert output.count("error: ") == 1 and "waiting for the run that holds" in output
     assert not (run / "outcome.json").exists()
-    said = entry("outcome", "after", "1", "1", "--run.dir", str(run), code=2, DIST_LM_START_ID="second")
+    said = entry(
+        "outcome", "after", "1", "1", "--run.dir", str(run), code=2, DIST_LM_START_ID="second"
+    )
     assert ": config at step 0, attempt 1: run.dir=" in said and not list(run.glob(".refused*"))
     first[0].send_signal(signal.SIGCONT)
     wait_for_step(run, losses(run)[-1]["step"] + 10, first)
@@ -400,7 +496,9 @@ def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
     first[0].kill()
     finish(first)
     assert (run / "run.lock").exists()
-    said = entry("outcome", "after", "1", "137", "--run.dir", str(run), code=70, DIST_LM_START_ID="first")
+    said = entry(
+        "outcome", "after", "1", "137", "--run.dir", str(run), code=70, DIST_LM_START_ID="first"
+    )
     assert ": retryable at step " in said and outcome.read(run)["attempt"] == 1
     train(run, *tiny(prepared, "--run.steps", "5"))
     assert not (run / "run.lock").exists()
@@ -412,7 +510,10 @@ def test_a_run_that_lost_its_folder_ends_and_writes_nothing_more(
     prepared: Path, tmp_path: Path, how: str, world: int
 ) -> None:
     """As where flock is granted to everybody: it is stopped, another takes the folder, and it goes on."""
-    run, common = tmp_path / "run", tiny(prepared, "--run.steps", "100000", "--run.save_every", "10")
+    run, common = (
+        tmp_path / "run",
+        tiny(prepared, "--run.steps", "100000", "--run.save_every", "10"),
+    )
     first = start_ranks(world, "dist_lm/train.py", "--run.dir", str(run), *common)
     wait_for_step(run, 12, first)
     for rank in first:
@@ -431,16 +532,18 @@ def test_a_run_that_lost_its_folder_ends_and_writes_nothing_more(
         rank.send_signal(signal.SIGCONT)
     code, output = finish(first, 60)
     assert code == 2, output
-    told = (
-        f"error: run.dir={run} is no longer this run's ({lock} {'is now held by' if how == 'taken' else 'was deleted'}"
-    )
+    told = f"error: run.dir={run} is no longer this run's ({lock} {'is now held by' if how == 'taken' else 'was deleted'}"
     assert told in output and output.count("error: ") == 1
-    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if ".step-" not in str(file)} == before
+    assert {
+        file: file.stat().st_mtime_ns for file in run.rglob("*") if ".step-" not in str(file)
+    } == before
 
 
 @pytest.mark.slow
 def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_path: Path) -> None:
-    common = tiny(prepared, "--run.eval_every", "6", "--run.eval_batches", "3", "--run.save_every", "3")
+    common = tiny(
+        prepared, "--run.eval_every", "6", "--run.eval_batches", "3", "--run.save_every", "3"
+    )
     for world in (1, 3):
         train(tmp_path / str(world), *common, "--run.keep_last", "1", world=world)
     (a, b), (c, d) = read_metrics(tmp_path / "1")[1], read_metrics(tmp_path / "3")[1]
@@ -448,7 +551,9 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
         assert (c[key], d[key]) == pytest.approx((a[key], b[key]), rel=1e-6)
     assert (tmp_path / "3/samples.md").read_text().count("## step") == 2
     assert (tmp_path / "1/loss.png").stat().st_size > 10_000
-    kept = [folder.name for folder in step_folders(tmp_path / "1")]  # the last one, which is also the best here
+    kept = [
+        folder.name for folder in step_folders(tmp_path / "1")
+    ]  # the last one, which is also the best here
     assert kept == ["step-00000012"]
 
 
@@ -492,7 +597,14 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "after"),
-    [("torchrun", 0.0), ("torchrun", 0.3), ("torchrun", 1), ("torchrun", 2), ("accelerate", 0.3), ("torchrun", None)],
+    [
+        ("torchrun", 0.0),
+        ("torchrun", 0.3),
+        ("torchrun", 1),
+        ("torchrun", 2),
+        ("accelerate", 0.3),
+        ("torchrun", None),
+    ],
 )
 def test_ranks_end_when_their_launcher_is_killed(
     prepared: Path, tmp_path: Path, launcher: str, after: float | None
@@ -527,8 +639,15 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]
 
     def launch(*flags: str, run: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)], cwd=ROOT, text=True,
-                              env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)  # fmt: skip
+        return subprocess.run(
+            [*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)],
+            cwd=ROOT,
+            text=True,
+            env=clean_env(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=240,
+        )
 
     port = ["--main_process_port", str(free_port())]
     done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")
@@ -539,12 +658,20 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         return
     done = launch("--num_processes", "2", *port, run="silent")
-    assert done.returncode == 1 and "accelerate started one process although more were asked for" in done.stdout
-    assert "use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py" in done.stdout
+    assert (
+        done.returncode == 1
+        and "accelerate started one process although more were asked for" in done.stdout
+    )
+    assert (
+        "use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
+        in done.stdout
+    )
 
 
 @pytest.mark.slow
 def test_environment_is_not_logged(prepared: Path, tmp_path: Path) -> None:
     output = train(tmp_path / "run", *tiny(prepared, "--run.steps", "1"), A_SECRET="hunter2")
-    logged = [p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()]
+    logged = [
+        p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()
+    ]
     assert "hunter2" not in output and logged == [] and os.environ.get("A_SECRET") is None

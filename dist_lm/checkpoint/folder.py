@@ -60,7 +60,10 @@ def step_of(folder: Path) -> int:
 
 def step_folders(run_dir: Path) -> list[Path]:
     """All step folders, oldest first."""
-    return sorted((p for p in run_dir.glob("step-*") if p.is_dir() and _STEP_NAME.fullmatch(p.name)), key=step_of)
+    return sorted(
+        (p for p in run_dir.glob("step-*") if p.is_dir() and _STEP_NAME.fullmatch(p.name)),
+        key=step_of,
+    )
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -172,20 +175,28 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
     if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise CheckpointError(f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name")  # fmt: skip
+        raise CheckpointError(
+            f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
+        )
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        raise CheckpointError(f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})") from error  # fmt: skip
+        raise CheckpointError(
+            f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
+        ) from error
 
 
 def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
     """Going back to a step starts another trajectory: later steps of the old one must not be resumed by mistake."""
     for folder in step_folders(run_dir):
         if step_of(folder) > step:
-            aside = next(p for n in range(1000) if not os.path.lexists(p := run_dir / f"replaced-{n}-{folder.name}"))
+            aside = next(
+                p
+                for n in range(1000)
+                if not os.path.lexists(p := run_dir / f"replaced-{n}-{folder.name}")
+            )
             folder.rename(aside)
             say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
 

@@ -37,7 +37,9 @@ def read_weights(
         if not average:
             return hf.import_tensors(model, vocab_size, seq_len, get)
         try:
-            return hf.import_tensors(model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema"))
+            return hf.import_tensors(
+                model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema")
+            )
         except hf.MissingTensor as error:
             raise CheckpointError(
                 f"{folder} holds no average of its weights; rule: trained with run.ema > 0"
@@ -54,13 +56,20 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
         )
     model = GPT(description, vocab_size, seq_len)
-    model.load_state_dict(read_weights(folder, description, vocab_size, seq_len, average), assign=True)
+    model.load_state_dict(
+        read_weights(folder, description, vocab_size, seq_len, average), assign=True
+    )
     return model.eval(), tokenizer, folder
 
 
 @torch.no_grad()
 def restore(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, owned: Iterable[OwnedSlice], optimizer: bool
+    folder: Path,
+    model: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    owned: Iterable[OwnedSlice],
+    optimizer: bool,
 ) -> None:
     """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
 
@@ -81,7 +90,9 @@ def restore(
                 name = f"{h.name}.{key}"
                 try:
                     if key in h.state:
-                        hf.import_part(hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model)
+                        hf.import_part(
+                            hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model
+                        )
                     else:
                         values.copy_(get(name)[...])
                 except (KeyError, hf.MissingTensor):

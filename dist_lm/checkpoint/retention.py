@@ -45,7 +45,9 @@ class Retention:
         if len(losses) <= self.keep_last:
             return []  # and nothing need be verified
         newest = self._first_valid(sorted(losses, key=step_of, reverse=True), self.keep_last)
-        evaluated = [folder for folder in losses if losses[folder] < math.inf]  # this leaves out NaN too
+        evaluated = [
+            folder for folder in losses if losses[folder] < math.inf
+        ]  # this leaves out NaN too
         best = self._first_valid(sorted(evaluated, key=losses.__getitem__), 1)
         staying = {saved, *newest, *best}
         if self.keep_every:

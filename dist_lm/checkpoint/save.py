@@ -31,7 +31,11 @@ from dist_lm.model import hf
 # Files are what ranks divide among them: so many at most, but none is closed before it has this many bytes.
 _FILES = {"model": 16, "optimizer": 32}
 _SMALLEST_FILE = {"model": 64 * 2**20, "optimizer": 2**20}
-_FAILURES = (OSError, RuntimeError, MemoryError)  # of one rank, which all then answer for; torch's memory is the second
+_FAILURES = (
+    OSError,
+    RuntimeError,
+    MemoryError,
+)  # of one rank, which all then answer for; torch's memory is the second
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,27 @@ class OwnedSlice:
     start: int
     stop: int
     weight: Tensor  # flat, fp32
-    state: Mapping[str, Tensor]  # the optimizer's tensors of the weight's own shape, the same elements of them
+    state: Mapping[
+        str, Tensor
+    ]  # the optimizer's tensors of the weight's own shape, the same elements of them
     extra: Mapping[str, Tensor]  # its others, whole: Adam's step, Adafactor's statistics
 
     @classmethod
     def part(
-        cls, name: str, start: int, size: int, tensor: Tensor, state: Mapping[str, Tensor], at: int = 0
-    ) -> "OwnedSlice":  # fmt: skip
+        cls,
+        name: str,
+        start: int,
+        size: int,
+        tensor: Tensor,
+        state: Mapping[str, Tensor],
+        at: int = 0,
+    ) -> "OwnedSlice":
         """`size` elements, from its element `at` on, of a tensor that an optimizer works on and has this state for."""
-        same = {key: value.view(-1)[at : at + size] for key, value in state.items() if value.shape == tensor.shape}
+        same = {
+            key: value.view(-1)[at : at + size]
+            for key, value in state.items()
+            if value.shape == tensor.shape
+        }
         others = {key: value for key, value in state.items() if value.shape != tensor.shape}
         return cls(name, start, start + size, tensor.data.view(-1)[at : at + size], same, others)
 
@@ -117,24 +133,47 @@ class Saver:
         self._retention = Retention(run_dir, keep_last, keep_every)
         if resumed:
             self._retention.trust(resumed)
-        self._memory = torch.empty(0, dtype=torch.uint8)  # reused: fresh memory costs as much again in page faults
+        self._memory = torch.empty(
+            0, dtype=torch.uint8
+        )  # reused: fresh memory costs as much again in page faults
         self._items: list[Item] = []  # the same for all checkpoints of a run
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def begin(
-        self, step: int, model: ModelConfig, vocab_size: int, seq_len: int, owned: Callable[[], Iterable[OwnedSlice]],
-        texts: Mapping[str, str], tokenizer: Tokenizer,
-    ) -> None:  # fmt: skip
+        self,
+        step: int,
+        model: ModelConfig,
+        vocab_size: int,
+        seq_len: int,
+        owned: Callable[[], Iterable[OwnedSlice]],
+        texts: Mapping[str, str],
+        tokenizer: Tokenizer,
+    ) -> None:
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
         if not self._items:
             own = [
-                [h.name, h.start, h.stop, sorted(h.state), {key: list(value.shape) for key, value in h.extra.items()}]
+                [
+                    h.name,
+                    h.start,
+                    h.stop,
+                    sorted(h.state),
+                    {key: list(value.shape) for key, value in h.extra.items()},
+                ]
                 for h in owned()
             ]
             self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
-        work = _Work(self.run_dir, self.channel, step, self._items, self._stage(owned()), texts, tokenizer, self._lost)
+        work = _Work(
+            self.run_dir,
+            self.channel,
+            step,
+            self._items,
+            self._stage(owned()),
+            texts,
+            tokenizer,
+            self._lost,
+        )
 
         def run() -> None:
             try:
@@ -144,7 +183,9 @@ class Saver:
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)  # ends with a crash elsewhere
+        self._thread = threading.Thread(
+            target=run, name="checkpoint", daemon=True
+        )  # ends with a crash elsewhere
         self._thread.start()
 
     def poll(self) -> None:
@@ -167,18 +208,26 @@ class Saver:
             for piece in item.pieces:
                 if piece.rank == self.channel.rank:
                     ours.setdefault(item.entry.param, []).append((n, item.entry.key, piece))
-        size = 4 * sum(piece.stop - piece.start for pieces in ours.values() for _, _, piece in pieces)
+        size = 4 * sum(
+            piece.stop - piece.start for pieces in ours.values() for _, _, piece in pieces
+        )
         if size > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+            self._memory = torch.empty(
+                size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
+            )
         staged, at, values = {}, 0, self._memory[:size].view(torch.float32)
         for h in owned:
             for n, key, piece in ours.get(h.name, ()):
                 if key in h.extra:
                     tensor = h.extra[key].reshape(-1)
                 else:
-                    tensor = (h.state[key] if key else h.weight)[piece.start - h.start : piece.stop - h.start]
-                assert tensor.dtype == torch.float32, f"{h.name}.{key} is {tensor.dtype}; checkpoints hold fp32"
+                    tensor = (h.state[key] if key else h.weight)[
+                        piece.start - h.start : piece.stop - h.start
+                    ]
+                assert tensor.dtype == torch.float32, (
+                    f"{h.name}.{key} is {tensor.dtype}; checkpoints hold fp32"
+                )
                 staged[n] = values[at : at + len(tensor)].copy_(tensor.detach(), non_blocking=True)
                 at += len(tensor)
         if torch.cuda.is_available():
@@ -186,14 +235,18 @@ class Saver:
         return staged
 
 
-Index = list[list[Any]]  # what each rank holds: name, start, stop, keys of its state, {key: shape} of its extras
+Index = list[
+    list[Any]
+]  # what each rank holds: name, start, stop, keys of its state, {key: shape} of its extras
 
 
 def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index]) -> list[Item]:
     """All tensors of a checkpoint, in the order of the files: the weights, then what the optimizer keeps of each."""
     keys: dict[str, set[str]] = defaultdict(set)
     extras: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    holders: dict[tuple[str, str], list[OwnedRange]] = defaultdict(list)  # by parameter, and key of an extra or ""
+    holders: dict[tuple[str, str], list[OwnedRange]] = defaultdict(
+        list
+    )  # by parameter, and key of an extra or ""
     for rank, index in enumerate(by_rank):
         for name, start, stop, state, others in index:
             keys[name].update(state)
@@ -208,12 +261,17 @@ def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index
             hf.Entry(f"{name}.{key}", tuple(size), name, rows=(0, 1), key=key)
             for key, size in sorted(extras[name].items())
         ]
-    files = _into_files("model", hf.layout(model, vocab_size, seq_len)) | _into_files("optimizer", kept)
-    writers = _divide({file: sum(entry.bytes for entry in inside) for file, inside in files.items()}, len(by_rank))
+    files = _into_files("model", hf.layout(model, vocab_size, seq_len)) | _into_files(
+        "optimizer", kept
+    )
+    writers = _divide(
+        {file: sum(entry.bytes for entry in inside) for file, inside in files.items()}, len(by_rank)
+    )
     return [
         Item(entry, file, writers[file], _cover(entry, holders, writers[file]))
-        for file, inside in files.items() for entry in inside
-    ]  # fmt: skip
+        for file, inside in files.items()
+        for entry in inside
+    ]
 
 
 def _into_files(stem: str, entries: list[hf.Entry]) -> dict[str, list[hf.Entry]]:
@@ -226,7 +284,10 @@ def _into_files(stem: str, entries: list[hf.Entry]) -> dict[str, list[hf.Entry]]
         files[-1].append(entry)
     if len(files) == 1 and stem == "model":  # the name that transformers expects of a lone file
         return {"model.safetensors": files[0]}
-    return {f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": inside for n, inside in enumerate(files, 1)}
+    return {
+        f"{stem}-{n:05d}-of-{len(files):05d}.safetensors": inside
+        for n, inside in enumerate(files, 1)
+    }
 
 
 def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
@@ -238,14 +299,18 @@ def _divide(sizes: Mapping[str, int], world: int) -> dict[str, int]:
     return writers
 
 
-def _cover(entry: hf.Entry, holders: Mapping[tuple[str, str], list[OwnedRange]], writer: int) -> list[OwnedRange]:
+def _cover(
+    entry: hf.Entry, holders: Mapping[tuple[str, str], list[OwnedRange]], writer: int
+) -> list[OwnedRange]:
     """Pieces that make up a tensor, none twice; the writer's own where several ranks hold the same."""
     if entry.constant:
         return []
     at, end = entry.span
     found = []
     available = holders.get((entry.param, entry.key)) or holders[entry.param, ""]
-    for piece in sorted(available, key=lambda piece: (piece.start, piece.rank != writer, piece.rank)):
+    for piece in sorted(
+        available, key=lambda piece: (piece.start, piece.rank != writer, piece.rank)
+    ):
         if piece.stop > at and at < end:
             found.append(OwnedRange(piece.rank, max(at, piece.start), min(end, piece.stop)))
             assert found[-1].start == at, f"nobody holds all of {entry.name}"
@@ -280,8 +345,9 @@ class _Work:
         self._agreed(self._prepare_folder if rank == 0 else dict)
         sends = [
             self.channel.send(values, self.items[n].writer, n)
-            for n, values in self.staged.items() if self.items[n].writer != rank
-        ]  # fmt: skip
+            for n, values in self.staged.items()
+            if self.items[n].writer != rank
+        ]
         written = self._agreed(self._write_own)
         for send in sends:
             send.wait()
@@ -308,7 +374,9 @@ class _Work:
             inside = list(numbers)
             tensors = (self._assemble(n) for n in inside)
             try:
-                written[name] = write_tensors(self.aside / name, [self.items[n].entry for n in inside], tensors)
+                written[name] = write_tensors(
+                    self.aside / name, [self.items[n].entry for n in inside], tensors
+                )
             except _FAILURES as error:
                 failure = error
                 for _ in tensors:  # senders wait for what is theirs to be taken
@@ -352,7 +420,10 @@ class _Work:
             outcome: dict[str, Any] = {"made": work()}
         except _FAILURES as error:
             where = Path(str(getattr(error, "filename", None) or self.aside)).name
-            outcome = {"error": f"{getattr(error, 'strerror', None) or error} ({where})", "code": 70}
+            outcome = {
+                "error": f"{getattr(error, 'strerror', None) or error} ({where})",
+                "code": 70,
+            }
         except UserError as error:
             outcome = {"error": str(error), "code": error.code}
         said = self.channel.gather(outcome)
@@ -375,7 +446,10 @@ def _index(items: list[Item]) -> dict[str, str]:
     if not models:
         return {}
     total = sum(item.entry.bytes for item in models)
-    index = {"metadata": {"total_size": total}, "weight_map": {item.entry.name: item.file for item in models}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {item.entry.name: item.file for item in models},
+    }
     return {"model.safetensors.index.json": json.dumps(index, indent=1)}
 
 

@@ -54,18 +54,32 @@ class Batch:
     targets: int  # how many on this rank
     row_hashes: int  # sum of a hash of each row and its place: adds up over ranks to one value for the global batch
     end: bool = False  # no rank has a row: the data is used up
-    after: dict[str, Any] = field(default_factory=dict)  # where the streams stand after it, as far as this rank reads
-    shares: dict[str, float] = field(default_factory=dict)  # of a mixture: asked and actual share, and passes
+    after: dict[str, Any] = field(
+        default_factory=dict
+    )  # where the streams stand after it, as far as this rank reads
+    shares: dict[str, float] = field(
+        default_factory=dict
+    )  # of a mixture: asked and actual share, and passes
 
 
 class Batches:
     """Batches one after another from `first_step`; an index of steps starts at 0."""
 
     def __init__(
-        self, source: TokenShards | MixtureReader, data: DataConfig, layout: BatchLayout, rank: int, device: torch.device, *,
-        seed: int, eot: int, first_step: int = 0, end_position: int | None = None, dropout: bool = False,
+        self,
+        source: TokenShards | MixtureReader,
+        data: DataConfig,
+        layout: BatchLayout,
+        rank: int,
+        device: torch.device,
+        *,
+        seed: int,
+        eot: int,
+        first_step: int = 0,
+        end_position: int | None = None,
+        dropout: bool = False,
         hash_rows: bool = False,
-    ):  # fmt: skip
+    ):
         self.source, self.data, self.layout, self.device = source, data, layout, device
         self.seed, self.eot, self.dropout, self.hash_rows = seed, eot, dropout, hash_rows
         self.places = rank_places(rank, layout.world_size, data.global_batch)
@@ -86,7 +100,10 @@ class Batches:
                 self._ahead.append(self._pool.submit(self.read, self.next_step + len(self._ahead)))
             batch = self._ahead.popleft().result()
         self.next_step += 1
-        moved = [micro.each(lambda tensor: tensor.to(self.device, non_blocking=True)) for micro in batch.micros]
+        moved = [
+            micro.each(lambda tensor: tensor.to(self.device, non_blocking=True))
+            for micro in batch.micros
+        ]
         return replace(batch, micros=moved)
 
     def read(self, step: int) -> Batch:
@@ -94,14 +111,24 @@ class Batches:
         where its streams stand too."""
         length, positions = self.data.seq_len, step * self.data.global_batch + self.places
         rows = self.layout.micro_batch * self.layout.accumulation
-        table, row_targets, found = np.zeros((rows, length + 1), np.int64), np.zeros(rows, np.int64), {}
+        table, row_targets, found = (
+            np.zeros((rows, length + 1), np.int64),
+            np.zeros(rows, np.int64),
+            {},
+        )
         if isinstance(self.source, MixtureReader):
             found = self.source.read(step, table, row_targets)
         else:
-            real = len(positions) if self.end_position is None else int((positions < self.end_position).sum())
+            real = (
+                len(positions)
+                if self.end_position is None
+                else int((positions < self.end_position).sum())
+            )
             chunk, inside = divmod(step, _ORDER_STEPS)
             if real:
-                table[:real] = self.source.read(self._order(chunk)[inside][:real], length, self.data.stride)
+                table[:real] = self.source.read(
+                    self._order(chunk)[inside][:real], length, self.data.stride
+                )
             row_targets[:real] = length
         tokens_NT, targets_NT = table[:, :-1], table[:, 1:].copy()
         for row in np.flatnonzero(row_targets < length):
@@ -126,7 +153,9 @@ class Batches:
     def close(self) -> None:
         """Stop reading ahead. The ranks read a mixture together, each as far ahead: what they began they finish."""
         if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=not isinstance(self.source, MixtureReader))
+            self._pool.shutdown(
+                wait=True, cancel_futures=not isinstance(self.source, MixtureReader)
+            )
         if isinstance(self.source, MixtureReader):
             self.source.close()
 
@@ -134,7 +163,9 @@ class Batches:
         assert isinstance(self.source, TokenShards)
         steps = np.arange(chunk * _ORDER_STEPS, (chunk + 1) * _ORDER_STEPS, dtype=np.int64)
         positions = (steps[:, None] * self.data.global_batch + self.places).reshape(-1)
-        return sequence_ids(positions, self.source.count(self.data), self.seed).reshape(len(steps), -1)
+        return sequence_ids(positions, self.source.count(self.data), self.seed).reshape(
+            len(steps), -1
+        )
 
     def _tensor(self, array: Ints) -> Tensor:
         import torch  # slow, and preparing needs none of it
@@ -146,8 +177,12 @@ class Batches:
 def _hash_rows(rows_NT: Ints, places: Ints) -> int:
     total = 0
     for place, row in zip(places, rows_NT.astype("<u4"), strict=True):
-        total += int.from_bytes(hashlib.blake2b(row.tobytes() + int(place).to_bytes(8), digest_size=8).digest())
-    return (total + 2**63) % 2**64 - 2**63  # a signed 64-bit integer, whose sums over ranks wrap alike everywhere
+        total += int.from_bytes(
+            hashlib.blake2b(row.tobytes() + int(place).to_bytes(8), digest_size=8).digest()
+        )
+    return (
+        total + 2**63
+    ) % 2**64 - 2**63  # a signed 64-bit integer, whose sums over ranks wrap alike everywhere
 
 
 # --- several sources, or streams

@@ -16,7 +16,9 @@ from typing import NoReturn
 from dist_lm.data.remote import BLOCK, open_file
 from dist_lm.errors import DataError, UserError
 
-ROOM_WAIT = 30.0  # seconds for other processes to let go of copies before a cache is called too small
+ROOM_WAIT = (
+    30.0  # seconds for other processes to let go of copies before a cache is called too small
+)
 
 
 class ShardCache:
@@ -24,7 +26,9 @@ class ShardCache:
 
     def __init__(self, url: str, folder: Path, limit_bytes: int):
         self.url, self.folder, self.limit = url.rstrip("/"), folder, limit_bytes
-        self.held: defaultdict[str, list[int]] = defaultdict(list)  # locked file descriptors, one for each `get`
+        self.held: defaultdict[str, list[int]] = defaultdict(
+            list
+        )  # locked file descriptors, one for each `get`
         self.checked: set[str] = set()  # copies whose hash this process has seen to be right
         folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
@@ -33,7 +37,9 @@ class ShardCache:
     def get(self, name: str, size: int, sha256: str) -> Path:
         """The copy of a file, in use until released; any thread may call."""
         copy = f"{sha256[:16]}-{name}"
-        assert "/" not in copy, f"{copy}: the manifest's names are checked where it is read, and lead out of no folder"
+        assert "/" not in copy, (
+            f"{copy}: the manifest's names are checked where it is read, and lead out of no folder"
+        )
         path = self.folder / copy
         if size > self.limit:
             self._refuse(name, size, size)
@@ -106,8 +112,14 @@ class ShardCache:
                 if at == size and digest.hexdigest() == sha256:
                     break
             else:
-                found = f"sha256 {digest.hexdigest()[:12]}, not {sha256[:12]}" if at == size else f"not {size} bytes"
-                raise DataError(f"{url}: {found}, twice; rule: as its manifest has it; prepare again")
+                found = (
+                    f"sha256 {digest.hexdigest()[:12]}, not {sha256[:12]}"
+                    if at == size
+                    else f"not {size} bytes"
+                )
+                raise DataError(
+                    f"{url}: {found}, twice; rule: as its manifest has it; prepare again"
+                )
             with self._locked():
                 os.replace(aside, path)
             self.checked.add(path.name)
@@ -115,7 +127,9 @@ class ShardCache:
             aside.unlink()
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 limit = f"data.cache_gb={self.limit / 1e9:g}"
-                raise UserError(f"{self.folder}: the disk is full before {limit} is; rule: it has that much") from error
+                raise UserError(
+                    f"{self.folder}: the disk is full before {limit} is; rule: it has that much"
+                ) from error
             raise
         finally:
             os.close(descriptor)

@@ -56,9 +56,11 @@ class Dataset:
 
 
 def open_dataset(
-    config: Config, on_main: Callable[[Callable[[], Any]], Any], say: Callable[[str], None] = print,
+    config: Config,
+    on_main: Callable[[Callable[[], Any]], Any],
+    say: Callable[[str], None] = print,
     training: bool = True,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Open the sources; what has to be prepared or looked up is, once, in the run folder, by rank 0. All ranks."""
     data, folder = config.data, Path(config.run.dir) / "data"
     specs = data.named_sources()
@@ -74,25 +76,42 @@ def open_dataset(
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
     sources: dict[str, TokenShards | StreamSpec] = {}
-    val = {n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data) for n in data.validation}
+    val = {
+        n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data)
+        for n in data.validation
+    }
     for name, spec in specs.items():
         if name in streams:
             reader = Reader(
-                spec, [TextFile(*file) for file in streams[name]["files"]], data.bad_rows, data.field_of(name)
+                spec,
+                [TextFile(*file) for file in streams[name]["files"]],
+                data.bad_rows,
+                data.field_of(name),
             )
             parts = [Part(*part) for part in streams[name]["parts"]]
             sources[name] = StreamSpec(
-                reader, parts, tokenizer, data.seq_len, min(data.lanes, len(parts)),
-                hash_words(config.run.seed, 5, zlib.crc32(name.encode())), partial(_keep, data.val_fraction, excluded),
-                data.packing == "best_fit", config.run.epochs or (None if spec.at_end == "repeat" else 1),
-            )  # fmt: skip
+                reader,
+                parts,
+                tokenizer,
+                data.seq_len,
+                min(data.lanes, len(parts)),
+                hash_words(config.run.seed, 5, zlib.crc32(name.encode())),
+                partial(_keep, data.val_fraction, excluded),
+                data.packing == "best_fit",
+                config.run.epochs or (None if spec.at_end == "repeat" else 1),
+            )
             own = str(folder / "val" / name)
         else:
             own = prepared.get(name, str(folder / "sources" / name))
             sources[name] = _open_shards(own, "train", data)
         if config.run.eval_every and find_prepared(own):
             val["val" if len(specs) == 1 else name] = _open_shards(own, "val", data)
-    return _check(config, sources, {name: shards for name, shards in val.items() if shards.count(data)}, tokenizer)
+    return _check(
+        config,
+        sources,
+        {name: shards for name, shards in val.items() if shards.count(data)},
+        tokenizer,
+    )
 
 
 def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
@@ -122,9 +141,12 @@ def _make_ready(
     """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
     data, specs = config.data, config.data.named_sources()
     readers = {
-        name: Reader(spec, find_files(spec, data.field_of(name)), data.bad_rows, data.field_of(name))
-        for name, spec in (specs | data.validation).items() if name not in prepared
-    }  # fmt: skip
+        name: Reader(
+            spec, find_files(spec, data.field_of(name)), data.bad_rows, data.field_of(name)
+        )
+        for name, spec in (specs | data.validation).items()
+        if name not in prepared
+    }
     raw = [name for name in specs if name in readers]
     folder.mkdir(parents=True, exist_ok=True)
     if not prepared:
@@ -133,30 +155,47 @@ def _make_ready(
     tokenizer = _tokenizer_of(first)
     for other in others:
         if _tokenizer_of(other).sha256 != tokenizer.sha256:
-            raise DataError(f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
-                            f" with --tokenizer {first}")  # fmt: skip
+            raise DataError(
+                f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
+                f" with --tokenizer {first}"
+            )
     wanted = config.run.eval_batches * data.global_batch * data.seq_len + 1
     for name in data.validation:
         if name in readers:
-            keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True)
+            keep_validation(
+                data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True
+            )
     excluded = _validation_hashes(config, folder)
     if excluded and prepared:
-        say("warning: prepared folders are trained on as they are: documents of data.validation may be in them")
+        say(
+            "warning: prepared folders are trained on as they are: documents of data.validation may be in them"
+        )
     if not data.stream:
         for name in raw:
-            prepare_dataset(data, folder / "sources" / name, _cores(), say, name, excluded, tokenizer)
+            prepare_dataset(
+                data, folder / "sources" / name, _cores(), say, name, excluded, tokenizer
+            )
         return {}
     streams: dict[str, dict[str, list[Any]]] = {
-        name: {"files": [*readers[name].sources], "parts": [*readers[name].parts(data.lanes)]} for name in raw
+        name: {"files": [*readers[name].sources], "parts": [*readers[name].parts(data.lanes)]}
+        for name in raw
     }
     _refuse_changed(streams, folder / "streams.json")
     for name in raw:
         if len(streams[name]["parts"]) < data.lanes:
-            say(f"{specs[name].input} has {len(streams[name]['parts'])} parts, so {name} is read in as many lanes, not"
-                f" data.lanes={data.lanes}")  # fmt: skip
-        packed = [file.name for file in readers[name].sources if not file.name.endswith((".parquet", ".jsonl"))]
+            say(
+                f"{specs[name].input} has {len(streams[name]['parts'])} parts, so {name} is read in as many lanes, not"
+                f" data.lanes={data.lanes}"
+            )
+        packed = [
+            file.name
+            for file in readers[name].sources
+            if not file.name.endswith((".parquet", ".jsonl"))
+        ]
         if packed:
-            say(f"{name}: a resumed run reads {len(packed)} of its files, such as {packed[0]}, from their beginnings")
+            say(
+                f"{name}: a resumed run reads {len(packed)} of its files, such as {packed[0]}, from their beginnings"
+            )
         if config.run.eval_every and data.val_fraction:
             try:
                 keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say)
@@ -175,46 +214,68 @@ def _refuse_changed(streams: Mapping[str, Any], record: Path) -> None:
             write_json(record, now)
         return
     for name, files in json.loads(record.read_bytes()).items():
-        have = {file: marks for file, _, *marks in now.get(name, [])}  # where a file lies may change
+        have = {
+            file: marks for file, _, *marks in now.get(name, [])
+        }  # where a file lies may change
         for file, path, *marks in files:
             if have.pop(file, None) != marks:
-                raise DataError(f"{path or file} of {name} changed or vanished since the run began; rule: a stream's"
-                                " files stay; nearest: restore it, or start a new run.dir")  # fmt: skip
+                raise DataError(
+                    f"{path or file} of {name} changed or vanished since the run began; rule: a stream's"
+                    " files stay; nearest: restore it, or start a new run.dir"
+                )
         for path in have:
-            raise DataError(f"{path} of {name} was not there when the run began; rule: a stream's files stay; nearest:"
-                            " move it away, or start a new run.dir")  # fmt: skip
+            raise DataError(
+                f"{path} of {name} was not there when the run began; rule: a stream's files stay; nearest:"
+                " move it away, or start a new run.dir"
+            )
 
 
 def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
     """Hashes of the documents of data.validation, which are never trained on."""
     files = [folder / "val" / name / "documents.json" for name in config.data.validation]
-    return frozenset(number for file in files if file.is_file() for number in json.loads(file.read_bytes()))
+    return frozenset(
+        number for file in files if file.is_file() for number in json.loads(file.read_bytes())
+    )
 
 
-def _keep(val_fraction: float, excluded: frozenset[int], texts: Iterator[str]) -> Iterator[str] | None:
+def _keep(
+    val_fraction: float, excluded: frozenset[int], texts: Iterator[str]
+) -> Iterator[str] | None:
     number, texts = document_hash(texts)
     return None if held_out(number, val_fraction) or number in excluded else texts
 
 
 def _check(
-    config: Config, sources: dict[str, TokenShards | StreamSpec], val: dict[str, TokenShards], tokenizer: Tokenizer,
+    config: Config,
+    sources: dict[str, TokenShards | StreamSpec],
+    val: dict[str, TokenShards],
+    tokenizer: Tokenizer,
     training: bool = True,
-) -> Dataset:  # fmt: skip
+) -> Dataset:
     """Refuse what is too small; the identity of it all."""
     data, specs, marks = config.data, config.data.named_sources(), [tokenizer.sha256]
     for name, source in sources.items():
         if isinstance(source, StreamSpec):
             options = specs[name].model_dump(mode="json", exclude={"input", "weight", "revision"})
-            files = [[file.name, file.size, file.mark if not file.path else ""] for file in source.reader.sources]
+            files = [
+                [file.name, file.size, file.mark if not file.path else ""]
+                for file in source.reader.sources
+            ]
             marks.append(json.dumps([name, options, files, data.val_fraction]))
         else:
-            if not source.count(data) and (training or not sum(shards.count(data) for shards in val.values())):
+            if not source.count(data) and (
+                training or not sum(shards.count(data) for shards in val.values())
+            ):
                 raise DataError(
                     f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, {data.field_of(name)}="
                     f"{specs[name].input} has {sum(source.sizes)} to train on; nearest:"
                     f" {max(max(source.sizes, default=0) - 1, 1)}"
-                )  # fmt: skip
-            marks += [shard["sha256"] for split in source.manifest["splits"].values() for shard in split["shards"]]
+                )
+            marks += [
+                shard["sha256"]
+                for split in source.manifest["splits"].values()
+                for shard in split["shards"]
+            ]
         if len(sources) > 1:
             marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
     if config.run.eval_every and not sum(shards.count(data) for shards in val.values()):
@@ -222,7 +283,9 @@ def _check(
         raise DataError(
             f"data.val_fraction={data.val_fraction} holds out {tokens} tokens, fewer than one sequence; rule:"
             f" at least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0"
-        )  # fmt: skip
+        )
     (first, *others) = sources.values()
     sequences = first.count(data) if not others and isinstance(first, TokenShards) else None
-    return Dataset(sources, val, tokenizer, hashlib.sha256(" ".join(marks).encode()).hexdigest(), sequences)
+    return Dataset(
+        sources, val, tokenizer, hashlib.sha256(" ".join(marks).encode()).hexdigest(), sequences
+    )

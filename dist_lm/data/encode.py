@@ -23,7 +23,9 @@ def serve(path: str, descriptor: int) -> None:
     tokenizer, pipe = Tokenizer.load(path), Connection(descriptor)
     with contextlib.suppress(EOFError, OSError):  # the other end is closed, or its process is gone
         while True:
-            ids = tokenizer.encode_batch([text.decode() for text in pipe.recv_bytes().split(SEPARATOR)])
+            ids = tokenizer.encode_batch(
+                [text.decode() for text in pipe.recv_bytes().split(SEPARATOR)]
+            )
             pipe.send_bytes(np.array([len(i) for i in ids]).tobytes())
             pipe.send_bytes(np.concatenate([np.array(i, tokenizer.dtype) for i in ids]).tobytes())
 
@@ -68,7 +70,9 @@ def _encode(
         return
     # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
     # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(
+        [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-P", "-c", WORKER, str(folder)]
     workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
@@ -78,8 +82,13 @@ def _encode(
         here, there = Pipe()
         try:
             with there:
-                own.worker = subprocess.Popen([*command, str(there.fileno())], stdin=subprocess.DEVNULL,
-                                              env=environment, pass_fds=[there.fileno()], process_group=0)  # fmt: skip
+                own.worker = subprocess.Popen(
+                    [*command, str(there.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    env=environment,
+                    pass_fds=[there.fileno()],
+                    process_group=0,
+                )
         except OSError as error:
             here.close()
             raise RuntimeError(f"an encoding process could not be started: {error}") from error
@@ -91,9 +100,13 @@ def _encode(
             start()
         try:
             own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
-            sizes, tokens = (np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype))
+            sizes, tokens = (
+                np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype)
+            )
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"an encoding process ended with exit code {own.worker.wait()}") from error
+            raise RuntimeError(
+                f"an encoding process ended with exit code {own.worker.wait()}"
+            ) from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
     pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)

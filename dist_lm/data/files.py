@@ -24,7 +24,16 @@ FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _PACKINGS = (".gz", ".zst")
 
 
-_NOT_STDLIB = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
+_NOT_STDLIB = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+    "ensurepip",
+}
 
 
 class TextFile(NamedTuple):
@@ -49,7 +58,11 @@ def find_files(spec: SourceConfig, label: str = "data.input") -> list[TextFile]:
     path, said = Path(spec.input), f"{label}={spec.input!r}"
     if spec.input == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [file for file in root.rglob("*.py") if not _NOT_STDLIB.intersection(file.relative_to(root).parts)]
+        files = [
+            file
+            for file in root.rglob("*.py")
+            if not _NOT_STDLIB.intersection(file.relative_to(root).parts)
+        ]
     elif remote.is_remote(spec.input):
         endings = tuple(ending + packing for ending in FORMATS for packing in ("", *_PACKINGS))
         return [TextFile(*found) for found in remote.find(spec.input, endings, label)]
@@ -58,21 +71,29 @@ def find_files(spec: SourceConfig, label: str = "data.input") -> list[TextFile]:
     elif path.is_dir():
         root = path
         files = [f for f in path.rglob("*") if _format(f.name) and f.is_file()]
-        files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+        files = [
+            f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)
+        ]
         if not files:
             raise DataError(f"{said}: the folder has none of {' '.join(FORMATS)} (or .gz, .zst)")
     elif glob.has_magic(spec.input):
         root = Path(re.split(r"[^/]*[*?[]", spec.input)[0] or ".")
-        files = [Path(name) for name in glob.glob(spec.input, recursive=True) if Path(name).is_file()]
+        files = [
+            Path(name) for name in glob.glob(spec.input, recursive=True) if Path(name).is_file()
+        ]
         if not files:
             raise DataError(f"{said}: no file matches")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.input) and not (_format(spec.input) or path.parent.is_dir()):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.input) and not (
+        _format(spec.input) or path.parent.is_dir()
+    ):
         return [TextFile(spec.input, "", 0, _hub_revision(spec))]
     else:
         near = _near(spec.input, map(str, path.parent.iterdir()) if path.parent.is_dir() else [])
         raise DataError(f"{said}: no such file{near} (a hub dataset is owner/name)")
     named = sorted((file.relative_to(root).as_posix(), file, file.stat()) for file in files)
-    return [TextFile(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named]
+    return [
+        TextFile(name, str(file), stat.st_size, str(stat.st_mtime_ns)) for name, file, stat in named
+    ]
 
 
 def _hub_revision(spec: SourceConfig) -> str:
@@ -80,8 +101,13 @@ def _hub_revision(spec: SourceConfig) -> str:
     import huggingface_hub  # slow, and needed for hub names only
 
     try:
-        return huggingface_hub.HfApi().dataset_info(spec.input, revision=spec.revision, timeout=10).sha or ""
-    except Exception:  # offline, or another host's dataset: `datasets` says what is wrong, or has a copy
+        return (
+            huggingface_hub.HfApi().dataset_info(spec.input, revision=spec.revision, timeout=10).sha
+            or ""
+        )
+    except (
+        Exception
+    ):  # offline, or another host's dataset: `datasets` says what is wrong, or has a copy
         return ""
 
 
@@ -90,7 +116,11 @@ def _open(source: TextFile) -> Iterator[BinaryIO]:
     """A file, unpacked."""
     with contextlib.ExitStack() as stack:
         far = remote.is_remote(source.path)
-        opened = remote.open_file(source.path, source.size, source.mark) if far else open(source.path, "rb")  # noqa: SIM115
+        opened = (
+            remote.open_file(source.path, source.size, source.mark)
+            if far
+            else open(source.path, "rb")
+        )  # noqa: SIM115
         file: BinaryIO = stack.enter_context(opened)
         if source.name.endswith(_PACKINGS):  # not the path: behind a URL's may stand a signature
             import pyarrow  # slow, and needed for packed files only
@@ -110,7 +140,9 @@ def _is_damage(error: BaseException) -> bool:
     """Whether the content of a file is at fault, not the disk or the network."""
     cause: BaseException | None = error
     while cause:
-        if isinstance(cause, OSError):  # it decides: behind a network's may be one that is none, like botocore's
+        if isinstance(
+            cause, OSError
+        ):  # it decides: behind a network's may be one that is none, like botocore's
             return "Truncated compressed stream" in str(cause)
         cause = cause.__cause__
     return True

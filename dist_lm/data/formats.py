@@ -27,9 +27,13 @@ from dist_lm.config import SourceConfig
 from dist_lm.data.files import CHUNK, Part, TextFile, _format, _is_damage, _near, _one_line, _open
 from dist_lm.errors import DataError
 
-LONGEST_ROW = 2**25  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
+LONGEST_ROW = (
+    2**25
+)  # bytes of a row, which is parsed whole; a document in a .txt file may be of any size
 SMALLEST_RANGE = 2**16  # bytes of a .jsonl file that are read apart from the rest
-_TOO_LONG = f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt file, which is read piece by piece"
+_TOO_LONG = (
+    f"longer than {LONGEST_ROW // 2**20} MB; nearest: a .txt file, which is read piece by piece"
+)
 _BATCH = 64  # rows taken from Parquet or the hub at once
 
 Texts = Iterator[tuple[int, str | None]]  # (row, stretch of its text); None is a null
@@ -41,13 +45,24 @@ class FilteredError(Exception):
     """A row that the source's filter leaves out."""
 
 
-_DAMAGE = (ValueError, OSError, RecursionError, csv.Error)  # what readers raise over a file's content
+_DAMAGE = (
+    ValueError,
+    OSError,
+    RecursionError,
+    csv.Error,
+)  # what readers raise over a file's content
 
 
 class Reader:
     """The documents of one source, whole or part by part; `skipped` counts what has no text or was left out."""
 
-    def __init__(self, spec: SourceConfig, sources: list[TextFile], bad_rows: str = "error", label: str = "data.input"):
+    def __init__(
+        self,
+        spec: SourceConfig,
+        sources: list[TextFile],
+        bad_rows: str = "error",
+        label: str = "data.input",
+    ):
         self.spec, self.sources, self.bad_rows = spec, sources, bad_rows
         self.fields = _Fields(spec, label.removesuffix("input"))
 
@@ -58,7 +73,9 @@ class Reader:
 
         The first part is read from the row `start` on. The row of a byte range is the byte where it begins.
         """
-        for number, part in enumerate(parts if parts is not None else map(Part, range(len(self.sources)))):
+        for number, part in enumerate(
+            parts if parts is not None else map(Part, range(len(self.sources)))
+        ):
             for row, stretches in groupby(self._read(part, start, skipped), key=itemgetter(0)):
                 texts: Iterator[Any] = (text for _, text in stretches if text != "")
                 head = next(texts, "")
@@ -78,7 +95,9 @@ class Reader:
         or else files: a property of the source and of `lanes`, not of the machine."""
         found = []
         plain = sum(source.size for source in self.sources if source.name.endswith(".jsonl"))
-        step = max(SMALLEST_RANGE, plain // (4 * lanes))  # several a lane, so that lanes end about together
+        step = max(
+            SMALLEST_RANGE, plain // (4 * lanes)
+        )  # several a lane, so that lanes end about together
         for number, source in enumerate(self.sources):
             ends: Sequence[int] = (0, 0)  # the whole file
             with self._guarded(source, Counter()):
@@ -122,7 +141,11 @@ class Reader:
                     label = "at byte" if kind == ".jsonl" and part.end else "row"
                     yield from self._texts(rows, convert, start, skipped, label)
                 else:
-                    yield from (text for text in _split(_decode(file), self.spec.separator) if text[0] >= start)
+                    yield from (
+                        text
+                        for text in _split(_decode(file), self.spec.separator)
+                        if text[0] >= start
+                    )
 
     @contextlib.contextmanager
     def _guarded(self, source: TextFile, skipped: Counter[str]) -> Iterator[None]:
@@ -134,7 +157,9 @@ class Reader:
                 raise DataError(f"{source.path or source.name}: {_one_line(error)}") from error
             skipped["rests of damaged files"] += 1
 
-    def _texts(self, rows: Rows, convert: Convert, start: int, skipped: Counter[str], label: str = "row") -> Texts:
+    def _texts(
+        self, rows: Rows, convert: Convert, start: int, skipped: Counter[str], label: str = "row"
+    ) -> Texts:
         """Rows as text in stretches; an unreadable one is refused, or left out and counted."""
         row = 0
         while True:
@@ -180,7 +205,9 @@ class _Fields:
     def check(self, columns: Collection[str]) -> None:
         for name in self.names:
             if name not in columns:
-                raise ValueError(f"no {self.said(name)} among {', '.join(columns)}{_near(name, columns)}")
+                raise ValueError(
+                    f"no {self.said(name)} among {', '.join(columns)}{_near(name, columns)}"
+                )
 
     def check_schema(self, schema: Any) -> None:
         """The columns of an Arrow table, and that what shall be text is."""
@@ -189,7 +216,12 @@ class _Fields:
         self.check(schema.names)
         kind = schema.field(self.names[0]).type
         text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not self.is_composed and text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        if not self.is_composed and text not in (
+            pa.string(),
+            pa.large_string(),
+            pa.string_view(),
+            pa.null(),
+        ):
             raise ValueError(f"{self.said(self.names[0])} holds {kind}, not text")
 
     def of_line(self, line: bytes) -> str | None:
@@ -199,7 +231,9 @@ class _Fields:
     def of_row(self, row: Any) -> str | None:
         """The text of a JSON row."""
         if not isinstance(row, Mapping):
-            raise ValueError(f"must be an object with {self.said(self.names[0])}, not {type(row).__name__}")
+            raise ValueError(
+                f"must be an object with {self.said(self.names[0])}, not {type(row).__name__}"
+            )
         self.check(row)
         return self.of_cells(row)
 
@@ -212,9 +246,13 @@ class _Fields:
             for name in self.names:
                 if name not in row:  # a row of .csv with too few cells
                     raise ValueError(f"no {self.said(name)} in it")
-            text = self.spec.template.format_map({name: "" if row[name] is None else row[name] for name in self.names})
+            text = self.spec.template.format_map(
+                {name: "" if row[name] is None else row[name] for name in self.names}
+            )
         elif text is not None and not isinstance(text, str):
-            raise ValueError(f"{self.said(self.spec.text_column)} holds {type(text).__name__}, not text")
+            raise ValueError(
+                f"{self.said(self.spec.text_column)} holds {type(text).__name__}, not text"
+            )
         (text or "").encode()  # refuses lone surrogates
         return text
 
@@ -225,12 +263,16 @@ class _Fields:
         for table in tables:
             columns = [table.column(name) for name in self.names]
             # not decoded as a whole: neither cast() nor dictionary_decode() knows every kind of value
-            plain = [(cell.value for cell in c) if pa.types.is_dictionary(c.type) else c for c in columns]
+            plain = [
+                (cell.value for cell in c) if pa.types.is_dictionary(c.type) else c for c in columns
+            ]
             yield from zip(*plain, strict=True)
 
     def of_scalars(self, scalars: tuple[Any, ...]) -> str | None:
         if self.is_composed:
-            return self.of_cells({n: scalar.as_py() for n, scalar in zip(self.names, scalars, strict=True)})
+            return self.of_cells(
+                {n: scalar.as_py() for n, scalar in zip(self.names, scalars, strict=True)}
+            )
         (scalar,) = scalars
         if not scalar.is_valid:
             return None
@@ -268,7 +310,9 @@ def _csv_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[
 def _parquet_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
     import pyarrow.parquet  # slow, and needed for these files only
 
-    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=CHUNK)  # pages as needed
+    table = pyarrow.parquet.ParquetFile(
+        file, pre_buffer=False, buffer_size=CHUNK
+    )  # pages as needed
     fields.check_schema(table.schema_arrow)
     average = sum(_average_row(table, name) for name in fields.names)
     groups = list(range(part.begin, part.end or table.num_row_groups))
@@ -276,7 +320,9 @@ def _parquet_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tu
     first = max(start, before + 1)
     size = max(1, min(_BATCH, 2**24 // average))
     batches = table.iter_batches(size, groups, columns=fields.names, use_threads=False)
-    return zip(count(first), fields.scalars(_behind(first - before - 1, batches))), fields.of_scalars
+    return zip(
+        count(first), fields.scalars(_behind(first - before - 1, batches))
+    ), fields.of_scalars
 
 
 def _arrow_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple[Rows, Convert]:
@@ -291,7 +337,13 @@ def _arrow_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tupl
     return zip(count(1), fields.scalars(batches)), fields.of_scalars
 
 
-_ROWS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
+_ROWS = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+}
 
 
 def _hub_stream(source: TextFile, spec: SourceConfig) -> Any:
@@ -300,10 +352,16 @@ def _hub_stream(source: TextFile, spec: SourceConfig) -> Any:
 
     try:
         stream = datasets.load_dataset(
-            source.name, name=spec.subset, split=spec.split, revision=source.mark or spec.revision, streaming=True
+            source.name,
+            name=spec.subset,
+            split=spec.split,
+            revision=source.mark or spec.revision,
+            streaming=True,
         )
     except (ValueError, OSError) as error:
-        raise DataError(f"no such file here, and no hub dataset to be had: {_one_line(error)}") from error
+        raise DataError(
+            f"no such file here, and no hub dataset to be had: {_one_line(error)}"
+        ) from error
     with contextlib.suppress(NotImplementedError):  # only Parquet can be cut finer than files
         stream = stream.reshard()
     return stream.with_format("arrow")
@@ -333,8 +391,12 @@ def _behind(rows: int, batches: Iterable[Any]) -> Iterator[Any]:
 def _average_row(table: Any, column: str) -> int:
     """Bytes of text in a row on average, in the row group where that is most; what is far too long is not even read."""
     paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
-    groups = [table.metadata.row_group(n) for n in range(table.num_row_groups if column in paths else 0)]
-    sizes = [g.column(paths.index(column)).total_uncompressed_size // max(g.num_rows, 1) for g in groups]
+    groups = [
+        table.metadata.row_group(n) for n in range(table.num_row_groups if column in paths else 0)
+    ]
+    sizes = [
+        g.column(paths.index(column)).total_uncompressed_size // max(g.num_rows, 1) for g in groups
+    ]
     if max(sizes, default=0) > LONGEST_ROW:
         raise ValueError(f"row group {sizes.index(max(sizes)) + 1}: its rows are {_TOO_LONG}")
     return max(sizes, default=0) + 1
@@ -370,7 +432,9 @@ def _decode(file: BinaryIO) -> Iterator[str]:
         except UnicodeDecodeError as error:
             yield error.object[: error.start].decode()
             place = end - len(error.object) + error.start
-            raise ValueError(f"byte {place:,} of the text, {error.object[error.start]:#04x}, is not UTF-8") from error
+            raise ValueError(
+                f"byte {place:,} of the text, {error.object[error.start]:#04x}, is not UTF-8"
+            ) from error
         if text:
             yield text
 
@@ -379,7 +443,11 @@ def _lines(file: BinaryIO, at: int = 0) -> Iterator[tuple[int, bytes]]:
     """Lines with the byte where each begins; one longer than LONGEST_ROW is cut short there, so as to be refused."""
     while line := file.readline(LONGEST_ROW + 1):
         begin, at = at, at + len(line)
-        while len(line) > LONGEST_ROW and not line.endswith(b"\n") and (more := file.readline(LONGEST_ROW)):
+        while (
+            len(line) > LONGEST_ROW
+            and not line.endswith(b"\n")
+            and (more := file.readline(LONGEST_ROW))
+        ):
             at += len(more)
             if more.endswith(b"\n"):
                 break
@@ -394,7 +462,9 @@ def _line_text(line: bytes, errors: str = "strict") -> str:
 
 def _strict(cells: list[str]) -> list[str]:
     """Cells that were decoded with surrogateescape; raises where that hid bytes that are not UTF-8."""
-    return [cell if cell.isascii() else cell.encode(errors="surrogateescape").decode() for cell in cells]
+    return [
+        cell if cell.isascii() else cell.encode(errors="surrogateescape").decode() for cell in cells
+    ]
 
 
 def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -423,7 +493,9 @@ def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
         except json.JSONDecodeError:
             if len(window) - at > LONGEST_ROW:
                 raise ValueError(_TOO_LONG) from None
-            more = "".join(islice(chunks, 1 + (len(window) - at) // CHUNK))  # twice as much: so that tries are few
+            more = "".join(
+                islice(chunks, 1 + (len(window) - at) // CHUNK)
+            )  # twice as much: so that tries are few
             if not more:
                 raise
             window, at = window[at:] + more, 0

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from dist_lm.data.remote import SMALL_FILE, exists, fetch_small, is_remote
 from dist_lm.errors import DataError, UserError
@@ -109,7 +117,9 @@ class _Manifest(_Checked):
     """What every reader of a manifest may rely on."""
 
     tokenizer: _TokenizerFacts
-    settings: dict[str, Value | dict[str, Value]] = {}  # it was prepared with; a stream's kept validation has none
+    settings: dict[
+        str, Value | dict[str, Value]
+    ] = {}  # it was prepared with; a stream's kept validation has none
     splits: _Splits
     sources: Annotated[list[_SourceEntry], FailFast()]
 
@@ -138,7 +148,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not a readable manifest ({type(error).__name__}); prepare again") from error
+        raise DataError(
+            f"{file}: not a readable manifest ({type(error).__name__}); prepare again"
+        ) from error
     if not isinstance(manifest, Mapping):
         raise DataError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again")
     if manifest.get("format") != FORMAT:
@@ -159,5 +171,7 @@ def _read_small(file: Path) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise DataError(f"{file}: not a regular file")
     if found.st_size > SMALL_FILE:
-        raise DataError(f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have")
+        raise DataError(
+            f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have"
+        )
     return file.read_bytes()

@@ -34,21 +34,40 @@ class MixtureReader:
     trains on them."""
 
     def __init__(
-        self, dataset: Dataset, data: DataConfig, seed: int, *, state: Mapping[str, Any] | None = None, rank: int = 0,
-        world: int = 1, channel: Exchange | None = None,
-    ):  # fmt: skip
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        seed: int,
+        *,
+        state: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        channel: Exchange | None = None,
+    ):
         self.dataset, self.data, self.seed = dataset, data, seed
         self.rank, self.world, self.channel = rank, world, channel
         state = state or {"streams": {}, "ended": [], "end": None}
-        self.ended: list[list[int]] = [list(event) for event in state["ended"]]  # [first position without it, source]
-        self.end: int | None = state["end"]  # the first position that no source fills, once it is known
+        self.ended: list[list[int]] = [
+            list(event) for event in state["ended"]
+        ]  # [first position without it, source]
+        self.end: int | None = state[
+            "end"
+        ]  # the first position that no source fills, once it is known
         self._pool = ThreadPoolExecutor(data.workers, "lanes") if data.workers else None
         gather = channel.gather if channel and world > 1 else lambda value: [value]
         self.streams = {
-            name: Stream(source, state["streams"].get(name), rank=rank, world=world, gather=gather, pool=self._pool,
-                         shift=number)
-            for number, (name, source) in enumerate(dataset.sources.items()) if isinstance(source, StreamSpec)
-        }  # fmt: skip
+            name: Stream(
+                source,
+                state["streams"].get(name),
+                rank=rank,
+                world=world,
+                gather=gather,
+                pool=self._pool,
+                shift=number,
+            )
+            for number, (name, source) in enumerate(dataset.sources.items())
+            if isinstance(source, StreamSpec)
+        }
         self.origins: dict[
             int, tuple[str, int | PackedSequence]
         ] = {}  # source, and sequence, of each own place of the last step
@@ -58,7 +77,9 @@ class MixtureReader:
         specs, batch = self.data.named_sources(), self.data.global_batch
         changes = [(0, [spec.weight for spec in specs.values()])]
         for stage in self.data.stages:
-            changes.append((stage.from_step * batch, [stage.weights.get(name, 0.0) for name in specs]))
+            changes.append(
+                (stage.from_step * batch, [stage.weights.get(name, 0.0) for name in specs])
+            )
         starts = sorted({start for start, _ in changes} | {start for start, _ in self.ended})
         self.stages: list[tuple[int, list[float]]] = []
         for start in starts:
@@ -75,7 +96,9 @@ class MixtureReader:
         """Fill this rank's rows; where the streams stand afterwards. All ranks."""
         batch, length = self.data.global_batch, self.data.seq_len
         sources, earlier = self.mixture.at(step * batch + np.arange(batch))
-        moves: list[tuple[int, int, PackedSequence | None]] = []  # (place, rank that has read it, row)
+        moves: list[
+            tuple[int, int, PackedSequence | None]
+        ] = []  # (place, rank that has read it, row)
         given, following, self.origins = 0, (step + 1) * batch, {}
         over = self.end is not None and step * batch >= self.end
         for number, (name, source) in enumerate(self.dataset.sources.items() if not over else ()):
@@ -85,10 +108,15 @@ class MixtureReader:
                 repeats = self.data.named_sources()[name].at_end == "repeat"
                 inside = wanted if repeats else wanted[earlier[wanted] < count]
                 own = inside[inside % self.world == self.rank]
-                ids = sequence_ids(earlier[own], count, int(hash_words(self.seed, 9, zlib.crc32(name.encode()))[0]))
+                ids = sequence_ids(
+                    earlier[own], count, int(hash_words(self.seed, 9, zlib.crc32(name.encode()))[0])
+                )
                 table[own // self.world] = source.read(ids, length, self.data.stride)
                 row_targets[own // self.world] = length
-                self.origins |= {place: (name, made) for place, made in zip(own.tolist(), ids.tolist(), strict=True)}
+                self.origins |= {
+                    place: (name, made)
+                    for place, made in zip(own.tolist(), ids.tolist(), strict=True)
+                }
                 dealt = len(inside)
             else:
                 stream = self.streams[name]
@@ -99,15 +127,20 @@ class MixtureReader:
                         self.origins[place] = name, row
                 dealt = len(rows)
             given += dealt
-            if dealt < len(wanted):  # its last pass has ended; the other places of this step stay without targets
+            if dealt < len(
+                wanted
+            ):  # its last pass has ended; the other places of this step stay without targets
                 self.ended.append([following, number])
                 if self.data.named_sources()[name].at_end != "hand_on":
                     self.end = following
         self._deliver(moves, table, row_targets)
         if self.ended and self.ended[-1][0] == following:
             self._plan_mixture()
-        after = {"streams": {name: stream.snapshot() for name, stream in self.streams.items()}, "ended": [*self.ended],
-                 "end": self.end}  # fmt: skip
+        after = {
+            "streams": {name: stream.snapshot() for name, stream in self.streams.items()},
+            "ended": [*self.ended],
+            "end": self.end,
+        }
         return {"end": not given, "after": after, "shares": self.shares(step)}
 
     def shares(self, step: int) -> dict[str, float]:
@@ -123,7 +156,12 @@ class MixtureReader:
             figures[f"passes_{name}"] = stream.passed if stream else now / source.count(self.data)  # type: ignore[union-attr]
         return figures
 
-    def _deliver(self, moves: Sequence[tuple[int, int, PackedSequence | None]], table: Ints, row_targets: Ints) -> None:
+    def _deliver(
+        self,
+        moves: Sequence[tuple[int, int, PackedSequence | None]],
+        table: Ints,
+        row_targets: Ints,
+    ) -> None:
         """Put rows where they are trained on, over the network where another rank has read them. All ranks."""
         width = self.data.seq_len + 2
         sent: list[list[np.ndarray]] = [[] for _ in range(self.world)]

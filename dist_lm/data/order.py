@@ -70,7 +70,9 @@ class MixtureSchedule:
             counts = period_of(weights)
             sources = np.repeat(np.arange(len(counts)), counts)
             ranks = np.concatenate([np.arange(n) for n in counts])
-            due = (2 * ranks + 1) / np.array(counts)[sources]  # the middle of its share of the period
+            due = (2 * ranks + 1) / np.array(counts)[
+                sources
+            ]  # the middle of its share of the period
             by_time = np.lexsort((sources, due))
             self._patterns.append(sources[by_time])
             self._ranks.append(ranks[by_time])
@@ -83,7 +85,9 @@ class MixtureSchedule:
         stage = int(np.searchsorted(self.starts, position, "right")) - 1 if stage is None else stage
         pattern, before = self._patterns[stage], self._before[stage]
         rounds, rest = divmod(position - int(self.starts[stage]), len(pattern))
-        each, begun = (np.bincount(part, minlength=len(before)) for part in (pattern, pattern[:rest]))
+        each, begun = (
+            np.bincount(part, minlength=len(before)) for part in (pattern, pattern[:rest])
+        )
         total: Ints = before + rounds * each + begun
         return total
 
@@ -96,7 +100,9 @@ class MixtureSchedule:
             rounds, place = np.divmod(positions[here] - self.starts[stage], len(pattern))
             sources[here] = pattern[place]
             a_round = np.bincount(pattern, minlength=len(self._before[stage]))
-            earlier[here] = (self._before[stage] + rounds[:, None] * a_round)[np.arange(len(place)), pattern[place]]
+            earlier[here] = (self._before[stage] + rounds[:, None] * a_round)[
+                np.arange(len(place)), pattern[place]
+            ]
             earlier[here] += self._ranks[stage][place]
         return sources, earlier
 
@@ -108,7 +114,11 @@ def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
     full, short = divmod(count, BLOCK)
     places = full + (short > 0)
     # The one shorter block comes at a random place, so that the start of every place has a closed form.
-    short_place = (hash_words(key, 3) % np.uint64(places)).astype(np.int64) if short else np.full_like(q, full)
+    short_place = (
+        (hash_words(key, 3) % np.uint64(places)).astype(np.int64)
+        if short
+        else np.full_like(q, full)
+    )
 
     def start(place: Ints) -> Ints:
         return place * BLOCK - (place > short_place) * (BLOCK - short)
@@ -124,7 +134,11 @@ def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
     place = place_of(q)
     offset = q - start(place)
     among_full = np.minimum(place - (place > short_place), max(full - 1, 0))
-    block = np.where(place == short_place, full, permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, 5)))
+    block = np.where(
+        place == short_place,
+        full,
+        permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, 5)),
+    )
     ids: Ints = block * BLOCK + offset
     return ids
 
@@ -145,7 +159,10 @@ def permute(x: Ints, size: Ints, key: Words) -> Ints:
 def _feistel(x: Words, half: Words, mask: Words, key: Words) -> Words:
     left, right = x >> half, x & mask
     for number in range(_FEISTEL_ROUNDS):
-        left, right = right, left ^ (_mix(right ^ key ^ np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)) & mask)
+        left, right = (
+            right,
+            left ^ (_mix(right ^ key ^ np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)) & mask),
+        )
     return (left << half) | right
 
 

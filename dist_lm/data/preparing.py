@@ -24,14 +24,22 @@ from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared, read_manifest
 from dist_lm.data.shards import write_shard
-from dist_lm.data.tokenizer import Tokenizer, cutter, is_trained_spec, load_tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import (
+    Tokenizer,
+    cutter,
+    is_trained_spec,
+    load_tokenizer,
+    train_tokenizer,
+)
 from dist_lm.disk import write_file, write_json
 from dist_lm.errors import DataError
 
 BAD_DATA = 65
 SHARD_TOKENS = 2**25
 SMALL = 100  # documents; a smaller source holds out the tail of its text instead of whole documents
-LEARNED_BYTES = 2**26  # of text at the beginning of each source from which a stream's tokenizer is learned
+LEARNED_BYTES = (
+    2**26
+)  # of text at the beginning of each source from which a stream's tokenizer is learned
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
 PROGRESS = "progress.json"
 _HASHED = 2**20  # characters of a document that decide whether it is held out
@@ -40,9 +48,14 @@ Say = Callable[[str], None]
 
 
 def prepare_dataset(
-    data: DataConfig, folder: str | Path, processes: int = 1, say: Say = print, name: str = "text",
-    excluded: Container[int] = (), tokenizer: Tokenizer | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    data: DataConfig,
+    folder: str | Path,
+    processes: int = 1,
+    say: Say = print,
+    name: str = "text",
+    excluded: Container[int] = (),
+    tokenizer: Tokenizer | None = None,
+) -> dict[str, Any]:
     """Make a prepared folder of a source (else of `data.input`), or go on with one; the manifest. One process calls it.
 
     Documents whose hash is among `excluded` are left out: they are validation documents of another source. A tokenizer
@@ -69,7 +82,9 @@ class _Preparation:
         self.spec, self.field = data.named_sources()[name], data.field_of(name)
         # what decides the content of the folder; the later fields of a source only where they are given
         self.settings = self.spec.model_dump(include={"input", "text_column", "separator"})
-        given = self.spec.model_dump(include={"template", "filter", "subset", "split"}, exclude_defaults=True)
+        given = self.spec.model_dump(
+            include={"template", "filter", "subset", "split"}, exclude_defaults=True
+        )
         self.settings |= given | {"tokenizer": data.tokenizer, "val_fraction": data.val_fraction}
 
     def read_finished(self) -> dict[str, Any]:
@@ -80,9 +95,15 @@ class _Preparation:
 
     def find_text(self) -> None:
         if find_prepared(self.spec.input):
-            raise DataError(f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text")
+            raise DataError(
+                f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text"
+            )
         found, inside = find_files(self.spec, self.field), self.folder.resolve()
-        sources = [source for source in found if not source.path or inside not in Path(source.path).resolve().parents]
+        sources = [
+            source
+            for source in found
+            if not source.path or inside not in Path(source.path).resolve().parents
+        ]
         self.reader = Reader(self.spec, sources, self.data.bad_rows, self.field)
 
     def read_progress(self) -> dict[str, Any] | None:
@@ -95,8 +116,10 @@ class _Preparation:
         self._refuse_other(state["settings"])
         for before, now in zip_longest(state["sources"], _listed(self.reader)):
             if before != now:
-                raise DataError(f"{self.folder}: the text changed since its preparation began: {before} is now {now};"
-                                " nearest: remove the folder")  # fmt: skip
+                raise DataError(
+                    f"{self.folder}: the text changed since its preparation began: {before} is now {now};"
+                    " nearest: remove the folder"
+                )
         done = sum(len(split["shards"]) for split in state["splits"].values())
         self.say(
             f"{self.folder}: going on after {done} finished shards; their text is read again but not encoded again"
@@ -120,7 +143,9 @@ class _Preparation:
             raise DataError(f"{where}: no document with text in {len(self.reader.sources)} files")
         small = found.documents < SMALL
         if learns or small:
-            self.say(f"found {found.documents:,} documents, {found.bytes:,} bytes of text in {self.spec.input}")
+            self.say(
+                f"found {found.documents:,} documents, {found.bytes:,} bytes of text in {self.spec.input}"
+            )
         if small and data.val_fraction:
             self.say(
                 f"fewer than {SMALL} documents: the last {data.val_fraction:.1%} of text is held out, cut at a line end"
@@ -130,8 +155,10 @@ class _Preparation:
         state = {
             "bytes": found.bytes if learns or small else None,
             "tail": round(found.bytes * (1 - data.val_fraction)) if small else None,
-            "settings": self.settings, "sources": _listed(self.reader), "splits": {},
-        }  # fmt: skip
+            "settings": self.settings,
+            "sources": _listed(self.reader),
+            "splits": {},
+        }
         write_json(self.folder / PROGRESS, state)
         return state
 
@@ -140,11 +167,15 @@ class _Preparation:
     ) -> tuple[dict[str, Any], Counter[str]]:
         """Encode what no finished shard has; the splits' entries in the manifest, and what was left out."""
         skipped: Counter[str] = Counter()
-        writers = {split: _Writer(self.folder, split, tokenizer, state) for split in ("train", "val")}
+        writers = {
+            split: _Writer(self.folder, split, tokenizer, state) for split in ("train", "val")
+        }
         progress = Progress("prepared", self.reader, self.say, state["bytes"])
 
         def unfinished() -> Iterator[TextPiece]:
-            for split, source, row, texts in _documents(self.data, self.reader, state["tail"], skipped, excluded):
+            for split, source, row, texts in _documents(
+                self.data, self.reader, state["tail"], skipped, excluded
+            ):
                 progress.documents += 1
                 writer = writers[split]
                 for piece in writer.cut(self.reader, source, row, texts):
@@ -161,25 +192,38 @@ class _Preparation:
     def say_result(self, manifest: dict[str, Any]) -> None:
         for split, entry in manifest["splits"].items():
             lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
-            self.say(f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
-                     f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards")  # fmt: skip
+            self.say(
+                f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
+                f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards"
+            )
             if not entry["shards"]:
-                self.say(f"{split}: nothing is held out; nearest: a larger data.val_fraction, or text of more lines")
+                self.say(
+                    f"{split}: nothing is held out; nearest: a larger data.val_fraction, or text of more lines"
+                )
         if manifest["skipped"]:
-            self.say("skipped: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest["skipped"].items()))
+            self.say(
+                "skipped: "
+                + ", ".join(f"{number:,} {kind}" for kind, number in manifest["skipped"].items())
+            )
 
     def _refuse_other(self, have: dict[str, Any]) -> None:
         for name, value in self.settings.items():
             if have.get(name) != value:
-                section = "data." if name in ("tokenizer", "val_fraction") else self.field.removesuffix("input")
+                section = (
+                    "data."
+                    if name in ("tokenizer", "val_fraction")
+                    else self.field.removesuffix("input")
+                )
                 raise DataError(
                     f"{self.folder} was prepared with {section}{name}={have.get(name)!r}, not {value!r};"
                     " rule: one folder, one preparation; nearest: another folder, or remove this one"
-                )  # fmt: skip
+                )
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    for name, text in reversed(tokenizer.files().items()):  # tokenizer.json last: where it is, all is there
+    for name, text in reversed(
+        tokenizer.files().items()
+    ):  # tokenizer.json last: where it is, all is there
         write_file(folder / name, [text.encode()])
 
 
@@ -188,12 +232,29 @@ def _listed(reader: Reader) -> list[dict[str, Any]]:
 
 
 def _write_manifest(
-    folder: Path, data: DataConfig, tokenizer: Tokenizer, reader: Reader, splits: dict[str, Any], more: dict[str, Any]
+    folder: Path,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    reader: Reader,
+    splits: dict[str, Any],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     """What makes a folder a prepared one, last of all."""
-    facts = {"name": data.tokenizer, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
-             "eot": tokenizer.eot, "unk": tokenizer.unk, "dtype": tokenizer.dtype.name}  # fmt: skip
-    manifest = {"format": FORMAT, "tokenizer": facts, **more, "splits": splits, "sources": _listed(reader)}
+    facts = {
+        "name": data.tokenizer,
+        "sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "unk": tokenizer.unk,
+        "dtype": tokenizer.dtype.name,
+    }
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": facts,
+        **more,
+        "splits": splits,
+        "sources": _listed(reader),
+    }
     write_json(folder / MANIFEST, manifest)
     (folder / PROGRESS).unlink()
     return manifest
@@ -212,17 +273,28 @@ def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: 
         for reader in readers:
             found = Progress("read for the tokenizer", reader, say)
             yield from _beginning(reader, whole, found, size=LEARNED_BYTES)
-            say(f"{data.tokenizer} learns from {found.documents:,} documents, {found.bytes:,} bytes of text in"
-                f" {reader.spec.input}")  # fmt: skip
+            say(
+                f"{data.tokenizer} learns from {found.documents:,} documents, {found.bytes:,} bytes of text in"
+                f" {reader.spec.input}"
+            )
 
     trained = is_trained_spec(data.tokenizer)
-    tokenizer = train_tokenizer(data.tokenizer, beginnings()) if trained else load_tokenizer(data.tokenizer)
+    tokenizer = (
+        train_tokenizer(data.tokenizer, beginnings()) if trained else load_tokenizer(data.tokenizer)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, tokenizer)
 
 
 def keep_validation(
-    data: DataConfig, reader: Reader, tokenizer: Tokenizer, folder: Path, wanted: int, say: Say, *, whole: bool = False
+    data: DataConfig,
+    reader: Reader,
+    tokenizer: Tokenizer,
+    folder: Path,
+    wanted: int,
+    say: Say,
+    *,
+    whole: bool = False,
 ) -> list[int]:
     """Write the first held-out documents of a source, in its order, as shards of at least so many tokens.
 
@@ -254,8 +326,11 @@ def keep_validation(
             f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents} documents of"
             f" {reader.spec.input}; rule: a stream's first held-out documents validate it; nearest: prepare it, a"
             " larger data.val_fraction, a source in data.validation, or run.eval_every=0"
-        )  # fmt: skip
-    splits = {"train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}, "val": writer.close()}
+        )
+    splits = {
+        "train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []},
+        "val": writer.close(),
+    }
     _write_tokenizer(folder, tokenizer)
     _write_manifest(folder, data, tokenizer, reader, splits, {})
     write_json(kept, hashes)
@@ -271,7 +346,9 @@ def document_hash(texts: Iterator[str]) -> tuple[int, Iterator[str]]:
     head: list[str] = []
     while sum(map(len, head)) < _HASHED and (text := next(texts, "")):
         head.append(text)
-    digest = hashlib.blake2b("".join(head)[:_HASHED].encode(), digest_size=8, person=b"validation").digest()
+    digest = hashlib.blake2b(
+        "".join(head)[:_HASHED].encode(), digest_size=8, person=b"validation"
+    ).digest()
     return int.from_bytes(digest, "little"), chain(head, texts)
 
 
@@ -281,7 +358,12 @@ def held_out(number: int, val_fraction: float) -> bool:
 
 
 def _beginning(
-    reader: Reader, tokenizer: Tokenizer, found: "Progress", *, documents: int | None = None, size: int | None = None
+    reader: Reader,
+    tokenizer: Tokenizer,
+    found: "Progress",
+    *,
+    documents: int | None = None,
+    size: int | None = None,
 ) -> Iterator[str]:
     """The text of the first documents in pieces, up to a number of documents or of bytes; `found` counts both."""
     for source, row, texts in reader.documents(Counter()):
@@ -294,7 +376,11 @@ def _beginning(
 
 
 def _documents(
-    data: DataConfig, reader: Reader, tail: int | None, skipped: Counter[str], excluded: Container[int]
+    data: DataConfig,
+    reader: Reader,
+    tail: int | None,
+    skipped: Counter[str],
+    excluded: Container[int],
 ) -> Iterator[tuple[str, int, int, Iterator[str]]]:
     """(split, source, row, texts) of each document, used up in turn; `tail`: bytes of text before the held-out ones."""
     position, rest = 0, b""
@@ -306,7 +392,11 @@ def _documents(
         for text in texts:
             raw = text.encode()
             wanted, position = tail - position, position + len(raw)
-            end = (raw.rfind(b"\n", 0, max(wanted, 0)) + 1 or raw.find(b"\n") + 1) if wanted < len(raw) else 0
+            end = (
+                (raw.rfind(b"\n", 0, max(wanted, 0)) + 1 or raw.find(b"\n") + 1)
+                if wanted < len(raw)
+                else 0
+            )
             if end:
                 rest = raw[end:]
                 yield raw[:end].decode()
@@ -337,14 +427,22 @@ class _Writer:
         done = state["splits"].get(split, {"shards": [], "unknown": 0, "place": [0, 0], "skip": 0})
         self.shards: list[dict[str, Any]] = done["shards"]
         self.unknown: int = done["unknown"]
-        self.place: tuple[int, int] = tuple(done["place"])  # the piece in which the next shard begins ...
+        self.place: tuple[int, int] = tuple(
+            done["place"]
+        )  # the piece in which the next shard begins ...
         self.skip: int = done["skip"]  # ... after so many of its tokens
         self.buffer = np.empty(SHARD_TOKENS, tokenizer.dtype)
         self.filled = 0
-        self.columns = array("q"), array("q"), array("q")  # start, source and row of each document in the shard
+        self.columns = (
+            array("q"),
+            array("q"),
+            array("q"),
+        )  # start, source and row of each document in the shard
         self.documents = self.bytes = 0  # of text, those in finished shards too
 
-    def cut(self, reader: Reader, source: int, row: int, texts: Iterator[str]) -> Iterator[TextPiece]:
+    def cut(
+        self, reader: Reader, source: int, row: int, texts: Iterator[str]
+    ) -> Iterator[TextPiece]:
         """The next document's text in pieces that encode as the whole does."""
         pieces, document = self.tokenizer.pieces(texts, reader.where(source, row)), self.documents
         self.documents += 1
@@ -358,7 +456,9 @@ class _Writer:
         at = self.skip if piece.place == self.place else 0
         while at < len(ids):
             if not self.filled or (piece.place[1] == 0 and at == 0):
-                for column, value in zip(self.columns, (self.filled, piece.source, piece.row), strict=True):
+                for column, value in zip(
+                    self.columns, (self.filled, piece.source, piece.row), strict=True
+                ):
                     column.append(value)
             taken = min(len(ids) - at, SHARD_TOKENS - self.filled)
             self.buffer[self.filled : self.filled + taken] = ids[at : at + taken]
@@ -377,8 +477,11 @@ class _Writer:
         self.shards.append(write_shard(path, tokens, *self.columns))
         self.place, self.skip = place, skip
         self.state["splits"][self.split] = {
-            "shards": self.shards, "unknown": self.unknown, "place": place, "skip": skip
-        }  # fmt: skip
+            "shards": self.shards,
+            "unknown": self.unknown,
+            "place": place,
+            "skip": skip,
+        }
         write_json(self.folder / PROGRESS, self.state)
         self.filled = 0
         for column in self.columns:
@@ -388,8 +491,13 @@ class _Writer:
         """Write the last shard; the split's entry in the manifest."""
         self.finish((self.documents, 0), 0)
         tokens = sum(shard["tokens"] for shard in self.shards)
-        return {"documents": self.documents, "bytes": self.bytes, "tokens": tokens, "unknown": self.unknown,
-                "shards": self.shards}  # fmt: skip
+        return {
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "tokens": tokens,
+            "unknown": self.unknown,
+            "shards": self.shards,
+        }
 
 
 class Progress:

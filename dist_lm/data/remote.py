@@ -23,10 +23,36 @@ from dist_lm.errors import DataError, UserError, in_a_line
 BLOCK = 2**22  # bytes fetched at once, and read ahead
 LARGEST_READ = 2**25  # bytes of one request
 SMALL_FILE = 2**28  # bytes of a manifest or tokenizer
-FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.5, 8.0, 60.0  # seconds: between tries, doubling, and from first failure to last
-_MARKS = ("blob_id", "md5Hash", "ETag", "etag", "checksum", "VersionId", "Last-Modified", "mtime", "created")
-_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError"}
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError, TypeError, NotImplementedError)
+FIRST_WAIT, LONGEST_WAIT, PATIENCE = (
+    0.5,
+    8.0,
+    60.0,
+)  # seconds: between tries, doubling, and from first failure to last
+_MARKS = (
+    "blob_id",
+    "md5Hash",
+    "ETag",
+    "etag",
+    "checksum",
+    "VersionId",
+    "Last-Modified",
+    "mtime",
+    "created",
+)
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "ProfileNotFound",
+    "ParamValidationError",
+}
+_FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+)
 _BAD_DATA = 65
 
 T = TypeVar("T")
@@ -52,7 +78,9 @@ def is_remote(path: str) -> bool:
 def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> list[Found]:
     """The files of a URL that is a file, a folder (all below with such an ending) or a glob, ordered by name."""
     fs, path = _connect(pattern)
-    is_web = pattern.startswith(("http://", "https://"))  # what follows a ? in a web address is a query
+    is_web = pattern.startswith(
+        ("http://", "https://")
+    )  # what follows a ? in a web address is a query
     magic = "[*[]" if is_web else "[*?[]"
     is_glob = re.search(magic, path) is not None
 
@@ -61,7 +89,9 @@ def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> l
         if is_glob:
             return re.split(rf"[^/]*{magic}", path)[0].rstrip("/"), fs.glob(path, detail=True)
         info = fs.info(path)
-        if info["type"] == "file" and not path.endswith("/"):  # a web server's folder looks like a file
+        if info["type"] == "file" and not path.endswith(
+            "/"
+        ):  # a web server's folder looks like a file
             return path.partition("?")[0].rpartition("/")[0], {path: info}
         return path.rstrip("/"), fs.find(path, detail=True)
 
@@ -114,7 +144,9 @@ def fetch_small(url: str) -> bytes:
     except OSError as error:
         raise DataError(str(error)) from error
     if len(content) > SMALL_FILE:
-        raise DataError(f"{url}: larger than the {SMALL_FILE // 2**20} MB that such a file may have")
+        raise DataError(
+            f"{url}: larger than the {SMALL_FILE // 2**20} MB that such a file may have"
+        )
     return content
 
 
@@ -129,7 +161,9 @@ class _Reader(io.RawIOBase):
     def _reopen(self) -> None:
         fs, path = _connect(self.url)
         fs.invalidate_cache(path)
-        file = fs.open(path, "rb", block_size=BLOCK, cache_type="none")  # s3fs then asks for the version it found here
+        file = fs.open(
+            path, "rb", block_size=BLOCK, cache_type="none"
+        )  # s3fs then asks for the version it found here
         if isinstance(file, io.BytesIO):
             file = io.BytesIO(file.getvalue())  # memory:// gives every reader the same object
         info = getattr(file, "details", None) or {}
@@ -191,7 +225,10 @@ def _connect(url: str) -> tuple[Any, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        scheme, extra = url.partition("://")[0], " (pip install 'dist_lm[s3]')" if url.startswith("s3") else ""
+        scheme, extra = (
+            url.partition("://")[0],
+            " (pip install 'dist_lm[s3]')" if url.startswith("s3") else "",
+        )
         raise UserError(f"{url}: {scheme}:// needs a package: {in_a_line(error)}{extra}") from error
     except ValueError as error:
         raise UserError(
@@ -211,22 +248,36 @@ def _retry(url: str, action: Callable[[], T]) -> T:
             raise
         except Exception as error:  # botocore's and aiohttp's are not all OSErrors
             reason = in_a_line(error)
-            status = getattr(error.__cause__, "status", 0)  # fsspec calls whatever fails at a web server not found
-            is_web = type(error.__cause__).__module__.startswith("aiohttp") and not 400 <= status < 429
+            status = getattr(
+                error.__cause__, "status", 0
+            )  # fsspec calls whatever fails at a web server not found
+            is_web = (
+                type(error.__cause__).__module__.startswith("aiohttp") and not 400 <= status < 429
+            )
             if isinstance(error, FileNotFoundError) and not is_web:
                 raise FileNotFoundError(f"{url}: no such file") from error
-            if (isinstance(error, _FINAL) and not is_web) or type(error).__name__ in _NO_CREDENTIALS:
+            if (isinstance(error, _FINAL) and not is_web) or type(
+                error
+            ).__name__ in _NO_CREDENTIALS:
                 raise OSError(f"{url}: {reason}") from error
             tries += 1
             if tries == 1:
                 begin = time.monotonic()
-                print(f"{url}: {reason}; trying again for {PATIENCE:g} s", file=sys.stderr, flush=True)
+                print(
+                    f"{url}: {reason}; trying again for {PATIENCE:g} s", file=sys.stderr, flush=True
+                )
             elif time.monotonic() - begin + wait > PATIENCE:
-                raise OSError(f"{url}: given up after {tries} tries in {PATIENCE:g} s; the last: {reason}") from error
-        time.sleep(wait * random.SystemRandom().uniform(0.7, 1))  # not the state of `random`, which is a run's
+                raise OSError(
+                    f"{url}: given up after {tries} tries in {PATIENCE:g} s; the last: {reason}"
+                ) from error
+        time.sleep(
+            wait * random.SystemRandom().uniform(0.7, 1)
+        )  # not the state of `random`, which is a run's
         wait = min(2 * wait, LONGEST_WAIT)
 
 
 def _mark(info: Mapping[str, Any]) -> str:
     value = next((info[key] for key in _MARKS if info.get(key)), "")
-    return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')  # lists and files differ in form
+    return str(value.timestamp() if isinstance(value, datetime) else value).strip(
+        '"'
+    )  # lists and files differ in form

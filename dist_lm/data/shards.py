@@ -30,7 +30,11 @@ from dist_lm.disk import safetensors_head, write_file
 from dist_lm.errors import DataError, UserError
 
 _LONGEST_HEADER = 2**16  # bytes of a shard's header; ours have less than 2**9
-_DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "I64": np.dtype("<i8"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -61,7 +65,11 @@ class Span(NamedTuple):
 
 
 def write_shard(
-    path: Path, tokens: np.ndarray, starts: Sequence[int], sources: Sequence[int], rows: Sequence[int]
+    path: Path,
+    tokens: np.ndarray,
+    starts: Sequence[int],
+    sources: Sequence[int],
+    rows: Sequence[int],
 ) -> dict[str, Any]:
     """Write one shard; its entry in the manifest. Document n starts at starts[n] (0 if begun in the shard before)."""
     arrays: dict[str, np.ndarray] = {
@@ -70,7 +78,9 @@ def write_shard(
         "document_row": np.array(rows, "<i8"),
         "tokens": tokens,
     }
-    head = safetensors_head((name, _NAMES[a.dtype], a.shape, a.nbytes) for name, a in arrays.items())
+    head = safetensors_head(
+        (name, _NAMES[a.dtype], a.shape, a.nbytes) for name, a in arrays.items()
+    )
     sha256 = write_file(path, [head, *(array.view(np.uint8).data for array in arrays.values())])
     size = len(head) + sum(array.nbytes for array in arrays.values())
     return {"file": path.name, "tokens": len(tokens), "bytes": size, "sha256": sha256}
@@ -96,7 +106,10 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
         (count,) = tensor.shape
         begin, end = tensor.data_offsets
         if end - begin != count * dtype.itemsize or base + end > len(data):
-            raise _refuse_shard(path, f"{name}: bytes {begin} to {end} are not {count} of {tensor.dtype} in the file")
+            raise _refuse_shard(
+                path,
+                f"{name}: bytes {begin} to {end} are not {count} of {tensor.dtype} in the file",
+            )
         arrays[name] = np.frombuffer(data, dtype, count, base + begin)
     return arrays
 
@@ -109,16 +122,26 @@ def verify(folder: str | Path) -> list[str]:
     """Check every file of a prepared folder or URL against its manifest; the damaged ones, each with what is wrong."""
     manifest = read_manifest(folder)
     files = {"tokenizer.json": manifest["tokenizer"]["sha256"]}
-    files |= {shard["file"]: shard["sha256"] for split in manifest["splits"].values() for shard in split["shards"]}
+    files |= {
+        shard["file"]: shard["sha256"]
+        for split in manifest["splits"].values()
+        for shard in split["shards"]
+    }
     damaged = []
     for name, sha256 in files.items():
         try:
-            with open_file(f"{folder}/{name}") if is_remote(str(folder)) else open(Path(folder, name), "rb") as file:
+            with (
+                open_file(f"{folder}/{name}")
+                if is_remote(str(folder))
+                else open(Path(folder, name), "rb") as file
+            ):
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             damaged.append(f"{name} ({error.strerror or error})")
         else:
-            damaged += [f"{name} (sha256 {found[:12]}, not {sha256[:12]})"] if found != sha256 else []
+            damaged += (
+                [f"{name} (sha256 {found[:12]}, not {sha256[:12]})"] if found != sha256 else []
+            )
     return damaged
 
 
@@ -129,7 +152,9 @@ class TokenShards:
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
-        assert (cache is not None) == is_remote(str(folder)), "a folder at a URL, and no other, has a cache"
+        assert (cache is not None) == is_remote(str(folder)), (
+            "a folder at a URL, and no other, has a cache"
+        )
         self.folder, self.cache, self.manifest = folder, cache, read_manifest(folder)
         self.entries: list[dict[str, Any]] = self.manifest["splits"][split]["shards"]
         self.files: list[str] = [entry["file"] for entry in self.entries]
@@ -138,11 +163,17 @@ class TokenShards:
             path = Path(folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"
             if size != entry["bytes"]:
-                raise DataError(f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again")
+                raise DataError(
+                    f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again"
+                )
         # a mapping holds a file open, so a few at a time: the order of training reads few shards at once
-        self._map = lru_cache(maxsize=64)(lambda shard: self._open(shard, Path(folder, self.files[shard])))
+        self._map = lru_cache(maxsize=64)(
+            lambda shard: self._open(shard, Path(folder, self.files[shard]))
+        )
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
-        self._ends = lru_cache(lambda seq_len, stride: list(accumulate(self.counts(seq_len, stride))))
+        self._ends = lru_cache(
+            lambda seq_len, stride: list(accumulate(self.counts(seq_len, stride)))
+        )
 
     def _open(self, shard: int, path: Path) -> dict[str, np.ndarray]:
         """The arrays of a shard, which are what the manifest says."""
@@ -150,7 +181,9 @@ class TokenShards:
         tokens = arrays["tokens"]
         if len(tokens) != self.sizes[shard] or tokens.dtype != self.dtype:
             found = f"{len(tokens)} tokens of {tokens.dtype}"
-            raise _refuse_shard(path, f"{found} where {MANIFEST} has {self.sizes[shard]} of {self.dtype}")
+            raise _refuse_shard(
+                path, f"{found} where {MANIFEST} has {self.sizes[shard]} of {self.dtype}"
+            )
         return arrays
 
     @contextlib.contextmanager
@@ -183,14 +216,18 @@ class TokenShards:
     def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
         """The shard of a sequence, and where in it its first token is."""
         ends: list[int] = self._ends(seq_len, stride)  # sequences up to the end of each shard
-        assert 0 <= sequence < (ends[-1] if ends else 0), f"sequence {sequence} is none of {ends[-1] if ends else 0}"
+        assert 0 <= sequence < (ends[-1] if ends else 0), (
+            f"sequence {sequence} is none of {ends[-1] if ends else 0}"
+        )
         shard = bisect_right(ends, sequence)
         return shard, (sequence - (ends[shard - 1] if shard else 0)) * stride
 
     def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
         """(N, seq_len + 1) tokens in the type they are stored in."""
         out = np.empty((len(sequences), seq_len + 1), self.dtype)
-        places = [self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()]
+        places = [
+            self.find(sequence, seq_len, stride) for sequence in np.asarray(sequences).tolist()
+        ]
         rows = sorted(range(len(places)), key=places.__getitem__)
         for shard, here in groupby(rows, key=lambda row: places[row][0]):
             with self._shard(shard) as arrays:
@@ -212,7 +249,9 @@ class TokenShards:
                 stop = int(starts[n + 1]) if n + 1 < len(starts) else self.sizes[shard]
                 name = names[int(arrays["document_source"][n])]["name"]
                 begin = max(int(starts[n]), first) - first
-                spans.append(Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first))
+                spans.append(
+                    Span(name, int(arrays["document_row"][n]), begin, min(stop, end) - first)
+                )
                 n += 1
         return spans
 
@@ -221,7 +260,12 @@ class TokenShards:
         path = f"{self.folder}/{self.files[shard]}"
         starts, sources = arrays["document_start"], arrays["document_source"]
         is_whole = len(starts) == len(sources) == len(arrays["document_row"]) > 0
-        if not is_whole or starts[0] != 0 or starts[-1] >= self.sizes[shard] or (starts[1:] <= starts[:-1]).any():
+        if (
+            not is_whole
+            or starts[0] != 0
+            or starts[-1] >= self.sizes[shard]
+            or (starts[1:] <= starts[:-1]).any()
+        ):
             raise _refuse_shard(path, "its documents do not follow each other")
         known = len(self.manifest["sources"])
         if sources.min() < 0 or sources.max() >= known:

@@ -45,7 +45,9 @@ class PackedSequence(NamedTuple):
     tokens: np.ndarray
     spans: list[Span]
     passed: int  # the pass in which the lane completed it
-    after: tuple["Document", int] | None  # the document and place in it where the lane stands then; None: at its end
+    after: (
+        tuple["Document", int] | None
+    )  # the document and place in it where the lane stands then; None: at its end
 
 
 class Document(NamedTuple):
@@ -67,7 +69,9 @@ class StreamSpec:
     seq_len: int
     lanes: int  # at most as many as parts
     key: Words  # of the permutations: the run's seed and the source
-    keep: Callable[[Iterator[str]], Iterator[str] | None]  # a document's text if training may see it
+    keep: Callable[
+        [Iterator[str]], Iterator[str] | None
+    ]  # a document's text if training may see it
     best_fit: bool = False
     passes: int | None = None  # None: for ever
     block: tuple[int, int] = BLOCK
@@ -93,7 +97,9 @@ class Lane:
         self.ready: deque[PackedSequence] = deque()
         self.ended = cursor["pass"] - 1  # the newest pass of which nothing is left to read
         self.is_empty = True  # no document was found so far
-        self.cursor = cursor  # where it stands after what was taken; what was only read ahead does not count
+        self.cursor = (
+            cursor  # where it stands after what was taken; what was only read ahead does not count
+        )
         self._pass, self._block = cursor["pass"], cursor["block"]
         self._skipped = Counter[str](cursor.get("skipped", {}))  # what was left out so far ...
         self._before = self._skipped  # ... and before the newest document
@@ -133,7 +139,11 @@ class Lane:
             document, offset = taken.after
             self.cursor = {**document.block, "document": document.number, "offset": offset}
         else:
-            self.cursor = {**START, "pass": taken.passed + 1, **_counts(skipped=self._skipped, left_out=self._skipped)}
+            self.cursor = {
+                **START,
+                "pass": taken.passed + 1,
+                **_counts(skipped=self._skipped, left_out=self._skipped),
+            }
         return taken
 
     def _open(self, part: int = 0, row: int = 0) -> Iterator[tuple[int, int, int, list[str]]]:
@@ -144,7 +154,12 @@ class Lane:
             if (kept := recipe.keep(texts)) is None:
                 continue
             file = parts[number].file
-            yield part + number, file, at, list(recipe.tokenizer.pieces(kept, recipe.reader.where(file, at)))
+            yield (
+                part + number,
+                file,
+                at,
+                list(recipe.tokenizer.pieces(kept, recipe.reader.where(file, at))),
+            )
 
     def _read_some(self) -> None:
         if self._failure:  # its readers are spent: what they would give now is not the rest
@@ -164,7 +179,9 @@ class Lane:
             self._encode(documents)
             return
         self.ended = self._pass
-        if self.ended + 1 == self.recipe.passes and self._left() > 1:  # nothing follows: what is left is filled up
+        if (
+            self.ended + 1 == self.recipe.passes and self._left() > 1
+        ):  # nothing follows: what is left is filled up
             self.ready.append(self._cut(self._left())._replace(after=None))
         self._pass, self._block = self._pass + 1, 0
         self._found = self._open()
@@ -182,7 +199,9 @@ class Lane:
             if len(found) >= self.recipe.block[0] or size >= self.recipe.block[1]:
                 break
         block |= _counts(left_out=self._skipped)
-        order = shuffled(len(found), hash_words(self.recipe.key, 7, self.number, self._pass, self._block))
+        order = shuffled(
+            len(found), hash_words(self.recipe.key, 7, self.number, self._pass, self._block)
+        )
         nothing = np.empty(0, self.recipe.tokenizer.dtype)
         made = (Document(block, n, *found[place], nothing) for n, place in enumerate(order))
         self._documents = islice(made, self._passed_over, None)
@@ -194,7 +213,9 @@ class Lane:
         encoded = iter(tokenizer.encode_batch([document.text[0] for document in documents]))
         for n, document in enumerate(documents):
             parts = [np.array(next(encoded), tokenizer.dtype)]
-            for piece in document.text[1:]:  # a long document comes in pieces: no list of all its tokens
+            for piece in document.text[
+                1:
+            ]:  # a long document comes in pieces: no list of all its tokens
                 parts.append(np.array(tokenizer.encode(piece), tokenizer.dtype))
             parts.append(np.array([tokenizer.eot], tokenizer.dtype))
             documents[n] = document._replace(text=[], tokens=np.concatenate(parts))
@@ -236,7 +257,9 @@ class Lane:
                 self.ready.append(self._row(stretches, (first, n + 1)))
         self._rewind = 0
 
-    def _row(self, stretches: list[tuple[Document, int, int]], after: tuple[Document, int] | None) -> PackedSequence:
+    def _row(
+        self, stretches: list[tuple[Document, int, int]], after: tuple[Document, int] | None
+    ) -> PackedSequence:
         spans, place = list[Span](), 0
         for document, begin, end in stretches:
             spans.append(Span(document.file, document.row, place, place + end - begin))
@@ -289,9 +312,16 @@ class Stream:
     """The lanes of a source, dealt out in turns. All ranks hold one and deal alike; each reads the lanes it owns."""
 
     def __init__(
-        self, recipe: StreamSpec, state: dict[str, Any] | None = None, *, rank: int = 0, world: int = 1,
-        gather: Callable[[Any], list[Any]] = lambda value: [value], pool: Executor | None = None, shift: int = 0,
-    ):  # fmt: skip
+        self,
+        recipe: StreamSpec,
+        state: dict[str, Any] | None = None,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+        pool: Executor | None = None,
+        shift: int = 0,
+    ):
         begun, state = bool(state), state or {"pass": 0, "turn": 0, "done": [], "lanes": {}}
         self.recipe, self.rank, self.world, self.shift = recipe, rank, world, shift
         self.gather, self.pool = gather, pool
@@ -311,8 +341,12 @@ class Stream:
 
     def snapshot(self) -> dict[str, Any]:
         """Where the stream stands, with the cursors of this rank's lanes."""
-        return {"pass": self.passed, "turn": self.turn, "done": sorted(self.done),
-                "lanes": {str(number): lane.cursor for number, lane in self.lanes.items()}}  # fmt: skip
+        return {
+            "pass": self.passed,
+            "turn": self.turn,
+            "done": sorted(self.done),
+            "lanes": {str(number): lane.cursor for number, lane in self.lanes.items()},
+        }
 
     def deal(self, count: int) -> list[tuple[int, PackedSequence | None]]:
         """The lanes of the next `count` sequences, and own ones themselves; fewer at the last pass's end. All ranks."""
@@ -338,8 +372,12 @@ class Stream:
         return dealt
 
     def _next_pass(self) -> None:
-        if self._empty:  # else some document in some lane ends in a sequence, if only after many passes
-            raise DataError(f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one")
+        if (
+            self._empty
+        ):  # else some document in some lane ends in a sequence, if only after many passes
+            raise DataError(
+                f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one"
+            )
         self.passed, self.turn, self.done = self.passed + 1, 0, set()
         self._forget()
 
@@ -355,10 +393,15 @@ class Stream:
             list(each(lambda lane: lane.fill(self.passed, wanted), own.values()))
         except UserError as error:
             refusal = [str(error), error.code]
-        found = [[n, lane.count(self.passed), lane.ended >= self.passed, lane.is_empty] for n, lane in own.items()]
+        found = [
+            [n, lane.count(self.passed), lane.ended >= self.passed, lane.is_empty]
+            for n, lane in own.items()
+        ]
         for rank, (said, theirs) in enumerate(self.gather([refusal, found])):
             if said:
-                raise error_with_code(said[0] if self.world == 1 else f"rank {rank}: {said[0]}", said[1])
+                raise error_with_code(
+                    said[0] if self.world == 1 else f"rank {rank}: {said[0]}", said[1]
+                )
             for lane, ready, ended, empty in theirs:
                 self._known[lane] = ready
                 self._closed |= {lane} if ended else set()

@@ -23,12 +23,23 @@ from dist_lm.errors import DataError, UserError, did_you_mean
 
 EOT = "<|endoftext|>"
 UNK = "<|unk|>"
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")  # of foreign tokenizers that do not say
+EOT_NAMES = (
+    EOT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[SEP]",
+)  # of foreign tokenizers that do not say
 SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most ...
-WORD_BYTES = 6 * 10**6  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
+WORD_BYTES = (
+    6 * 10**6
+)  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
 CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
 SEPARATOR = b"\xff"  # is in no UTF-8
-LONGEST_WORD = 4 * 2**20  # characters without a place to cut before a document is refused (bounds memory)
+LONGEST_WORD = (
+    4 * 2**20
+)  # characters without a place to cut before a document is refused (bounds memory)
 
 # A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
 # runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
@@ -37,7 +48,11 @@ _OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
 _WORD = re.compile(rb"\w+|[^\w\s]+")
 _LONG_WORD = re.compile(r"\S{1000}")
 # GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
-_PLAIN = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_PLAIN = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+]
 BYTE_OF = {chr(b): b for b in _PLAIN}
 BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
 
@@ -56,23 +71,37 @@ class Tokenizer:
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self.eot_token = next((name for name in (eot_token, *EOT_NAMES) if name in self.vocabulary), "")
+        self.eot_token = next(
+            (name for name in (eot_token, *EOT_NAMES) if name in self.vocabulary), ""
+        )
         if not self.eot_token:
-            raise DataError("no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token")
+            raise DataError(
+                "no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token"
+            )
         self.eot = self.vocabulary[self.eot_token]
         content = json.loads(stored)
-        model, added, decoder = content["model"], content["added_tokens"], json.dumps(content["decoder"])
+        model, added, decoder = (
+            content["model"],
+            content["added_tokens"],
+            json.dumps(content["decoder"]),
+        )
         unk_id = model.get("unk_id")  # of Unigram; the other models name it
         self.unk_token = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
         self.unk = self.vocabulary.get(self.unk_token or "")
         self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
-        self._marks = [(mark, text) for mark, text in (("▁", " "), ("##", "")) if json.dumps(mark)[1:-1] in decoder]
+        self._marks = [
+            (mark, text)
+            for mark, text in (("▁", " "), ("##", ""))
+            if json.dumps(mark)[1:-1] in decoder
+        ]
         special = {token["id"]: token["content"] for token in added if token["special"]}
         self.special = set(special)
         # Some models (Unigram, WordLevel) find a special token in text all the same: it is then spelled in two parts.
         self._spelled: dict[int, list[int]] = {}
         found = {i: name for i, name in special.items() if i != self.unk and i in self.encode(name)}
-        self._spelled = {i: self.encode(name[:1]) + self.encode(name[1:]) for i, name in found.items()}
+        self._spelled = {
+            i: self.encode(name[:1]) + self.encode(name[1:]) for i, name in found.items()
+        }
         # One id a character or byte, so that any place is a cut.
         plain = content["normalizer"] is None and len(special) == len(added)
         self.atomic = plain and model["type"] == "BPE" and not model["merges"]
@@ -83,10 +112,19 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         config = file.with_name("tokenizer_config.json")
         try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-            return cls(file.read_text(encoding="utf-8"), named["content"] if isinstance(named, dict) else named)
+            named = (
+                json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+                if config.is_file()
+                else None
+            )
+            return cls(
+                file.read_text(encoding="utf-8"),
+                named["content"] if isinstance(named, dict) else named,
+            )
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(f"{file}: not a usable tokenizer ({' '.join(str(error).split())})") from error
+            raise DataError(
+                f"{file}: not a usable tokenizer ({' '.join(str(error).split())})"
+            ) from error
 
     @cached_property
     def text_tokens(self) -> dict[int, str]:
@@ -99,9 +137,17 @@ class Tokenizer:
 
     def files(self) -> dict[str, str]:
         """tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer load it as it is, by name."""
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config |= {"eos_token": self.eot_token} | ({"unk_token": self.unk_token} if self.unk is not None else {})
-        return {"tokenizer.json": self.stored, "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        config |= {"eos_token": self.eot_token} | (
+            {"unk_token": self.unk_token} if self.unk is not None else {}
+        )
+        return {
+            "tokenizer.json": self.stored,
+            "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
+        }
 
     def save(self, folder: str | Path) -> None:
         for name, text in self.files().items():
@@ -111,7 +157,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"character {error.start} of the text is a lone surrogate; rule: Unicode") from error
+            raise DataError(
+                f"character {error.start} of the text is a lone surrogate; rule: Unicode"
+            ) from error
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -150,17 +198,24 @@ class Tokenizer:
         for breaks in _BREAKS:
             for start in (max(0, limit - 2**14), 0):
                 places = [match.start() for match in breaks.finditer(text, start, limit)]
-                found = next((place for place in reversed(places[-256:]) if self._cuts_at(text, place)), 0)
+                found = next(
+                    (place for place in reversed(places[-256:]) if self._cuts_at(text, place)), 0
+                )
                 if found:
                     return found
         return 0
 
     def _cuts_at(self, text: str, place: int) -> bool:
         left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
-        return all(parts(left) + parts(right) == parts(left + right) for parts in (self._words, self.encode))
+        return all(
+            parts(left) + parts(right) == parts(left + right)
+            for parts in (self._words, self.encode)
+        )
 
     def _words(self, text: str) -> list[str]:
-        text = self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
+        text = (
+            self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
+        )
         return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
     def pieces(self, chunks: Iterable[str], where: str, size: int = 2**20) -> Iterator[str]:
@@ -193,9 +248,15 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         if self._tokenizer.byte_level or self._tokenizer.atomic:
-            return self._utf8.decode(self._tokenizer.bytes_of(self._tokenizer.text_tokens.get(token_id, "")))
-        self._ids.append(token_id)  # a decoder may treat the first token apart, so all are decoded again
-        return self._new(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # perhaps the first bytes of a character
+            return self._utf8.decode(
+                self._tokenizer.bytes_of(self._tokenizer.text_tokens.get(token_id, ""))
+            )
+        self._ids.append(
+            token_id
+        )  # a decoder may treat the first token apart, so all are decoded again
+        return self._new(
+            self._tokenizer.decode(self._ids).rstrip("\ufffd")
+        )  # perhaps the first bytes of a character
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True) + self._new(self._tokenizer.decode(self._ids))
@@ -213,7 +274,9 @@ def is_trained_spec(spec: str) -> bool:
         return False
     size = int(spec[4:]) if spec[4:].isascii() and spec[4:].isdigit() else 0
     if size < 257:
-        raise UserError(f"data.tokenizer={spec!r}: bpe:N must have at least 256 bytes and {EOT}; nearest: bpe:257")
+        raise UserError(
+            f"data.tokenizer={spec!r}: bpe:N must have at least 256 bytes and {EOT}; nearest: bpe:257"
+        )
     return True
 
 
@@ -232,7 +295,10 @@ def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
     skeleton = tokenizers.Tokenizer(models.BPE())
     skeleton.pre_tokenizer, skeleton.decoder = _byte_level()
     trainer = trainers.BpeTrainer(
-        vocab_size=int(spec[4:]), special_tokens=[EOT], initial_alphabet=list(BYTE_OF), show_progress=False
+        vocab_size=int(spec[4:]),
+        special_tokens=[EOT],
+        initial_alphabet=list(BYTE_OF),
+        show_progress=False,
     )
     skeleton.train_from_iterator(few_words(sample(pieces)), trainer)
     return Tokenizer(skeleton.to_str(pretty=True), EOT)
@@ -251,7 +317,9 @@ def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[tuple[int, b
     threshold, size = 2**64, 0
     for piece in pieces:
         data = piece.encode()
-        rank = int.from_bytes(hashlib.blake2b(data, digest_size=8, person=b"sample").digest(), "little")
+        rank = int.from_bytes(
+            hashlib.blake2b(data, digest_size=8, person=b"sample").digest(), "little"
+        )
         if rank < threshold:
             kept.append((rank, data))
             size += len(data) + _OVERHEAD
@@ -273,7 +341,9 @@ def few_words(kept: list[tuple[int, bytes]], most: int = WORD_BYTES) -> Iterator
                 place = zlib.crc32(word) % len(seen)
                 most -= 0 if seen[place] else len(word)
                 seen[place] = 1
-            yield _LONG_WORD.sub(r"\g<0>\n", part)  # the trainer takes forever over long words (squared)
+            yield _LONG_WORD.sub(
+                r"\g<0>\n", part
+            )  # the trainer takes forever over long words (squared)
             if most <= 0:
                 return kept.clear()
 
@@ -294,15 +364,21 @@ def load_tokenizer(spec: str) -> Tokenizer:
             hint = f"; the hub gave none either ({type(error).__name__}){hint}"
         else:
             return Tokenizer.load(file)
-    raise UserError(f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}")
+    raise UserError(
+        f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}"
+    )
 
 
-def _assemble(model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]) -> Tokenizer:
+def _assemble(
+    model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]
+) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoder
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
     return Tokenizer(tokenizer.to_str(pretty=True), EOT)
 
 

@@ -31,6 +31,8 @@ def dropout(x_BTD: Tensor, keys_B: Tensor | None, place: int, rate: float) -> Te
     size, dropped = x_BTD[0].numel(), min(round(rate * 65536), 65535)
     counter = torch.arange(-(-size // 4), device=x_BTD.device)
     # The sum is scaled, not the counter: torch.compile takes products of an arange for indices, which it cuts to size.
-    hashes = mix((mix(keys_B + signed(place * GOLDEN))[:, None] + counter) * signed(GOLDEN)).view(torch.int16)
+    hashes = mix((mix(keys_B + signed(place * GOLDEN))[:, None] + counter) * signed(GOLDEN)).view(
+        torch.int16
+    )
     keep_BTD = (hashes[:, :size] >= dropped - 32768).view(x_BTD.shape)
     return torch.where(keep_BTD, x_BTD * (65536 / (65536 - dropped)), 0)

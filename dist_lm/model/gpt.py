@@ -33,7 +33,13 @@ class GPT(nn.Module):
     sinusoid: Tensor
     vocab_padding: Tensor | None
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seq_len: int, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        seq_len: int,
+        activation_checkpointing: bool = False,
+    ):
         super().__init__()
         self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
         self.activation_checkpointing, self.device_type = activation_checkpointing, ""
@@ -43,7 +49,9 @@ class GPT(nn.Module):
         # (Tables name their device: made under torch.device("meta"), they would import half of torch.compile, 1 s.)
         padding_V = torch.zeros(rows, device="cpu")
         padding_V[vocab_size:] = -math.inf
-        self.register_buffer("vocab_padding", padding_V if rows > vocab_size else None, persistent=False)
+        self.register_buffer(
+            "vocab_padding", padding_V if rows > vocab_size else None, persistent=False
+        )
         if config.positions == "learned":
             self.positions = Embedding(seq_len, config.width)
         elif config.positions == "sinusoidal":
@@ -74,7 +82,9 @@ class GPT(nn.Module):
         once a forward, but slower than plain causal attention, whose kernels need none. `cache` is appended to.
         """
         T, seen = tokens_BT.shape[1], 0 if cache is None else cache.length
-        assert isinstance(seen, Tensor) or seen + T <= self.seq_len, f"{seen} + {T} tokens > {self.seq_len}"
+        assert isinstance(seen, Tensor) or seen + T <= self.seq_len, (
+            f"{seen} + {T} tokens > {self.seq_len}"
+        )
         index, mask = torch.arange(T, device=tokens_BT.device), None
         if cache is not None:
             index, mask = cache.place(index)
@@ -93,7 +103,13 @@ class GPT(nn.Module):
         for block in self.blocks:
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x_BTD = checkpoint(
-                    block, x_BTD, rope, mask, dropout_keys_B, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x_BTD,
+                    rope,
+                    mask,
+                    dropout_keys_B,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 x_BTD = block(x_BTD, rope, mask, dropout_keys_B, cache)
@@ -108,7 +124,9 @@ class GPT(nn.Module):
         if targets_BT is None:
             return F.linear(x_BTD, weight_VD)[..., : self.vocab_size].float()
         at_a_time = LOGITS_AT_A_TIME[self.device_type or x_BTD.device.type]
-        return cross_entropy_sum(x_BTD.flatten(0, 1), weight_VD, self.vocab_padding, targets_BT.flatten(), at_a_time)
+        return cross_entropy_sum(
+            x_BTD.flatten(0, 1), weight_VD, self.vocab_padding, targets_BT.flatten(), at_a_time
+        )
 
 
 class Block(nn.Module):
@@ -142,7 +160,9 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.heads, self.kv_heads = layer, config.heads, config.kv_heads
         self.head_width = config.width // config.heads
-        self.qkv = Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias)
+        self.qkv = Linear(
+            config.width, (self.heads + 2 * self.kv_heads) * self.head_width, bias=config.bias
+        )
         self.out = Linear(config.width, config.width, bias=config.bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
@@ -150,7 +170,11 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_width, eps=config.norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: "KVCache | None"
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: "KVCache | None",
     ) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=-2)
@@ -184,7 +208,11 @@ class FeedForward(nn.Module):
         self.down = Linear(config.ffn_width, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD) if self.gated else self.activation(self.up(x_BTD))
+        h_BTF = (
+            self.activation(self.gate(x_BTD)) * self.up(x_BTD)
+            if self.gated
+            else self.activation(self.up(x_BTD))
+        )
         return self.down(h_BTF)  # type: ignore[no-any-return]
 
 
@@ -214,13 +242,19 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
     """Attention over the keys that `mask` allows; without one causal, or for a single query over all keys."""
     causal = mask is None
-    if q_BHTE.shape[2] == 1:  # a branch, because under torch.compile a comparison of lengths is a symbol, not a bool
+    if (
+        q_BHTE.shape[2] == 1
+    ):  # a branch, because under torch.compile a comparison of lengths is a symbol, not a bool
         causal = False
     with attention_kernels(q_BHTE):
         return F.scaled_dot_product_attention(
-            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal,
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask,
+            is_causal=causal,
             enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
-        )  # fmt: skip
+        )
 
 
 def attend_plainly(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
@@ -238,7 +272,12 @@ def attention_kernels(x: Tensor) -> AbstractContextManager[Any]:
     """On H100 and H200 cuDNN's attention is about twice as fast as the default (pytorch #142132)."""
     if not is_hopper(x.device):
         return nullcontext()
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    kernels = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
     return sdpa_kernel(kernels, set_priority=True)
 
 
@@ -276,10 +315,19 @@ class KVCache:
     otherwise slices grow with the text, and rows without padding need no mask.
     """
 
-    def __init__(self, model: GPT, batch: int, capacity: int, pad_B: Tensor | None = None, static: bool = False):
+    def __init__(
+        self,
+        model: GPT,
+        batch: int,
+        capacity: int,
+        pad_B: Tensor | None = None,
+        static: bool = False,
+    ):
         weight, config = model.embed.weight, model.config
         shape = (batch, config.kv_heads, capacity, config.width // config.heads)
-        self.keys = [weight.new_zeros(shape, dtype=compute_dtype(weight)) for _ in range(config.layers)]
+        self.keys = [
+            weight.new_zeros(shape, dtype=compute_dtype(weight)) for _ in range(config.layers)
+        ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.length: Any = torch.zeros((), dtype=torch.long, device=weight.device) if static else 0
         self.pad_B, self.static, self.capacity = pad_B, static, capacity
@@ -289,7 +337,9 @@ class KVCache:
         T, index_T = len(index_T), index_T + self.length
         if self.pad_B is None and not self.static and (T == 1 or self.length == 0):
             return index_T, None
-        slots_S = torch.arange(self.capacity if self.static else self.length + T, device=index_T.device)
+        slots_S = torch.arange(
+            self.capacity if self.static else self.length + T, device=index_T.device
+        )
         mask = slots_S <= index_T[:, None]
         if self.pad_B is None:
             return index_T, mask

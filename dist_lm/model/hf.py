@@ -22,16 +22,40 @@ from dist_lm.model.init import parameter_shapes, unpadded
 
 Json = dict[str, Any]
 
-GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "relu2": "relu2", "silu": "silu"}
-OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}  # its "gelu" is the tanh form
+GPT2_ACTIVATIONS = {
+    "gelu_tanh": "gelu_new",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "silu": "silu",
+}
+OPENAI_ACTIVATIONS = {
+    "gelu_tanh": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}  # its "gelu" is the tanh form
 # Other names that transformers gives to the same functions.
 ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 
-GPT2_BLOCK = {"ln_1": "norm1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.out",
-              "ln_2": "norm2", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"}  # fmt: skip
-LLAMA_BLOCK = {"input_layernorm": "norm1", "self_attn.q_proj": "attn.qkv", "self_attn.k_proj": "attn.qkv",
-               "self_attn.v_proj": "attn.qkv", "self_attn.o_proj": "attn.out", "post_attention_layernorm": "norm2",
-               "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down"}  # fmt: skip
+GPT2_BLOCK = {
+    "ln_1": "norm1",
+    "attn.c_attn": "attn.qkv",
+    "attn.c_proj": "attn.out",
+    "ln_2": "norm2",
+    "mlp.c_fc": "ffn.up",
+    "mlp.c_proj": "ffn.down",
+}
+LLAMA_BLOCK = {
+    "input_layernorm": "norm1",
+    "self_attn.q_proj": "attn.qkv",
+    "self_attn.k_proj": "attn.qkv",
+    "self_attn.v_proj": "attn.qkv",
+    "self_attn.o_proj": "attn.out",
+    "post_attention_layernorm": "norm2",
+    "mlp.gate_proj": "ffn.gate",
+    "mlp.up_proj": "ffn.up",
+    "mlp.down_proj": "ffn.down",
+}
 
 
 class MissingTensor(CheckpointError):
@@ -68,10 +92,22 @@ class Entry:
 
 def family(model: ModelConfig) -> str | None:
     """The transformers family that computes exactly this network, or None."""
-    plain = model.norm == "layernorm" and model.positions != "rope" and model.kv_heads == model.heads
-    if plain and not model.qk_norm and model.norm_placement == "pre" and model.activation in GPT2_ACTIVATIONS:
+    plain = (
+        model.norm == "layernorm" and model.positions != "rope" and model.kv_heads == model.heads
+    )
+    if (
+        plain
+        and not model.qk_norm
+        and model.norm_placement == "pre"
+        and model.activation in GPT2_ACTIVATIONS
+    ):
         return "gpt2"
-    if plain and not model.qk_norm and model.norm_placement == "post" and model.activation in OPENAI_ACTIVATIONS:
+    if (
+        plain
+        and not model.qk_norm
+        and model.norm_placement == "post"
+        and model.activation in OPENAI_ACTIVATIONS
+    ):
         return "openai-gpt" if model.ffn_width == 4 * model.width else None
     llama = (model.norm, model.norm_placement, model.positions) == ("rmsnorm", "pre", "rope")
     return "llama" if llama and model.activation == "swiglu" and not model.qk_norm else None
@@ -87,9 +123,13 @@ def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
     if kind is None:
         return own_layout(model, vocab_size, seq_len)
     # What the family has; what of it we lack is a constant.
-    full = ours if kind == "llama" else shapes(
-        model.model_copy(update={"bias": True, "positions": "learned"}), vocab_size, seq_len
-    )  # fmt: skip
+    full = (
+        ours
+        if kind == "llama"
+        else shapes(
+            model.model_copy(update={"bias": True, "positions": "learned"}), vocab_size, seq_len
+        )
+    )
     entries = []
     for name, param in _names(model, kind):
         if param not in full:
@@ -109,7 +149,9 @@ def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
 
 def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "") -> list[Entry]:
     """Each of our parameters as it is, or the optimizer's tensor `key` of it."""
-    return [own_entry(name, shape, key) for name, shape in shapes(model, vocab_size, seq_len).items()]
+    return [
+        own_entry(name, shape, key) for name, shape in shapes(model, vocab_size, seq_len).items()
+    ]
 
 
 def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
@@ -125,18 +167,36 @@ def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple
 def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
     """(name in the file, our parameter), of all that a family may have."""
     first, blocks, block_names, last = {
-        "gpt2": ({"transformer.wte": "embed", "transformer.wpe": "positions"}, "transformer.h", GPT2_BLOCK,
-                 {"transformer.ln_f": "norm", "lm_head": "head"}),
-        "openai-gpt": ({"transformer.tokens_embed": "embed", "transformer.positions_embed": "positions"},
-                       "transformer.h", GPT2_BLOCK, {"lm_head": "head"}),
-        "llama": ({"model.embed_tokens": "embed"}, "model.layers", LLAMA_BLOCK,
-                  {"model.norm": "norm", "lm_head": "head"}),
-    }[kind]  # fmt: skip
+        "gpt2": (
+            {"transformer.wte": "embed", "transformer.wpe": "positions"},
+            "transformer.h",
+            GPT2_BLOCK,
+            {"transformer.ln_f": "norm", "lm_head": "head"},
+        ),
+        "openai-gpt": (
+            {"transformer.tokens_embed": "embed", "transformer.positions_embed": "positions"},
+            "transformer.h",
+            GPT2_BLOCK,
+            {"lm_head": "head"},
+        ),
+        "llama": (
+            {"model.embed_tokens": "embed"},
+            "model.layers",
+            LLAMA_BLOCK,
+            {"model.norm": "norm", "lm_head": "head"},
+        ),
+    }[kind]
     pairs = list(first.items())
     for i in range(model.layers):
-        pairs += [(f"{blocks}.{i}.{theirs}", f"blocks.{i}.{ours}") for theirs, ours in block_names.items()]
+        pairs += [
+            (f"{blocks}.{i}.{theirs}", f"blocks.{i}.{ours}") for theirs, ours in block_names.items()
+        ]
     pairs += last.items()
-    return [(f"{theirs}.{what}", f"{ours}.{what}") for theirs, ours in pairs for what in ("weight", "bias")]
+    return [
+        (f"{theirs}.{what}", f"{ours}.{what}")
+        for theirs, ours in pairs
+        for what in ("weight", "bias")
+    ]
 
 
 def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
@@ -151,16 +211,25 @@ def constant(entry: Entry) -> Tensor:
 
 
 def import_tensors(
-    model: ModelConfig, vocab_size: int, seq_len: int, get: Callable[[str], Any], entries: list[Entry] | None = None
+    model: ModelConfig,
+    vocab_size: int,
+    seq_len: int,
+    get: Callable[[str], Any],
+    entries: list[Entry] | None = None,
 ) -> dict[str, Tensor]:
     """Our state dict, fp32, from a file of `layout`, or of other entries. `get` reads by name, or raises KeyError."""
-    state = {name: torch.zeros(shape) for name, shape in parameter_shapes(model, vocab_size, seq_len).items()}
+    state = {
+        name: torch.zeros(shape)
+        for name, shape in parameter_shapes(model, vocab_size, seq_len).items()
+    }
     for entry in entries or layout(model, vocab_size, seq_len):
         import_part(entry, get, state[entry.param].view(-1) if entry.param else None, 0, model)
     return state
 
 
-def import_part(entry: Entry, get: Callable[[str], Any], out: Tensor | None, start: int, model: ModelConfig) -> None:
+def import_part(
+    entry: Entry, get: Callable[[str], Any], out: Tensor | None, start: int, model: ModelConfig
+) -> None:
     """Copy what an entry's tensor says of elements [start, start + len(out)) of its flattened parameter.
 
     `get` gives a tensor, or a slice of safetensors that reads only the rows asked for. Constants are compared.
@@ -172,10 +241,14 @@ def import_part(entry: Entry, get: Callable[[str], Any], out: Tensor | None, sta
     tensor = _find(entry.name, get)
     shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     if shape != entry.shape:
-        raise CheckpointError(f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}")
+        raise CheckpointError(
+            f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}"
+        )
     if out is None:
         if not torch.allclose(tensor[:].float(), constant(entry), rtol=0, atol=1e-6):
-            field, good = ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
+            field, good = (
+                ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
+            )
             raise CheckpointError(
                 f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}"
             )
@@ -198,7 +271,9 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
             return get(candidate)
         except KeyError:
             continue
-    raise MissingTensor(f"the model file lacks {name}; rule: it holds every tensor that its config.json implies")
+    raise MissingTensor(
+        f"the model file lacks {name}; rule: it holds every tensor that its config.json implies"
+    )
 
 
 # --- config.json
@@ -206,27 +281,63 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
 
 def config_json(model: ModelConfig, vocab_size: int, seq_len: int, eot_id: int | None) -> Json:
     """The config.json that makes AutoModelForCausalLM build this network."""
-    common: Json = {"vocab_size": vocab_size, "bos_token_id": eot_id, "eos_token_id": eot_id, "dtype": "float32"}
+    common: Json = {
+        "vocab_size": vocab_size,
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "dtype": "float32",
+    }
     kind = family(model)
     if kind is None:
-        return {"model_type": "dist_lm", "architectures": ["GPT"], **common, "seq_len": seq_len,
-                "model": model.model_dump(mode="json")}  # fmt: skip
+        return {
+            "model_type": "dist_lm",
+            "architectures": ["GPT"],
+            **common,
+            "seq_len": seq_len,
+            "model": model.model_dump(mode="json"),
+        }
     common |= {"model_type": kind, "tie_word_embeddings": model.tie_embeddings}
     if kind == "llama":
         rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        return {**common, "architectures": ["LlamaForCausalLM"], "hidden_size": model.width,
-                "intermediate_size": model.ffn_width, "num_hidden_layers": model.layers,
-                "num_attention_heads": model.heads, "num_key_value_heads": model.kv_heads,
-                "head_dim": model.width // model.heads, "hidden_act": "silu", "max_position_embeddings": seq_len,
-                "rms_norm_eps": model.norm_eps, "rope_parameters": rope, "rope_theta": model.rope_theta,
-                "attention_bias": model.bias, "mlp_bias": model.bias}  # fmt: skip
-    common |= {"n_positions": seq_len, "n_embd": model.width, "n_layer": model.layers, "n_head": model.heads,
-               "layer_norm_epsilon": model.norm_eps, "embd_pdrop": model.dropout, "resid_pdrop": model.dropout,
-               "attn_pdrop": 0.0}  # fmt: skip
+        return {
+            **common,
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": model.width,
+            "intermediate_size": model.ffn_width,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
+            "head_dim": model.width // model.heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": seq_len,
+            "rms_norm_eps": model.norm_eps,
+            "rope_parameters": rope,
+            "rope_theta": model.rope_theta,
+            "attention_bias": model.bias,
+            "mlp_bias": model.bias,
+        }
+    common |= {
+        "n_positions": seq_len,
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "layer_norm_epsilon": model.norm_eps,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+        "attn_pdrop": 0.0,
+    }
     if kind == "openai-gpt":
-        return {**common, "architectures": ["OpenAIGPTLMHeadModel"], "afn": OPENAI_ACTIVATIONS[model.activation]}
-    return {**common, "architectures": ["GPT2LMHeadModel"], "n_inner": model.ffn_width,
-            "activation_function": GPT2_ACTIVATIONS[model.activation]}  # fmt: skip
+        return {
+            **common,
+            "architectures": ["OpenAIGPTLMHeadModel"],
+            "afn": OPENAI_ACTIVATIONS[model.activation],
+        }
+    return {
+        **common,
+        "architectures": ["GPT2LMHeadModel"],
+        "n_inner": model.ffn_width,
+        "activation_function": GPT2_ACTIVATIONS[model.activation],
+    }
 
 
 def generation_config_json(eot_id: int | None) -> Json:
@@ -241,7 +352,7 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
         raise CheckpointError(
             f"config.json: model_type={kind!r} must be one of {', '.join(_KINDS)};"
             f" nearest: {nearest(kind, _KINDS) or 'llama'}"
-        )  # fmt: skip
+        )
     _require(config, "quantization_config", None, None)
     reader, vocab_size, field, seq_len = _KINDS[kind]
     try:
@@ -250,9 +361,13 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
-        raise CheckpointError(f"config.json: cannot be a model of ours:{where} {first['msg']}") from None
+        raise CheckpointError(
+            f"config.json: cannot be a model of ours:{where} {first['msg']}"
+        ) from None
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"config.json: not as transformers or dist_lm write it ({error!r})") from None
+        raise CheckpointError(
+            f"config.json: not as transformers or dist_lm write it ({error!r})"
+        ) from None
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:
@@ -262,7 +377,7 @@ def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any)
         raise CheckpointError(
             f"config.json: {field}={value!r} is not supported; rule: one of {', '.join(map(repr, allowed))};"
             f" nearest: {allowed[0]!r}"
-        )  # fmt: skip
+        )
     return value
 
 
@@ -279,12 +394,18 @@ def _from_gpt2(config: Json) -> Json:
     _require(config, "add_cross_attention", False, False)
     width = config.get("n_embd", 768)
     return {
-        "layers": config.get("n_layer", 12), "heads": config.get("n_head", 12), "width": width,
-        "ffn_width": (not post and config.get("n_inner")) or 4 * width, "positions": "learned", "norm": "layernorm",
-        "norm_placement": "post" if post else "pre", "bias": True, "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "layers": config.get("n_layer", 12),
+        "heads": config.get("n_head", 12),
+        "width": width,
+        "ffn_width": (not post and config.get("n_inner")) or 4 * width,
+        "positions": "learned",
+        "norm": "layernorm",
+        "norm_placement": "post" if post else "pre",
+        "bias": True,
+        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
         "activation": next(ours for ours, name in names.items() if name == activation),
         "tie_embeddings": config.get("tie_word_embeddings", True),
-    }  # fmt: skip
+    }
 
 
 def _from_llama(config: Json) -> Json:
@@ -299,12 +420,20 @@ def _from_llama(config: Json) -> Json:
         _require(rope, field, "default", "default")
     _require(rope, "partial_rotary_factor", 1.0, 1.0)
     return {
-        "layers": config.get("num_hidden_layers", 32), "heads": heads, "width": width, "bias": bias,
-        "kv_heads": config.get("num_key_value_heads") or heads, "ffn_width": config.get("intermediate_size", 11008),
-        "positions": "rope", "norm": "rmsnorm", "norm_placement": "pre", "activation": "swiglu",
-        "norm_eps": config.get("rms_norm_eps", 1e-6), "tie_embeddings": config.get("tie_word_embeddings", False),
+        "layers": config.get("num_hidden_layers", 32),
+        "heads": heads,
+        "width": width,
+        "bias": bias,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "ffn_width": config.get("intermediate_size", 11008),
+        "positions": "rope",
+        "norm": "rmsnorm",
+        "norm_placement": "pre",
+        "activation": "swiglu",
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
         "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-    }  # fmt: skip
+    }
 
 
 # How a config.json is read; its vocabulary where it leaves that out; its field for the context, and that left out.

@@ -31,15 +31,21 @@ def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
             part.normal_(0, shape[1] ** -0.5, generator=generator)
         else:  # GPT-2, section 2.3: the sum of 2 x layers branches keeps its size
             onto_residual = name.endswith(("attn.out.weight", "ffn.down.weight"))
-            part.normal_(0, 0.02 * (2 * config.layers) ** (-0.5 if onto_residual else 0), generator=generator)
+            part.normal_(
+                0, 0.02 * (2 * config.layers) ** (-0.5 if onto_residual else 0), generator=generator
+            )
     return value
 
 
 @cache  # a GPT is built for it
-def parameter_shapes(config: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(
+    config: ModelConfig, vocab_size: int, seq_len: int
+) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, the vocabulary padded, without memory for them."""
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(config, vocab_size, seq_len).named_parameters()}
+        return {
+            name: tuple(p.shape) for name, p in GPT(config, vocab_size, seq_len).named_parameters()
+        }
 
 
 def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
@@ -48,7 +54,9 @@ def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, .
 
 
 @torch.no_grad()
-def init_weights(model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None) -> None:
+def init_weights(
+    model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None
+) -> None:
     """Initial weights for all parameters, or for `parts` of them, flat: name, first element, where to put them."""
     shapes = parameter_shapes(model.config, model.vocab_size, model.seq_len)
     if parts is None:

@@ -19,7 +19,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def cross_entropy_sum(
-    x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor, logits_at_a_time: int = 2**24
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    padding_V: Tensor | None,
+    targets_N: Tensor,
+    logits_at_a_time: int = 2**24,
 ) -> Tensor:
     """Sum of -log softmax(x W' + padding)[target] over targets != -100, in fp32."""
     parts = -(-len(x_ND) * len(weight_VD) // logits_at_a_time)
@@ -41,7 +45,13 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, padding_V: Tensor | None, targets_N: Tensor, rows: int, grad: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        padding_V: Tensor | None,
+        targets_N: Tensor,
+        rows: int,
+        grad: bool,
     ) -> Tensor:
         dtype = compute_dtype(x_ND)
         w_VD, padding_V = weight_VD.to(dtype), None if padding_V is None else padding_V.to(dtype)
@@ -55,9 +65,13 @@ class _ChunkedCrossEntropySum(torch.autograd.Function):
         for start in range(0, len(x_ND), rows):
             x_CD, labels_C1 = masked_ND[start : start + rows], labels_N1[start : start + rows]
             logp_CV = F.linear(x_CD, w_VD, padding_V).log_softmax(-1, dtype=torch.float)
-            loss += F.nll_loss(logp_CV, targets_N[start : start + rows], ignore_index=NO_TARGET, reduction="sum")
+            loss += F.nll_loss(
+                logp_CV, targets_N[start : start + rows], ignore_index=NO_TARGET, reduction="sum"
+            )
             if grad:  # softmax - one-hot
-                grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, minus_one_C1[: len(x_CD)]).to(dtype)
+                grad_CV = (
+                    logp_CV.exp_().scatter_add_(1, labels_C1, minus_one_C1[: len(x_CD)]).to(dtype)
+                )
                 grad_x_ND[start : start + rows] = grad_CV @ w_VD
                 if dtype == grad_w_VD.dtype:
                     grad_w_VD.addmm_(grad_CV.T, x_CD)

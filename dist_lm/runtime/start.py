@@ -31,7 +31,10 @@ def hold_folder(runtime: Runtime) -> None:
 
 
 def start(
-    config: Config, launch: str | None = None, attempt: Attempt | None = None, examining: bool = False
+    config: Config,
+    launch: str | None = None,
+    attempt: Attempt | None = None,
+    examining: bool = False,
 ) -> Runtime:
     """Join the other processes, check that they are the ones asked for and see the same as we do. All ranks.
 
@@ -41,10 +44,15 @@ def start(
     attempt = attempt or Attempt(Path(config.run.dir))
     refuse_silent_single()
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise SecurityError("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it")
+        raise SecurityError(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
+        )
     _check_trackers(config.run.trackers)
     strategy = zero.choose_strategy(launch)
-    no_gpu, local_world = not torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    no_gpu, local_world = (
+        not torch.cuda.is_available(),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_seconds))
@@ -56,7 +64,9 @@ def start(
                 f" dist_lm/train.py --launch {launch} ..."
             )
         zero.refuse_combinations(strategy, config)
-        settings = zero.engine_config(strategy, config, batch_layout(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        settings = zero.engine_config(
+            strategy, config, batch_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
+        )
         plugin = zero.plugin(settings)
         process_group.backend = "gloo" if no_gpu else "nccl"
     # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
@@ -90,7 +100,9 @@ def start(
 def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
     """Cores and memory on a CPU; on GPUs a word about those that stay idle."""
     if not torch.cuda.is_available():
-        torch.set_num_threads(threads)  # launchers set OMP_NUM_THREADS=1; share the cores out instead
+        torch.set_num_threads(
+            threads
+        )  # launchers set OMP_NUM_THREADS=1; share the cores out instead
         # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next step, instead of
         # handing their pages back and fetching them anew each time.
         torch.empty(2**25 - 2**16, dtype=torch.uint8)
@@ -106,14 +118,22 @@ def _check_trackers(names: tuple[str, ...]) -> None:
     known = [str(name) for name in LoggerType.list() if name != "all"]
     for name in names:
         if name not in known:
-            raise UserError(f"run.trackers={name} must be one of {', '.join(known)}{did_you_mean(name, known)}")
+            raise UserError(
+                f"run.trackers={name} must be one of {', '.join(known)}{did_you_mean(name, known)}"
+            )
         if name not in [str(tracker) for tracker in get_available_trackers()]:
-            raise UserError(f"run.trackers={name} is not installed; rule: pip install {name}; nearest: tensorboard")
+            raise UserError(
+                f"run.trackers={name} is not installed; rule: pip install {name}; nearest: tensorboard"
+            )
 
 
 def refuse_silent_single() -> None:
     """Accelerate without a config file starts ONE process on CPU whatever --num_processes says."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if (
+        "MASTER_ADDR" in os.environ
+        and "WORLD_SIZE" not in os.environ
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
         raise UserError(
             "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
             " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
@@ -126,7 +146,9 @@ def _prove_world(runtime: Runtime) -> None:
     if runtime.world_size != asked:
         raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
     ranks = runtime.sum(torch.tensor([1.0, runtime.rank], device=runtime.device)).tolist()
-    assert ranks == [asked, asked * (asked - 1) / 2], f"the exchange between {asked} ranks is broken: {ranks}"
+    assert ranks == [asked, asked * (asked - 1) / 2], (
+        f"the exchange between {asked} ranks is broken: {ranks}"
+    )
 
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
@@ -135,17 +157,21 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
     first_host, first = seen[0]
     for rank, (host, own) in enumerate(seen):
         for name in first:
-            if own[name] != first[name]:  # settings come first: with the same ones, the names are the same too
+            if (
+                own[name] != first[name]
+            ):  # settings come first: with the same ones, the names are the same too
                 kind_of_error = DataError if name.startswith("data.") else UserError
                 raise kind_of_error(
                     f"rank {rank} on {host} has {name} {own[name]}, rank 0 on {first_host} has {first[name]};"
                     " rule: the same on every node"
-                )  # fmt: skip
+                )
 
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
     code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
-    inputs = [spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()]
+    inputs = [
+        spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()
+    ]
     return {
         "settings (by hash)": _short_hash(config.to_yaml().encode()),
         "dist_lm": f"{__version__} ({_short_hash(code)})",
@@ -158,7 +184,11 @@ def _as_seen_here(path: Path) -> str:
     """A hash of names and sizes."""
     if not path.exists():
         return "(absent)"
-    listed = sorted((f.name, f.stat().st_size) for f in path.iterdir()) if path.is_dir() else path.stat().st_size
+    listed = (
+        sorted((f.name, f.stat().st_size) for f in path.iterdir())
+        if path.is_dir()
+        else path.stat().st_size
+    )
     return _short_hash(str(listed).encode())
 
 
@@ -180,7 +210,12 @@ def _watch_over(runtime: Runtime, config: Config) -> None:
     """From here on a rank that vanishes is named. All ranks."""
     name = runtime.channel.gather(secrets.token_hex(8))[0]
     runtime.watch = Watchdog(
-        runtime.rank, runtime.world_size, name, config.run.timeout_seconds, lambda: runtime._sums, runtime.end_at_once
+        runtime.rank,
+        runtime.world_size,
+        name,
+        config.run.timeout_seconds,
+        lambda: runtime._sums,
+        runtime.end_at_once,
     )
     runtime.barrier()
     runtime.watch.start()

@@ -43,9 +43,13 @@ class Runtime:
     """Who this process is, and the few operations whose meaning depends on how many there are."""
 
     def __init__(
-        self, accelerator: Accelerator, config: Config, strategy: Strategy, settings: dict[str, Any] | None,
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        strategy: Strategy,
+        settings: dict[str, Any] | None,
         attempt: Attempt,
-    ):  # fmt: skip
+    ):
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -56,7 +60,9 @@ class Runtime:
         self.engine: zero.Engine | None = None
         self.channel = Channel(self.rank, self.world_size, self.device)
         # Groups of their own: messages of checkpoints and of data never mix with training's.
-        self.background, self.reading = (Channel(self.rank, self.world_size, torch.device("cpu")) for _ in range(2))
+        self.background, self.reading = (
+            Channel(self.rank, self.world_size, torch.device("cpu")) for _ in range(2)
+        )
         for channel in (self.background, self.reading) if self.world_size > 1 else ():
             channel.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
@@ -72,7 +78,11 @@ class Runtime:
         return zero.construction(self.settings)
 
     def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, shapes: Mapping[str, tuple[int, ...]], config: Config
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shapes: Mapping[str, tuple[int, ...]],
+        config: Config,
     ) -> nn.Module:
         """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All ranks.
 
@@ -82,11 +92,15 @@ class Runtime:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if self.settings is None:
             model.to(self.device)
-        for table in model.buffers():  # DeepSpeed leaves them where a model built in slices has them
+        for (
+            table
+        ) in model.buffers():  # DeepSpeed leaves them where a model built in slices has them
             table.data = table.data.to(self.device)
         if config.run.compile:
             model.compile()  # in place, so that parameter names stay
-        with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, older ones know no other name
+        with (
+            warnings.catch_warnings()
+        ):  # torch 2.13 renames broadcast_buffers, older ones know no other name
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             if self.settings is None:
                 self.model: Any = self.accelerator.prepare_model(model)
@@ -105,7 +119,9 @@ class Runtime:
         """Tell Muon which rank holds what of its matrices, and how to pass them around. All ranks."""
         assert self.engine
         lengths = {name: [0] * self.world_size for name in shapes}
-        for rank, owned in enumerate(self.channel.gather([[h.name, h.stop - h.start] for h in self.owned()])):
+        for rank, owned in enumerate(
+            self.channel.gather([[h.name, h.stop - h.start] for h in self.owned()])
+        ):
             for name, length in owned:
                 lengths[name][rank] = length
         names = {parameter: name for name, parameter in self.bare.named_parameters()}
@@ -179,7 +195,9 @@ class Runtime:
             return contextlib.nullcontext()
         # Under ZeRO-3 the cache would keep a whole bf16 copy of weights that are held in slices.
         sliced = self.engine is not None and self.engine.stage == 3
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.precision], cache_enabled=not sliced)
+        return torch.autocast(
+            self.device.type, dtype=_AUTOCAST[self.precision], cache_enabled=not sliced
+        )
 
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient. Averaged over ranks later, so the loss is multiplied by their number first."""
@@ -200,7 +218,9 @@ class Runtime:
 
     def _step(self, clip: float) -> Tensor:
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, clip or float("inf"), foreach=self.device.type == "cuda")
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters, clip or float("inf"), foreach=self.device.type == "cuda"
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,7 +238,9 @@ class Runtime:
     def with_stop(self, number: int) -> Tensor:
         """A number of this rank, whether it was told to stop, whether it lost the folder: for the ranks to add up."""
         is_lost = bool(self.attempt.lock.lost)
-        return torch.tensor([number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device)
+        return torch.tensor(
+            [number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device
+        )
 
     def refuse_lost_folder(self, is_lost: float) -> None:
         """Raise if rank 0 is no longer the one that holds the run folder. All ranks, with what they agreed on."""
@@ -244,7 +266,10 @@ class Runtime:
             except UserError as error:
                 outcome["error"], outcome["code"] = str(error), error.code
             except BaseException as error:
-                outcome["error"], outcome["code"] = f"{type(error).__name__}: {error}", CODES["retryable"]
+                outcome["error"], outcome["code"] = (
+                    f"{type(error).__name__}: {error}",
+                    CODES["retryable"],
+                )
                 raise
 
         worker = threading.Thread(target=run, daemon=True) if self.is_main else None
@@ -253,7 +278,9 @@ class Runtime:
         while True:
             if worker:
                 worker.join(1.0)
-            busy, stop, is_lost = self.sum(self.with_stop(bool(worker and worker.is_alive()))).tolist()
+            busy, stop, is_lost = self.sum(
+                self.with_stop(bool(worker and worker.is_alive()))
+            ).tolist()
             self.refuse_lost_folder(is_lost)
             if not busy:
                 break
@@ -300,9 +327,13 @@ class Runtime:
 
     def start_trackers(self, config: Config) -> None:
         """TensorBoard and others through Accelerate, which works on rank 0 alone. A failing one never stops a run."""
-        flat = {key: str(value) for key, value in config.flat().items()}  # TensorBoard refuses nested values
+        flat = {
+            key: str(value) for key, value in config.flat().items()
+        }  # TensorBoard refuses nested values
         try:
-            self.accelerator.init_trackers(os.path.basename(os.path.normpath(config.run.dir)), config=flat)
+            self.accelerator.init_trackers(
+                os.path.basename(os.path.normpath(config.run.dir)), config=flat
+            )
         except Exception as error:
             self.say(f"warning: tracking is off, the run goes on: {type(error).__name__}: {error}")
 
@@ -325,7 +356,11 @@ class Runtime:
                 self.attempt.record("retryable", reason)
             self.attempt.lock.release()
 
-        print(f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(10)  # the run folder's host may be what is gone

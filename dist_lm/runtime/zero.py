@@ -31,8 +31,13 @@ from dist_lm.optim import MatrixSlice
 LAUNCH_FILES = Path(__file__).parents[2] / "launch"
 BUCKET = 50_000_000  # elements reduced or gathered at once
 # All that a launch file says of DeepSpeed.
-_KEYS = ("zero_stage", "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path",
-         "offload_param_nvme_path")  # fmt: skip
+_KEYS = (
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+)
 # What the optimizers need of a parameter: elementwise ones work on any slice, Muon collects its matrices.
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
 
@@ -51,7 +56,9 @@ class Strategy:
         if not self.stage:
             return "single" if world_size == 1 else "ddp"
         devices = (self.optimizer_device, self.param_device)
-        return f"zero{self.stage}" + ("-nvme" if "nvme" in devices else "-offload" if "cpu" in devices else "")
+        return f"zero{self.stage}" + (
+            "-nvme" if "nvme" in devices else "-offload" if "cpu" in devices else ""
+        )
 
 
 def choose_strategy(launch: str | None) -> Strategy:
@@ -61,7 +68,10 @@ def choose_strategy(launch: str | None) -> Strategy:
         return given
     wanted = _from_file(launch)
     # accelerate hands on all that its file says but the folder.
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and replace(wanted, nvme_path=given.nvme_path) != given:
+    if (
+        "ACCELERATE_MIXED_PRECISION" in os.environ
+        and replace(wanted, nvme_path=given.nvme_path) != given
+    ):
         raise UserError(
             f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one of the two; leave"
             " out --launch, or give that file to --config_file"
@@ -73,7 +83,11 @@ def _from_environment() -> Strategy:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         return Strategy()
     prefix = "ACCELERATE_DEEPSPEED_"
-    given = {name.removeprefix(prefix).lower(): value for name, value in os.environ.items() if name.startswith(prefix)}
+    given = {
+        name.removeprefix(prefix).lower(): value
+        for name, value in os.environ.items()
+        if name.startswith(prefix)
+    }
     if given.get("config_file", "none") != "none":
         raise UserError(
             "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the launch file, as in"
@@ -84,7 +98,11 @@ def _from_environment() -> Strategy:
 
 def _from_file(launch: str) -> Strategy:
     """The strategy of a file of launch/, by name or path, where accelerate did not start the ranks."""
-    path = LAUNCH_FILES / f"{launch}.yaml" if "/" not in launch and not launch.endswith(".yaml") else Path(launch)
+    path = (
+        LAUNCH_FILES / f"{launch}.yaml"
+        if "/" not in launch and not launch.endswith(".yaml")
+        else Path(launch)
+    )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind, inside = str(content["distributed_type"]), content.get("deepspeed_config") or {}
@@ -96,10 +114,14 @@ def _from_file(launch: str) -> Strategy:
         ) from error
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED")
     if kind not in kinds:
-        raise UserError(f"{path}: distributed_type={kind} must be one of {', '.join(kinds)}{did_you_mean(kind, kinds)}")
+        raise UserError(
+            f"{path}: distributed_type={kind} must be one of {', '.join(kinds)}{did_you_mean(kind, kinds)}"
+        )
     for key in set(inside) - set(_KEYS):
-        raise UserError(f"{path}: deepspeed_config.{key} is not read; rule: only {', '.join(_KEYS)}"
-                        f"{did_you_mean(key, _KEYS)}")  # fmt: skip
+        raise UserError(
+            f"{path}: deepspeed_config.{key} is not read; rule: only {', '.join(_KEYS)}"
+            f"{did_you_mean(key, _KEYS)}"
+        )
     return _strategy(inside) if kind == "DEEPSPEED" else Strategy()
 
 
@@ -109,7 +131,11 @@ def _strategy(given: Mapping[str, Any]) -> Strategy:
     if stage not in ("1", "2", "3"):
         raise UserError(f"zero_stage={stage} of the launch file must be 1, 2 or 3; nearest: 2")
     to_disk = "nvme" in (optimizer_device, param_device)
-    folder = next((path for path in paths if path != "none"), tempfile.gettempdir()) if to_disk else "none"
+    folder = (
+        next((path for path in paths if path != "none"), tempfile.gettempdir())
+        if to_disk
+        else "none"
+    )
     return Strategy(int(stage), optimizer_device, param_device, folder)
 
 
@@ -126,7 +152,10 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
             f"optim.name={optimizer} is not available under {name}: it keeps statistics of whole matrices, which ZeRO"
             f" cuts to pieces; rule: one of {', '.join(OPTIMIZERS)}; nearest: adamw"
         )
-    if optimizer != "adamw" and (strategy.optimizer_device, strategy.param_device) != ("none", "none"):
+    if optimizer != "adamw" and (strategy.optimizer_device, strategy.param_device) != (
+        "none",
+        "none",
+    ):
         raise UserError(
             f"optim.name={optimizer} is not available under {name}: only AdamW was tried with offload; nearest: adamw"
         )
@@ -135,9 +164,12 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
 def engine_config(strategy: Strategy, config: Config, layout: BatchLayout) -> dict[str, Any]:
     """DeepSpeed's settings: stage and offload from the launch file, everything else from the run's config."""
     zero: dict[str, Any] = {
-        "stage": strategy.stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET,
-        "stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 10 * config.model.width,
-    }  # fmt: skip
+        "stage": strategy.stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_param_persistence_threshold": 10 * config.model.width,
+    }
     # DeepSpeed's files have fixed names: two runs in one folder would write over each other's.
     folder = f"dist_lm-{hashlib.sha256(os.path.abspath(config.run.dir).encode()).hexdigest()[:12]}"
     for of, device in (("optimizer", strategy.optimizer_device), ("param", strategy.param_device)):
@@ -146,13 +178,22 @@ def engine_config(strategy: Strategy, config: Config, layout: BatchLayout) -> di
         if device == "nvme":
             zero[f"offload_{of}"]["nvme_path"] = os.path.join(strategy.nvme_path, folder)
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": layout.micro_batch, "gradient_accumulation_steps": layout.accumulation,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
         "train_batch_size": layout.micro_batch * layout.accumulation * layout.world_size,
-        "gradient_clipping": config.optim.clip, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.optim.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW, on whatever device: no extension to compile
-    }  # fmt: skip
-    if config.run.precision == "bf16":  # as DDP does it: fp32 weights and gradients, no module in bf16 for good
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    }
+    if (
+        config.run.precision == "bf16"
+    ):  # as DDP does it: fp32 weights and gradients, no module in bf16 for good
+        settings["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }
     return settings
 
 
@@ -186,17 +227,26 @@ def _build_async_io() -> None:
 
     builder = AsyncIOBuilder()
     if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
-        raise UserError("zero3-nvme compiles an extension; rule: the CUDA toolkit is installed; nearest: zero3-offload")
+        raise UserError(
+            "zero3-nvme compiles an extension; rule: the CUDA toolkit is installed; nearest: zero3-offload"
+        )
     if not builder.is_compatible(verbose=False):
         raise UserError(
             "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt install libaio-dev;"
             " nearest: zero3-offload"
         )
     # DeepSpeed builds the second with the first.
-    folders = [Path(cpp_extension._get_build_directory(name, verbose=False)) for name in (builder.name, "pin_memory")]
+    folders = [
+        Path(cpp_extension._get_build_directory(name, verbose=False))
+        for name in (builder.name, "pin_memory")
+    ]
     with only_builder(folders):
         if not any(folders[0].glob("*.so")):
-            print("building DeepSpeed's async I/O, once on this host: some minutes", file=sys.stderr, flush=True)
+            print(
+                "building DeepSpeed's async I/O, once on this host: some minutes",
+                file=sys.stderr,
+                flush=True,
+            )
         # ninja lies beside Python where an environment is used without being activated.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         builder.load(verbose=False)
@@ -214,7 +264,9 @@ def only_builder(folders: Sequence[Path], wait_seconds: float = 900.0) -> Iterat
             file.seek(0)
             who = f"process {file.read()}"
             if time.monotonic() - began > wait_seconds:
-                raise RetryableError(f"{folders[0]}: {who} builds for {wait_seconds:.0f} s already; rule: end it")
+                raise RetryableError(
+                    f"{folders[0]}: {who} builds for {wait_seconds:.0f} s already; rule: end it"
+                )
             if not told:
                 print(f"waiting until {who} has built in {folders[0]}", file=sys.stderr, flush=True)
             told = True
@@ -261,14 +313,25 @@ class Engine:
         believed_and_asked = {
             "stage": (wrapped.zero_optimization_stage(), self.stage),
             "optimizer": (type(self.zero).__name__, kind),
-            "weights cast to bf16 or fp16": (wrapped.bfloat16_enabled() or wrapped.fp16_enabled(), False),
+            "weights cast to bf16 or fp16": (
+                wrapped.bfloat16_enabled() or wrapped.fp16_enabled(),
+                False,
+            ),
             "torch_autocast": (wrapped.torch_autocast_enabled(), "torch_autocast" in settings),
         }
-        for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-                     "gradient_clipping"):  # fmt: skip
+        for name in (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+        ):
             believed_and_asked[name] = (getattr(wrapped, name)(), settings[name])
-        different = [f"{name}: {a!r}, not {b!r}" for name, (a, b) in believed_and_asked.items() if a != b]
-        assert not different, f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
+        different = [
+            f"{name}: {a!r}, not {b!r}" for name, (a, b) in believed_and_asked.items() if a != b
+        ]
+        assert not different, (
+            f"DeepSpeed runs with other settings than asked for: {'; '.join(different)}"
+        )
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.wrapped.set_gradient_accumulation_boundary(last)
@@ -278,12 +341,18 @@ class Engine:
         """Clip, update, forget the gradients; the norm before clipping, infinite if the update was left out."""
         self.wrapped.step()
         norm = self.wrapped.get_global_grad_norm()
-        return torch.as_tensor(norm, device=self.wrapped.device).detach()  # with offload it comes on the CPU
+        return torch.as_tensor(
+            norm, device=self.wrapped.device
+        ).detach()  # with offload it comes on the CPU
 
     def flats(self) -> list[Tensor]:
         """The fp32 pieces of this rank that the optimizer works on, one a group."""
         found: list[Tensor]
-        found = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        found = (
+            self.zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self.zero.single_partition_of_fp32_groups
+        )
         return found
 
     def opened(self) -> Iterator[Sequence[int]]:
@@ -306,13 +375,21 @@ class Engine:
                 self.zero._optimizer_states_and_gradient_swap_out(number)
 
     def slices(
-        self, shapes: Mapping[str, tuple[int, ...]], names: Mapping[nn.Parameter, str], lengths: Mapping[str, list[int]]
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        names: Mapping[nn.Parameter, str],
+        lengths: Mapping[str, list[int]],
     ) -> dict[Tensor, list[MatrixSlice]]:
         """What each flat piece holds of which parameter, for an optimizer that needs whole ones."""
         groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
-        places = {name: at for name, _, at, _ in self._places((name, p) for p, name in names.items())}
+        places = {
+            name: at for name, _, at, _ in self._places((name, p) for p, name in names.items())
+        }
         return {
-            flat: [MatrixSlice(shapes[names[p]], places.get(names[p], 0), tuple(lengths[names[p]])) for p in group]
+            flat: [
+                MatrixSlice(shapes[names[p]], places.get(names[p], 0), tuple(lengths[names[p]]))
+                for p in group
+            ]
             for flat, group in zip(self.flats(), groups, strict=True)
         }
 
@@ -335,7 +412,9 @@ class Engine:
             for name, (number, start), at, size in places:
                 if number in numbers:
                     flat = self.flats()[number]
-                    yield OwnedSlice.part(name, start, size, flat, self.zero.optimizer.state.get(flat, {}), at)
+                    yield OwnedSlice.part(
+                        name, start, size, flat, self.zero.optimizer.state.get(flat, {}), at
+                    )
 
     def _places(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]]

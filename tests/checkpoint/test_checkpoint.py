@@ -71,18 +71,27 @@ def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> 
 def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, 3, trained)
     assert sorted(verify(folder)["files"]) == [
-        "config.json", "model.safetensors", "optimizer-00001-of-00001.safetensors", "state.json", "tokenizer.json",
+        "config.json",
+        "model.safetensors",
+        "optimizer-00001-of-00001.safetensors",
+        "state.json",
+        "tokenizer.json",
         "tokenizer_config.json",
-    ]  # fmt: skip
+    ]
     model, optimizer, _ = trained
     again, tokenizer, found = read_model(str(tmp_path))
     assert found == folder and tokenizer.vocab_size == 257
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     other = make_optimizer(again, OptimConfig(), "fp32")
     create_state(other)
     restore(folder, MODEL, 257, SEQ_LEN, owned(again, other), optimizer=True)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
-        assert all(torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p])
+        assert all(
+            torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p]
+        )
 
 
 def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
@@ -95,7 +104,9 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
     assert len(files) > 2
     for file in files:
         tensors = load_file(file)
-        assert {name for name, where in index["weight_map"].items() if where == file.name} == set(tensors)
+        assert {name for name, where in index["weight_map"].items() if where == file.name} == set(
+            tensors
+        )
     again, _, _ = read_model(str(folder))
     assert torch.equal(again.embed.weight, trained[0].embed.weight)
 
@@ -104,8 +115,14 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: os.truncate(f / "model.safetensors", 100), "model.safetensors: has 100 bytes, the manifest says"),
-        (lambda f: _flip(f / "model.safetensors"), "model.safetensors: does not match its hash in the manifest"),
+        (
+            lambda f: os.truncate(f / "model.safetensors", 100),
+            "model.safetensors: has 100 bytes, the manifest says",
+        ),
+        (
+            lambda f: _flip(f / "model.safetensors"),
+            "model.safetensors: does not match its hash in the manifest",
+        ),
         (lambda f: _flip(f / "state.json"), "state.json: does not match its hash in the manifest"),
         (lambda f: (f / "state.json").unlink(), "state.json: is missing or not a regular file"),
         (lambda f: (f / "extra.bin").write_text(""), "extra.bin: is not in the manifest"),
@@ -121,22 +138,61 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         (lambda f: _edit(f, files={"-x": {}}), "manifest.json: '-x' is not a file name"),
         (lambda f: _edit(f, files={"x\n": {}}), r"manifest.json: 'x\n' is not a file name"),
         (lambda f: _edit(f, files={"\x1b[2J": {}}), r"manifest.json: '\x1b[2J' is not a file name"),
-        (lambda f: _edit(f, files={"x": "text"}), "manifest.json: x must have a size and a sha256, nothing else"),
-        (lambda f: _edit(f, files={"x": {"sha256": "0" * 64}}), "x must have a size and a sha256, nothing else"),
-        (lambda f: _edit_entry(f, mode=1), "state.json must have a size and a sha256, nothing else"),
-        (lambda f: _edit_entry(f, size=-1), "manifest.json: the size of state.json is not a number >= 0"),
-        (lambda f: _edit_entry(f, size=2.0), "manifest.json: the size of state.json is not a number >= 0"),
-        (lambda f: _edit_entry(f, sha256="0" * 63), "the sha256 of state.json is not 64 hexadecimal digits"),
-        (lambda f: _edit_entry(f, sha256="A" * 64), "the sha256 of state.json is not 64 hexadecimal digits"),
-        (lambda f: _edit_entry(f, sha256=None), "the sha256 of state.json is not 64 hexadecimal digits"),
-        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json: not valid JSON"),
-        (lambda f: (f / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}"), "manifest.json: not valid JSON"),
-        (lambda f: (f / "manifest.json").write_bytes(b'{"\xff": 1}'), "manifest.json: not valid JSON"),
-        (lambda f: (f / "manifest.json").write_text("{}" + " " * 2**20), "manifest.json: has more than 1048576 bytes"),
+        (
+            lambda f: _edit(f, files={"x": "text"}),
+            "manifest.json: x must have a size and a sha256, nothing else",
+        ),
+        (
+            lambda f: _edit(f, files={"x": {"sha256": "0" * 64}}),
+            "x must have a size and a sha256, nothing else",
+        ),
+        (
+            lambda f: _edit_entry(f, mode=1),
+            "state.json must have a size and a sha256, nothing else",
+        ),
+        (
+            lambda f: _edit_entry(f, size=-1),
+            "manifest.json: the size of state.json is not a number >= 0",
+        ),
+        (
+            lambda f: _edit_entry(f, size=2.0),
+            "manifest.json: the size of state.json is not a number >= 0",
+        ),
+        (
+            lambda f: _edit_entry(f, sha256="0" * 63),
+            "the sha256 of state.json is not 64 hexadecimal digits",
+        ),
+        (
+            lambda f: _edit_entry(f, sha256="A" * 64),
+            "the sha256 of state.json is not 64 hexadecimal digits",
+        ),
+        (
+            lambda f: _edit_entry(f, sha256=None),
+            "the sha256 of state.json is not 64 hexadecimal digits",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text("[" * 100_000),
+            "manifest.json: not valid JSON",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}"),
+            "manifest.json: not valid JSON",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_bytes(b'{"\xff": 1}'),
+            "manifest.json: not valid JSON",
+        ),
+        (
+            lambda f: (f / "manifest.json").write_text("{}" + " " * 2**20),
+            "manifest.json: has more than 1048576 bytes",
+        ),
         (lambda f: _pipe(f / "manifest.json"), "manifest.json: not a regular file"),
         (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
         (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
-        (lambda f: _link(f / "config.json", to="/dev/zero"), "config.json: is missing or not a regular file"),
+        (
+            lambda f: _link(f / "config.json", to="/dev/zero"),
+            "config.json: is missing or not a regular file",
+        ),
     ],
 )
 def test_damage_is_seen_and_the_step_before_is_taken(
@@ -150,7 +206,10 @@ def test_damage_is_seen_and_the_step_before_is_taken(
     found, passed_over = newest_valid(tmp_path)
     assert found == older and len(passed_over) == 1 and message in passed_over[0]
     shutil.rmtree(older)
-    with pytest.raises(UserError, match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently"):
+    with pytest.raises(
+        UserError,
+        match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently",
+    ):
         newest_valid(tmp_path)
 
 
@@ -183,7 +242,9 @@ def _pipe(file: Path) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -202,8 +263,14 @@ def test_any_json_as_a_manifest_is_right_or_damaged(
     right = (run / "right.json").read_text()
     manifest, new = json.loads(right), data.draw(JSON)
     places = [(manifest, key) for key in manifest]
-    places += [(manifest["files"], "state.json"), (manifest["files"], data.draw(st.text(max_size=5)))]
-    places += [(manifest["files"]["state.json"], "size"), (manifest["files"]["state.json"], "sha256")]
+    places += [
+        (manifest["files"], "state.json"),
+        (manifest["files"], data.draw(st.text(max_size=5))),
+    ]
+    places += [
+        (manifest["files"]["state.json"], "size"),
+        (manifest["files"]["state.json"], "sha256"),
+    ]
     inside, key = data.draw(st.sampled_from(places))
     inside[key] = new
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -221,7 +288,9 @@ def test_a_manifest_that_is_a_dangling_link_is_damage(trained: Any, tmp_path: Pa
         read_model(str(folder))
 
 
-def test_a_step_under_another_name_is_the_step_that_its_manifest_says(trained: Any, tmp_path: Path) -> None:
+def test_a_step_under_another_name_is_the_step_that_its_manifest_says(
+    trained: Any, tmp_path: Path
+) -> None:
     folder = write(tmp_path, 2, trained)
     best = tmp_path / "best"
     folder.rename(best)
@@ -265,7 +334,10 @@ os._exit(0)
         run = tmp_path / f"run-{points}"
         shutil.copytree(tmp_path / "run", run)
         done = subprocess.run(
-            [sys.executable, "-c", script, str(run), str(points)], cwd=ROOT, env=clean_env(), timeout=60
+            [sys.executable, "-c", script, str(run), str(points)],
+            cwd=ROOT,
+            env=clean_env(),
+            timeout=60,
         )
         finished, points = done.returncode == 0, points + (1 if points < 4 else 3)
         found, passed_over = newest_valid(run)
@@ -276,7 +348,9 @@ os._exit(0)
     assert deaths == {"step-00000001", "step-00000002"} and points > 10
 
 
-def test_a_full_disk_leaves_the_older_checkpoint(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     older = write(tmp_path, 1, trained)
 
     def full(*_: object) -> None:
@@ -298,7 +372,14 @@ def test_a_full_disk_leaves_the_older_checkpoint(trained: Any, tmp_path: Path, m
 class Saves:
     """Saves one step after another with the same Saver, as a run does. `write` has a new one each time."""
 
-    def __init__(self, run: Path, trained: Any, keep_last: int, keep_every: int = 0, resumed: Path | None = None):
+    def __init__(
+        self,
+        run: Path,
+        trained: Any,
+        keep_last: int,
+        keep_every: int = 0,
+        resumed: Path | None = None,
+    ):
         more = {"resumed": resumed} if resumed else {}
         self.run, self.trained = run, trained
         self.saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last, keep_every, **more)
@@ -306,8 +387,19 @@ class Saves:
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
         config = hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
-        texts = {"config.json": json.dumps(config), "state.json": json.dumps({"step": step, "val_loss": val_loss})}
-        self.saver.begin(step, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), texts, tokenizer)
+        texts = {
+            "config.json": json.dumps(config),
+            "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+        }
+        self.saver.begin(
+            step,
+            MODEL,
+            tokenizer.vocab_size,
+            SEQ_LEN,
+            lambda: owned(model, optimizer),
+            texts,
+            tokenizer,
+        )
         self.saver.finish()
         return self.run / f"step-{step:08d}"
 
@@ -323,7 +415,9 @@ def test_what_stays(trained: Any, tmp_path: Path, restarted: bool) -> None:
     for step, loss in enumerate(losses[:-1], 1):
         write(tmp_path, step, trained, loss)
     newest = tmp_path / "step-00000007"
-    Saves(tmp_path, trained, keep_last=2, keep_every=3, resumed=newest if restarted else None)(8, losses[-1])
+    Saves(tmp_path, trained, keep_last=2, keep_every=3, resumed=newest if restarted else None)(
+        8, losses[-1]
+    )
     assert steps(tmp_path) == [2, 3, 6, 7, 8]
 
 
@@ -340,7 +434,9 @@ def test_damaged_newer_steps_take_no_place_of_a_valid_one(
     assert steps(tmp_path) == [3, 4, 30, 40]
     assert newest_valid(tmp_path)[0] == tmp_path / "step-00000004"
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "step-00000040/model.safetensors: has 100 bytes" in said[0]  # each is read and said once
+    assert (
+        len(said) == 2 and "step-00000040/model.safetensors: has 100 bytes" in said[0]
+    )  # each is read and said once
 
 
 def test_what_was_just_saved_stays_below_valid_newer_steps(trained: Any, tmp_path: Path) -> None:
@@ -373,7 +469,9 @@ def test_a_step_of_an_earlier_start_is_verified_once(
     assert sorted(looked_at) == [f"step-0000000{step}" for step in (1, 2, 3, 4, 5)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, '{"val_loss": "x"}', '{"val_loss": [1]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"val_loss": "x"}', '{"val_loss": [1]}']
+)
 def test_a_damaged_state_does_not_stop_the_pruning(trained: Any, tmp_path: Path, text: str) -> None:
     save = Saves(tmp_path, trained, keep_last=2)
     save(1)
@@ -405,7 +503,10 @@ def test_links_and_files_in_the_way_of_saving(trained: Any, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_deleted_is_a_warning(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     really = shutil.rmtree
 
@@ -445,7 +546,10 @@ LOSSES = st.sampled_from([None, 1.0, 2.0, 3.0])
 def _sign(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    _edit(folder, files=files | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+    _edit(
+        folder,
+        files=files | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+    )
 
 
 def plant(folder: Path, template: Path, step: int, loss: float | None, damage: str | None) -> None:
@@ -469,14 +573,21 @@ def look_at(path: Path) -> Any:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     planted=st.dictionaries(
-        st.integers(1, 12), st.tuples(LOSSES, st.sampled_from([None, None, None, *DAMAGES])), max_size=7
+        st.integers(1, 12),
+        st.tuples(LOSSES, st.sampled_from([None, None, None, *DAMAGES])),
+        max_size=7,
     ),
     saves=st.lists(st.tuples(st.integers(1, 12), LOSSES, st.booleans()), min_size=1, max_size=4),
     keep_last=st.integers(1, 3),
     keep_every=st.sampled_from([0, 0, 4]),
 )
 def test_whatever_lies_there_the_right_steps_stay(
-    trained: Any, tmp_path_factory: pytest.TempPathFactory, planted: Any, saves: Any, keep_last: int, keep_every: int
+    trained: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    planted: Any,
+    saves: Any,
+    keep_last: int,
+    keep_every: int,
 ) -> None:
     """Any folders, any saves and restarts: what was just saved stays, nothing damaged or linked is touched, and of the
     valid steps those stay that should."""
@@ -493,11 +604,19 @@ def test_whatever_lies_there_the_right_steps_stay(
     for step, loss, restart in saves:
         if restart:
             save = Saves(run, trained, keep_last, keep_every)
-        others = {path.name: look_at(path) for path in run.iterdir() if int(path.name[5:]) not in {*valid, step}}
+        others = {
+            path.name: look_at(path)
+            for path in run.iterdir()
+            if int(path.name[5:]) not in {*valid, step}
+        }
         linked = {path.name: look_at(path) for path in run.parent.iterdir() if path != run}
         verify(save(step, loss))
         valid[step] = loss
-        best = min((s for s in sorted(valid) if valid[s] is not None), key=lambda s: valid[s] or 0, default=0)
+        best = min(
+            (s for s in sorted(valid) if valid[s] is not None),
+            key=lambda s: valid[s] or 0,
+            default=0,
+        )
         staying = {step, best, *sorted(valid)[-keep_last:]}
         valid = {s: valid[s] for s in valid if s in staying or (keep_every and s % keep_every == 0)}
         assert {path.name for path in run.iterdir()} == {*others, *(f"step-{s:08d}" for s in valid)}
@@ -534,7 +653,8 @@ def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
     (folder / "optimizer-00001-of-00001.safetensors").unlink()
     model, optimizer, _ = trained
     with pytest.raises(
-        UserError, match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with"
+        UserError,
+        match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with",
     ):
         restore(folder, MODEL, 257, SEQ_LEN, owned(model, optimizer), optimizer=True)
 
@@ -564,11 +684,24 @@ def test_only_safetensors_and_json_are_read(trained: Any, tmp_path: Path) -> Non
     (folder / "manifest.json").unlink()
     marker = tmp_path / "marker"
     payload = f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
-    for name in ("pytorch_model.bin", "model.bin", "optimizer.bin", "random_states_0.pkl", ".metadata", "__0_0.distcp",
-                 "custom_checkpoint_0.pkl", "mp_rank_00_model_states.pt", "dl_state_dict.bin", "tok.py"):  # fmt: skip
+    for name in (
+        "pytorch_model.bin",
+        "model.bin",
+        "optimizer.bin",
+        "random_states_0.pkl",
+        ".metadata",
+        "__0_0.distcp",
+        "custom_checkpoint_0.pkl",
+        "mp_rank_00_model_states.pt",
+        "dl_state_dict.bin",
+        "tok.py",
+    ):
         (folder / name).write_bytes(payload)
     (folder / "config.json").write_text(
-        json.dumps(json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModelForCausalLM": "tok.X"}})
+        json.dumps(
+            json.loads((folder / "config.json").read_text())
+            | {"auto_map": {"AutoModelForCausalLM": "tok.X"}}
+        )
     )
     read_model(str(folder))
     assert not marker.exists()
@@ -622,10 +755,14 @@ def cut(everything: list[OwnedSlice], world: int, cuts: random.Random) -> list[l
     by_rank: list[list[OwnedSlice]] = [[] for _ in range(world)]
     for h in everything:
         places = [0, *sorted(cuts.choices(range(h.stop + 1), k=world - 1)), h.stop]
-        for rank, (start, stop) in zip(cuts.sample(range(world), world), itertools.pairwise(places), strict=True):
+        for rank, (start, stop) in zip(
+            cuts.sample(range(world), world), itertools.pairwise(places), strict=True
+        ):
             if stop > start:
                 state = {key: value[start:stop] for key, value in h.state.items()}
-                by_rank[rank].append(OwnedSlice(h.name, start, stop, h.weight[start:stop], state, h.extra))
+                by_rank[rank].append(
+                    OwnedSlice(h.name, start, stop, h.weight[start:stop], state, h.extra)
+                )
     return by_rank
 
 
@@ -640,14 +777,26 @@ def save_together(
     """Save as many ranks; what each of them raised, or None, and how many elements they sent."""
     model, _, tokenizer = trained
     messages = messages or Messages(len(by_rank))
-    texts = {"config.json": json.dumps(hf.config_json(model.config, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)),
-             "state.json": "{}"}  # fmt: skip
+    texts = {
+        "config.json": json.dumps(
+            hf.config_json(model.config, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
+        ),
+        "state.json": "{}",
+    }
     outcome: list[Any] = [None] * len(by_rank)
 
     def work(rank: int) -> None:
         saver = Saver(run, ThreadChannel(rank, messages), lost=lost)
         try:
-            saver.begin(step, model.config, tokenizer.vocab_size, SEQ_LEN, lambda: by_rank[rank], texts, tokenizer)
+            saver.begin(
+                step,
+                model.config,
+                tokenizer.vocab_size,
+                SEQ_LEN,
+                lambda: by_rank[rank],
+                texts,
+                tokenizer,
+            )
             saver.finish()
         except UserError as error:
             outcome[rank] = str(error)
@@ -667,37 +816,64 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
 ) -> None:
     """Held whole by each rank, or in slices: the same files, hashes included; and read back in slices again."""
     monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 3000})
-    gpt2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu"}  # biases are constants of the file
-    model_config = MODEL.model_copy(update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family])
+    gpt2 = {
+        "positions": "learned",
+        "norm": "layernorm",
+        "activation": "gelu",
+    }  # biases are constants of the file
+    model_config = MODEL.model_copy(
+        update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family]
+    )
     model, optimizer, tokenizer = some = training_of(model_config)
     everything = owned(model, optimizer)
     assert save_together(tmp_path / "alone", some, [everything]) == ([None], 0)
-    assert save_together(tmp_path / "replicas", some, [everything] * world) == ([None] * world, 0)  # all have all
-    outcome, sent = save_together(tmp_path / "slices", some, cut(everything, world, random.Random(world)))
+    assert save_together(tmp_path / "replicas", some, [everything] * world) == (
+        [None] * world,
+        0,
+    )  # all have all
+    outcome, sent = save_together(
+        tmp_path / "slices", some, cut(everything, world, random.Random(world))
+    )
     assert outcome == [None] * world and sent > 0
-    manifests = [verify(tmp_path / run / "step-00000007") for run in ("alone", "replicas", "slices")]
+    manifests = [
+        verify(tmp_path / run / "step-00000007") for run in ("alone", "replicas", "slices")
+    ]
     assert manifests[0] == manifests[1] == manifests[2]
     assert len(manifests[0]["files"]) > 8
     for h in itertools.chain(*cut(everything, 3, random.Random(1))):
         state = {key: torch.full_like(value, 7.0) for key, value in h.state.items()}
         extra = {key: torch.full_like(value, 7.0) for key, value in h.extra.items()}
         blank = OwnedSlice(h.name, h.start, h.stop, torch.full_like(h.weight, 7.0), state, extra)
-        restore(tmp_path / "slices/step-00000007", model_config, tokenizer.vocab_size, SEQ_LEN, [blank], optimizer=True)
+        restore(
+            tmp_path / "slices/step-00000007",
+            model_config,
+            tokenizer.vocab_size,
+            SEQ_LEN,
+            [blank],
+            optimizer=True,
+        )
         columns = math.prod(dict(model.named_parameters())[h.name].shape[1:])
         unpadded = (257 if h.name in ("embed.weight", "head.weight") else 10**9) * columns
         kept = slice(0, max(0, unpadded - h.start))  # what pads the vocabulary is not saved
-        for ours, theirs in [(blank.weight, h.weight), *((state[key], h.state[key]) for key in state)]:
+        for ours, theirs in [
+            (blank.weight, h.weight),
+            *((state[key], h.state[key]) for key in state),
+        ]:
             assert torch.equal(ours[kept], theirs[kept])
         assert all(torch.equal(extra[key], h.extra[key]) for key in extra) and extra
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
+def test_ranks_share_the_writing_evenly(
+    trained: Any, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
     monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
     model, optimizer, _ = trained
     index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in owned(model, optimizer)]
     items = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
-    loads = [sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)]
+    loads = [
+        sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)
+    ]
     assert max(loads) <= sum(loads) / world + max(item.entry.bytes for item in items)
     assert min(loads) > 0.7 * sum(loads) / world
 
@@ -705,13 +881,20 @@ def test_ranks_share_the_writing_evenly(trained: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (lambda path: OSError(28, "No space left on device", str(path)), "No space left on device (model.safetensors)"),
+        (
+            lambda path: OSError(28, "No space left on device", str(path)),
+            "No space left on device (model.safetensors)",
+        ),
         (lambda path: RuntimeError("not enough memory"), "not enough memory (.step-00000007.tmp)"),
     ],
     ids=["disk", "memory"],
 )
 def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
-    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[Path], Exception], message: str
+    trained: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Callable[[Path], Exception],
+    message: str,
 ) -> None:
     write_all = checkpoint.write_tensors
 
@@ -728,14 +911,18 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
         said, _ = save_together(tmp_path, some, slices, messages=messages)
     assert len(set(said)) == 1 and message in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
-    for parameter in model.parameters():  # what was sent for the failed file must not end up in the next
+    for (
+        parameter
+    ) in model.parameters():  # what was sent for the failed file must not end up in the next
         parameter.data += 1
     assert save_together(tmp_path, some, slices, step=8, messages=messages)[0] == [None] * 3
     again = read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
     assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize(("looks", "left"), [(0, {".step-00000006.tmp"}), (1, {".step-00000007.tmp"}), (2, set())])
+@pytest.mark.parametrize(
+    ("looks", "left"), [(0, {".step-00000006.tmp"}), (1, {".step-00000007.tmp"}), (2, set())]
+)
 def test_a_run_that_lost_its_folder_commits_nothing_and_deletes_nothing(
     trained: Any, tmp_path: Path, looks: int, left: set[str]
 ) -> None:
@@ -745,7 +932,10 @@ def test_a_run_that_lost_its_folder_commits_nothing_and_deletes_nothing(
     (tmp_path / ".step-00000006.tmp").mkdir()  # of whoever has the folder now
     answers = iter([""] * looks)
     said, _ = save_together(
-        tmp_path, some, [owned(model, optimizer)] * 2, lost=lambda: next(answers, "run.lock was deleted")
+        tmp_path,
+        some,
+        [owned(model, optimizer)] * 2,
+        lost=lambda: next(answers, "run.lock was deleted"),
     )
     if looks < 2:
         reason = "rank 0: run.lock was deleted; older checkpoints are untouched"
@@ -761,10 +951,16 @@ def test_a_failed_write_is_raised_at_the_next_look(
 ) -> None:
     model, optimizer, tokenizer = trained
     saver = Saver(tmp_path, Channel(0, 1, torch.device("cpu")))
-    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
-    saver.begin(1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), {}, tokenizer)
+    monkeypatch.setattr(
+        Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
+    saver.begin(
+        1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), {}, tokenizer
+    )
     deadline = time.monotonic() + 20
-    with pytest.raises(UserError, match="checkpoint of step 1 was not written: rank 0: Read-only file system"):
+    with pytest.raises(
+        UserError, match="checkpoint of step 1 was not written: rank 0: Read-only file system"
+    ):
         while time.monotonic() < deadline:
             saver.poll()
             time.sleep(0.01)

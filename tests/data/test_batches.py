@@ -22,9 +22,19 @@ def opened(prepared: Path, tmp_path: Path, **data: object) -> tuple[Config, Data
     return config, open_dataset(config, lambda work: work())
 
 
-def batches(config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: object) -> Batches:
-    return Batches(dataset.train, config.data, batch_layout(config, world), rank, CPU, seed=3, eot=dataset.tokenizer.eot,
-                   **options)  # type: ignore[arg-type]  # fmt: skip
+def batches(
+    config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: object
+) -> Batches:
+    return Batches(
+        dataset.train,
+        config.data,
+        batch_layout(config, world),
+        rank,
+        CPU,
+        seed=3,
+        eot=dataset.tokenizer.eot,
+        **options,
+    )  # type: ignore[arg-type]
 
 
 def rows(batch: Batch) -> np.ndarray:
@@ -34,13 +44,27 @@ def rows(batch: Batch) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=25)
-@given(world=st.integers(1, 9), batch=st.integers(9, 20), micro=st.integers(1, 9), step=st.integers(0, 500))
+@given(
+    world=st.integers(1, 9),
+    batch=st.integers(9, 20),
+    micro=st.integers(1, 9),
+    step=st.integers(0, 500),
+)
 def test_all_splits_have_the_same_rows(
-    prepared: Path, tmp_path_factory: pytest.TempPathFactory, world: int, batch: int, micro: int, step: int
+    prepared: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    world: int,
+    batch: int,
+    micro: int,
+    step: int,
 ) -> None:
-    config, dataset = opened(prepared, tmp_path_factory.getbasetemp(), global_batch=batch, micro_batch=micro)
+    config, dataset = opened(
+        prepared, tmp_path_factory.getbasetemp(), global_batch=batch, micro_batch=micro
+    )
     whole = batches(config, dataset, hash_rows=True).read(step)
-    parts = [batches(config, dataset, rank, world, hash_rows=True).read(step) for rank in range(world)]
+    parts = [
+        batches(config, dataset, rank, world, hash_rows=True).read(step) for rank in range(world)
+    ]
     together = np.concatenate([rows(part) for part in parts])
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, rows(whole).tolist()))
     assert sum(part.targets for part in parts) == whole.targets == batch * 16
@@ -58,7 +82,10 @@ def test_the_hash_knows_tokens_and_places(prepared: Path, tmp_path: Path) -> Non
 def test_reading_ahead_changes_nothing(prepared: Path, tmp_path: Path, workers: int) -> None:
     config, dataset = opened(prepared, tmp_path)
     ahead_config, _ = opened(prepared, tmp_path, workers=workers)
-    here, ahead = batches(config, dataset, first_step=60), batches(ahead_config, dataset, first_step=60)
+    here, ahead = (
+        batches(config, dataset, first_step=60),
+        batches(ahead_config, dataset, first_step=60),
+    )
     for _ in range(20):  # crosses a boundary of the steps whose order is computed at once
         assert np.array_equal(rows(here.take()), rows(ahead.take()))
     ahead.close()
@@ -93,17 +120,23 @@ def test_dropout_keys_belong_to_positions(prepared: Path, tmp_path: Path) -> Non
 
 
 def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.seq_len=10000000 needs 10000001 tokens in one shard, .* nearest: \d+"):
+    with pytest.raises(
+        UserError,
+        match=r"data.seq_len=10000000 needs 10000001 tokens in one shard, .* nearest: \d+",
+    ):
         opened(prepared, tmp_path, seq_len=10_000_000)
     with pytest.raises(
-        UserError, match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger"
+        UserError,
+        match=r"data.val_fraction=0.1 holds out \d+ tokens, .* least 20001; nearest: a larger",
     ):
         opened(prepared, tmp_path, seq_len=20_000)
 
 
 def test_a_single_named_source_is_the_same_data(prepared: Path, tmp_path: Path) -> None:
     plain = opened(prepared, tmp_path)[1]
-    named = opened(prepared, tmp_path, input="stdlib", sources={"one": SourceConfig(input=str(prepared))})[1]
+    named = opened(
+        prepared, tmp_path, input="stdlib", sources={"one": SourceConfig(input=str(prepared))}
+    )[1]
     assert named.identity == plain.identity and named.sequences == plain.sequences
 
 

@@ -28,7 +28,9 @@ from dist_lm.errors import UserError
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
-def read(path: Any, skipped: Counter[str] | None = None, **settings: Any) -> list[tuple[str, int, str]]:
+def read(
+    path: Any, skipped: Counter[str] | None = None, **settings: Any
+) -> list[tuple[str, int, str]]:
     source = SourceConfig(input=str(path), **settings)
     found = find_files(source)
     documents = Reader(source, found).documents(Counter() if skipped is None else skipped)
@@ -40,7 +42,9 @@ def texts(path: Any, **settings: Any) -> list[str]:
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -51,7 +55,10 @@ def test_a_txt_file_is_one_document_with_its_newlines(tmp_path: Path) -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(parts=st.lists(st.text(st.sampled_from("a<|>\né"), max_size=8), min_size=1, max_size=8), chunk=st.integers(1, 9))
+@given(
+    parts=st.lists(st.text(st.sampled_from("a<|>\né"), max_size=8), min_size=1, max_size=8),
+    chunk=st.integers(1, 9),
+)
 def test_a_separator_ends_documents_wherever_chunks_end(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int
 ) -> None:
@@ -72,7 +79,10 @@ def test_rows_come_back_from_every_format(
     objects = [{"id": n, "text": text} for n, text in enumerate(rows)]
     write_json_lines(folder / "r.jsonl", objects)
     (folder / "r.json").write_text(json.dumps(objects, indent=1, ensure_ascii=False), "utf-8")
-    pq.write_table(pa.table({"text": pa.array(rows, pa.string()), "id": list(range(len(rows)))}), folder / "r.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array(rows, pa.string()), "id": list(range(len(rows)))}),
+        folder / "r.parquet",
+    )
     expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "CHUNK", chunk)
@@ -85,7 +95,9 @@ def test_rows_come_back_from_every_format(
 
 @settings(max_examples=30, deadline=None)
 @given(rows=st.lists(TEXT, max_size=12))
-def test_csv_cells_stay_the_text_they_are(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
+def test_csv_cells_stay_the_text_they_are(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[str]
+) -> None:
     rows = ["007", "NA", "null", "2020-01-01", 'two\nlines, "quoted"', *rows]
     path = tmp_path_factory.getbasetemp() / "r.csv"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
@@ -102,9 +114,19 @@ def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Pat
         {"text": "<|endoftext|>\x00"},
         "",
     ]
-    assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
-    assert texts(write_json_lines(tmp_path / "lines.json", rows)) == ["2020-01-01", "b", "<|endoftext|>\x00"]
-    assert texts(write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}']), text_column="body") == ["x"]
+    assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == [
+        "2020-01-01",
+        "b",
+        "<|endoftext|>\x00",
+    ]
+    assert texts(write_json_lines(tmp_path / "lines.json", rows)) == [
+        "2020-01-01",
+        "b",
+        "<|endoftext|>\x00",
+    ]
+    assert texts(
+        write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}']), text_column="body"
+    ) == ["x"]
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
@@ -119,9 +141,15 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
     elif ending == ".csv":
         plain.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
     else:
-        plain.write_text(json.dumps(rows) if ending == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+        plain.write_text(
+            json.dumps(rows)
+            if ending == ".json"
+            else "".join(json.dumps(row) + "\n" for row in rows)
+        )
     raw = plain.read_bytes()
-    (tmp_path / f"a{ending}.gz").write_bytes(gzip.compress(raw[: len(raw) // 2]) + gzip.compress(raw[len(raw) // 2 :]))
+    (tmp_path / f"a{ending}.gz").write_bytes(
+        gzip.compress(raw[: len(raw) // 2]) + gzip.compress(raw[len(raw) // 2 :])
+    )
     (tmp_path / f"a{ending}.zst").write_bytes(zstandard.compress(raw))
     expected = texts(plain)
     assert len(expected) == (1 if ending == ".txt" else 100)
@@ -142,14 +170,18 @@ def test_a_packed_file_at_a_signed_url(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parquet_kinds_of_text(tmp_path: Path) -> None:
-    for n, kind in enumerate([pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]):
+    for n, kind in enumerate(
+        [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]
+    ):
         column = pa.array([None, None] if pa.types.is_null(kind) else ["a", None]).cast(kind)
         pq.write_table(pa.table({"text": column}), tmp_path / f"{n}.parquet")
         assert texts(tmp_path / f"{n}.parquet") == ([] if pa.types.is_null(kind) else ["a"])
 
 
 def test_dictionaries_of_any_kind_of_value(tmp_path: Path) -> None:
-    for n, values in enumerate([pa.array(["a", "b", None], pa.string_view()), pa.array([["a"], ["b"], None])]):
+    for n, values in enumerate(
+        [pa.array(["a", "b", None], pa.string_view()), pa.array([["a"], ["b"], None])]
+    ):
         column = pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 2], pa.int32()), values)
         with pa.ipc.new_file(tmp_path / f"{n}.arrow", pa.schema([("text", column.type)])) as file:
             file.write(pa.table({"text": column}))
@@ -161,7 +193,9 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/10.txt", "a.jsonl", ".hidden/x.txt", "notes.md", "c.txt.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         content = json.dumps({"text": name}) if name.endswith("l") else name
-        (tmp_path / name).write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else content.encode())
+        (tmp_path / name).write_bytes(
+            gzip.compress(name.encode()) if name.endswith("gz") else content.encode()
+        )
     rows = [
         ("a.jsonl", 1, "a.jsonl"),
         ("b/10.txt", 1, "b/10.txt"),
@@ -170,7 +204,9 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
     ]
     assert read(tmp_path) == rows
     assert read(f"{tmp_path}/**/*.txt") == [row for row in rows if row[0].startswith("b/")]
-    assert read(f"{tmp_path}/*.md") == [("notes.md", 1, "notes.md")]  # named by the user: read as text
+    assert read(f"{tmp_path}/*.md") == [
+        ("notes.md", 1, "notes.md")
+    ]  # named by the user: read as text
     (tmp_path / "odd[1].txt").write_text("x")
     assert texts(tmp_path / "odd[1].txt") == ["x"]
 
@@ -179,9 +215,21 @@ def test_stdlib_is_the_corpus_of_the_quickstart() -> None:
     found = find_files(DataConfig().as_source())
     assert [source.name for source in found] == sorted(source.name for source in found)
     names = {part for source in found for part in source.name.split("/")[:-1]}
-    assert not names & {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "ensurepip"}
+    assert not names & {
+        "site-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+        "ensurepip",
+    }
     documents = read("stdlib")
-    assert 350 < len(documents) < 900 and 6e6 < sum(len(text.encode()) for _, _, text in documents) < 2e7
+    assert (
+        350 < len(documents) < 900
+        and 6e6 < sum(len(text.encode()) for _, _, text in documents) < 2e7
+    )
     if sys.version_info[:2] == (3, 11):
         assert 465 <= len(documents) <= 480
 
@@ -210,7 +258,10 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     rows = [(1, "0 one"), (3, "0 two"), (4, "1 one"), (6, "1 two")]
     assert read("someone/words") == [("someone/words", row, text) for row, text in rows]
-    with pytest.raises(UserError, match=r"^someone/words: row 1: no data.text_column='texts' among text, id; did you"):
+    with pytest.raises(
+        UserError,
+        match=r"^someone/words: row 1: no data.text_column='texts' among text, id; did you",
+    ):
         read("someone/words", text_column="texts")
 
 
@@ -232,10 +283,19 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 def bad_files(folder: Path) -> dict[str, str]:
     """File name: what must be said about it."""
     lines = {
-        "surrogate.jsonl": (['{"text": "ok"}', '{"text": "a\\ud800b"}'], "row 2: .*surrogates not allowed"),
+        "surrogate.jsonl": (
+            ['{"text": "ok"}', '{"text": "a\\ud800b"}'],
+            "row 2: .*surrogates not allowed",
+        ),
         "cut.jsonl": (['{"text": "ok"}', '{"text": "cu'], "row 2: Invalid control character at"),
-        "number.jsonl": (['{"text": "ok"}', "", '{"text": 5}'], "row 2: data.text_column='text' holds int, not text"),
-        "list.jsonl": (["[1]", "5"], "row 1: must be an object with data.text_column='text', not int"),
+        "number.jsonl": (
+            ['{"text": "ok"}', "", '{"text": 5}'],
+            "row 2: data.text_column='text' holds int, not text",
+        ),
+        "list.jsonl": (
+            ["[1]", "5"],
+            "row 1: must be an object with data.text_column='text', not int",
+        ),
         "missing.jsonl": (
             ['{"txt": "a", "id": 1}'],
             "row 1: no data.text_column='text' among txt, id; did you mean txt?",
@@ -254,7 +314,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "bytes.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xed\xa0\x80"}\n')
     (folder / "bytes.csv").write_bytes(b"text\nok\nok\n\xff\n")
     (folder / "bytes.json").write_bytes(b'[{"text": "ok"}, {"text": "\xff"}]')
-    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xff"))
+    bad = pa.StringArray.from_buffers(
+        2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xff")
+    )
     pq.write_table(pa.table({"text": bad}), folder / "bytes.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
     pq.write_table(pa.table({"test": ["a"]}), folder / "missing.parquet")
@@ -262,7 +324,9 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
     (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
     (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
-    pq.write_table(pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]}), folder / "list.parquet")
+    pq.write_table(
+        pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]}), folder / "list.parquet"
+    )
     pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
     pq.write_table(
         pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]}),
@@ -282,12 +346,16 @@ def bad_files(folder: Path) -> dict[str, str]:
         "numbers.parquet": "data.text_column='text' holds int64, not text",
         "list.parquet": "data.text_column='text' holds list<.*string>, not text",
         "missing.parquet": "no data.text_column='text' among test; did you mean test?",
-        "long.jsonl": too_long, "long.json": too_long, "line.csv": too_long,
+        "long.jsonl": too_long,
+        "long.json": too_long,
+        "line.csv": too_long,
         "long.csv": r"row 2: field larger than field limit \(2000\)",
-    }  # fmt: skip
+    }
 
 
-def test_bad_input_is_refused_by_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_by_file_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
     monkeypatch.setattr(sources, "CHUNK", 64)
     for name, message in bad_files(tmp_path).items():
@@ -301,14 +369,22 @@ def test_bad_input_is_refused_by_file_and_row(tmp_path: Path, monkeypatch: pytes
 def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n{"text": "yo"}\n')
     (tmp_path / "bytes.csv").write_bytes(b"text\nok\n\xff\nyo\n")
-    column = pa.StringArray.from_buffers(3, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 5, 0, 0, 0])),
-                                         pa.py_buffer(b"ok\xffyo"))  # fmt: skip
+    column = pa.StringArray.from_buffers(
+        3,
+        pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 5, 0, 0, 0])),
+        pa.py_buffer(b"ok\xffyo"),
+    )
     pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
     source, skipped = SourceConfig(input=str(tmp_path / name), template=template), Counter[str]()
     reader = Reader(source, find_files(source), bad_rows="skip")
-    assert [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)] == [(1, "ok"), (3, "yo")]
+    assert [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)] == [
+        (1, "ok"),
+        (3, "yo"),
+    ]
     assert skipped == {"bad rows": 1}
-    assert [row for _, row, _ in reader.documents(skipped, start=3)] == [3]  # what lies before is counted once
+    assert [row for _, row, _ in reader.documents(skipped, start=3)] == [
+        3
+    ]  # what lies before is counted once
     assert skipped == {"bad rows": 1}
 
 
@@ -324,15 +400,23 @@ def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
         (4, "good three"),
     ]
     assert skipped == {"bad rows": 1}
-    with pytest.raises(UserError, match=r"a\.csv: row 1: 'utf-8' codec can't decode byte 0xff in position 4"):
+    with pytest.raises(
+        UserError, match=r"a\.csv: row 1: 'utf-8' codec can't decode byte 0xff in position 4"
+    ):
         list(Reader(source, found).documents(Counter()))
 
 
 def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud800", "b": 1}\n{"a": "ok", "b": 2}\n')
     (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")
-    for name, message in {"a.jsonl": "surrogates not allowed", "a.csv": "no column 'b' of data.template in it"}.items():
-        source, skipped = SourceConfig(input=str(tmp_path / name), template="{a} {b}"), Counter[str]()
+    for name, message in {
+        "a.jsonl": "surrogates not allowed",
+        "a.csv": "no column 'b' of data.template in it",
+    }.items():
+        source, skipped = (
+            SourceConfig(input=str(tmp_path / name), template="{a} {b}"),
+            Counter[str](),
+        )
         found = find_files(source)
         documents = Reader(source, found, bad_rows="skip").documents(skipped)
         assert [(row, "".join(texts)) for _, row, texts in documents] == [(2, "ok 2")]
@@ -346,7 +430,10 @@ def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
     for fields, message in [
         ({"text_column": "body"}, "no data.sources.web.text_column='body' among text, id"),
         ({}, "data.sources.web.text_column='text' holds int, not text"),
-        ({"template": "{texts}"}, "no column 'texts' of data.sources.web.template among text, id; did you mean text"),
+        (
+            {"template": "{texts}"},
+            "no column 'texts' of data.sources.web.template among text, id; did you mean text",
+        ),
         ({"filter": {"lang": "en"}}, "no column 'lang' of data.sources.web.filter among text, id"),
     ]:
         source = SourceConfig.model_validate({"input": str(path), **fields})
@@ -396,5 +483,7 @@ def test_an_outage_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     monkeypatch.setattr(remote._Reader, "_fetch", fail)
-    with pytest.raises(UserError, match=r"a\.jsonl: .*given up after \d+ tries .*could not connect"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: .*given up after \d+ tries .*could not connect"
+    ):
         list(Reader(source, found, bad_rows="skip").documents(Counter()))

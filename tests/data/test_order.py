@@ -19,8 +19,12 @@ def test_every_epoch_is_a_permutation(count: int, seed: int, epoch: int) -> None
 
 
 @settings(deadline=None, max_examples=30)
-@given(count=COUNTS, seed=st.integers(0, 2**32), start=st.integers(0, 10**6), length=st.integers(1, 50))
-def test_a_position_is_looked_up_alone_as_in_a_batch(count: int, seed: int, start: int, length: int) -> None:
+@given(
+    count=COUNTS, seed=st.integers(0, 2**32), start=st.integers(0, 10**6), length=st.integers(1, 50)
+)
+def test_a_position_is_looked_up_alone_as_in_a_batch(
+    count: int, seed: int, start: int, length: int
+) -> None:
     positions = np.arange(start, start + length)
     alone = [int(sequence_ids(positions[n : n + 1], count, seed)[0]) for n in range(length)]
     assert sequence_ids(positions, count, seed).tolist() == alone
@@ -38,7 +42,9 @@ def test_1024_ranks_cover_every_sequence_once() -> None:
     seen = np.zeros(count, dtype=np.int64)
     for step in range(count // batch):
         for rank in range(world):
-            np.add.at(seen, sequence_ids(step * batch + rank_places(rank, world, batch), count, 5), 1)
+            np.add.at(
+                seen, sequence_ids(step * batch + rank_places(rank, world, batch), count, 5), 1
+            )
     assert (seen == 1).all()
 
 

@@ -78,21 +78,34 @@ def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
         expected = [i for text in chosen for i in [*loaded.encode(text), loaded.eot]]
         assert tokens_of(tmp_path / "d", split) == expected
         entry = manifest["splits"][split]
-        assert entry["documents"] == len(chosen) and entry["tokens"] == len(expected) and entry["unknown"] == 0
+        assert (
+            entry["documents"] == len(chosen)
+            and entry["tokens"] == len(expected)
+            and entry["unknown"] == 0
+        )
         assert entry["bytes"] == sum(len(text.encode()) for text in chosen)
         assert loaded.token_bytes()[expected].sum() == entry["bytes"]
         assert all(shard["tokens"] == 300 for shard in entry["shards"][:-1])
         shards = TokenShards(tmp_path / "d", split)
         for sequence, row in enumerate(shards.read(np.arange(sum(shards.counts(40, 40))), 40, 40)):
             for span in shards.documents_of(sequence, 40, 40):
-                written = loaded.decode([i for i in row[span.start : span.stop].tolist() if i != loaded.eot])
-                assert span.source == "a.jsonl" and written.strip("\ufffd") in documents[span.row - 1]
-    assert manifest["tokenizer"]["sha256"] == loaded.sha256 and manifest["tokenizer"]["eot"] == loaded.eot
+                written = loaded.decode(
+                    [i for i in row[span.start : span.stop].tolist() if i != loaded.eot]
+                )
+                assert (
+                    span.source == "a.jsonl" and written.strip("\ufffd") in documents[span.row - 1]
+                )
+    assert (
+        manifest["tokenizer"]["sha256"] == loaded.sha256
+        and manifest["tokenizer"]["eot"] == loaded.eot
+    )
     assert not (tmp_path / "d" / data_module.PROGRESS).exists()
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_processes_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_documents(tmp_path / "a.jsonl", 200)
     monkeypatch.setattr(data_module, "JOB", 100)  # many more jobs than processes
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="bpe:300")
@@ -103,13 +116,20 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path: Path, monkeypatc
 
 def test_unknown_characters_are_counted_and_said(tmp_path: Path) -> None:
     (tmp_path / "known.txt").write_text("abc \n" * 50)
-    prepare_dataset(DataConfig(input=str(tmp_path / "known.txt"), tokenizer="char"), tmp_path / "a", 1, quiet)
+    prepare_dataset(
+        DataConfig(input=str(tmp_path / "known.txt"), tokenizer="char"), tmp_path / "a", 1, quiet
+    )
     (tmp_path / "other.txt").write_text("abcd\n" * 100)
     said: list[str] = []
-    config = DataConfig(input=str(tmp_path / "other.txt"), tokenizer=str(tmp_path / "a"), val_fraction=0.2)
+    config = DataConfig(
+        input=str(tmp_path / "other.txt"), tokenizer=str(tmp_path / "a"), val_fraction=0.2
+    )
     manifest = prepare_dataset(config, tmp_path / "b", 1, said.append)
     assert [manifest["splits"][split]["unknown"] for split in ("train", "val")] == [80, 20]
-    assert "train: 1 documents, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shards" in said
+    assert (
+        "train: 1 documents, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shards"
+        in said
+    )
 
 
 class KilledError(Exception):
@@ -118,7 +138,9 @@ class KilledError(Exception):
 
 @pytest.mark.usefixtures("small_shards")
 @settings(max_examples=12, deadline=None)
-@given(fatal=st.lists(st.integers(1, 12), min_size=1, max_size=4), number=st.sampled_from([30, 130]))
+@given(
+    fatal=st.lists(st.integers(1, 12), min_size=1, max_size=4), number=st.sampled_from([30, 130])
+)
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, fatal: list[int], number: int
 ) -> None:
@@ -130,7 +152,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
         with pytest.MonkeyPatch.context() as patch:
             calls = iter(range(1, 10**9))
 
-            def stop_or(real: Callable[..., Any], calls: Any = calls, at: int = at) -> Callable[..., Any]:
+            def stop_or(
+                real: Callable[..., Any], calls: Any = calls, at: int = at
+            ) -> Callable[..., Any]:
                 def call(*args: Any) -> Any:
                     if next(calls) == at:
                         raise KilledError
@@ -149,7 +173,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_stopped_before_the_manifest_it_writes_no_shard_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_before_the_manifest_it_writes_no_shard_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_documents(tmp_path / "a.jsonl", 130)
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
     prepare_dataset(config, tmp_path / "whole", 1, quiet)
@@ -164,7 +190,9 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(tmp_path: Path, mo
     with pytest.raises(KilledError):
         prepare_dataset(config, tmp_path / "parts", 1, quiet)
     monkeypatch.setattr(data_module, "write_json", real)
-    monkeypatch.setattr(data_module, "write_shard", lambda *_: pytest.fail("a finished shard is written again"))
+    monkeypatch.setattr(
+        data_module, "write_shard", lambda *_: pytest.fail("a finished shard is written again")
+    )
     prepare_dataset(config, tmp_path / "parts", 1, quiet)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
@@ -185,7 +213,9 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
     assert not (tmp_path / "killed" / MANIFEST).exists()
     kept = first.stat()
     deadline = time.monotonic() + 10
-    while workers := [p for p in Path("/proc").glob("[0-9]*") if str(tmp_path / "killed") in command_line(p)]:
+    while workers := [
+        p for p in Path("/proc").glob("[0-9]*") if str(tmp_path / "killed") in command_line(p)
+    ]:
         assert time.monotonic() < deadline, f"{workers} live on"
         time.sleep(0.05)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -203,7 +233,9 @@ def command_line(process: Path) -> str:
         return ""
 
 
-def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_worker_is_an_error_not_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_documents(tmp_path / "a.jsonl", 100)
     monkeypatch.setattr(data_module, "JOB", 100)
     monkeypatch.setattr(data_module, "WORKER", "import sys; sys.exit(3)")
@@ -211,10 +243,14 @@ def test_a_dead_worker_is_an_error_not_a_hang(tmp_path: Path, monkeypatch: pytes
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
 
-def test_a_worker_that_cannot_be_started_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_be_started_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_documents(tmp_path / "a.jsonl", 20)
     monkeypatch.setattr(sys, "executable", "/no/python")
-    with pytest.raises(RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"):
+    with pytest.raises(
+        RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"
+    ):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
 
@@ -224,7 +260,9 @@ def test_a_worker_that_cannot_be_started_says_why(tmp_path: Path, monkeypatch: p
 def test_a_document_stays_where_it_is(tmp_path: Path) -> None:
     """More documents, another order and another fraction: none moves from validation into training."""
     documents = [f"document {n}" for n in range(2000)]
-    small, large = ({text for text in documents if is_held_out(text, fraction)} for fraction in (0.05, 0.1))
+    small, large = (
+        {text for text in documents if is_held_out(text, fraction)} for fraction in (0.05, 0.1)
+    )
     assert small < large and 60 < len(small) < 140 and 150 < len(large) < 250
     assert not any(is_held_out(text, 0.0) for text in documents)
     assert document_hash(iter(["x" * 2**20, "a"]))[0] == document_hash(iter(["x" * 2**20 + "b"]))[0]
@@ -232,9 +270,12 @@ def test_a_document_stays_where_it_is(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    texts=st.lists(st.text(st.sampled_from("ab é\n"), min_size=1, max_size=40), min_size=1, max_size=6),
-    fraction=st.sampled_from([0.1, 0.3, 0.5]), chunk=st.integers(1, 30),
-)  # fmt: skip
+    texts=st.lists(
+        st.text(st.sampled_from("ab é\n"), min_size=1, max_size=40), min_size=1, max_size=6
+    ),
+    fraction=st.sampled_from([0.1, 0.3, 0.5]),
+    chunk=st.integers(1, 30),
+)
 def test_a_small_source_holds_out_its_tail_at_a_line_end(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], fraction: float, chunk: int
 ) -> None:
@@ -264,14 +305,18 @@ def test_a_small_source_holds_out_its_tail_at_a_line_end(
 
 def test_the_tail_is_about_what_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("".join(f"line {n} of the play\n" for n in range(5000)))
-    manifest = prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 1, quiet)
+    manifest = prepare_dataset(
+        DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 1, quiet
+    )
     size = {split: entry["bytes"] for split, entry in manifest["splits"].items()}
     assert size["val"] / sum(size.values()) == pytest.approx(0.1, abs=0.001)
     assert manifest["splits"]["train"]["documents"] == manifest["splits"]["val"]["documents"] == 1
     one_line = tmp_path / "one.txt"
     one_line.write_text("no line end " * 100)
     said: list[str] = []
-    manifest = prepare_dataset(DataConfig(input=str(one_line), tokenizer="byte"), tmp_path / "e", 1, said.append)
+    manifest = prepare_dataset(
+        DataConfig(input=str(one_line), tokenizer="byte"), tmp_path / "e", 1, said.append
+    )
     assert manifest["splits"]["val"]["tokens"] == 0 and "nothing is held out" in said[-1]
 
 
@@ -312,30 +357,47 @@ def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*/a\.jsonl': no such file"):
         prepared()
     (tmp_path / "a.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"):
+    with pytest.raises(
+        UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"
+    ):
         prepared()
     write_documents(tmp_path / "a.jsonl", 20)
     prepared()
-    with pytest.raises(UserError, match=r"/d was prepared with data\.sources\.web\.text_column='text', not 'x'"):
+    with pytest.raises(
+        UserError, match=r"/d was prepared with data\.sources\.web\.text_column='text', not 'x'"
+    ):
         prepared(text_column="x")
 
 
-def test_text_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_changed_in_between_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_documents(tmp_path / "a.jsonl", 20)
     config = DataConfig(input=str(tmp_path), tokenizer="byte")
     monkeypatch.setattr(data_module, "write_shard", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_dataset(config, tmp_path / "d", 1, quiet)
     write_documents(tmp_path / "a.jsonl", 21)
-    with pytest.raises(UserError, match=r"the text changed since .* began: .*a\.jsonl.* is now .*; nearest: remove"):
+    with pytest.raises(
+        UserError, match=r"the text changed since .* began: .*a\.jsonl.* is now .*; nearest: remove"
+    ):
         prepare_dataset(config, tmp_path / "d", 1, quiet)
 
 
-def test_what_is_wrong_in_a_document_is_said_with_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_in_a_document_is_said_with_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text, "LONGEST_WORD", 2**21)
-    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n' + json.dumps({"text": "a" * 3 * 2**20}) + "\n")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/a.jsonl: row 2: the tokenizer cuts nowhere in 2,097,152 char"):
-        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="bpe:300"), tmp_path / "d", 1, quiet)
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "ok"}\n' + json.dumps({"text": "a" * 3 * 2**20}) + "\n"
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"^{tmp_path}/a.jsonl: row 2: the tokenizer cuts nowhere in 2,097,152 char",
+    ):
+        prepare_dataset(
+            DataConfig(input=str(tmp_path), tokenizer="bpe:300"), tmp_path / "d", 1, quiet
+        )
 
 
 def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,22 +405,34 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
     sources = [TextFile("a", "a", 2_000_000), TextFile("b", "b", 6_000_000)]
-    progress = data_module.Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
+    progress = data_module.Progress(
+        "prepared", Reader(SourceConfig(input="ab"), sources), said.append
+    )
     progress.documents = 1
-    for now, more, source in ((5, 500_000, 0), (10, 500_000, 0), (20, 500_000, 1), (30, 1_500_000, 1)):
+    for now, more, source in (
+        (5, 500_000, 0),
+        (10, 500_000, 0),
+        (20, 500_000, 1),
+        (30, 1_500_000, 1),
+    ):
         clock[0] = float(now)
         progress.add(more, source)
-    assert said == [
-        "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
-        "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
-        "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
-    ]
+    assert (
+        said
+        == [
+            "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
+            "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
+            "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
+        ]
+    )
 
 
 def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, said = [0.0], list[str]()
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    reader = Reader(SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)])
+    reader = Reader(
+        SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)]
+    )
     progress = data_module.Progress("prepared", reader, said.append)
     clock[0] = 10.0
     progress.add(1_000_000, 1)
@@ -369,16 +443,31 @@ def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dist_lm.prepare", *words], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dist_lm.prepare", *words], capture_output=True, text=True
+    )
 
 
 def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"body": [f"text number {n}" for n in range(200)]}), tmp_path / "a.parquet")
-    done = run("--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "d"), "--tokenizer", "byte",
-               "--text-column=body", "--val-fraction", "0.2", "--processes", "2")  # fmt: skip
+    pq.write_table(
+        pa.table({"body": [f"text number {n}" for n in range(200)]}), tmp_path / "a.parquet"
+    )
+    done = run(
+        "--input",
+        str(tmp_path / "a.parquet"),
+        "--output",
+        str(tmp_path / "d"),
+        "--tokenizer",
+        "byte",
+        "--text-column=body",
+        "--val-fraction",
+        "0.2",
+        "--processes",
+        "2",
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "train: " in done.stdout and "val: " in done.stdout
     assert json.loads((tmp_path / "d" / MANIFEST).read_text())["settings"]["text_column"] == "body"
@@ -399,9 +488,21 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
         ("--input", 2, "--input: expected one argument"),
         ("", 2, "exactly one of --output DIR and --verify DIR must be given"),
         ("--output d --verify d", 2, "exactly one of --output DIR and --verify DIR must be given"),
-        ("--output d --val_fraction 2", 2, "command line: data.val_fraction=2 must be less than 1; nearest: 0.1"),
-        ("--output d --processes none", 2, "--processes=none must be a whole number of 1 or more; nearest: 1"),
-        ("--output d --tokenizer bpe:1", 2, "data.tokenizer='bpe:1': bpe:N must have at least 256 bytes"),
+        (
+            "--output d --val_fraction 2",
+            2,
+            "command line: data.val_fraction=2 must be less than 1; nearest: 0.1",
+        ),
+        (
+            "--output d --processes none",
+            2,
+            "--processes=none must be a whole number of 1 or more; nearest: 1",
+        ),
+        (
+            "--output d --tokenizer bpe:1",
+            2,
+            "data.tokenizer='bpe:1': bpe:N must have at least 256 bytes",
+        ),
         ("--output d --input no/such.txt", 65, "data.input='no/such.txt': no such file"),
         ("--verify d", 65, "d/dataset.json: not a readable manifest (FileNotFoundError)"),
     ],
@@ -419,13 +520,26 @@ def test_command_line_errors(
 def test_help_names_every_flag_and_imports_nothing_heavy() -> None:
     program = "import sys; from dist_lm import prepare\ntry: prepare.main(['--help'])\nexcept SystemExit: pass\n"
     program += "print([m for m in ('torch', 'datasets', 'pyarrow', 'numpy', 'tokenizers') if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert shown.endswith("[]\n")
-    for flag in ("input", "output", "tokenizer", "text_column", "separator", "val_fraction", "processes", "verify"):
+    for flag in (
+        "input",
+        "output",
+        "tokenizer",
+        "text_column",
+        "separator",
+        "val_fraction",
+        "processes",
+        "verify",
+    ):
         assert f"--{flag}" in shown
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -455,12 +569,27 @@ def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
 @pytest.mark.campaign
 def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     rng = random.Random(0)
-    with open(tmp_path / "a.txt", "w") as file:  # in parts: a forked child is as large as this process for a moment
+    with open(
+        tmp_path / "a.txt", "w"
+    ) as file:  # in parts: a forked child is as large as this process for a moment
         while file.tell() < 200 * 10**6:
-            words = [*rng.choices(WORDS, k=10**5), *(f"{rng.getrandbits(40):x}" for _ in range(10**4))]  # many distinct
+            words = [
+                *rng.choices(WORDS, k=10**5),
+                *(f"{rng.getrandbits(40):x}" for _ in range(10**4)),
+            ]  # many distinct
             file.write(" ".join(words) + "\n")
-    command = [sys.executable, "-m", "dist_lm.prepare", "--input", str(tmp_path), "--output", str(tmp_path / "d")]
-    process = subprocess.Popen([*command, "--tokenizer", "bpe:1000"], stdout=subprocess.DEVNULL, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "dist_lm.prepare",
+        "--input",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "d"),
+    ]
+    process = subprocess.Popen(
+        [*command, "--tokenizer", "bpe:1000"], stdout=subprocess.DEVNULL, text=True
+    )
     peak = peak_memory(process)
     assert process.returncode == 0
     assert len(peak) == 1 + len(os.sched_getaffinity(0)) and max(peak.values()) < 1024, peak

@@ -48,13 +48,17 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(remote, "LONGEST_WAIT", 0.3)
     monkeypatch.setattr(remote, "PATIENCE", 1.0)
     monkeypatch.setattr(remote, "ROOM_WAIT", 0.5)
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own tries, which come before each of ours
+    monkeypatch.setenv(
+        "AWS_MAX_ATTEMPTS", "1"
+    )  # botocore's own tries, which come before each of ours
     yield
     fsspec.filesystem("memory").store.clear()
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[dict[str, bytes]], ObjectStore]]:
+def start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[dict[str, bytes]], ObjectStore]]:
     """A server with these files in the bucket `bkt`."""
     stores = []
 
@@ -77,16 +81,28 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 
 def test_which_paths_are_remote() -> None:
-    urls = ["s3://b", "gs://b/x", "hf://datasets/a/b", "memory://x", "file:///x", "https://host/x.txt"]
+    urls = [
+        "s3://b",
+        "gs://b/x",
+        "hf://datasets/a/b",
+        "memory://x",
+        "file:///x",
+        "https://host/x.txt",
+    ]
     assert [is_remote(url) for url in urls] == [True] * len(urls)
     paths = ["a/b", "/a", "owner/name", "stdlib", "a:b", "c:\\x", "./s3:/x", "x/s3://b", "*.txt"]
     assert [is_remote(path) for path in paths] == [False] * len(paths)
 
 
 FILES = {
-    "d/b.txt": b"bb", "d/a.txt": b"a", "d/e/c.txt": b"ccc", "d/no.bin": b"n", "d/.h/x.txt": b"h", "d/.y.txt": b"y",
+    "d/b.txt": b"bb",
+    "d/a.txt": b"a",
+    "d/e/c.txt": b"ccc",
+    "d/no.bin": b"n",
+    "d/.h/x.txt": b"h",
+    "d/.y.txt": b"y",
     "d2/z.txt": b"zz",
-}  # fmt: skip
+}
 
 
 def check_find(root: str) -> dict[str, str]:
@@ -99,12 +115,20 @@ def check_find(root: str) -> dict[str, str]:
     assert find(f"{root}/d/[b-z].txt", TEXTS) == found[1:2]
     assert [f.name for f in find(f"{root}/d*/?.txt", TEXTS)] == ["d/a.txt", "d/b.txt", "d2/z.txt"]
     mark = find(f"{root}/d/n*", TEXTS)[0].mark
-    assert find(f"{root}/d/no.bin", TEXTS) == [Found("no.bin", f"{found[0].path[:-5]}no.bin", 1, mark)]
-    nothing = {"nix": "nothing is there", "d/nix.txt": "nothing is there", "d/*.gz": "no file matches"}
+    assert find(f"{root}/d/no.bin", TEXTS) == [
+        Found("no.bin", f"{found[0].path[:-5]}no.bin", 1, mark)
+    ]
+    nothing = {
+        "nix": "nothing is there",
+        "d/nix.txt": "nothing is there",
+        "d/*.gz": "no file matches",
+    }
     for name, said in nothing.items():
         with pytest.raises(UserError) as raised:
             find(f"{root}/{name}", TEXTS)
-        assert str(raised.value) == f"data.input='{root}/{name}': {said}" and raised.value.code == 65
+        assert (
+            str(raised.value) == f"data.input='{root}/{name}': {said}" and raised.value.code == 65
+        )
     with pytest.raises(UserError, match=rf"data\.input='{root}/d/e': it has none of \.gz \.zst"):
         find(f"{root}/d/e", (".gz", ".zst"))
     return {f.name: f.mark for f in found}
@@ -116,10 +140,21 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
     before = check_find("s3://bkt")
     with pytest.raises(UserError, match=r"^data\.input='s3://other/d': nothing is there$"):
         find("s3://other/d", TEXTS)
-    assert [f.name for f in find("s3://bkt", TEXTS)] == ["d/a.txt", "d/b.txt", "d/e/c.txt", "d2/z.txt"]
-    address = store.client().generate_presigned_url("get_object", Params={"Bucket": "bkt", "Key": "d/b.txt"})
+    assert [f.name for f in find("s3://bkt", TEXTS)] == [
+        "d/a.txt",
+        "d/b.txt",
+        "d/e/c.txt",
+        "d2/z.txt",
+    ]
+    address = store.client().generate_presigned_url(
+        "get_object", Params={"Bucket": "bkt", "Key": "d/b.txt"}
+    )
     (web,) = find(address, TEXTS)
-    assert "?" in address and web.name == "b.txt" and open_file(web.path, web.size, web.mark).read() == b"bb"
+    assert (
+        "?" in address
+        and web.name == "b.txt"
+        and open_file(web.path, web.size, web.mark).read() == b"bb"
+    )
     with pytest.raises(UserError, match=r"nix\.txt\?.*: nothing is there$"):
         find(address.replace("b.txt", "nix.txt"), TEXTS)
     store.kill()
@@ -138,7 +173,9 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
 
 def test_files_on_disk_and_in_memory(tmp_path: Path) -> None:
     for name, content in FILES.items():
-        (tmp_path / ".cache" / name).parent.mkdir(parents=True, exist_ok=True)  # hidden above, which does not matter
+        (tmp_path / ".cache" / name).parent.mkdir(
+            parents=True, exist_ok=True
+        )  # hidden above, which does not matter
         (tmp_path / ".cache" / name).write_bytes(content)
         fsspec.filesystem("memory").pipe(f"/r/{name}", content)
     check_find(f"file://{tmp_path}/.cache")
@@ -175,13 +212,18 @@ def test_a_web_server_without_ranges_is_refused(tmp_path: Path) -> None:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))
+    ) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             (found,) = find(f"http://127.0.0.1:{server.server_port}/", TEXTS)
             assert found.name == "a.txt" and found.size == 100
-            with pytest.raises(OSError, match=rf"^{found.path}: ValueError: The HTTP server doesn't .* support range"):
+            with pytest.raises(
+                OSError,
+                match=rf"^{found.path}: ValueError: The HTTP server doesn't .* support range",
+            ):
                 file = open_file(found.path)
                 file.seek(50)
                 file.read()
@@ -197,7 +239,9 @@ def check_reads(url: str, content: bytes) -> None:
     rng, twin = random.Random(0), io.BytesIO(content)
     with open_file(url) as file:
         for _ in range(40):
-            place = rng.choice([(rng.randrange(len(content)), 0), (-rng.randrange(len(content)), 2)])
+            place = rng.choice(
+                [(rng.randrange(len(content)), 0), (-rng.randrange(len(content)), 2)]
+            )
             assert file.seek(*place) == twin.seek(*place)
             size = rng.choice([1, 100, 5_000, 300_000])
             assert file.read(size) == twin.read(size)
@@ -210,7 +254,9 @@ def check_reads(url: str, content: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_reading_is_exact_in_threads_too(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_is_exact_in_threads_too(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "BLOCK", 2**16)
     contents = {f"{n}.txt": np.random.default_rng(n).bytes(2**20 + n) for n in range(3)}
     start(contents)
@@ -218,7 +264,9 @@ def test_reading_is_exact_in_threads_too(start: Any, tmp_path: Path, monkeypatch
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         fsspec.filesystem("memory").pipe(f"/{name}", content)
-        urls += [(f"{root}{name}", content) for root in ("s3://bkt/", f"file://{tmp_path}/", "memory://")] * 2
+        urls += [
+            (f"{root}{name}", content) for root in ("s3://bkt/", f"file://{tmp_path}/", "memory://")
+        ] * 2
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda entry: check_reads(*entry), urls))
 
@@ -234,7 +282,10 @@ def test_a_server_restart_is_read_through(
     sink = io.BytesIO()
     pa.parquet.write_table(table, sink, row_group_size=1000, compression="none")
     store = start({"a.txt": content, "a.parquet": sink.getvalue()})
-    file, rows = open_file("s3://bkt/a.txt"), pa.parquet.ParquetFile(open_file("s3://bkt/a.parquet"), pre_buffer=False)
+    file, rows = (
+        open_file("s3://bkt/a.txt"),
+        pa.parquet.ParquetFile(open_file("s3://bkt/a.parquet"), pre_buffer=False),
+    )
     batches = rows.iter_batches(1000, use_threads=False)
     got, texts = file.read(100_000), next(batches).column(0).to_pylist()
     store.kill()
@@ -250,7 +301,11 @@ def test_a_server_restart_is_read_through(
         texts += batch.column(0).to_pylist()
     assert texts == table.column(0).to_pylist()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("s3://bkt/a.txt: EndpointConnectionError") and said[0].endswith("30 s")
+    assert (
+        len(said) == 1
+        and said[0].startswith("s3://bkt/a.txt: EndpointConnectionError")
+        and said[0].endswith("30 s")
+    )
 
 
 @pytest.mark.slow
@@ -262,17 +317,22 @@ def test_a_server_that_stays_away_is_given_up(start: Any, monkeypatch: pytest.Mo
     store.kill()
     begin = time.monotonic()
     with pytest.raises(
-        OSError, match=r"^s3://bkt/a\.txt: given up after [3-9]\d? tries in 1 s; the last: EndpointConn"
+        OSError,
+        match=r"^s3://bkt/a\.txt: given up after [3-9]\d? tries in 1 s; the last: EndpointConn",
     ):
         file.read()
     assert time.monotonic() - begin < 3
-    with pytest.raises(UserError, match=r"data\.input='s3://bkt': OSError: s3://bkt: given up after") as raised:
+    with pytest.raises(
+        UserError, match=r"data\.input='s3://bkt': OSError: s3://bkt: given up after"
+    ) as raised:
         find("s3://bkt", TEXTS)
     assert raised.value.code == 65
 
 
 @pytest.mark.slow
-def test_a_changed_or_vanished_file_is_not_mixed_up(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_or_vanished_file_is_not_mixed_up(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "BLOCK", 2**16)
     store = start({name: bytes(2**18) for name in ("a.txt", "b.txt", "c.txt")})
     (found, *_) = find("s3://bkt/a.txt", TEXTS)
@@ -280,7 +340,8 @@ def test_a_changed_or_vanished_file_is_not_mixed_up(start: Any, monkeypatch: pyt
     assert {len(file.read(10)) for file in files.values()} == {10}
     store.put("bkt/a.txt", b"\1" * 2**18)  # the same size, while the server runs
     with pytest.raises(
-        ChangedError, match=r"^s3://bkt/a\.txt: changed while it was read: size and mark were \(262144, '"
+        ChangedError,
+        match=r"^s3://bkt/a\.txt: changed while it was read: size and mark were \(262144, '",
     ):
         files["a.txt"].read()
     with pytest.raises(ChangedError, match="changed while"):
@@ -322,7 +383,9 @@ def test_failures_of_every_kind_are_tried_again(
                 raise RuntimeError("no\nOSError")
             return self.raw.read(size)[: 5 if turn == 3 else None]
 
-    monkeypatch.setattr(type(memory), "_open", lambda *a, **k: Flaky(io.BytesIO(opened(*a, **k).getvalue())))
+    monkeypatch.setattr(
+        type(memory), "_open", lambda *a, **k: Flaky(io.BytesIO(opened(*a, **k).getvalue()))
+    )
     with open_file("memory://a.txt") as file:
         assert b"".join(iter(lambda: file.read(7), b"")) == b"0123456789" * 100
     said = set(capsys.readouterr().err.splitlines())
@@ -346,10 +409,14 @@ def test_a_small_file_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("memory").pipe("/fits", bytes(2**20))
     fsspec.filesystem("memory").pipe("/large", bytes(2**20 + 1))
     assert fetch_small("memory://fits") == bytes(2**20)
-    with pytest.raises(UserError, match=r"^memory://large: larger than the 1 MB that such a file may have$"):
+    with pytest.raises(
+        UserError, match=r"^memory://large: larger than the 1 MB that such a file may have$"
+    ):
         fetch_small("memory://large")
     for wanted in (fetch_small, lambda url: read_manifest(url.removesuffix("/dataset.json"))):
-        with pytest.raises(UserError, match=r"^memory://nix/dataset\.json: no such file$") as raised:
+        with pytest.raises(
+            UserError, match=r"^memory://nix/dataset\.json: no such file$"
+        ) as raised:
             wanted("memory://nix/dataset.json")
         assert raised.value.code == 65
 
@@ -410,7 +477,9 @@ def test_a_cache_too_small_is_refused(shards: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no room for 2 of .* nearest: 0\.01"):
         cache.get(*shards["2"])
     with pytest.raises(UserError):
-        ShardCache(url, folder, 2 * SIZE).get(*shards["2"])  # after a wait: another cache has them in use
+        ShardCache(url, folder, 2 * SIZE).get(
+            *shards["2"]
+        )  # after a wait: another cache has them in use
     assert all(path.is_file() for path in paths)
     cache.release("0")
     cache.get(*shards["2"])
@@ -440,14 +509,20 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
     shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking for a copy and beginning one."""
-    cache, take, looks = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), ShardCache._take, []
+    cache, take, looks = (
+        ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE),
+        ShardCache._take,
+        [],
+    )
 
     def look(self: ShardCache, *wanted: Any) -> int | None:
         found = take(self, *wanted)
         looks.append(found)
         if len(looks) == 1:
             ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
-            monkeypatch.setattr(remote, "open_file", Mock(side_effect=AssertionError("fetched again")))
+            monkeypatch.setattr(
+                remote, "open_file", Mock(side_effect=AssertionError("fetched again"))
+            )
         return found
 
     with monkeypatch.context() as patch:
@@ -456,7 +531,9 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
     assert looks[0] is None and None not in looks[2:]
 
 
-def test_deleting_and_beginning_wait_for_the_lock(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_and_beginning_wait_for_the_lock(
+    shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, flock = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), fcntl.flock
     with ThreadPoolExecutor(1) as pool:
         with cache._locked():
@@ -478,13 +555,19 @@ def test_deleting_and_beginning_wait_for_the_lock(shards: Any, tmp_path: Path, m
     assert cache.get(*shards["0"]).is_file()
 
 
-def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_as_its_manifest_says(
+    shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, folder, opened = f"file://{tmp_path}/far", tmp_path / "cache", []
     monkeypatch.setattr(remote, "open_file", lambda url: opened.append(url) or open_file(url))
     cache, good = ShardCache(url, folder, 3 * SIZE), (tmp_path / "far" / "0").read_bytes()
     wrong = {
-        bytes(SIZE): rf"{url}/0: sha256 \w{{12}}, not {shards['0'][2][:12]}, twice; rule: as its manifest",
-        good[:-1]: rf"{url}/0: not 100000 bytes, twice; rule: as its manifest has it; prepare again",
+        bytes(
+            SIZE
+        ): rf"{url}/0: sha256 \w{{12}}, not {shards['0'][2][:12]}, twice; rule: as its manifest",
+        good[
+            :-1
+        ]: rf"{url}/0: not 100000 bytes, twice; rule: as its manifest has it; prepare again",
         good + bytes(10 * SIZE): rf"{url}/0: not 100000 bytes, twice",
     }
     for content, said in wrong.items():
@@ -497,9 +580,14 @@ def test_a_file_that_is_not_as_its_manifest_says(shards: Any, tmp_path: Path, mo
     with pytest.raises(FileNotFoundError, match=rf"^{url}/gone: no such file$"):
         cache.get("gone", SIZE, "0" * 64)
     with monkeypatch.context() as patch, pytest.raises(UserError) as raised:
-        patch.setattr(os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        patch.setattr(
+            os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        )
         cache.get(*shards["0"])
-    assert str(raised.value) == f"{folder}: the disk is full before data.cache_gb=0.0003 is; rule: it has that much"
+    assert (
+        str(raised.value)
+        == f"{folder}: the disk is full before data.cache_gb=0.0003 is; rule: it has that much"
+    )
     assert copies(folder) == set()
     assert cache.get(*shards["0"]).read_bytes() == good
 
@@ -535,12 +623,18 @@ print("done", flush=True)
 """
 
 
-def worker(tmp_path: Path, limit: int, seed: int | None, pause: float, entries: list[Any]) -> subprocess.Popen[str]:
+def worker(
+    tmp_path: Path, limit: int, seed: int | None, pause: float, entries: list[Any]
+) -> subprocess.Popen[str]:
     arguments = [f"file://{tmp_path}/far", str(tmp_path / "cache"), str(tmp_path / "log")]
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, *arguments, json.dumps([limit, seed, pause, entries])], cwd=ROOT, text=True,
-        env=clean_env(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-c", WORKER, *arguments, json.dumps([limit, seed, pause, entries])],
+        cwd=ROOT,
+        text=True,
+        env=clean_env(PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 class Watch:
@@ -586,7 +680,9 @@ def test_processes_share_a_cache_within_its_limit(shards: Any, tmp_path: Path) -
     with Watch(tmp_path / "cache") as watch:
         finish(*(worker(tmp_path, limit, seed, 0.003, entries) for seed in range(3)))
     assert 2 * SIZE < watch.most <= limit and watch.samples > 100
-    assert len((tmp_path / "log").read_text().splitlines()) > 8  # some were fetched more than once: it was tight
+    assert (
+        len((tmp_path / "log").read_text().splitlines()) > 8
+    )  # some were fetched more than once: it was tight
 
 
 @pytest.mark.slow
@@ -600,7 +696,10 @@ def test_a_file_is_fetched_once_for_all_processes(shards: Any, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_download_survives_kill_9(shards: Any, tmp_path: Path) -> None:
     """Who waits for a process that is killed takes over; what it left is removed."""
-    entries, limit = list(shards.values()), SIZE + SIZE // 2  # no room for a second file beside what a crash leaves
+    entries, limit = (
+        list(shards.values()),
+        SIZE + SIZE // 2,
+    )  # no room for a second file beside what a crash leaves
     with Watch(tmp_path / "cache") as watch:
         first = worker(tmp_path, limit, None, 0.5, entries[:1])
         while not list((tmp_path / "cache").glob("tmp-*")):
@@ -625,8 +724,15 @@ def test_a_download_survives_kill_9(shards: Any, tmp_path: Path) -> None:
 
 def test_token_shards_at_a_url(tmp_path: Path) -> None:
     make(tmp_path / "far", [200] * 6)
-    url, sizes = f"file://{tmp_path}/far", [path.stat().st_size for path in (tmp_path / "far").glob("train-*")]
-    assert find_prepared(url) and not find_prepared(f"file://{tmp_path}") and not find_prepared("memory://nix")
+    url, sizes = (
+        f"file://{tmp_path}/far",
+        [path.stat().st_size for path in (tmp_path / "far").glob("train-*")],
+    )
+    assert (
+        find_prepared(url)
+        and not find_prepared(f"file://{tmp_path}")
+        and not find_prepared("memory://nix")
+    )
     assert read_manifest(url) == read_manifest(tmp_path / "far")
     near = TokenShards(tmp_path / "far", "train")
     order = np.random.default_rng(0).permutation(sum(near.counts(9, 9)))
@@ -645,7 +751,9 @@ def test_token_shards_at_a_url(tmp_path: Path) -> None:
     no_file = f"train-00002.safetensors ({url}/train-00002.safetensors: no such file)"
     assert verify(url)[0].startswith("tokenizer.json (sha256 ") and verify(url)[1:] == [no_file]
     (tmp_path / "far" / "dataset.json").write_text("{")
-    with pytest.raises(UserError, match=rf"^{url}/dataset\.json: not a readable manifest \(JSONDecodeError\)"):
+    with pytest.raises(
+        UserError, match=rf"^{url}/dataset\.json: not a readable manifest \(JSONDecodeError\)"
+    ):
         read_manifest(url)
 
 
@@ -653,7 +761,11 @@ def test_token_shards_at_a_url(tmp_path: Path) -> None:
 def test_token_shards_in_an_object_store(start: Any, tmp_path: Path) -> None:
     make(tmp_path / "far", [3000] * 4)
     start({f"p/{path.name}": path.read_bytes() for path in (tmp_path / "far").iterdir()})
-    assert find_prepared("s3://bkt/p") and not find_prepared("s3://bkt/q") and not find_prepared("s3://nix/p")
+    assert (
+        find_prepared("s3://bkt/p")
+        and not find_prepared("s3://bkt/q")
+        and not find_prepared("s3://nix/p")
+    )
     cache = ShardCache("s3://bkt/p", tmp_path / "cache", 20_000)
     near, far = TokenShards(tmp_path / "far", "train"), TokenShards("s3://bkt/p", "train", cache)
     order = np.arange(sum(near.counts(9, 9)))

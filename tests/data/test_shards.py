@@ -25,11 +25,15 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
     tokens = np.arange(sum(sizes)).astype(dtype)
     entries, begin = [], 0
     for n, size in enumerate(sizes):
-        first = -begin % every  # where a document starts in this shard; the one before goes on into it
+        first = (
+            -begin % every
+        )  # where a document starts in this shard; the one before goes on into it
         starts = sorted({0, *range(first, size, every)})
         numbers = [(begin + start) // every for start in starts]
         path = folder / f"train-{n:05d}.safetensors"
-        entries.append(write_shard(path, tokens[begin : begin + size], starts, [0] * len(starts), numbers))
+        entries.append(
+            write_shard(path, tokens[begin : begin + size], starts, [0] * len(starts), numbers)
+        )
         begin += size
     counted = {"documents": 1, "bytes": 1, "unknown": 0}
     splits = {
@@ -46,17 +50,26 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
         "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }
     sources = [{"name": "a.txt", "bytes": 1}]
-    write_json(folder / MANIFEST, {"format": FORMAT, "tokenizer": tokenizer, "splits": splits, "sources": sources})
+    write_json(
+        folder / MANIFEST,
+        {"format": FORMAT, "tokenizer": tokenizer, "splits": splits, "sources": sources},
+    )
     return tokens
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5), seq_len=st.integers(1, 20), stride=st.integers(1, 20),
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    seq_len=st.integers(1, 20),
+    stride=st.integers(1, 20),
     dtype=st.sampled_from([np.uint16, np.uint32]),
-)  # fmt: skip
+)
 def test_sequences_cover_the_tokens(
-    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seq_len: int, stride: int, dtype: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    seq_len: int,
+    stride: int,
+    dtype: Any,
 ) -> None:
     stride = min(stride, seq_len)
     folder = tmp_path_factory.mktemp("shards")
@@ -73,7 +86,9 @@ def test_sequences_cover_the_tokens(
     wanted, tail = [], 0
     for first, size, count in zip(firsts.tolist(), sizes, counts, strict=True):
         end = first + (count - 1) * stride + seq_len if count else first
-        assert first + size - 1 - end < (stride if count else seq_len)  # not one more sequence would fit
+        assert first + size - 1 - end < (
+            stride if count else seq_len
+        )  # not one more sequence would fit
         wanted += range(first + 1, end + 1)
         tail += first + size - 1 - end
     assert sorted(targets) == [int(tokens[i]) for i in wanted]
@@ -91,7 +106,11 @@ def test_documents_of_a_sequence(tmp_path: Path) -> None:
     assert shards.documents_of(1, 9, 9) == [("a.txt", 1, 0, 5), ("a.txt", 2, 5, 10)]
     # the second shard begins with token 20, the last of document 2
     assert shards.find(2, 9, 9) == (1, 0)
-    assert shards.documents_of(2, 9, 9) == [("a.txt", 2, 0, 1), ("a.txt", 3, 1, 8), ("a.txt", 4, 8, 10)]
+    assert shards.documents_of(2, 9, 9) == [
+        ("a.txt", 2, 0, 1),
+        ("a.txt", 3, 1, 8),
+        ("a.txt", 4, 8, 10),
+    ]
 
 
 def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
@@ -100,14 +119,22 @@ def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
     assert (arrays["tokens"] == tokens).all() and arrays["tokens"].dtype == np.uint32
     assert arrays["document_start"].tolist() == list(range(0, 50, 7))
     mapped = map_shard(tmp_path / "train-00000.safetensors")
-    assert {name: array.tolist() for name, array in mapped.items()} == {n: a.tolist() for n, a in arrays.items()}
+    assert {name: array.tolist() for name, array in mapped.items()} == {
+        n: a.tolist() for n, a in arrays.items()
+    }
     assert not list(tmp_path.glob("tmp-*"))
 
 
-def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}") or fsync(fd))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: done.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}") or fsync(fd),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b: done.append(f"rename {a}") or replace(a, b))
     assert write_file(tmp_path / "a", [b"ab", b"c"]) == hashlib.sha256(b"abc").hexdigest()
     assert (tmp_path / "a").read_bytes() == b"abc"
@@ -133,17 +160,29 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     TokenShards(tmp_path, "train")  # a flipped bit is only seen by its hash
     assert [line.split(" (sha256")[0] for line in verify(tmp_path)] == ["train-00001.safetensors"]
     victim.write_bytes(raw[:-2])
-    with pytest.raises(UserError, match=r"train-00001\.safetensors: \d+ where dataset\.json has \d+ bytes; prepare"):
+    with pytest.raises(
+        UserError, match=r"train-00001\.safetensors: \d+ where dataset\.json has \d+ bytes; prepare"
+    ):
         TokenShards(tmp_path, "train")
     victim.unlink()
-    with pytest.raises(UserError, match=r"train-00001\.safetensors: missing where dataset\.json has"):
+    with pytest.raises(
+        UserError, match=r"train-00001\.safetensors: missing where dataset\.json has"
+    ):
         TokenShards(tmp_path, "train")
     (tmp_path / "tokenizer.json").write_text("{ }")
-    assert [line[:24] for line in verify(tmp_path)] == ["tokenizer.json (sha256 2", "train-00001.safetensors "]
+    assert [line[:24] for line in verify(tmp_path)] == [
+        "tokenizer.json (sha256 2",
+        "train-00001.safetensors ",
+    ]
     (tmp_path / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match=r"dataset\.json: not a readable manifest \(JSONDecodeError\); prepare again"):
+    with pytest.raises(
+        UserError,
+        match=r"dataset\.json: not a readable manifest \(JSONDecodeError\); prepare again",
+    ):
         verify(tmp_path)
     (tmp_path / MANIFEST).write_text(json.dumps({"format": 99}))
-    with pytest.raises(UserError, match=r"dataset\.json: format 99 is not the format 1 of this version") as raised:
+    with pytest.raises(
+        UserError, match=r"dataset\.json: format 99 is not the format 1 of this version"
+    ) as raised:
         TokenShards(tmp_path, "train")
     assert raised.value.code == 65

@@ -44,7 +44,9 @@ def together(world: int, work: Callable[[int, Callable[[Any], list[Any]]], Any])
         return found
 
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(lambda rank: work(rank, lambda value: gather(rank, value)), range(world)))
+        return list(
+            pool.map(lambda rank: work(rank, lambda value: gather(rank, value)), range(world))
+        )
 
 
 class ThreadChannel:
@@ -64,7 +66,11 @@ def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
     source = SourceConfig(input=str(path))
     reader = Reader(source, find_files(source))
     parts = reader.parts(lanes)
-    fields = {"seq_len": LENGTH, "keep": lambda texts: texts, "key": np.array([5], np.uint64)} | fields
+    fields = {
+        "seq_len": LENGTH,
+        "keep": lambda texts: texts,
+        "key": np.array([5], np.uint64),
+    } | fields
     return StreamSpec(reader, parts, BYTES, lanes=min(lanes, len(parts)), **fields)
 
 
@@ -82,8 +88,13 @@ def read(
         return rows, stream.snapshot()
 
     ranks = together(world, work)
-    assert len({tuple(lane for lane, _ in rows) for rows, _ in ranks}) == 1, "ranks dealt differently"
-    rows = [next(row for _, row in place if row) for place in zip(*(rows for rows, _ in ranks), strict=True)]
+    assert len({tuple(lane for lane, _ in rows) for rows, _ in ranks}) == 1, (
+        "ranks dealt differently"
+    )
+    rows = [
+        next(row for _, row in place if row)
+        for place in zip(*(rows for rows, _ in ranks), strict=True)
+    ]
     state = ranks[0][1]
     for _, theirs in ranks:
         assert {**theirs, "lanes": 0} == {**state, "lanes": 0}
@@ -95,16 +106,24 @@ def write_source(folder: Path, rng: random.Random, kind: str) -> list[str]:
     folder.mkdir()
     documents = []
     for number in range(rng.randint(1, 5)):
-        texts = ["".join(rng.choices("abc \n", k=rng.choice([1, 3, 9, 40]))) + "." for _ in range(rng.randint(0, 9))]
+        texts = [
+            "".join(rng.choices("abc \n", k=rng.choice([1, 3, 9, 40]))) + "."
+            for _ in range(rng.randint(0, 9))
+        ]
         documents += texts
         if kind == "parquet":
-            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / f"{number}.parquet",
-                           row_group_size=rng.randint(1, 4))  # fmt: skip
+            pq.write_table(
+                pa.table({"text": pa.array(texts, pa.string())}),
+                folder / f"{number}.parquet",
+                row_group_size=rng.randint(1, 4),
+            )
         elif kind == "jsonl":
             lines = [json.dumps({"text": text}) + "\n" * rng.randint(1, 3) for text in texts]
             (folder / f"{number}.jsonl").write_text("".join(lines))
         else:
-            (folder / f"{number}.csv").write_text("text\n" + "".join('"' + text + '"\n' for text in texts))
+            (folder / f"{number}.csv").write_text(
+                "text\n" + "".join('"' + text + '"\n' for text in texts)
+            )
     return documents
 
 
@@ -115,7 +134,11 @@ def ids(rows: list[PackedSequence]) -> list[list[int]]:
 def check_case(folder: Path, seed: int) -> None:
     """A random source: whole passes in one world, then cut anywhere and continued in others."""
     rng = random.Random(seed)
-    kind, lanes, passes = rng.choice(["parquet", "jsonl", "csv"]), rng.randint(1, 6), rng.randint(1, 3)
+    kind, lanes, passes = (
+        rng.choice(["parquet", "jsonl", "csv"]),
+        rng.randint(1, 6),
+        rng.randint(1, 3),
+    )
     best, batch = rng.random() < 0.3, rng.randint(1, 9)
     documents = write_source(folder, rng, kind)
     held = {text for text in documents if sum(text.encode()) % 4 == 0}
@@ -124,7 +147,9 @@ def check_case(folder: Path, seed: int) -> None:
         text = "".join(texts)
         return None if text in held else iter([text])
 
-    recipe = recipe_of(folder, lanes, passes=passes, best_fit=best, block=(rng.randint(1, 6), 2**20), keep=keep)
+    recipe = recipe_of(
+        folder, lanes, passes=passes, best_fit=best, block=(rng.randint(1, 6), 2**20), keep=keep
+    )
     kept = [text for text in documents if text not in held]
     if not kept:
         with pytest.raises(UserError, match="no document to train on; rule: at least one"):
@@ -143,7 +168,9 @@ def check_case(folder: Path, seed: int) -> None:
     steps = [batch] * (-(-len(whole) // batch) + 1)
     stop = rng.randint(0, len(steps))
     first, state = read(recipe, steps[:stop], world=rng.choice(WORLDS), threads=rng.randint(0, 2))
-    second, last = read(recipe, steps[stop:], state, world=rng.choice(WORLDS), threads=rng.randint(0, 2))
+    second, last = read(
+        recipe, steps[stop:], state, world=rng.choice(WORLDS), threads=rng.randint(0, 2)
+    )
     assert ids(first + second) == ids(whole)
     assert last["pass"] == passes
 
@@ -176,9 +203,17 @@ def test_10000_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), length=st.integers(1, 12))
 def test_best_fit_cuts_only_what_is_too_long(sizes: list[int], length: int) -> None:
     rows = best_fit(sizes, length)
-    inputs = Counter((number, at) for row in rows for number, begin, end in row for at in range(begin, end))
-    ahead = Counter((row[0][0], row[0][2] - 1) for row in rows if sum(end - begin for _, begin, end in row) > length)
-    assert inputs - ahead == Counter({(number, at): 1 for number, size in enumerate(sizes) for at in range(size)})
+    inputs = Counter(
+        (number, at) for row in rows for number, begin, end in row for at in range(begin, end)
+    )
+    ahead = Counter(
+        (row[0][0], row[0][2] - 1)
+        for row in rows
+        if sum(end - begin for _, begin, end in row) > length
+    )
+    assert inputs - ahead == Counter(
+        {(number, at): 1 for number, size in enumerate(sizes) for at in range(size)}
+    )
     for row in rows:
         total = sum(end - begin for _, begin, end in row)
         assert total <= length or (len(row) == 1 and total == length + 1)
@@ -196,11 +231,17 @@ def dataset_of(folder: Path, lanes: int = 3, **data: Any) -> tuple[Config, Datas
         folder.mkdir()
         write_source(folder / "a", rng, "parquet")
         write_source(folder / "b", rng, "jsonl")
-        (folder / "c.txt").write_text("#".join("".join(rng.choices("xyz ", k=30)) for _ in range(200)))
-        prepare_dataset(DataConfig(input=str(folder / "c.txt"), separator="#", tokenizer="byte"), folder / "c")
+        (folder / "c.txt").write_text(
+            "#".join("".join(rng.choices("xyz ", k=30)) for _ in range(200))
+        )
+        prepare_dataset(
+            DataConfig(input=str(folder / "c.txt"), separator="#", tokenizer="byte"), folder / "c"
+        )
     weights = {"a": 0.7, "b": 0.2, "c": 0.1}
-    named = {name: {"input": str(folder / name), "weight": weight} | data.pop(name, {})
-             for name, weight in weights.items()}  # fmt: skip
+    named = {
+        name: {"input": str(folder / name), "weight": weight} | data.pop(name, {})
+        for name, weight in weights.items()
+    }
     fields = {
         "sources": named,
         "stream": True,
@@ -223,7 +264,13 @@ def global_batches(
 
     def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[np.ndarray], Any, Any]:
         mix = MixtureReader(
-            data, config.data, 1, state=state, rank=rank, world=world, channel=ThreadChannel(rank, gather)
+            data,
+            config.data,
+            1,
+            state=state,
+            rank=rank,
+            world=world,
+            channel=ThreadChannel(rank, gather),
         )
         made, after, shares = [], {}, []
         for step in steps:
@@ -235,31 +282,49 @@ def global_batches(
         return made, after, shares
 
     ranks = together(world, work)
-    places = [np.stack([ranks[j % world][0][n][j // world] for j in range(batch)]) for n in range(len(steps))]
+    places = [
+        np.stack([ranks[j % world][0][n][j // world] for j in range(batch)])
+        for n in range(len(steps))
+    ]
     return places, merge_after([after for _, after, _ in ranks]), ranks[0][2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mixture_is_the_same_in_every_world_and_after_a_resume(tmp_path: Path, workers: int) -> None:
+def test_a_mixture_is_the_same_in_every_world_and_after_a_resume(
+    tmp_path: Path, workers: int
+) -> None:
     config, data = dataset_of(tmp_path / "x", workers=workers)
     whole, _, shares = global_batches(config, data, range(60))
     assert len({row.tobytes() for step in whole for row in step}) > 50
     for world in (2, 3, 7):
         before, state, _ = global_batches(config, data, range(23), world)
-        behind, _, _ = global_batches(config, data, range(23, 60), 8 - world, json.loads(json.dumps(state)))
+        behind, _, _ = global_batches(
+            config, data, range(23, 60), 8 - world, json.loads(json.dumps(state))
+        )
         assert np.array_equal(before + behind, whole)
     assert {key: round(value, 9) for key, value in shares[-1].items() if "passes" not in key} == {
-        "asked_a": 0.7, "asked_b": 0.2, "asked_c": 0.1, "share_a": 0.7, "share_b": 0.2, "share_c": 0.1
-    }  # fmt: skip
+        "asked_a": 0.7,
+        "asked_b": 0.2,
+        "asked_c": 0.1,
+        "share_a": 0.7,
+        "share_b": 0.2,
+        "share_c": 0.1,
+    }
 
 
 @settings(max_examples=20, deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.7, 0.2, 0.1, 1.0, 3.0, 1 / 3]), min_size=1, max_size=4),
-    later=st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=4, max_size=4), start=st.integers(1, 300),
-)  # fmt: skip
-def test_shares_are_exact_over_every_period(weights: list[float], later: list[float], start: int) -> None:
-    stages = [(0, weights), *([(start, later[: len(weights)])] if sum(later[: len(weights)]) else [])]
+    later=st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=4, max_size=4),
+    start=st.integers(1, 300),
+)
+def test_shares_are_exact_over_every_period(
+    weights: list[float], later: list[float], start: int
+) -> None:
+    stages = [
+        (0, weights),
+        *([(start, later[: len(weights)])] if sum(later[: len(weights)]) else []),
+    ]
     mixture = MixtureSchedule(stages)
     sources, earlier = mixture.at(np.arange(1500))
     counts = np.zeros(len(weights), int)
@@ -278,10 +343,17 @@ def test_shares_are_exact_over_every_period(weights: list[float], later: list[fl
 def sources_of(steps: list[np.ndarray], kinds: dict[str, str]) -> list[str]:
     """Which source each row of each step came from, told by its letters; - where there is no target."""
     return [
-        "".join(next((n for n, letters in kinds.items() if set(BYTES.decode(row[1:])) & set(letters)), "?")
-                if row[0] else "-" for row in step)
+        "".join(
+            next(
+                (n for n, letters in kinds.items() if set(BYTES.decode(row[1:])) & set(letters)),
+                "?",
+            )
+            if row[0]
+            else "-"
+            for row in step
+        )
         for step in steps
-    ]  # fmt: skip
+    ]
 
 
 LETTERS = {"c": "xyz", "a": "abc \n."}  # a and b are written with the same letters
@@ -296,12 +368,18 @@ def test_what_happens_when_a_source_ends(tmp_path: Path) -> None:
     handed, state, shares = global_batches(config, data, range(60), 3)
     assert state["end"] is None and state["ended"] == [[(ended + 1) * 7, 1]]
     assert (np.array([step[:, 0] for step in handed[ended + 1 :]]) == LENGTH).all()
-    assert shares[-1]["asked_b"] == shares[-1]["share_b"] == 0 and round(shares[-1]["asked_a"], 9) == 0.875
+    assert (
+        shares[-1]["asked_b"] == shares[-1]["share_b"] == 0
+        and round(shares[-1]["asked_a"], 9) == 0.875
+    )
     assert np.array_equal(stopped[:ended], handed[:ended])
 
 
 def test_stages_change_the_mixture(tmp_path: Path) -> None:
-    stages = ({"from_step": 10, "weights": {"c": 1.0}}, {"from_step": 20, "weights": {"a": 1.0, "c": 1.0}})
+    stages = (
+        {"from_step": 10, "weights": {"c": 1.0}},
+        {"from_step": 20, "weights": {"a": 1.0, "c": 1.0}},
+    )
     config, data = dataset_of(tmp_path / "x", stages=stages)
     steps = sources_of(global_batches(config, data, range(30), 2)[0], LETTERS)
     assert all(set(step) == {"c"} for step in steps[10:20])

@@ -64,25 +64,40 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def mixed(folder: Path, corpus: Path, *more: str) -> list[str]:
     """Flags of a run over two sources."""
-    sources = {"web": {"input": str(corpus / "parquet"), "weight": 0.7},
-               "rows": {"input": str(corpus / "rows.jsonl"), "weight": 0.3}}  # fmt: skip
+    sources = {
+        "web": {"input": str(corpus / "parquet"), "weight": 0.7},
+        "rows": {"input": str(corpus / "rows.jsonl"), "weight": 0.3},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mix.yaml").write_text(yaml.safe_dump({"data": {"stream": True, "sources": sources}}))
     return ["--config", str(folder / "mix.yaml"), *tiny(Path("unused"), *STREAM, *more)[2:]]
 
 
 def single(path: Any, *more: str) -> list[str]:
-    return ["--data.input", str(path), *tiny(Path("unused"), "--data.stream", "true", *STREAM, *more)[2:]]
+    return [
+        "--data.input",
+        str(path),
+        *tiny(Path("unused"), "--data.stream", "true", *STREAM, *more)[2:],
+    ]
 
 
 def two_passes(path: Any, *more: str) -> list[str]:
-    flags = single(path, "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0", *more)
+    flags = single(
+        path, "--run.epochs", "2", "--optim.schedule", "constant", "--run.eval_every", "0", *more
+    )
     at = flags.index("--run.steps")
     return flags[:at] + flags[at + 2 :]
 
 
 def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
-    fields = {"input": str(path), "stream": True, "tokenizer": "byte", "seq_len": 16, "global_batch": 4, "workers": 0}
+    fields = {
+        "input": str(path),
+        "stream": True,
+        "tokenizer": "byte",
+        "seq_len": 16,
+        "global_batch": 4,
+        "workers": 0,
+    }
     run = {"dir": str(folder), "eval_batches": 2} | data.pop("run", {})
     config = Config.model_validate({"data": fields | data, "run": run}, strict=False)
     return config, open_dataset(config, lambda work: work(), say=print)
@@ -99,7 +114,9 @@ def read_through(data: Dataset, passes: int = 1) -> list[str]:
     whole = recipe(data)
     whole.passes = passes
     rows = [row for _, row in Stream(whole).deal(10**6) if row]
-    ends = data.tokenizer.decode([token for row in rows for token in row.tokens[:16]], skip_special=False)
+    ends = data.tokenizer.decode(
+        [token for row in rows for token in row.tokens[:16]], skip_special=False
+    )
     return ends.split("<|endoftext|>")
 
 
@@ -111,7 +128,12 @@ def test_a_chain_of_strategies_over_two_streams(corpus: Path, tmp_path: Path) ->
     """DDP x 2, ZeRO-2 x 4, ZeRO-3 x 3 and one process make the batches and the losses of the undisturbed run."""
     flags = mixed(tmp_path, corpus, "--run.steps", "20", "--model.dropout", "0.1")
     train(tmp_path / "whole", *flags)
-    for strategy, world, stop in (("ddp", 2, 5), ("zero2", 4, 10), ("zero3", 3, 15), ("single", 1, 20)):
+    for strategy, world, stop in (
+        ("ddp", 2, 5),
+        ("zero2", 4, 10),
+        ("zero3", 3, 15),
+        ("single", 1, 20),
+    ):
         spread(tmp_path / "chain", strategy, world, *flags, "--run.stop_after", str(stop))
     assert_same_curve(tmp_path / "chain", tmp_path / "whole", 1e-5)
     last = losses(tmp_path / "chain")[-1]
@@ -120,7 +142,15 @@ def test_a_chain_of_strategies_over_two_streams(corpus: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_whole_passes_end_the_run_wherever_it_is_killed(corpus: Path, tmp_path: Path) -> None:
-    flags = two_passes(corpus / "parquet", "--run.save_every", "5", "--data.lanes", "3", "--data.global_batch", "64")
+    flags = two_passes(
+        corpus / "parquet",
+        "--run.save_every",
+        "5",
+        "--data.lanes",
+        "3",
+        "--data.global_batch",
+        "64",
+    )
     train(tmp_path / "whole", *flags, world=2)
     ranks = start_ranks(2, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *flags)
     wait_for_step(tmp_path / "killed", 12, ranks)
@@ -132,8 +162,15 @@ def test_whole_passes_end_the_run_wherever_it_is_killed(corpus: Path, tmp_path: 
     train(tmp_path / "other", *flags, "--run.stop_after", "7", world=3)
     train(tmp_path / "other", *flags, "--data.workers", "0")
     assert_same_curve(tmp_path / "other", tmp_path / "whole", 1e-5)
-    tokens = 2 * sum(len(text.encode()) + 1 for n in range(2) for text in documents(150, n) if not is_held_out(text))
-    assert losses(tmp_path / "whole")[-1]["tokens"] == tokens - 3  # the first token of each lane has no predecessor
+    tokens = 2 * sum(
+        len(text.encode()) + 1
+        for n in range(2)
+        for text in documents(150, n)
+        if not is_held_out(text)
+    )
+    assert (
+        losses(tmp_path / "whole")[-1]["tokens"] == tokens - 3
+    )  # the first token of each lane has no predecessor
 
 
 def is_held_out(text: str) -> bool:
@@ -149,11 +186,15 @@ def test_a_killed_object_store_changes_nothing(corpus: Path, tmp_path: Path) -> 
     try:
         store.start()
         train(tmp_path / "whole", *flags, **env)
-        ranks = start_ranks(1, "dist_lm/train.py", "--run.dir", str(tmp_path / "cut"), *flags, **env)
+        ranks = start_ranks(
+            1, "dist_lm/train.py", "--run.dir", str(tmp_path / "cut"), *flags, **env
+        )
         wait_for_step(tmp_path / "cut", 5, ranks)
         store.kill()
         assert ranks[0].stdout
-        assert any("trying again for" in line for line in ranks[0].stdout), "no read met a dead server"
+        assert any("trying again for" in line for line in ranks[0].stdout), (
+            "no read met a dead server"
+        )
         store.start()
         code, output = finish(ranks)
         assert code == 0, output
@@ -164,7 +205,9 @@ def test_a_killed_object_store_changes_nothing(corpus: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_packing_by_best_fit_with_document_masks(corpus: Path, tmp_path: Path) -> None:
-    flags = single(corpus / "rows.jsonl", "--data.packing", "best_fit", "--data.document_mask", "true")
+    flags = single(
+        corpus / "rows.jsonl", "--data.packing", "best_fit", "--data.document_mask", "true"
+    )
     train(tmp_path / "one", *flags)
     train(tmp_path / "three", *flags, world=3)
     assert_same_curve(tmp_path / "three", tmp_path / "one", 1e-5)
@@ -179,7 +222,9 @@ def test_validation_is_never_trained_on(corpus: Path, tmp_path: Path) -> None:
     shared = [text for text in own if not is_held_out(text)][:5]
     write_rows(tmp_path / "asked.jsonl", [*shared, "only here " * 40])
     asked = {"asked": {"input": str(tmp_path / "asked.jsonl")}}
-    _, data = opened(tmp_path / "run", corpus / "parquet", validation=asked, lanes=1, run={"eval_batches": 20})
+    _, data = opened(
+        tmp_path / "run", corpus / "parquet", validation=asked, lanes=1, run={"eval_batches": 20}
+    )
     trained = read_through(data)[:-1]
     assert set(data.val) == {"asked", "val"}
     assert not set(trained) & set(shared) and not any(map(is_held_out, trained))
@@ -193,8 +238,11 @@ def test_validation_is_never_trained_on(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_stream_without_validation_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [f"{n} words" for n in range(3000)])
-    with pytest.raises(UserError, match=r"data.val_fraction=1e-09 holds out none of the first 1000 documents of .*a.jsonl;"
-                       r" rule: a stream's first .*; nearest: prepare it, a larger data.val_fraction, a source in"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"data.val_fraction=1e-09 holds out none of the first 1000 documents of .*a.jsonl;"
+        r" rule: a stream's first .*; nearest: prepare it, a larger data.val_fraction, a source in",
+    ):
         opened(tmp_path / "run", path, val_fraction=1e-9)
     opened(tmp_path / "run", path, val_fraction=1e-9, run={"eval_every": 0})
 
@@ -204,10 +252,14 @@ def test_a_changed_file_is_named(corpus: Path, tmp_path: Path) -> None:
     opened(tmp_path / "run", tmp_path / "text")
     opened(tmp_path / "run", tmp_path / "text")
     os.utime(tmp_path / "text/1.parquet", (1, 1))
-    with pytest.raises(UserError, match=r"text/1.parquet of text changed or vanished since the run began"):
+    with pytest.raises(
+        UserError, match=r"text/1.parquet of text changed or vanished since the run began"
+    ):
         opened(tmp_path / "run", tmp_path / "text")
     (tmp_path / "text/1.parquet").unlink()
-    with pytest.raises(UserError, match=r"text/1.parquet of text changed or vanished since the run began"):
+    with pytest.raises(
+        UserError, match=r"text/1.parquet of text changed or vanished since the run began"
+    ):
         opened(tmp_path / "run", tmp_path / "text")
     shutil.copy2(corpus / "parquet/1.parquet", tmp_path / "text/1.parquet")
     shutil.copy2(corpus / "parquet/1.parquet", tmp_path / "text/2.parquet")
@@ -225,7 +277,11 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "text" / kind
     if kind == "rows.jsonl":
         write_rows(path, texts)
-        path.write_bytes(path.read_bytes() + b'{"text": 5}\n{"text": "\xff"}\n{"text": null}\n' + b'{"text": "good"}\n')
+        path.write_bytes(
+            path.read_bytes()
+            + b'{"text": 5}\n{"text": "\xff"}\n{"text": null}\n'
+            + b'{"text": "good"}\n'
+        )
     elif kind == "bytes.txt":
         write_rows(path.with_name("good.jsonl"), texts)
         path.write_bytes(b"one " * 10 + b"\xff")
@@ -243,9 +299,17 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path, kind: str) -> None:
     recipe(data).passes = 1
     for count in (1, 10**6):  # inside the only block, and at its end
         assert stream.deal(count)
-        left_out = count_left_out({"streams": {"text": stream.snapshot()}})  # what a run says at a checkpoint
-        assert left_out == ({"bad rows": 2, "null rows": 1} if kind == "rows.jsonl" else {"rests of damaged files": 1})
-        stream = Stream(recipe(data), json.loads(json.dumps(stream.snapshot())))  # and counts on from, if it resumes
+        left_out = count_left_out(
+            {"streams": {"text": stream.snapshot()}}
+        )  # what a run says at a checkpoint
+        assert left_out == (
+            {"bad rows": 2, "null rows": 1}
+            if kind == "rows.jsonl"
+            else {"rests of damaged files": 1}
+        )
+        stream = Stream(
+            recipe(data), json.loads(json.dumps(stream.snapshot()))
+        )  # and counts on from, if it resumes
 
 
 def test_templates_and_filters(tmp_path: Path) -> None:
@@ -255,9 +319,19 @@ def test_templates_and_filters(tmp_path: Path) -> None:
     with pa.ipc.new_file(tmp_path / "a.arrow", pa.Table.from_pylist(rows).schema) as file:
         file.write(pa.Table.from_pylist(rows))
     for name in ("a.jsonl", "a.parquet", "a.arrow"):
-        source = {"input": str(tmp_path / name), "template": "{title}: {body}", "filter": {"lang": "en"}}
-        _, data = opened(tmp_path / name[2:], "stdlib", sources={"s": source}, lanes=1, val_fraction=0.0,
-                              run={"eval_every": 0})  # fmt: skip
+        source = {
+            "input": str(tmp_path / name),
+            "template": "{title}: {body}",
+            "filter": {"lang": "en"},
+        }
+        _, data = opened(
+            tmp_path / name[2:],
+            "stdlib",
+            sources={"s": source},
+            lanes=1,
+            val_fraction=0.0,
+            run={"eval_every": 0},
+        )
         assert sorted(read_through(data)[:-1])[:3] == ["t10: b10", "t11: b11", "t13: b13"], name
 
 
@@ -265,16 +339,21 @@ def test_a_prepared_folder_at_a_url_is_the_local_one(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIST_LM_CACHE", str(tmp_path / "cache"))
-    (_, here), (config, there) = (opened(tmp_path / "run", f"{at}{prepared}", stream=False) for at in ("", "file://"))
+    (_, here), (config, there) = (
+        opened(tmp_path / "run", f"{at}{prepared}", stream=False) for at in ("", "file://")
+    )
     assert there.identity == here.identity and there.val["val"].sizes == here.val["val"].sizes
     some = np.arange(0, there.train.count(config.data), 7)
     assert np.array_equal(there.train.read(some, 16, 16), here.train.read(some, 16, 16))
-    assert [path.name.endswith("-train-00000.safetensors") for path in (tmp_path / "cache").glob("*.safetensors")] == [
-        True
-    ]
+    assert [
+        path.name.endswith("-train-00000.safetensors")
+        for path in (tmp_path / "cache").glob("*.safetensors")
+    ] == [True]
 
 
-def test_a_hub_dataset_streams_by_row_group(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_streams_by_row_group(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """load_dataset reads a folder as it reads a hub dataset; here no hub is reached."""
     asked = []
     real = datasets.load_dataset
@@ -286,22 +365,40 @@ def test_a_hub_dataset_streams_by_row_group(corpus: Path, tmp_path: Path, monkey
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = {"input": "someone/words", "subset": "small", "split": "test", "revision": "v2"}
     _, data = opened(
-        tmp_path / "hub", "stdlib", sources={"s": source}, val_fraction=0.0, lanes=1, run={"eval_every": 0}
+        tmp_path / "hub",
+        "stdlib",
+        sources={"s": source},
+        val_fraction=0.0,
+        lanes=1,
+        run={"eval_every": 0},
     )
     assert len(recipe(data).parts) == 2 * 8  # 150 rows in groups of 20
-    assert sorted(read_through(data)[:-1]) == sorted(text for n in range(2) for text in documents(150, n))
+    assert sorted(read_through(data)[:-1]) == sorted(
+        text for n in range(2) for text in documents(150, n)
+    )
     assert set(asked) == {("someone/words", "small", "test", "v2")}
 
 
 def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path) -> None:
     shared = documents(300, 7)[:40]
     write_rows(tmp_path / "asked.jsonl", shared)
-    named = {"rows": {"input": str(corpus / "rows.jsonl")}, "web": {"input": str(corpus / "parquet")}}
-    config, data = opened(tmp_path / "run", "stdlib", stream=False, sources=named, run={"eval_batches": 400},
-                          validation={"asked": {"input": str(tmp_path / "asked.jsonl")}})  # fmt: skip
+    named = {
+        "rows": {"input": str(corpus / "rows.jsonl")},
+        "web": {"input": str(corpus / "parquet")},
+    }
+    config, data = opened(
+        tmp_path / "run",
+        "stdlib",
+        stream=False,
+        sources=named,
+        run={"eval_batches": 400},
+        validation={"asked": {"input": str(tmp_path / "asked.jsonl")}},
+    )
     rows = data.sources["rows"]
     assert isinstance(rows, TokenShards)
-    tokens = np.concatenate([rows.read([n], 16, 16)[0][:16] for n in range(rows.count(config.data))])
+    tokens = np.concatenate(
+        [rows.read([n], 16, 16)[0][:16] for n in range(rows.count(config.data))]
+    )
     trained = set(data.tokenizer.decode(tokens, skip_special=False).split("<|endoftext|>"))
     assert not trained & set(shared)
     assert len(trained & set(documents(300, 7))) >= 260 - sum(map(is_held_out, documents(300, 7)))
@@ -310,8 +407,14 @@ def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path
 def test_one_long_document_among_fewer_than_lanes(tmp_path: Path) -> None:
     write_rows(tmp_path / "text/a.jsonl", ["short", "row"])
     (tmp_path / "text/long.txt").write_text("word " * 10**5)
-    _, data = opened(tmp_path / "run", tmp_path / "text", seq_len=1000, lanes=8, val_fraction=0.0,
-                          run={"eval_every": 0})  # fmt: skip
+    _, data = opened(
+        tmp_path / "run",
+        tmp_path / "text",
+        seq_len=1000,
+        lanes=8,
+        val_fraction=0.0,
+        run={"eval_every": 0},
+    )
     assert recipe(data).lanes == 2
     recipe(data).passes = 1
     tokens = [len(row.tokens) - 1 for _, row in Stream(recipe(data)).deal(10**6) if row]
@@ -328,12 +431,18 @@ def test_an_empty_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_show_and_find_read_a_stream_again(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = mixed(tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9", "--run.eval_every", "9")
+def test_show_and_find_read_a_stream_again(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = mixed(
+        tmp_path, corpus, "--run.save_every", "4", "--run.steps", "9", "--run.eval_every", "9"
+    )
     train(tmp_path / "run", *flags)
     config, data = show_config(tmp_path / "run")
     mix = MixtureReader(data, config.data, config.run.seed)
-    batches = Batches(mix, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot)
+    batches = Batches(
+        mix, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot
+    )
     rows = [batches.read(step).micros[0] for step in range(7)][-1]
     capsys.readouterr()
     show.main([str(tmp_path / "run"), "--step", "7", "--world", "2", "--rank", "1"])

@@ -40,11 +40,40 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
-            [" ", "  ", "\n", "\n\n", "\t", "'s", "'ll", ". ", ".\n", "1234567", "é", "世界", "。", "🙂", "_"]
+            [
+                " ",
+                "  ",
+                "\n",
+                "\n\n",
+                "\t",
+                "'s",
+                "'ll",
+                ". ",
+                ".\n",
+                "1234567",
+                "é",
+                "世界",
+                "。",
+                "🙂",
+                "_",
+            ]
         ),
         st.sampled_from(["hello world", "hello world "]),
         st.sampled_from(
-            ["hello", "Hello", " world", "it", "foo", "\u3000", "\u0301", "\r\n", "!!!", "ﬁ", "İ", "x" * 40]
+            [
+                "hello",
+                "Hello",
+                " world",
+                "it",
+                "foo",
+                "\u3000",
+                "\u0301",
+                "\r\n",
+                "!!!",
+                "ﬁ",
+                "İ",
+                "x" * 40,
+            ]
         ),
         st.text(st.characters(codec="utf-8"), max_size=6),
     ),
@@ -53,7 +82,12 @@ TEXTS = st.lists(
 
 
 def foreign(
-    model: Any, trainer: Any, pre_tokenizer: Any = None, normalizer: Any = None, decoder: Any = None, added: Any = ()
+    model: Any,
+    trainer: Any,
+    pre_tokenizer: Any = None,
+    normalizer: Any = None,
+    decoder: Any = None,
+    added: Any = (),
 ) -> Tokenizer:
     tokenizer = tokenizers.Tokenizer(model)
     if pre_tokenizer is not None:
@@ -70,7 +104,10 @@ def foreign(
 def make(kind: str) -> Tokenizer:
     """Ours, and the kinds of tokenizer.json that others publish."""
     bpe = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=[EOT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if kind in ("char", "byte") or kind.startswith("bpe:"):
@@ -78,30 +115,59 @@ def make(kind: str) -> Tokenizer:
     if kind == "llama3":
         split = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
         return foreign(
-            models.BPE(), bpe, pre_tokenizers.Sequence([split, byte_level]), normalizers.NFC(), decoders.ByteLevel()
+            models.BPE(),
+            bpe,
+            pre_tokenizers.Sequence([split, byte_level]),
+            normalizers.NFC(),
+            decoders.ByteLevel(),
         )
     if kind == "neox":  # runs of spaces are added tokens, matched before anything else
-        spaces = [AddedToken(text, normalized=True) for text in ("  ", "   ", "    ", "hello world")]
+        spaces = [
+            AddedToken(text, normalized=True) for text in ("  ", "   ", "    ", "hello world")
+        ]
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
         return foreign(models.BPE(), bpe, whole, normalizers.NFC(), decoders.ByteLevel(), spaces)
     if kind == "roberta":
-        return foreign(models.BPE(), bpe, pre_tokenizers.ByteLevel(add_prefix_space=True), None, decoders.ByteLevel())
+        return foreign(
+            models.BPE(),
+            bpe,
+            pre_tokenizers.ByteLevel(add_prefix_space=True),
+            None,
+            decoders.ByteLevel(),
+        )
     if kind == "sentencepiece":
         trainer = trainers.UnigramTrainer(
             vocab_size=120, special_tokens=[EOT, "<unk>"], unk_token="<unk>", show_progress=False
         )
-        return foreign(models.Unigram(), trainer, pre_tokenizers.Metaspace(), normalizers.NFKC(), decoders.Metaspace())
-    if kind == "bert":
-        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=[EOT, "[UNK]"], show_progress=False)
         return foreign(
-            models.WordPiece(unk_token="[UNK]"), trainer, pre_tokenizers.BertPreTokenizer(),
-            normalizers.BertNormalizer(), decoders.WordPiece(),
-        )  # fmt: skip
-    assert kind == "llama2", kind  # no pre-tokenizer at all: nowhere to cut; bytes for characters it does not know
+            models.Unigram(),
+            trainer,
+            pre_tokenizers.Metaspace(),
+            normalizers.NFKC(),
+            decoders.Metaspace(),
+        )
+    if kind == "bert":
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=200, special_tokens=[EOT, "[UNK]"], show_progress=False
+        )
+        return foreign(
+            models.WordPiece(unk_token="[UNK]"),
+            trainer,
+            pre_tokenizers.BertPreTokenizer(),
+            normalizers.BertNormalizer(),
+            decoders.WordPiece(),
+        )
+    assert kind == "llama2", (
+        kind
+    )  # no pre-tokenizer at all: nowhere to cut; bytes for characters it does not know
     names = [EOT, *(f"<0x{b:02X}>" for b in range(256)), "▁", *"helo wrd", "lo"]
     prepend = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, [("l", "o")], byte_fallback=True))
+    decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE({n: i for i, n in enumerate(names)}, [("l", "o")], byte_fallback=True)
+    )
     tokenizer.normalizer, tokenizer.decoder = prepend, decoder
     tokenizer.add_special_tokens([EOT])
     return Tokenizer(tokenizer.to_str(), EOT)
@@ -180,8 +246,14 @@ def test_without_a_cut_a_text_is_encoded_whole_or_refused(monkeypatch: pytest.Mo
     text = "hello world " * 1000
     assert list(tokenizer_of("llama2").pieces([text], "", 100)) == [text]
     monkeypatch.setattr(text_module, "LONGEST_WORD", 3200)
-    for tokenizer, uncut in ((tokenizer_of("llama2"), text), (tokenizer_of("bpe:400"), "a" * 12000)):
-        with pytest.raises(UserError, match=r"^a.txt: the tokenizer cuts nowhere in 3,200 characters; rule: it must"):
+    for tokenizer, uncut in (
+        (tokenizer_of("llama2"), text),
+        (tokenizer_of("bpe:400"), "a" * 12000),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"^a.txt: the tokenizer cuts nowhere in 3,200 characters; rule: it must",
+        ):
             list(tokenizer.pieces([uncut], "a.txt", 100))
 
 
@@ -196,15 +268,28 @@ def test_what_looks_like_a_special_token_is_text(kind: str) -> None:
 def test_what_looks_like_a_special_token_is_cut_as_any_text() -> None:
     tokenizer = train_tokenizer("bpe:300", [EOT * 50])
     ids = tokenizer.encode(EOT)
-    assert ids == tokenizer.encode("<|") + tokenizer.encode("endoftext") + tokenizer.encode("|>") and len(ids) == 3
+    assert (
+        ids == tokenizer.encode("<|") + tokenizer.encode("endoftext") + tokenizer.encode("|>")
+        and len(ids) == 3
+    )
 
 
 def test_ids_are_those_of_the_makers() -> None:
     """Truncation, padding and dropout in a tokenizer.json are for other uses."""
     content = json.loads(tokenizer_of("bpe:400").stored)
-    padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padding = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+    }
     content["padding"] = padding | {"pad_type_id": 0, "pad_token": EOT}
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     content["model"]["dropout"] = 0.9
     changed = Tokenizer(json.dumps(content), EOT)
     assert changed.encode(CORPUS[0]) == tokenizer_of("bpe:400").encode(CORPUS[0])
@@ -216,20 +301,27 @@ def test_vocabulary_sizes() -> None:
     assert byte.encode("aé") == [97, 0xC3, 0xA9]
     bpe = train_tokenizer("bpe:300", CORPUS)
     assert bpe.vocab_size == 300 and bpe.dtype == np.uint16
-    assert set(bpe.token_bytes()[[i for i in range(300) if i != bpe.eot]]) >= {1, 2} and bpe.token_bytes()[bpe.eot] == 0
+    assert (
+        set(bpe.token_bytes()[[i for i in range(300) if i != bpe.eot]]) >= {1, 2}
+        and bpe.token_bytes()[bpe.eot] == 0
+    )
     char = tokenizer_of("char")
     assert char.vocab_size == len(set("".join(CORPUS))) + 2
     assert char.token_bytes()[[char.eot, char.unk]].tolist() == [0, 0]
 
 
 def test_training_is_deterministic_and_samples_by_hash() -> None:
-    assert train_tokenizer("bpe:300", CORPUS).sha256 == train_tokenizer("bpe:300", iter(CORPUS)).sha256
+    assert (
+        train_tokenizer("bpe:300", CORPUS).sha256 == train_tokenizer("bpe:300", iter(CORPUS)).sha256
+    )
     pieces = [f"document {n} " * 5 for n in range(1000)]
     assert sorted(data for _, data in sample(pieces)) == sorted(piece.encode() for piece in pieces)
     size = sum(len(piece) + 100 for piece in pieces)
     few = sample(pieces, size // 3)
     assert size // 8 < sum(len(data) + 100 for _, data in few) <= size // 3
-    assert set(sample(pieces[::-1], size // 3)) == set(few)  # which ones does not hang on their order
+    assert set(sample(pieces[::-1], size // 3)) == set(
+        few
+    )  # which ones does not hang on their order
 
 
 def test_training_stops_at_a_size_of_distinct_words() -> None:
@@ -251,7 +343,9 @@ def test_transformers_load_it_as_it_is(kind: str, tmp_path: Path) -> None:
 
     tokenizer = tokenizer_of(kind)
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "openai-gpt"}')  # whose own class would load it wrong
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "openai-gpt"}'
+    )  # whose own class would load it wrong
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ["".join(CORPUS), "  Hello , world .\n\n x ", "it 's"]:
         own = "".join(c for c in text if kind != "char" or c in "".join(CORPUS))
@@ -267,7 +361,8 @@ def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
     stored["added_tokens"][0]["content"] = stored["model"]["vocab"][0][0] = "<end>"
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(
-        UserError, match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config.json that"
+        UserError,
+        match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config.json that",
     ):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
@@ -312,8 +407,13 @@ def test_worker_answers_with_the_tokens(tmp_path: Path) -> None:
     worker = Thread(target=serve, args=(str(tmp_path), os.dup(there.fileno())))
     worker.start()
     for expected in (CORPUS, [""]):
-        sizes, tokens = np.frombuffer(here.recv_bytes(), np.int64), np.frombuffer(here.recv_bytes(), np.uint16)
-        assert [part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])] == tokenizer.encode_batch(expected)
+        sizes, tokens = (
+            np.frombuffer(here.recv_bytes(), np.int64),
+            np.frombuffer(here.recv_bytes(), np.uint16),
+        )
+        assert [
+            part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])
+        ] == tokenizer.encode_batch(expected)
     there.close()
     here.close()
     worker.join(10)
@@ -325,19 +425,45 @@ def no_hub(*_: Any, **__: Any) -> str:
 
 
 BAD_SPECS: list[tuple[Callable[[], Any], int, str]] = [
-    (lambda: is_trained_spec("bpe:256"), 2, "data.tokenizer='bpe:256': bpe:N must have at least 256 bytes .*: bpe:257"),
-    (lambda: is_trained_spec("bpe:many"), 2, "data.tokenizer='bpe:many': bpe:N must have .*; nearest: bpe:257"),
+    (
+        lambda: is_trained_spec("bpe:256"),
+        2,
+        "data.tokenizer='bpe:256': bpe:N must have at least 256 bytes .*: bpe:257",
+    ),
+    (
+        lambda: is_trained_spec("bpe:many"),
+        2,
+        "data.tokenizer='bpe:many': bpe:N must have .*; nearest: bpe:257",
+    ),
     (lambda: load_tokenizer("chars"), 2, r"data.tokenizer='chars': .*; did you mean char\?"),
-    (lambda: load_tokenizer("gpt-2"), 2, r"data.tokenizer='gpt-2': .*; the hub gave none either \(ConnectionError\)"),
-    (lambda: load_tokenizer("bpe2048"), 2, r"data.tokenizer='bpe2048': .*; did you mean bpe:2048\?"),
-    (lambda: load_tokenizer("no/such.json"), 2, "data.tokenizer='no/such.json': not char, byte, bpe:N, .*"),
+    (
+        lambda: load_tokenizer("gpt-2"),
+        2,
+        r"data.tokenizer='gpt-2': .*; the hub gave none either \(ConnectionError\)",
+    ),
+    (
+        lambda: load_tokenizer("bpe2048"),
+        2,
+        r"data.tokenizer='bpe2048': .*; did you mean bpe:2048\?",
+    ),
+    (
+        lambda: load_tokenizer("no/such.json"),
+        2,
+        "data.tokenizer='no/such.json': not char, byte, bpe:N, .*",
+    ),
     (lambda: load_tokenizer(__file__), 65, r".*test_text.py: not a usable tokenizer \(.*"),
-    (lambda: tokenizer_of("byte").encode("a\ud800"), 65, "character 1 of the text is a lone surrogate; rule: Unicode"),
+    (
+        lambda: tokenizer_of("byte").encode("a\ud800"),
+        65,
+        "character 1 of the text is a lone surrogate; rule: Unicode",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("act", "code", "message"), BAD_SPECS)
-def test_errors(act: Callable[[], Any], code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(
+    act: Callable[[], Any], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", no_hub)
     with pytest.raises(UserError, match=f"^{message}$") as raised:
         act()
@@ -345,4 +471,9 @@ def test_errors(act: Callable[[], Any], code: int, message: str, monkeypatch: py
 
 
 def test_is_trained_spec() -> None:
-    assert [is_trained_spec(spec) for spec in ("char", "byte", "bpe:257", "gpt2")] == [True, True, True, False]
+    assert [is_trained_spec(spec) for spec in ("char", "byte", "bpe:257", "gpt2")] == [
+        True,
+        True,
+        True,
+        False,
+    ]

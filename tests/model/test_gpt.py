@@ -15,7 +15,13 @@ from dist_lm.model.init import flops_per_token, init_weights, initial
 from dist_lm.model.loss import _ChunkedCrossEntropySum, cross_entropy_sum
 
 V, T, B = 101, 24, 3
-CLASSIC = {"positions": "learned", "norm": "layernorm", "norm_placement": "post", "activation": "relu", "bias": True}
+CLASSIC = {
+    "positions": "learned",
+    "norm": "layernorm",
+    "norm_placement": "post",
+    "activation": "relu",
+    "bias": True,
+}
 MODELS = {
     "llama": {},
     "gqa": {"kv_heads": 2, "qk_norm": True, "tie_embeddings": False},
@@ -60,16 +66,22 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 
 @every_model
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_equals_the_plain_path(name: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_equals_the_plain_path(
+    name: str, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make(name)
     segments_BT = torch.arange(T).expand(B, T) // 5 if masked else None
     fast_BTV = model(tokens(1), segments_BT=segments_BT)
     fast = gradients(model, model(tokens(1), some_targets(), segments_BT=segments_BT))
     calls = []
-    monkeypatch.setattr(model_module, "attend", lambda *a: calls.append(a) or model_module.attend_plainly(*a))
+    monkeypatch.setattr(
+        model_module, "attend", lambda *a: calls.append(a) or model_module.attend_plainly(*a)
+    )
     assert close(model(tokens(1), segments_BT=segments_BT), fast_BTV)
     assert close(gradients(model, model(tokens(1), some_targets(), segments_BT=segments_BT)), fast)
-    assert len(calls) == 4 and (calls[0][3] is not None) == masked  # the plain case never makes a mask
+    assert (
+        len(calls) == 4 and (calls[0][3] is not None) == masked
+    )  # the plain case never makes a mask
 
 
 @every_model
@@ -116,7 +128,9 @@ def test_preferred_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(1))
     lists, sdpa_kernel = [], model_module.sdpa_kernel
     monkeypatch.setattr(
-        model_module, "sdpa_kernel", lambda *a, **how: lists.append((a[0][0], how)) or sdpa_kernel(*a, **how)
+        model_module,
+        "sdpa_kernel",
+        lambda *a, **how: lists.append((a[0][0], how)) or sdpa_kernel(*a, **how),
     )
     for hopper in (False, True):
         monkeypatch.setattr(model_module, "is_hopper", lambda device, hopper=hopper: hopper)
@@ -128,7 +142,9 @@ def test_preferred_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_attention_on_cuda_equals_the_plain_path() -> None:
     q, k, v = (x.cuda().bfloat16() for x in torch.randn(3, 2, 4, 128, 64))
-    assert close(model_module.attend(q, k, v, None), model_module.attend_plainly(q, k, v, None), 2e-2)
+    assert close(
+        model_module.attend(q, k, v, None), model_module.attend_plainly(q, k, v, None), 2e-2
+    )
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
@@ -150,7 +166,9 @@ def test_cache_equals_the_whole_forward(name: str, static: bool, padded: bool) -
     """Rows of different lengths, padded on the left, have the logits that they have alone."""
     model, pads = make(name), [0, 2, 5] if padded else [0, 0, 0]
     rows = [tokens(1)[b, : T - pad] for b, pad in enumerate(pads)]
-    tokens_BT = torch.stack([F.pad(row, (pad, 0), value=7) for row, pad in zip(rows, pads, strict=True)])
+    tokens_BT = torch.stack(
+        [F.pad(row, (pad, 0), value=7) for row, pad in zip(rows, pads, strict=True)]
+    )
     cache = KVCache(model, B, T, torch.tensor(pads) if padded else None, static)
     pieces = [tokens_BT[:, :9], tokens_BT[:, 9:12], *tokens_BT[:, 12:].split(1, dim=1)]
     logits_BTV = torch.cat([model(piece, cache=cache) for piece in pieces], 1)
@@ -184,19 +202,29 @@ def test_loss_is_the_sum_over_targets(name: str) -> None:
     assert loss.dtype == torch.float32 and loss.shape == ()
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert close(gradients(model, loss), gradients(model, expected))
-    for weight_VD in (model.embed.weight, None if model.config.tie_embeddings else model.head.weight):
-        assert weight_VD is None or not (weight_VD[V:].any() or weight_VD.grad[V:].any())  # padding stays out
+    for weight_VD in (
+        model.embed.weight,
+        None if model.config.tie_embeddings else model.head.weight,
+    ):
+        assert weight_VD is None or not (
+            weight_VD[V:].any() or weight_VD.grad[V:].any()
+        )  # padding stays out
 
 
 def test_loss_of_a_batch_is_the_sum_over_its_rows() -> None:
     model, targets_BT, keys_B = make(dropout=0.2), some_targets(), torch.tensor([5, -6, 7])
     whole = gradients(model, model(tokens(1), targets_BT, dropout_keys_B=keys_B))
     parts = [
-        gradients(model, model(tokens(1)[b : b + 1], targets_BT[b : b + 1], dropout_keys_B=keys_B[b : b + 1]))
+        gradients(
+            model,
+            model(tokens(1)[b : b + 1], targets_BT[b : b + 1], dropout_keys_B=keys_B[b : b + 1]),
+        )
         for b in range(B)
     ]
     assert close(torch.stack(parts).sum(0), whole)
-    assert model(tokens(1), torch.full((B, T), -100)).item() == 0  # rows that only fill a micro-batch
+    assert (
+        model(tokens(1), torch.full((B, T), -100)).item() == 0
+    )  # rows that only fill a micro-batch
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -217,10 +245,15 @@ def test_chunked_loss_equals_the_plain_one(dtype: torch.dtype | None, rows: int)
         (3 * loss).backward()
         found.append((loss.detach(), x_ND.grad, weight_VD.grad))
     tolerance = 1e-6 if dtype is None else 2e-2
-    assert all(close(own, plain, tolerance) and own.dtype == torch.float32 for plain, own in zip(*found, strict=True))
+    assert all(
+        close(own, plain, tolerance) and own.dtype == torch.float32
+        for plain, own in zip(*found, strict=True)
+    )
     assert not found[1][1][3:9].any() and not found[1][2][20:].any()
     with torch.no_grad():
-        assert torch.allclose(apply(x_ND, weight_VD, padding_V, targets_N, rows, False), found[1][0], rtol=1e-2)
+        assert torch.allclose(
+            apply(x_ND, weight_VD, padding_V, targets_N, rows, False), found[1][0], rtol=1e-2
+        )
 
 
 def test_chunked_loss_refuses_a_second_backward() -> None:
@@ -237,10 +270,16 @@ def test_large_batches_take_the_chunked_loss(monkeypatch: pytest.MonkeyPatch) ->
     rows = []
     apply = _ChunkedCrossEntropySum.apply
     monkeypatch.setattr(_ChunkedCrossEntropySum, "apply", lambda *a: rows.append(a[4]) or apply(*a))
-    x_ND, weight_VD, targets_N = torch.randn(34, 2), torch.randn(2**19, 2), torch.randint(0, 9, (34,))
+    x_ND, weight_VD, targets_N = (
+        torch.randn(34, 2),
+        torch.randn(2**19, 2),
+        torch.randint(0, 9, (34,)),
+    )
     loss = cross_entropy_sum(x_ND, weight_VD, None, targets_N)
     assert rows == [17]  # two equal parts of at most 2^24 logits
-    assert torch.allclose(loss, F.cross_entropy(x_ND @ weight_VD.T, targets_N, reduction="sum"), rtol=1e-5)
+    assert torch.allclose(
+        loss, F.cross_entropy(x_ND @ weight_VD.T, targets_N, reduction="sum"), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -275,7 +314,9 @@ def test_hash_is_splitmix64() -> None:
     assert [n % 2**64 for n in found] == [splitmix(s % 2**64) for s in inputs]
 
 
-def mask_of(keys: list[int], place: int = 1, rate: float = 0.1, shape: tuple[int, int] = (64, 48)) -> Tensor:
+def mask_of(
+    keys: list[int], place: int = 1, rate: float = 0.1, shape: tuple[int, int] = (64, 48)
+) -> Tensor:
     return dropout(torch.ones(len(keys), *shape), torch.tensor(keys), place, rate)
 
 
@@ -331,9 +372,17 @@ def test_dropout_acts_only_with_keys_and_a_rate() -> None:
 
 def test_dropout_has_its_own_mask_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
     places = []
-    monkeypatch.setattr(model_module, "dropout", lambda x, keys, place, rate: places.append((place, rate)) or x)
+    monkeypatch.setattr(
+        model_module, "dropout", lambda x, keys, place, rate: places.append((place, rate)) or x
+    )
     make(dropout=0.3)(tokens(1), dropout_keys_B=torch.tensor([1, 2, 3]))
-    assert places == [(0, 0.3), (1, 0.3), (2, 0.3), (3, 0.3), (4, 0.3)]  # embeddings, then each branch of each block
+    assert places == [
+        (0, 0.3),
+        (1, 0.3),
+        (2, 0.3),
+        (3, 0.3),
+        (4, 0.3),
+    ]  # embeddings, then each branch of each block
 
 
 @every_model
@@ -374,20 +423,34 @@ def test_initial_weights_follow_from_seed_and_name() -> None:
     assert not torch.equal(weights["blocks.0.ffn.up.weight"], weights["blocks.1.ffn.up.weight"])
     for name, parameter in weights.items():  # one by one, as ZeRO-3 will ask for them
         rows = V if name == "embed.weight" else parameter.shape[0]
-        assert torch.equal(initial(first.config, 3, name, (rows, *parameter.shape[1:])), parameter[:rows])
+        assert torch.equal(
+            initial(first.config, 3, name, (rows, *parameter.shape[1:])), parameter[:rows]
+        )
     deeper = dict(make(seed=3, layers=3, init="scaled").named_parameters())
-    assert torch.equal(deeper["blocks.1.ffn.up.weight"], make(seed=3, init="scaled").blocks[1].ffn.up.weight)
+    assert torch.equal(
+        deeper["blocks.1.ffn.up.weight"], make(seed=3, init="scaled").blocks[1].ffn.up.weight
+    )
 
 
-@pytest.mark.parametrize(("init", "std"), [("gpt2", 0.02), ("scaled", 16**-0.5), ("xavier", 16**-0.5)])
+@pytest.mark.parametrize(
+    ("init", "std"), [("gpt2", 0.02), ("scaled", 16**-0.5), ("xavier", 16**-0.5)]
+)
 def test_initial_weights_have_their_size(init: str, std: float) -> None:
-    config = ModelConfig(layers=8, heads=4, width=256, kv_heads=4, bias=True, norm="layernorm", init=init)
+    config = ModelConfig(
+        layers=8, heads=4, width=256, kv_heads=4, bias=True, norm="layernorm", init=init
+    )
     for name, fan_in in (("attn.qkv", 256), ("attn.out", 256), ("ffn.down", 1024)):
         rows = 768 if name == "attn.qkv" else 256
         weight = initial(config, 1, f"blocks.0.{name}.weight", (rows, fan_in))
-        expected = {"gpt2": 0.02 if name == "attn.qkv" else 0.02 / 4, "scaled": fan_in**-0.5,
-                    "xavier": math.sqrt(2 / (fan_in + 256))}[init]  # fmt: skip
-        assert abs(weight.std().item() / expected - 1) < 0.01 and abs(weight.mean().item()) < 0.01 * expected
+        expected = {
+            "gpt2": 0.02 if name == "attn.qkv" else 0.02 / 4,
+            "scaled": fan_in**-0.5,
+            "xavier": math.sqrt(2 / (fan_in + 256)),
+        }[init]
+        assert (
+            abs(weight.std().item() / expected - 1) < 0.01
+            and abs(weight.mean().item()) < 0.01 * expected
+        )
     assert abs(initial(config, 1, "embed.weight", (500, 256)).std().item() / 0.02 - 1) < 0.02
     assert not initial(config, 1, "blocks.0.norm1.bias", (256,)).any()
     assert (initial(config, 1, "blocks.0.norm1.weight", (256,)) == 1).all()
@@ -403,13 +466,17 @@ def test_sinusoids_are_those_of_the_paper() -> None:
     table_TD = model_module.sinusoid(50, 16)
     for position, pair in ((0, 0), (3, 2), (49, 7)):
         angle = position / 10000 ** (2 * pair / 16)
-        assert torch.allclose(table_TD[position, 2 * pair :][:2], torch.tensor([math.sin(angle), math.cos(angle)]))
+        assert torch.allclose(
+            table_TD[position, 2 * pair :][:2], torch.tensor([math.sin(angle), math.cos(angle)])
+        )
 
 
 @every_model
 def test_flops_count_every_matrix_once(name: str) -> None:
     model = make(name)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks."))
+    matrices = sum(
+        p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")
+    )
     assert flops_per_token(model.config, V, T) == 6 * (matrices + V * 32) + 12 * 2 * 32 * T
 
 

@@ -10,7 +10,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OpenAIGPTConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OpenAIGPTConfig,
+    PreTrainedModel,
+)
 
 from dist_lm.cli import load
 from dist_lm.config import ModelConfig
@@ -26,12 +32,24 @@ GPT2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu_tanh", 
 POST = {**GPT2, "norm_placement": "post"}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama-gqa": ("llama", {"kv_heads": 2, "tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-4}),
+    "llama-gqa": (
+        "llama",
+        {"kv_heads": 2, "tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-4},
+    ),
     "llama-bias": ("llama", {"bias": True, "ffn_width": 40, "kv_heads": 1}),
     "gpt2": ("gpt2", GPT2),
-    "gpt2-untied": ("gpt2", {**GPT2, "tie_embeddings": False, "activation": "gelu", "ffn_width": 40}),
-    "gpt2-sinusoidal": ("gpt2", {**GPT2, "positions": "sinusoidal", "bias": False, "activation": "relu2"}),
-    "gpt2-no-positions": ("gpt2", {**GPT2, "positions": "none", "activation": "silu", "norm_eps": 1e-4}),
+    "gpt2-untied": (
+        "gpt2",
+        {**GPT2, "tie_embeddings": False, "activation": "gelu", "ffn_width": 40},
+    ),
+    "gpt2-sinusoidal": (
+        "gpt2",
+        {**GPT2, "positions": "sinusoidal", "bias": False, "activation": "relu2"},
+    ),
+    "gpt2-no-positions": (
+        "gpt2",
+        {**GPT2, "positions": "none", "activation": "silu", "norm_eps": 1e-4},
+    ),
     "post": ("openai-gpt", {**POST, "activation": "relu"}),
     "post-untied": ("openai-gpt", {**POST, "tie_embeddings": False, "activation": "silu"}),
     "post-sinusoidal": ("openai-gpt", {**POST, "positions": "sinusoidal", "bias": False}),
@@ -52,17 +70,45 @@ NO_FAMILY: dict[str, dict[str, Any]] = {
 }
 # What transformers makes itself, fields left at their defaults where they can be.
 THEIRS = {
-    "llama": LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=T),
-    "llama-bias": LlamaConfig(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                              num_attention_heads=4, max_position_embeddings=T, attention_bias=True, mlp_bias=True,
-                              rope_parameters={"rope_type": "default", "rope_theta": 300.0}, tie_word_embeddings=True),
+    "llama": LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=T,
+    ),
+    "llama-bias": LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        head_dim=8,
+        num_attention_heads=4,
+        max_position_embeddings=T,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 300.0},
+        tie_word_embeddings=True,
+    ),
     "gpt2": GPT2Config(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4),
-    "gpt2-relu": GPT2Config(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4, n_inner=40,
-                            activation_function="relu", tie_word_embeddings=False, layer_norm_epsilon=1e-3),
+    "gpt2-relu": GPT2Config(
+        vocab_size=V,
+        n_positions=T,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_inner=40,
+        activation_function="relu",
+        tie_word_embeddings=False,
+        layer_norm_epsilon=1e-3,
+    ),
     "openai-gpt": OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4),
-    "openai-gpt-relu": OpenAIGPTConfig(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4, afn="relu"),
-}  # fmt: skip
+    "openai-gpt-relu": OpenAIGPTConfig(
+        vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4, afn="relu"
+    ),
+}
 
 
 def config_of(name: str) -> ModelConfig:
@@ -75,7 +121,11 @@ def make(config: ModelConfig) -> GPT:
     init_weights(model, 1)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
-        rows = min(V, len(parameter)) if parameter.dim() == 2 and len(parameter) == 104 else len(parameter)
+        rows = (
+            min(V, len(parameter))
+            if parameter.dim() == 2 and len(parameter) == 104
+            else len(parameter)
+        )
         parameter.data[:rows] += 0.1 * torch.randn(rows, *parameter.shape[1:], generator=generator)
     return model
 
@@ -83,7 +133,10 @@ def make(config: ModelConfig) -> GPT:
 def write(model: GPT, folder: Path) -> None:
     weights = dict(model.named_parameters())
     entries = hf.layout(model.config, V, T)
-    save_file({entry.name: export_tensor(entry, weights) for entry in entries}, folder / "model.safetensors")
+    save_file(
+        {entry.name: export_tensor(entry, weights) for entry in entries},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(hf.config_json(model.config, V, T, EOT)))
     (folder / "generation_config.json").write_text(json.dumps(hf.generation_config_json(EOT)))
 
@@ -96,7 +149,10 @@ def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
     targets_BT[0, 3:7] = -100
     labels_BT = torch.cat([torch.full((2, 1), -100), targets_BT[:, :-1]], 1)
     count = int((targets_BT != -100).sum())
-    loss, answer = ours(tokens_BT, targets_BT) / count, theirs(input_ids=tokens_BT, labels=labels_BT)
+    loss, answer = (
+        ours(tokens_BT, targets_BT) / count,
+        theirs(input_ids=tokens_BT, labels=labels_BT),
+    )
     assert (ours(tokens_BT) - answer.logits).abs().max() < 1e-4
     assert answer.logits.std() > 0.05
     assert torch.allclose(loss, answer.loss, rtol=1e-6)
@@ -108,7 +164,9 @@ def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
     entries = [entry for entry in hf.layout(ours.config, V, T) if entry.param]
     assert {entry.param for entry in entries} == set(own)
     for entry in entries:
-        assert (export_tensor(entry, own) - their[entry.name]).abs().max() < 1e-5 * largest, entry.name
+        assert (export_tensor(entry, own) - their[entry.name]).abs().max() < 1e-5 * largest, (
+            entry.name
+        )
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -133,11 +191,15 @@ def test_a_folder_of_ours_is_read_back(name: str, tmp_path: Path) -> None:
     tensors = {entry.name: export_tensor(entry, weights) for entry in hf.layout(ours.config, V, T)}
     for name_of_tensor, value in hf.import_tensors(ours.config, V, T, tensors.__getitem__).items():
         assert torch.equal(value, weights[name_of_tensor])
-    read, vocab_size, seq_len = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    read, vocab_size, seq_len = hf.from_config_json(
+        json.loads((tmp_path / "config.json").read_text())
+    )
     assert (vocab_size, seq_len) == (V, T)
     # In their terms positions are a learned table and biases are there.
     gpt = hf.family(ours.config) != "llama"
-    assert read == ours.config.model_copy(update={"positions": "learned", "bias": True} if gpt else {})
+    assert read == ours.config.model_copy(
+        update={"positions": "learned", "bias": True} if gpt else {}
+    )
     again = GPT(read, V, T)
     again.load_state_dict(hf.import_tensors(read, V, T, tensors.__getitem__))
     tokens_BT = torch.arange(2 * T).view(2, T)
@@ -151,7 +213,9 @@ def test_a_model_of_theirs_is_read(name: str, tmp_path: Path) -> None:
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    config, vocab_size, seq_len = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    config, vocab_size, seq_len = hf.from_config_json(
+        json.loads((tmp_path / "config.json").read_text())
+    )
     assert (vocab_size, seq_len) == (V, T) and hf.family(config) == THEIRS[name].model_type
     ours = GPT(config, vocab_size, seq_len)
     tensors = theirs.state_dict()
@@ -169,7 +233,11 @@ def test_defaults_left_out_are_theirs(family: str) -> None:
 def test_older_and_other_spellings_are_read() -> None:
     older = {**LLAMA_JSON, "rope_theta": 500.0, "rope_scaling": None, "hidden_act": "swish"}
     assert hf.from_config_json(older)[0].rope_theta == 500.0
-    for name, ours in (("gelu_pytorch_tanh", "gelu_tanh"), ("gelu_fast", "gelu_tanh"), ("swish", "silu")):
+    for name, ours in (
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_fast", "gelu_tanh"),
+        ("swish", "silu"),
+    ):
         assert hf.from_config_json({**GPT2_JSON, "activation_function": name})[0].activation == ours
 
 
@@ -178,7 +246,10 @@ def test_names_without_their_first_part_are_found() -> None:
     ours = make(config_of("gpt2"))
     weights = dict(ours.named_parameters())
     entries = hf.layout(ours.config, V, T)
-    bare = {entry.name.removeprefix("transformer."): export_tensor(entry, weights).bfloat16() for entry in entries}
+    bare = {
+        entry.name.removeprefix("transformer."): export_tensor(entry, weights).bfloat16()
+        for entry in entries
+    }
     for name, value in hf.import_tensors(ours.config, V, T, bare.__getitem__).items():
         assert value.dtype == torch.float32 and torch.equal(value, weights[name].bfloat16().float())
 
@@ -216,12 +287,16 @@ def test_layout_is_data() -> None:
         "model.layers.0.self_attn.k_proj.weight", (16, 32), "blocks.0.attn.qkv.weight", (32, 48)
     )
     post = {entry.name: entry for entry in hf.layout(config_of("post-sinusoidal"), V, T)}
-    assert post["transformer.h.1.mlp.c_fc.weight"].transpose and post["transformer.h.1.mlp.c_fc.weight"].shape == (
+    assert post["transformer.h.1.mlp.c_fc.weight"].transpose and post[
+        "transformer.h.1.mlp.c_fc.weight"
+    ].shape == (
         32,
         128,
     )
     assert post["transformer.positions_embed.weight"].constant == "sinusoid"
-    assert torch.equal(export_tensor(post["transformer.positions_embed.weight"], {}), sinusoid(T, 32))
+    assert torch.equal(
+        export_tensor(post["transformer.positions_embed.weight"], {}), sinusoid(T, 32)
+    )
     assert post["transformer.h.0.attn.c_attn.bias"] == hf.Entry(
         "transformer.h.0.attn.c_attn.bias", (96,), constant="zeros"
     )
@@ -236,26 +311,61 @@ GPT2_JSON: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt_2"}, "model_type='gpt_2' must be one of gpt2, openai-gpt, llama, dist_lm; nearest: gpt2"),
+        (
+            {"model_type": "gpt_2"},
+            "model_type='gpt_2' must be one of gpt2, openai-gpt, llama, dist_lm; nearest: gpt2",
+        ),
         ({}, "model_type='None' must be one of gpt2, openai-gpt, llama, dist_lm; nearest: llama"),
-        ({**LLAMA_JSON, "rope_scaling": {"type": "linear", "factor": 2.0}},
-         "type='linear' is not supported; rule: one of 'default'; nearest: 'default'"),
-        ({**LLAMA_JSON, "rope_parameters": {"rope_type": "llama3"}}, "rope_type='llama3' is not supported"),
-        ({**LLAMA_JSON, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not"),
-        ({**LLAMA_JSON, "attention_bias": True}, "mlp_bias=False is not supported; rule: one of True; nearest: True"),
-        ({**LLAMA_JSON, "hidden_act": "gelu"}, "hidden_act='gelu' is not supported; rule: one of 'silu', 'swish'"),
-        ({**LLAMA_JSON, "head_dim": 16}, "head_dim=16 is not supported; rule: one of 8, None; nearest: 8"),
-        ({**LLAMA_JSON, "quantization_config": {"bits": 4}}, "quantization_config={'bits': 4} is not supported"),
-        ({**GPT2_JSON, "activation_function": "mish"}, "activation_function='mish' is not supported; rule: one of"),
+        (
+            {**LLAMA_JSON, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "type='linear' is not supported; rule: one of 'default'; nearest: 'default'",
+        ),
+        (
+            {**LLAMA_JSON, "rope_parameters": {"rope_type": "llama3"}},
+            "rope_type='llama3' is not supported",
+        ),
+        (
+            {**LLAMA_JSON, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not",
+        ),
+        (
+            {**LLAMA_JSON, "attention_bias": True},
+            "mlp_bias=False is not supported; rule: one of True; nearest: True",
+        ),
+        (
+            {**LLAMA_JSON, "hidden_act": "gelu"},
+            "hidden_act='gelu' is not supported; rule: one of 'silu', 'swish'",
+        ),
+        (
+            {**LLAMA_JSON, "head_dim": 16},
+            "head_dim=16 is not supported; rule: one of 8, None; nearest: 8",
+        ),
+        (
+            {**LLAMA_JSON, "quantization_config": {"bits": 4}},
+            "quantization_config={'bits': 4} is not supported",
+        ),
+        (
+            {**GPT2_JSON, "activation_function": "mish"},
+            "activation_function='mish' is not supported; rule: one of",
+        ),
         ({**GPT2_JSON, "scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
-        ({**GPT2_JSON, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not"),
+        (
+            {**GPT2_JSON, "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=True is not",
+        ),
         ({**GPT2_JSON, "add_cross_attention": True}, "add_cross_attention=True is not supported"),
-        ({**GPT2_JSON, "n_layer": 0}, "cannot be a model of ours: model.layers=0 Input should be greater than"),
+        (
+            {**GPT2_JSON, "n_layer": 0},
+            "cannot be a model of ours: model.layers=0 Input should be greater than",
+        ),
         ({**GPT2_JSON, "n_head": 5}, "model.heads=5 does not divide model.width=32; nearest: 4, 8"),
         ({"model_type": "dist_lm"}, "not as transformers or dist_lm write it (KeyError('model'))"),
-        ({**LLAMA_JSON, "hidden_size": "wide"}, "not as transformers or dist_lm write it (TypeError("),
+        (
+            {**LLAMA_JSON, "hidden_size": "wide"},
+            "not as transformers or dist_lm write it (TypeError(",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_we_cannot_compute_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         hf.from_config_json(config)
@@ -266,7 +376,9 @@ def test_what_we_cannot_compute_is_refused(config: dict[str, Any], message: str)
 @pytest.fixture
 def tensors() -> Iterator[dict[str, Tensor]]:
     weights = dict(make(config_of("gpt2")).named_parameters())
-    yield {entry.name: export_tensor(entry, weights) for entry in hf.layout(config_of("gpt2"), V, T)}
+    yield {
+        entry.name: export_tensor(entry, weights) for entry in hf.layout(config_of("gpt2"), V, T)
+    }
 
 
 def refusal(config: ModelConfig, tensors: dict[str, Tensor]) -> str:
@@ -283,7 +395,10 @@ def test_a_tensor_that_lacks_or_does_not_fit_is_refused(tensors: dict[str, Tenso
         "the model file lacks transformer.ln_f.bias; rule: it holds every tensor that its config.json implies"
     )
     cut = {**tensors, "transformer.wpe.weight": tensors["transformer.wpe.weight"][:-1]}
-    assert refusal(config, cut) == "transformer.wpe.weight has shape [23, 32]; rule: the config says [24, 32]"
+    assert (
+        refusal(config, cut)
+        == "transformer.wpe.weight has shape [23, 32]; rule: the config says [24, 32]"
+    )
 
 
 def test_values_that_our_config_has_no_place_for_are_refused(tensors: dict[str, Tensor]) -> None:

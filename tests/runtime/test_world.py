@@ -63,7 +63,8 @@ def test_one_process_instead_of_many_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(
-        UserError, match="accelerate started one process although more were asked for .* use: accelerate"
+        UserError,
+        match="accelerate started one process although more were asked for .* use: accelerate",
     ):
         refuse_silent_single()
     monkeypatch.delenv("MASTER_ADDR")

@@ -40,7 +40,14 @@ def spread(run: Path, strategy: str, world: int, *arguments: str) -> str:
 
 def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int, str]:
     """What a user types on one machine, for two processes; its exit code and what all printed."""
-    command = ("-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2")
+    command = (
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(file),
+        "--num_processes",
+        "2",
+    )
     command += ("--main_process_port", str(free_port()), "dist_lm/train.py", "--run.dir", str(run))
     return finish(start_ranks(1, *command, *arguments), 480)
 
@@ -50,7 +57,8 @@ def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "world"), [("zero1", 2), ("zero2", 2), ("zero3", 3), ("zero2-offload", 2), ("zero3-offload", 2)]
+    ("strategy", "world"),
+    [("zero1", 2), ("zero2", 2), ("zero3", 3), ("zero2-offload", 2), ("zero3-offload", 2)],
 )
 def test_the_curve_does_not_know_the_strategy(
     prepared: Path, tmp_path: Path, one_process: Path, strategy: str, world: int
@@ -73,7 +81,16 @@ def test_the_curve_does_not_know_the_strategy(
         load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
 
 
-CURVE = ("--run.steps", "50", "--model.dropout", "0.1", "--run.eval_every", "25", "--run.eval_batches", "2")
+CURVE = (
+    "--run.steps",
+    "50",
+    "--model.dropout",
+    "0.1",
+    "--run.eval_every",
+    "25",
+    "--run.eval_batches",
+    "2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -121,12 +138,16 @@ def test_bf16_means_the_same(prepared: Path, tmp_path: Path) -> None:
         spread(tmp_path / strategy, strategy, 2, *common)
         ours, alone = losses(tmp_path / strategy), losses(tmp_path / "one")
         assert [s["loss"] for s in ours] == pytest.approx([s["loss"] for s in alone], rel=1e-3)
-        assert {t.dtype for t in tensors(step_folders(tmp_path / strategy)[-1]).values()} == {torch.float32}
+        assert {t.dtype for t in tensors(step_folders(tmp_path / strategy)[-1]).values()} == {
+            torch.float32
+        }
 
 
 @pytest.mark.slow
 def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
-    common = tiny(prepared, "--model.dropout", "0.1", "--data.document_mask", "true", "--model.layers", "1")
+    common = tiny(
+        prepared, "--model.dropout", "0.1", "--data.document_mask", "true", "--model.layers", "1"
+    )
     train(tmp_path / "one", *common)
     more = ("--run.activation_checkpointing", "true", "--data.micro_batch", "2")
     spread(tmp_path / "zero2", "zero2", 2, *common, *more)
@@ -170,8 +191,15 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
             run = train_module.build(runtime, config, place)
         else:
             run.config, run.saver = config, Saver(Path(config.run.dir), runtime.background)
-            run.metrics = Metrics(config.run.dir, steps=8, flops_per_token=1.0, device=runtime.device,
-                                  world_size=runtime.world_size, is_main=runtime.is_main, track=None)  # fmt: skip
+            run.metrics = Metrics(
+                config.run.dir,
+                steps=8,
+                flops_per_token=1.0,
+                device=runtime.device,
+                world_size=runtime.world_size,
+                is_main=runtime.is_main,
+                track=None,
+            )
             train_module.put(run, place)
         train_module.train(run)
         run.metrics.close()
@@ -198,11 +226,15 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
 
 
 @pytest.mark.slow  # DeepSpeed's async I/O is compiled first
-@pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev")
+@pytest.mark.skipif(
+    ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev"
+)
 def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
     """Large enough that pieces do go to disk; takes over DDP's checkpoint and hands one on."""
     launch = tmp_path / "nvme.yaml"
-    launch.write_text((ROOT / "launch/zero3-nvme.yaml").read_text().replace("/tmp", str(tmp_path / "disk")))
+    launch.write_text(
+        (ROOT / "launch/zero3-nvme.yaml").read_text().replace("/tmp", str(tmp_path / "disk"))
+    )
     common = tiny(prepared, "--model.width", "256", "--model.layers", "3", "--run.steps", "9")
     train(tmp_path / "one", *common)
     spread(tmp_path / "chain", "ddp", 2, *common, "--run.stop_after", "3")
@@ -225,10 +257,14 @@ def test_one_process_builds_and_a_killed_one_blocks_nobody(
         "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, text=True
+    ) as other:
         try:
             assert other.stdout and other.stdout.readline() == "building\n"
-            with pytest.raises(UserError, match=f"process {other.pid} builds for 0 s already; rule: end it") as refused:
+            with pytest.raises(
+                UserError, match=f"process {other.pid} builds for 0 s already; rule: end it"
+            ) as refused:
                 only_builder([tmp_path], wait_seconds=0.3).__enter__()
         finally:
             other.kill()
@@ -241,10 +277,22 @@ def test_one_process_builds_and_a_killed_one_blocks_nobody(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "world"), [("zero1", 2), pytest.param("zero3", 4, marks=pytest.mark.campaign)])
-def test_resumed_in_place_it_is_bit_identical(prepared: Path, tmp_path: Path, strategy: str, world: int) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "world"), [("zero1", 2), pytest.param("zero3", 4, marks=pytest.mark.campaign)]
+)
+def test_resumed_in_place_it_is_bit_identical(
+    prepared: Path, tmp_path: Path, strategy: str, world: int
+) -> None:
     common = tiny(
-        prepared, "--model.dropout", "0.1", "--run.ema", "0.9", "--run.save_every", "5", "--run.keep_last", "3"
+        prepared,
+        "--model.dropout",
+        "0.1",
+        "--run.ema",
+        "0.9",
+        "--run.save_every",
+        "5",
+        "--run.keep_last",
+        "3",
     )
     spread(tmp_path / "whole", strategy, world, *common)
     shutil.copytree(tmp_path / "whole/step-00000005", tmp_path / "again/step-00000005")
@@ -257,7 +305,15 @@ def test_resumed_in_place_it_is_bit_identical(prepared: Path, tmp_path: Path, st
 def test_the_average_of_the_weights(prepared: Path, tmp_path: Path) -> None:
     """The same under every strategy; evaluated beside the weights, read by generate and score when asked."""
     common = tiny(
-        prepared, "--run.ema", "0.9", "--run.eval_every", "12", "--run.save_every", "1", "--run.keep_last", "12"
+        prepared,
+        "--run.ema",
+        "0.9",
+        "--run.eval_every",
+        "12",
+        "--run.save_every",
+        "1",
+        "--run.keep_last",
+        "12",
     )
     train(tmp_path / "one", *common)
     spread(tmp_path / "zero3", "zero3", 2, *common)
@@ -282,8 +338,19 @@ def test_the_average_of_the_weights(prepared: Path, tmp_path: Path) -> None:
             [e["val_loss"] for e in evaluations(tmp_path / "one")], rel=1e-5
         )
     scored = entry("score", "--ckpt", str(tmp_path / "zero3"), "--ema")
-    assert float(scored.split("val_loss ")[1].split()[0]) == pytest.approx(figures[1]["val_loss"], rel=1e-5)
-    entry("generate", "--ckpt", str(tmp_path / "zero3"), "--ema", "--prompt", "a", "--max_new_tokens", "3")
+    assert float(scored.split("val_loss ")[1].split()[0]) == pytest.approx(
+        figures[1]["val_loss"], rel=1e-5
+    )
+    entry(
+        "generate",
+        "--ckpt",
+        str(tmp_path / "zero3"),
+        "--ema",
+        "--prompt",
+        "a",
+        "--max_new_tokens",
+        "3",
+    )
     train(tmp_path / "none", *tiny(prepared, "--run.steps", "1"))
     said = entry("generate", "--ckpt", str(tmp_path / "none"), "--ema", "--prompt", "a", code=66)
     assert "holds no average of its weights; rule: trained with run.ema > 0" in said
@@ -312,18 +379,33 @@ def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Pat
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.allclose(theirs(tokens).logits, ours(tokens), atol=1e-5)
-    a, b = (load_file(step_folders(tmp_path / run)[-1] / "model.safetensors") for run in ("one", "zero3"))
+    a, b = (
+        load_file(step_folders(tmp_path / run)[-1] / "model.safetensors")
+        for run in ("one", "zero3")
+    )
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
-    assert entry("generate", "--ckpt", str(tmp_path / "zero3"), "--prompt", "the ", "--max_new_tokens", "5")
+    assert entry(
+        "generate", "--ckpt", str(tmp_path / "zero3"), "--prompt", "the ", "--max_new_tokens", "5"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
-def test_a_gradient_that_is_not_finite_stops_all_ranks(prepared: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
+)
+def test_a_gradient_that_is_not_finite_stops_all_ranks(
+    prepared: Path, tmp_path: Path, strategy: str
+) -> None:
     """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is nobody's checkpoint."""
-    config = ("--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.save_every", "2", "--run.ema", "0.9"))
+    config = (
+        "--run.dir",
+        str(tmp_path / "run"),
+        *tiny(prepared, "--run.save_every", "2", "--run.ema", "0.9"),
+    )
     launch = () if strategy == "ddp" else ("--launch", strategy)
-    ranks = start_ranks(2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch)
+    ranks = start_ranks(
+        2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch
+    )
     _, output = finish(ranks)
     assert [rank.returncode for rank in ranks] == [76, 76], output
     assert "error: diverged at step 4: loss=" in output and "loss=nan" not in output, output
@@ -360,7 +442,11 @@ def train_with_a_nan() -> None:
 def test_accelerate_launch_reads_the_same_files(prepared: Path, tmp_path: Path) -> None:
     start = (tmp_path / "run", "launch/zero2-offload.yaml", *tiny(prepared, "--run.steps", "3"))
     code, output = accelerate_launch(*start, "--launch", "zero3")
-    assert code == 1 and "--launch zero3 is not what accelerate launch started (zero2-offload); rule: one" in output
+    assert (
+        code == 1
+        and "--launch zero3 is not what accelerate launch started (zero2-offload); rule: one"
+        in output
+    )
     code, output = accelerate_launch(*start)
     assert code == 0 and "zero2-offload on 2 process(es)" in output, output
 
@@ -368,45 +454,60 @@ def test_accelerate_launch_reads_the_same_files(prepared: Path, tmp_path: Path) 
 def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in clean_env().keys() ^ os.environ.keys():
         monkeypatch.delenv(name, raising=False)
-    found = {path.stem: choose_strategy(path.stem) for path in sorted((ROOT / "launch").glob("*.yaml"))}
-    assert {name: strategy.name(1 if name == "single" else 2) for name, strategy in found.items()} == {
-        name: name for name in found
+    found = {
+        path.stem: choose_strategy(path.stem) for path in sorted((ROOT / "launch").glob("*.yaml"))
     }
+    assert {
+        name: strategy.name(1 if name == "single" else 2) for name, strategy in found.items()
+    } == {name: name for name in found}
     assert choose_strategy(str(ROOT / "launch/zero3.yaml")) == found["zero3"] == Strategy(stage=3)
     assert found["zero3-nvme"].nvme_path == "/tmp"
     path = tmp_path / "mine.yaml"
     for text, message in {
         "distributed_type: FSDP": "distributed_type=FSDP must be one of NO, MULTI_CPU",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_clipping: 3}":
-            "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}":
-            "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_clipping: 3}": "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
+        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}": "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
         "distributed_type: DEEPSPEED\ndeepspeed_config:": "zero_stage=none of the launch file must be 1, 2 or 3",
         "": "no readable launch file; rule: one of ddp",
-    }.items():  # fmt: skip
+    }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             choose_strategy(str(path))
     # What accelerate puts into the environment for zero3-nvme.yaml: all but the folder.
-    for name, value in {"USE_DEEPSPEED": "true", "MIXED_PRECISION": "no", "DEEPSPEED_ZERO_STAGE": "3",
-                        "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}.items():  # fmt: skip
+    for name, value in {
+        "USE_DEEPSPEED": "true",
+        "MIXED_PRECISION": "no",
+        "DEEPSPEED_ZERO_STAGE": "3",
+        "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme",
+        "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme",
+    }.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     assert choose_strategy(None) == replace(found["zero3-nvme"], nvme_path=tempfile.gettempdir())
     path.write_text((ROOT / "launch/zero3-nvme.yaml").read_text().replace("/tmp", "/disk"))
     assert choose_strategy(str(path)).nvme_path == "/disk"
-    with pytest.raises(UserError, match=r"--launch zero4: no readable launch file; rule: one of ddp, .*did you mean"):
+    with pytest.raises(
+        UserError,
+        match=r"--launch zero4: no readable launch file; rule: one of ddp, .*did you mean",
+    ):
         choose_strategy("zero4")
 
 
 def test_without_a_launcher_it_says_how(tmp_path: Path) -> None:
     output = train(tmp_path / "run", "--launch", "zero3", code=2)
-    assert "--launch zero3 needs ranks that a launcher started; nearest: torchrun --nproc-per-node 1" in output
+    assert (
+        "--launch zero3 needs ranks that a launcher started; nearest: torchrun --nproc-per-node 1"
+        in output
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "strategy", "message"),
     [
-        ({"run.precision": "fp16"}, Strategy(2), "run.precision=fp16 is not available under zero2: .*nearest: bf16"),
+        (
+            {"run.precision": "fp16"},
+            Strategy(2),
+            "run.precision=fp16 is not available under zero2: .*nearest: bf16",
+        ),
         (
             {"optim.name": "adafactor"},
             Strategy(1),
@@ -419,6 +520,8 @@ def test_without_a_launcher_it_says_how(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_work_is_refused_by_name(settings: dict[str, str], strategy: Strategy, message: str) -> None:
+def test_what_does_not_work_is_refused_by_name(
+    settings: dict[str, str], strategy: Strategy, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         refuse_combinations(strategy, resolve(("test", settings)))

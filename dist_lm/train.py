@@ -8,20 +8,10 @@ optimizer's tensors. Running the same command again goes on where the run folder
 import gc
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import (
-    locate,
-    newest_valid,
-    read_state,
-    set_aside_newer,
-    step_folders,
-    verify,
-)
-from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
 from dist_lm.launcher import die_with_launcher
 
-if (
-    __name__ == "__main__"
-):  # before all imports that take time: a launcher may be killed during them
+# Before all imports that take time: a launcher may be killed during them.
+if __name__ == "__main__":
     die_with_launcher()
 
 from dist_lm.cli import load
@@ -29,9 +19,8 @@ from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
 from dist_lm.errors import DivergedError, UserError, run_entry
 from dist_lm.outcome import TRAIN_FLAGS, Attempt
 
-if (
-    __name__ == "__main__"
-):  # before the seconds that torch takes to import: typing mistakes, and listening to signals
+# Before the seconds that torch takes to import: answer typing mistakes, and listen to signals.
+if __name__ == "__main__":
     ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN_FLAGS, "dist_lm/train.py"))
     ATTEMPT = Attempt(Path(ARGUMENTS[0].run.dir))
     ATTEMPT.stop.listen()
@@ -50,6 +39,15 @@ import torch
 from torch import Tensor
 
 from dist_lm import __version__
+from dist_lm.checkpoint.folder import (
+    locate,
+    newest_valid,
+    read_state,
+    set_aside_newer,
+    step_folders,
+    verify,
+)
+from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
 from dist_lm.checkpoint.save import Saver
 from dist_lm.config import NO_TARGET
 from dist_lm.data.batches import Batches

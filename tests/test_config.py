@@ -38,7 +38,7 @@ def test_fields() -> None:
 
 
 def test_every_field_is_read_by_code() -> None:
-    code = "".join(p.read_text() for p in (ROOT / "dist_lm").glob("*.py") if p.name != "config.py")
+    code = "".join(p.read_text() for p in (ROOT / "dist_lm").rglob("*.py") if p.name != "config.py")
     unread = [name for name in FIELDS if f".{name.split('.')[1]}" not in code]
     assert unread == []
 

@@ -400,8 +400,8 @@ def test_a_torn_checkpoint_is_passed_over_or_refused(cli: Cli, tmp_path: Path) -
 
 def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
     script = (
-        "import sys; from dist_lm import config, generate; sys.argv = ['generate', '--ckpt', 'x', '--top_p', '0']\n"
-        "try: config.run_entry(generate.main)\n"
+        "import sys; from dist_lm import errors, generate; sys.argv = ['generate', '--ckpt', 'x', '--top_p', '0']\n"
+        "try: errors.run_entry(generate.main)\n"
         "finally: assert 'torch' not in sys.modules"
     )
     done = subprocess.run(
@@ -416,9 +416,9 @@ def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
 def test_it_starts_soon_and_imports_neither_accelerate_nor_deepspeed(runs: Path) -> None:
     script = (
         "import sys, time, torch; start = time.perf_counter(); torch.set_num_threads(1)\n"
-        "from dist_lm import config, generate\n"
+        "from dist_lm import errors, generate\n"
         f"sys.argv = ['generate', '--ckpt', {str(runs / 'llama')!r}, '--prompt', 'a', '--max_new_tokens', '1']\n"
-        "config.run_entry(generate.main)\n"
+        "errors.run_entry(generate.main)\n"
         "heavy = {'accelerate', 'deepspeed', 'transformers', 'datasets', 'torch._dynamo'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.perf_counter() - start, file=sys.stderr)"

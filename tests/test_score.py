@@ -16,7 +16,7 @@ from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from dist_lm.runtime import world as runtime
+from dist_lm import score as score_module
 from dist_lm.score import main
 from dist_lm.validate import validate
 from tests.conftest import TINY, text_of, write_step
@@ -63,7 +63,7 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without the start of a real runtime, which takes seconds and changes this process."""
-    monkeypatch.setattr(runtime, "start", lambda config: ONE_PROCESS)
+    monkeypatch.setattr(score_module, "start", lambda config: ONE_PROCESS)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.chdir(tmp_path)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dist_lm import prepare
 from dist_lm.config import DataConfig, SourceConfig
-from dist_lm.data import preparing as data_module
+from dist_lm.data import encode, preparing
 from dist_lm.data import tokenizer as text
 from dist_lm.data.files import TextFile
 from dist_lm.data.formats import Reader
@@ -62,7 +62,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_module, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(preparing, "SHARD_TOKENS", 300)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -99,7 +99,7 @@ def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
         manifest["tokenizer"]["sha256"] == loaded.sha256
         and manifest["tokenizer"]["eot"] == loaded.eot
     )
-    assert not (tmp_path / "d" / data_module.PROGRESS).exists()
+    assert not (tmp_path / "d" / preparing.PROGRESS).exists()
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -107,7 +107,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 200)
-    monkeypatch.setattr(data_module, "JOB", 100)  # many more jobs than processes
+    monkeypatch.setattr(encode, "JOB", 100)  # many more jobs than processes
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="bpe:300")
     for processes in (1, 3):
         prepare_dataset(config, tmp_path / str(processes), processes, quiet)
@@ -162,8 +162,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
                 return call
 
-            patch.setattr(data_module, "write_shard", stop_or(data_module.write_shard))
-            patch.setattr(data_module, "write_json", stop_or(data_module.write_json))
+            patch.setattr(preparing, "write_shard", stop_or(preparing.write_shard))
+            patch.setattr(preparing, "write_json", stop_or(preparing.write_json))
             try:
                 prepare_dataset(config, folder / "parts", 1, quiet)
                 break
@@ -179,19 +179,19 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
     write_documents(tmp_path / "a.jsonl", 130)
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
     prepare_dataset(config, tmp_path / "whole", 1, quiet)
-    real = data_module.write_json
+    real = preparing.write_json
 
     def write(path: Path, content: Any) -> None:
         if path.name == MANIFEST:
             raise KilledError
         real(path, content)
 
-    monkeypatch.setattr(data_module, "write_json", write)
+    monkeypatch.setattr(preparing, "write_json", write)
     with pytest.raises(KilledError):
         prepare_dataset(config, tmp_path / "parts", 1, quiet)
-    monkeypatch.setattr(data_module, "write_json", real)
+    monkeypatch.setattr(preparing, "write_json", real)
     monkeypatch.setattr(
-        data_module, "write_shard", lambda *_: pytest.fail("a finished shard is written again")
+        preparing, "write_shard", lambda *_: pytest.fail("a finished shard is written again")
     )
     prepare_dataset(config, tmp_path / "parts", 1, quiet)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
@@ -200,7 +200,7 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
-        "import sys; from dist_lm import preparing as data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
+        "import sys; from dist_lm.data import preparing as data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
         "data.JOB = 2000; data.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
@@ -237,8 +237,8 @@ def test_a_dead_worker_is_an_error_not_a_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 100)
-    monkeypatch.setattr(data_module, "JOB", 100)
-    monkeypatch.setattr(data_module, "WORKER", "import sys; sys.exit(3)")
+    monkeypatch.setattr(encode, "JOB", 100)
+    monkeypatch.setattr(encode, "WORKER", "import sys; sys.exit(3)")
     with pytest.raises(RuntimeError, match="an encoding process ended with exit code 3"):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
@@ -374,7 +374,7 @@ def test_text_that_changed_in_between_is_refused(
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 20)
     config = DataConfig(input=str(tmp_path), tokenizer="byte")
-    monkeypatch.setattr(data_module, "write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr(preparing, "write_shard", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_dataset(config, tmp_path / "d", 1, quiet)
     write_documents(tmp_path / "a.jsonl", 21)
@@ -405,7 +405,7 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
     sources = [TextFile("a", "a", 2_000_000), TextFile("b", "b", 6_000_000)]
-    progress = data_module.Progress(
+    progress = preparing.Progress(
         "prepared", Reader(SourceConfig(input="ab"), sources), said.append
     )
     progress.documents = 1
@@ -433,7 +433,7 @@ def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader(
         SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)]
     )
-    progress = data_module.Progress("prepared", reader, said.append)
+    progress = preparing.Progress("prepared", reader, said.append)
     clock[0] = 10.0
     progress.add(1_000_000, 1)
     assert said == ["prepared 0 documents, 1.0 MB, 0.10 MB/s, about 10 s left"]
@@ -543,7 +543,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data_module, "prepare_dataset", interrupted)
+    monkeypatch.setattr(preparing, "prepare_dataset", interrupted)
     with pytest.raises(SystemExit, match="130"):
         prepare.main(["--output", str(tmp_path / "d")])
     assert capsys.readouterr().err == "\nstopped; the same command goes on\n"

@@ -29,6 +29,7 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
+from dist_lm.data import cache as cache_module
 from dist_lm.data import remote
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.manifest import find_prepared, read_manifest
@@ -47,7 +48,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.05)
     monkeypatch.setattr(remote, "LONGEST_WAIT", 0.3)
     monkeypatch.setattr(remote, "PATIENCE", 1.0)
-    monkeypatch.setattr(remote, "ROOM_WAIT", 0.5)
+    monkeypatch.setattr(cache_module, "ROOM_WAIT", 0.5)
     monkeypatch.setenv(
         "AWS_MAX_ATTEMPTS", "1"
     )  # botocore's own tries, which come before each of ours
@@ -520,8 +521,7 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
         looks.append(found)
         if len(looks) == 1:
             ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
-            monkeypatch.setattr(
-                remote, "open_file", Mock(side_effect=AssertionError("fetched again"))
+            monkeypatch.setattr(cache_module, "open_file", Mock(side_effect=AssertionError("fetched again"))
             )
         return found
 
@@ -559,7 +559,7 @@ def test_a_file_that_is_not_as_its_manifest_says(
     shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, folder, opened = f"file://{tmp_path}/far", tmp_path / "cache", []
-    monkeypatch.setattr(remote, "open_file", lambda url: opened.append(url) or open_file(url))
+    monkeypatch.setattr(cache_module, "open_file", lambda url: opened.append(url) or open_file(url))
     cache, good = ShardCache(url, folder, 3 * SIZE), (tmp_path / "far" / "0").read_bytes()
     wrong = {
         bytes(
@@ -596,9 +596,10 @@ def test_a_file_that_is_not_as_its_manifest_says(
 WORKER = """
 import hashlib, json, os, random, sys, time
 from pathlib import Path
-from dist_lm import remote
+from dist_lm.data import cache as cache_module
+from dist_lm.data.remote import open_file
 url, folder, log, limit, seed, pause, entries = *sys.argv[1:4], *json.loads(sys.argv[4])
-opened = remote.open_file
+opened = open_file
 def open_slowly(path):
     os.write(notes, f"{path}\\n".encode())
     file = opened(path)
@@ -611,8 +612,8 @@ def open_slowly(path):
             return read(min(size, 10_000))
     return Slow()
 notes = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-remote.open_file = open_slowly
-cache, rng = remote.ShardCache(url, Path(folder), limit), random.Random(seed)
+cache_module.open_file = open_slowly
+cache, rng = cache_module.ShardCache(url, Path(folder), limit), random.Random(seed)
 for entry in entries if seed is None else rng.choices(entries, k=30):
     path = cache.get(*entry)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == entry[2], "not what was asked for"

@@ -451,7 +451,7 @@ BAD_SPECS: list[tuple[Callable[[], Any], int, str]] = [
         2,
         "data.tokenizer='no/such.json': not char, byte, bpe:N, .*",
     ),
-    (lambda: load_tokenizer(__file__), 65, r".*test_text.py: not a usable tokenizer \(.*"),
+    (lambda: load_tokenizer(__file__), 65, r".*test_tokenizer.py: not a usable tokenizer \(.*"),
     (
         lambda: tokenizer_of("byte").encode("a\ud800"),
         65,

@@ -113,7 +113,7 @@ def main() -> None:
                 init_weights(model, 1)
                 step = plain_step(
                     model, lambda t: model(t[:, :-1], t[:, 1:]) / t[:, 1:].numel(), batch, T
-                )  # noqa: B023
+                )
                 figures["bare loop"].append(median_step(loop_of(step, steps)))
 
                 theirs = GPT2LMHeadModel(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dist_lm import score as score_module
 from dist_lm.checkpoint.load import read_model
 from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, batch_layout
 from dist_lm.data.shards import TokenShards
@@ -16,7 +17,6 @@ from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from dist_lm import score as score_module
 from dist_lm.score import main
 from dist_lm.validate import validate
 from tests.conftest import TINY, text_of, write_step

@@ -15,11 +15,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dist_lm.channel import Channel
 from dist_lm.checkpoint.folder import _FORMAT, _warn, delete, remove
 from dist_lm.checkpoint.retention import Retention
 from dist_lm.config import ModelConfig
@@ -72,17 +73,6 @@ class OwnedSlice:
         }
         others = {key: value for key, value in state.items() if value.shape != tensor.shape}
         return cls(name, start, start + size, tensor.data.view(-1)[at : at + size], same, others)
-
-
-class Channel(Protocol):
-    """How ranks talk while a checkpoint is written; the runtime has one whose messages pass beside training's."""
-
-    rank: int
-    world_size: int
-
-    def gather(self, value: Any) -> list[Any]: ...
-    def send(self, tensor: Tensor, to: int, tag: int) -> Any: ...
-    def receive(self, tensor: Tensor, sender: int, tag: int) -> None: ...
 
 
 @dataclass(frozen=True)

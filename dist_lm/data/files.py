@@ -120,7 +120,7 @@ def _open(source: TextFile) -> Iterator[BinaryIO]:
             remote.open_file(source.path, source.size, source.mark)
             if far
             else open(source.path, "rb")
-        )  # noqa: SIM115
+        )
         file: BinaryIO = stack.enter_context(opened)
         if source.name.endswith(_PACKINGS):  # not the path: behind a URL's may stand a signature
             import pyarrow  # slow, and needed for packed files only

@@ -7,7 +7,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,14 +18,7 @@ from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import PackedSequence, Stream, StreamSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class Exchange(Protocol):
-    """What ranks that read streams need of each other; runtime.Channel is one."""
-
-    def gather(self, value: Any) -> list[Any]: ...
-    def exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]: ...
+    from dist_lm.channel import Channel
 
 
 class MixtureReader:
@@ -42,7 +35,7 @@ class MixtureReader:
         state: Mapping[str, Any] | None = None,
         rank: int = 0,
         world: int = 1,
-        channel: Exchange | None = None,
+        channel: Channel | None = None,
     ):
         self.dataset, self.data, self.seed = dataset, data, seed
         self.rank, self.world, self.channel = rank, world, channel

@@ -521,7 +521,8 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
         looks.append(found)
         if len(looks) == 1:
             ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
-            monkeypatch.setattr(cache_module, "open_file", Mock(side_effect=AssertionError("fetched again"))
+            monkeypatch.setattr(
+                cache_module, "open_file", Mock(side_effect=AssertionError("fetched again"))
             )
         return found
 

@@ -20,6 +20,7 @@ def plain(path: str) -> None:
     import torch
 
     from dist_lm.cli import read_yaml, resolve
+    from dist_lm.config import ModelSpec
     from dist_lm.model.gpt import GPT
     from dist_lm.model.init import init_weights
 
@@ -28,7 +29,7 @@ def plain(path: str) -> None:
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     tokens = torch.tensor([number[c] for c in text])
     recipe = str(Path(__file__).parents[1] / "configs/char.yaml")
-    model = GPT(resolve((recipe, read_yaml(recipe))).model, len(number), 64)
+    model = GPT(ModelSpec(resolve((recipe, read_yaml(recipe))).model, len(number), 64))
     init_weights(model, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(STEPS):

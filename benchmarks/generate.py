@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
@@ -69,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     config = GPT2 if args.family == "gpt2" else LLAMA
-    model = GPT(config, VOCAB_SIZE, SEQ_LEN).eval()
+    model = GPT(ModelSpec(config, VOCAB_SIZE, SEQ_LEN)).eval()
     init_weights(model, seed=1)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(folder, model)
@@ -103,13 +103,13 @@ def main() -> None:
 
 def write_folder(folder: str, model: GPT) -> None:
     """The model as transformers reads it."""
-    weights, size = model.state_dict(), (model.config, model.vocab_size, model.seq_len)
+    weights = model.state_dict()
     tensors = {
         entry.name: entry.from_flat(weights[entry.param].flatten()[slice(*entry.span)])
-        for entry in hf.layout(*size)
+        for entry in hf.layout(model.spec)
     }
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    Path(folder, "config.json").write_text(json.dumps(hf.config_json(*size, eot_id=None)))
+    Path(folder, "config.json").write_text(json.dumps(hf.config_json(model.spec, eot_id=None)))
 
 
 if __name__ == "__main__":

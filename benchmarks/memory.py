@@ -10,6 +10,7 @@ import json
 import sys
 
 from dist_lm.cli import read_yaml, resolve
+from dist_lm.config import ModelSpec
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import parameter_shapes
 from dist_lm.optim import make_optimizer
@@ -25,13 +26,13 @@ def main(recipe: str) -> None:
     runtime = start(config, "zero3")
     import deepspeed  # noqa: F401  # the idle process has it too
 
-    shapes = parameter_shapes(config.model, VOCABULARY, CONTEXT)
+    shapes = parameter_shapes(ModelSpec(config.model, VOCABULARY, CONTEXT))
     sizes = [4 * rows * (columns[0] if columns else 1) for rows, *columns in shapes.values()]
     allowed = sum(sizes) / runtime.world_size + max(sizes)
     idle = resident("VmRSS")
     forget_peak()
     with runtime.construction():
-        model = GPT(config.model, VOCABULARY, CONTEXT)
+        model = GPT(ModelSpec(config.model, VOCABULARY, CONTEXT))
     built = resident("VmHWM") - idle
     figures = runtime.channel.gather(built)
     runtime.say(

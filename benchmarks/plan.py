@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dist_lm import train
 from dist_lm.cli import resolve
-from dist_lm.config import Config
+from dist_lm.config import Config, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.model import hf
 from dist_lm.plan import memory, vocabulary
@@ -129,7 +129,8 @@ def compare(
     config = settings(strategy, size, folder)
     vocab_size = vocabulary(config)
     parameters = sum(
-        math.prod(s) for s in hf.shapes(config.model, vocab_size, config.data.seq_len).values()
+        math.prod(s)
+        for s in hf.shapes(ModelSpec(config.model, vocab_size, config.data.seq_len)).values()
     )
     predicted = memory(config, choose_strategy(strategy), PROCESSES, vocab_size, on_gpu=False).peak
     measured = [started(strategy, size, folder, env) for env in ENVIRONMENTS[: 1 + defaults]]

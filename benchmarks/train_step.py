@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dist_lm import train
 from dist_lm.cli import resolve
-from dist_lm.config import Config, DataConfig
+from dist_lm.config import Config, DataConfig, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
@@ -109,11 +109,13 @@ def main() -> None:
                 config = resolve(("benchmark", settings))
                 figures["train.py"].append(median_step(ours(config)))
 
-                model = GPT(config.model, 2048, T)
+                model = GPT(ModelSpec(config.model, 2048, T))
                 init_weights(model, 1)
-                step = plain_step(
-                    model, lambda t: model(t[:, :-1], t[:, 1:]) / t[:, 1:].numel(), batch, T
-                )
+
+                def mean_loss(t: torch.Tensor, model: GPT = model) -> torch.Tensor:
+                    return model(t[:, :-1], t[:, 1:]) / t[:, 1:].numel()
+
+                step = plain_step(model, mean_loss, batch, T)
                 figures["bare loop"].append(median_step(loop_of(step, steps)))
 
                 theirs = GPT2LMHeadModel(

@@ -389,6 +389,10 @@ class Config(Section):
             )
         return self
 
+    def model_spec(self, vocab_size: int) -> "ModelSpec":
+        """The network of this run, with a tokenizer of so many tokens."""
+        return ModelSpec(self.model, vocab_size, self.data.seq_len)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -399,6 +403,15 @@ class Config(Section):
             for s, fields in self.model_dump(mode="json").items()
             for f, v in fields.items()
         }
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole network: its settings, and the two sizes that the tokenizer and the data decide."""
+
+    config: ModelConfig
+    vocab_size: int
+    seq_len: int  # the longest context
 
 
 SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config, ModelConfig, batch_layout
+from dist_lm.config import Config, ModelConfig, ModelSpec, batch_layout
 from dist_lm.console import shorten
 from dist_lm.errors import UserError, did_you_mean, run_entry
 from dist_lm.metrics import peak_flops
@@ -177,7 +177,7 @@ def _number(
 def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_gpu: bool) -> Memory:
     """Memory of one process of `world`; DeepSpeed's parts as those of 0.19 were measured (benchmarks/plan.py)."""
     layout = batch_layout(config, world)
-    shapes = SHAPES(config.model, vocab_size, config.data.seq_len)
+    shapes = SHAPES(config.model_spec(vocab_size))
     sizes = {name: 4.0 * math.prod(shape) for name, shape in shapes.items()}
     weights = sum(sizes.values())  # fp32 in every precision; gradients and moments are as well
     kept = sum(
@@ -277,7 +277,7 @@ def _run_fake(
     """Bytes as the blocks have been run forward, and the most of the loss, the blocks' backward and the embedding's."""
     with FakeTensorMode():
         small = config.model_copy(update={"layers": layers})
-        model = GPT(small, vocab_size, length, activation_checkpointing)
+        model = GPT(ModelSpec(small, vocab_size, length), activation_checkpointing)
         model.device_type = "cuda" if on_gpu else "cpu"
         for p in model.parameters():  # where a gradient goes is the strategy's, see memory()
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # type: ignore[no-untyped-call]
@@ -418,7 +418,7 @@ def estimate(
     )  # refuses an unknown name
     rows = fit(config, vocab_size, cluster)
     flops, tokens = (
-        flops_per_token(config.model, vocab_size, config.data.seq_len),
+        flops_per_token(config.model_spec(vocab_size)),
         steps * layout.tokens_per_step,
     )
     rate = mfu * cluster.peak() * world / flops

@@ -56,19 +56,15 @@ def steps_of(config: Config) -> int:
 
 def parameters(config: Config, vocab_size: int) -> int:
     """How many there are, without what pads the vocabulary."""
-    return sum(
-        math.prod(shape) for shape in SHAPES(config.model, vocab_size, config.data.seq_len).values()
-    )
+    return sum(math.prod(shape) for shape in SHAPES(config.model_spec(vocab_size)).values())
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Tensors of a checkpoint: weights as their family has them, the optimizer's moments, the moving average."""
-    weights = sum(
-        math.prod(entry.shape) for entry in LAYOUT(config.model, vocab_size, config.data.seq_len)
-    )
+    weights = sum(math.prod(entry.shape) for entry in LAYOUT(config.model_spec(vocab_size)))
     kept = [
         math.prod(shape) * (moments(config.optim.name, name) + (config.run.ema > 0))
-        for name, shape in SHAPES(config.model, vocab_size, config.data.seq_len).items()
+        for name, shape in SHAPES(config.model_spec(vocab_size)).items()
     ]
     return 4 * (weights + sum(kept))
 

@@ -305,7 +305,7 @@ def evaluate(run: Run) -> None:
 def save(run: Run, last: bool) -> None:
     """Begin a checkpoint, whose writing goes on beside training; the last one is waited for. All ranks."""
     config, runtime = run.config, run.runtime
-    vocab_size, seq_len = run.data.tokenizer.vocab_size, config.data.seq_len
+    spec = config.model_spec(run.data.tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))
     if left_out := count_left_out(streams):
         runtime.say(
@@ -324,7 +324,7 @@ def save(run: Run, last: bool) -> None:
         "commit": git_commit(),
     }
     contents = {
-        "config.json": hf.config_json(config.model, vocab_size, seq_len, run.data.tokenizer.eot),
+        "config.json": hf.config_json(spec, run.data.tokenizer.eot),
         "generation_config.json": hf.generation_config_json(run.data.tokenizer.eot),
         "state.json": facts,
     }
@@ -333,9 +333,7 @@ def save(run: Run, last: bool) -> None:
         report_saving(run, run.saver.finish)
         run.saver.begin(
             run.state.step,
-            config.model,
-            vocab_size,
-            seq_len,
+            spec,
             runtime.owned,
             texts,
             run.data.tokenizer,
@@ -402,16 +400,17 @@ def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> R
 
 def build(runtime: Runtime, config: Config, place: ResumePoint) -> Run:
     """Model and optimizer on this rank's device, standing where the run does. All ranks."""
-    data, vocab_size, seq_len = place.data, place.data.tokenizer.vocab_size, config.data.seq_len
+    data = place.data
+    spec = config.model_spec(data.tokenizer.vocab_size)
     with runtime.construction():
-        model = GPT(config.model, vocab_size, seq_len, config.run.activation_checkpointing)
+        model = GPT(spec, config.run.activation_checkpointing)
     optimizer = make_optimizer(model, config.optim, config.run.precision)
     gc.freeze()  # what is there by now stays: collecting need not look through torch's modules again
-    runtime.prepare(model, optimizer, parameter_shapes(config.model, vocab_size, seq_len), config)
+    runtime.prepare(model, optimizer, parameter_shapes(spec), config)
     metrics = Metrics(
         config.run.dir,
         steps=place.steps,
-        flops_per_token=flops_per_token(config.model, vocab_size, seq_len),
+        flops_per_token=flops_per_token(spec),
         device=runtime.device,
         world_size=runtime.world_size,
         is_main=runtime.is_main,
@@ -446,8 +445,8 @@ def restore_or_init(run: Run, place: ResumePoint) -> None:
         runtime.spread()
         runtime.start_average()
         return
-    folder, size = place.folder, (config.model, run.data.tokenizer.vocab_size, config.data.seq_len)
-    runtime.together(lambda: restore(folder, *size, runtime.owned(), optimizer=True))
+    folder, spec = place.folder, config.model_spec(run.data.tokenizer.vocab_size)
+    runtime.together(lambda: restore(folder, spec, runtime.owned(), optimizer=True))
     runtime.spread()
     if runtime.scaler.is_enabled():
         runtime.scaler.load_state_dict(facts["scaler"])
@@ -520,8 +519,8 @@ def refuse_other_mathematics(
 def start_from(run: Run, name: str) -> None:
     """Take only the weights of a checkpoint or transformers folder; refuses another model or tokenizer."""
     folder = locate(name)
-    described, vocab_size, context = read_description(folder)
-    ours, theirs = run.config.model.model_dump(), described.model_dump()
+    described = read_description(folder)
+    ours, theirs = run.config.model.model_dump(), described.config.model_dump()
     different = [
         f"--model.{key} {theirs[key]}"
         for key in ours
@@ -532,24 +531,27 @@ def start_from(run: Run, name: str) -> None:
             f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}"
         )
     tokenizer = run.data.tokenizer
-    if tokenizer.vocab_size != vocab_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
+    if tokenizer.vocab_size != described.vocab_size or tokenizer_hash(folder) not in (
+        None,
+        tokenizer.sha256,
+    ):
         raise UserError(
-            f"run.init_from={name} was trained with another tokenizer ({vocab_size} tokens) than data.input="
+            f"run.init_from={name} was trained with another tokenizer ({described.vocab_size} tokens) than data.input="
             f"{run.config.data.input} ({tokenizer.vocab_size}); nearest: data.tokenizer={folder}"
         )
-    if context < run.config.data.seq_len and run.config.model.positions == "learned":
+    if described.seq_len < run.config.data.seq_len and run.config.model.positions == "learned":
         raise UserError(
-            f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {context}"
+            f"data.seq_len={run.config.data.seq_len} exceeds the context of run.init_from; nearest: {described.seq_len}"
         )
-    size = (run.config.model, vocab_size, run.config.data.seq_len)
-    restore(folder, *size, run.runtime.owned(), optimizer=False)
+    spec = run.config.model_spec(described.vocab_size)
+    restore(folder, spec, run.runtime.owned(), optimizer=False)
 
 
 def describe(run: Run) -> None:
     """Say what is about to happen, and write the resolved settings into the run folder. Rank 0 speaks."""
     config, runtime, data = run.config, run.runtime, run.data
     batch, say = config.data.global_batch, runtime.say
-    shapes = hf.shapes(config.model, data.tokenizer.vocab_size, config.data.seq_len)
+    shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
     say(

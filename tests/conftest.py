@@ -11,7 +11,7 @@ import torch
 
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.save import OwnedSlice, Saver
-from dist_lm.config import DataConfig
+from dist_lm.config import DataConfig, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.model import hf
@@ -79,9 +79,7 @@ def write_step(
     files = {name: json.dumps(content) for name, content in texts.items()}
     saver.begin(
         step,
-        model.config,
-        tokenizer.vocab_size,
-        model.seq_len,
+        ModelSpec(model.config, tokenizer.vocab_size, model.seq_len),
         lambda: owned(model, optimizer),
         files,
         tokenizer,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dist_lm import generate
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError, run_entry
 from dist_lm.model import hf
@@ -40,12 +40,13 @@ def write_random(
     run: Path, model: ModelConfig, tokenizer: Tokenizer, step: int = 10, seed: int = 9
 ) -> Path:
     """A step folder of a random model, as train writes it."""
-    gpt, size = GPT(model, tokenizer.vocab_size, CONTEXT), (model, tokenizer.vocab_size, CONTEXT)
+    spec = ModelSpec(model, tokenizer.vocab_size, CONTEXT)
+    gpt = GPT(spec)
     init_weights(gpt, seed)
     for parameter in gpt.parameters():  # a livelier text than GPT-2's small weights make
         parameter.data *= 8 if parameter.dim() == 2 else 1
     texts = {
-        "config.json": hf.config_json(*size, tokenizer.eot),
+        "config.json": hf.config_json(spec, tokenizer.eot),
         "state.json": {"step": step},
         "generation_config.json": hf.generation_config_json(tokenizer.eot),
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_lm.config import ModelConfig, OptimConfig
+from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import (
     create_state,
@@ -372,7 +372,7 @@ def test_groups_by_name_are_those_by_shape(bias: bool) -> None:
         norm="layernorm",
         tie_embeddings=False,
     )
-    model = GPT(config, 50, 8)
+    model = GPT(ModelSpec(config, 50, 8))
     shape = {id(p): (p.ndim, name) for name, p in model.named_parameters()}
     for group in param_groups(model.named_parameters(), 0.1):
         for ndim, name in (shape[id(p)] for p in group["params"]):

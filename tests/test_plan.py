@@ -11,7 +11,7 @@ import torch
 from dist_lm import plan
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config
+from dist_lm.config import Config, ModelSpec
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
@@ -126,7 +126,7 @@ def test_blocks_are_alike(settings: dict[str, object]) -> None:
 def test_live_bytes_are_those_of_real_tensors() -> None:
     """The same watch over a real forward and backward sees the same bytes as over a fake one."""
     config = tiny(**{"data.seq_len": 64})
-    model = GPT(config.model, 257, 64)
+    model = GPT(ModelSpec(config.model, 257, 64))
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     tokens = torch.zeros(8, 64, dtype=torch.int64)
@@ -142,7 +142,7 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "muon", "adafactor"])
 def test_moments_are_what_the_optimizer_keeps(name: str) -> None:
     config = tiny(**{"optim.name": name, "model.tie_embeddings": False, "model.bias": True})
-    model = GPT(config.model, 257, 32)
+    model = GPT(ModelSpec(config.model, 257, 32))
     optimizer = make_optimizer(model, config.optim, "fp32")
     create_state(optimizer)
     for parameter, p in model.named_parameters():

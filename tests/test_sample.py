@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import StreamDecoder, train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
@@ -52,7 +52,7 @@ MODELS = {
 
 def make(name: str) -> GPT:
     """A random model whose next token depends on all before it: with GPT-2's small weights it would repeat one."""
-    model = GPT(MODELS[name], BYTES.vocab_size, CONTEXT).eval()
+    model = GPT(ModelSpec(MODELS[name], BYTES.vocab_size, CONTEXT)).eval()
     init_weights(model, 5)
     for parameter in model.parameters():
         if parameter.dim() == 2:

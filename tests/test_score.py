@@ -10,7 +10,7 @@ import torch
 
 from dist_lm import score as score_module
 from dist_lm.checkpoint.load import read_model
-from dist_lm.config import Config, DataConfig, ModelConfig, RunConfig, batch_layout
+from dist_lm.config import Config, DataConfig, ModelConfig, ModelSpec, RunConfig, batch_layout
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
@@ -48,11 +48,11 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run=RunConfig(steps=3, eval_batches=2),
     )
     tokenizer = Tokenizer.load(prepared)
-    model = GPT(config.model, tokenizer.vocab_size, data.seq_len)
+    model = GPT(ModelSpec(config.model, tokenizer.vocab_size, data.seq_len))
     init_weights(model, seed=1)
     texts = {
         "config.json": hf.config_json(
-            config.model, tokenizer.vocab_size, data.seq_len, tokenizer.eot
+            ModelSpec(config.model, tokenizer.vocab_size, data.seq_len), tokenizer.eot
         ),
         "state.json": {"step": 3, "config": config.model_dump(mode="json")},
     }

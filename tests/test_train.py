@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from dist_lm import outcome
 from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.cli import load
+from dist_lm.config import ModelSpec
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
@@ -100,7 +101,7 @@ def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
     train(tmp_path / "run", *common)
     config, _ = load(["--run.dir", str(tmp_path / "run"), *common], {}, "")
     shards = TokenShards(prepared, "train")
-    model = GPT(config.model, Tokenizer.load(prepared).vocab_size, 32)
+    model = GPT(ModelSpec(config.model, Tokenizer.load(prepared).vocab_size, 32))
     init_weights(model, config.run.seed)
     optimizer = make_optimizer(model, config.optim, "fp32")
     for step, figures in enumerate(losses(tmp_path / "run")):

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from dist_lm.checkpoint.folder import _read_json, locate
 from dist_lm.checkpoint.save import OwnedSlice
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import CheckpointError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 
 
-def read_description(folder: Path) -> tuple[ModelConfig, int, int]:
-    """Model, vocabulary size and context length of a folder, from its config.json."""
+def read_description(folder: Path) -> ModelSpec:
+    """The network of a folder, from its config.json."""
     return hf.from_config_json(_read_json(folder / "config.json"))
 
 
@@ -29,17 +30,13 @@ def tokenizer_hash(folder: Path) -> str | None:
     return Tokenizer.load(folder).sha256 if (folder / "tokenizer.json").is_file() else None
 
 
-def read_weights(
-    folder: Path, model: ModelConfig, vocab_size: int, seq_len: int, average: bool = False
-) -> dict[str, Tensor]:
+def read_weights(folder: Path, spec: ModelSpec, average: bool = False) -> dict[str, Tensor]:
     """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
     with _open_tensors(folder, "optimizer" if average else "model") as get:
         if not average:
-            return hf.import_tensors(model, vocab_size, seq_len, get)
+            return hf.import_tensors(spec, get)
         try:
-            return hf.import_tensors(
-                model, vocab_size, seq_len, get, hf.own_layout(model, vocab_size, seq_len, "ema")
-            )
+            return hf.import_tensors(spec, get, hf.own_layout(spec, "ema"))
         except hf.MissingTensor as error:
             raise CheckpointError(
                 f"{folder} holds no average of its weights; rule: trained with run.ema > 0"
@@ -49,25 +46,21 @@ def read_weights(
 def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
     """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
     folder = locate(name, lambda text: print(text, file=sys.stderr))
-    description, vocab_size, seq_len = read_description(folder)
+    spec = read_description(folder)
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.vocab_size > spec.vocab_size:
         raise CheckpointError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {vocab_size}; rule: no more",
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}; rule: no more",
         )
-    model = GPT(description, vocab_size, seq_len)
-    model.load_state_dict(
-        read_weights(folder, description, vocab_size, seq_len, average), assign=True
-    )
+    model = GPT(spec)
+    model.load_state_dict(read_weights(folder, spec, average), assign=True)
     return model.eval(), tokenizer, folder
 
 
 @torch.no_grad()
 def restore(
     folder: Path,
-    model: ModelConfig,
-    vocab_size: int,
-    seq_len: int,
+    spec: ModelSpec,
     owned: Iterable[OwnedSlice],
     optimizer: bool,
 ) -> None:
@@ -75,11 +68,11 @@ def restore(
 
     What a longer context of the folder has beyond `seq_len` is left out.
     """
-    context = read_description(folder)[2]
+    model, context = spec.config, read_description(folder).seq_len
     entries: dict[str, list[hf.Entry]] = {}
-    for entry in hf.layout(model, vocab_size, context):
+    for entry in hf.layout(replace(spec, seq_len=context)):
         entries.setdefault(entry.param, []).append(entry)
-    shapes = hf.shapes(model, vocab_size, seq_len)
+    shapes = hf.shapes(spec)
     with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
         for constant in entries.get("", ()):
             hf.import_part(constant, get, None, 0, model)

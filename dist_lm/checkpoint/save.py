@@ -23,7 +23,7 @@ from torch import Tensor
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.folder import _FORMAT, _warn, delete, remove
 from dist_lm.checkpoint.retention import Retention
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import safetensors_head, sync_folder, write_parts
 from dist_lm.errors import UserError
@@ -133,9 +133,7 @@ class Saver:
     def begin(
         self,
         step: int,
-        model: ModelConfig,
-        vocab_size: int,
-        seq_len: int,
+        spec: ModelSpec,
         owned: Callable[[], Iterable[OwnedSlice]],
         texts: Mapping[str, str],
         tokenizer: Tokenizer,
@@ -153,7 +151,7 @@ class Saver:
                 ]
                 for h in owned()
             ]
-            self._items = _plan(model, vocab_size, seq_len, self.channel.gather(own))
+            self._items = _plan(spec, self.channel.gather(own))
         work = _Work(
             self.run_dir,
             self.channel,
@@ -230,7 +228,7 @@ Index = list[
 ]  # what each rank holds: name, start, stop, keys of its state, {key: shape} of its extras
 
 
-def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index]) -> list[Item]:
+def _plan(spec: ModelSpec, by_rank: list[Index]) -> list[Item]:
     """All tensors of a checkpoint, in the order of the files: the weights, then what the optimizer keeps of each."""
     keys: dict[str, set[str]] = defaultdict(set)
     extras: dict[str, dict[str, list[int]]] = defaultdict(dict)
@@ -245,15 +243,13 @@ def _plan(model: ModelConfig, vocab_size: int, seq_len: int, by_rank: list[Index
             for key, shape in others.items():
                 holders[name, key].append(OwnedRange(rank, 0, math.prod(shape)))
     kept = []
-    for name, shape in hf.shapes(model, vocab_size, seq_len).items():
+    for name, shape in hf.shapes(spec).items():
         kept += [hf.own_entry(name, shape, key) for key in sorted(keys[name])]
         kept += [
             hf.Entry(f"{name}.{key}", tuple(size), name, rows=(0, 1), key=key)
             for key, size in sorted(extras[name].items())
         ]
-    files = _into_files("model", hf.layout(model, vocab_size, seq_len)) | _into_files(
-        "optimizer", kept
-    )
+    files = _into_files("model", hf.layout(spec)) | _into_files("optimizer", kept)
     writers = _divide(
         {file: sum(entry.bytes for entry in inside) for file, inside in files.items()}, len(by_rank)
     )

@@ -115,13 +115,12 @@ def _hub_revision(spec: SourceConfig) -> str:
 def _open(source: TextFile) -> Iterator[BinaryIO]:
     """A file, unpacked."""
     with contextlib.ExitStack() as stack:
-        far = remote.is_remote(source.path)
-        opened = (
-            remote.open_file(source.path, source.size, source.mark)
-            if far
-            else open(source.path, "rb")
-        )
-        file: BinaryIO = stack.enter_context(opened)
+        file: BinaryIO
+        if remote.is_remote(source.path):
+            opened = remote.open_file(source.path, source.size, source.mark)
+            file = stack.enter_context(opened)
+        else:
+            file = stack.enter_context(open(source.path, "rb"))
         if source.name.endswith(_PACKINGS):  # not the path: behind a URL's may stand a signature
             import pyarrow  # slow, and needed for packed files only
 

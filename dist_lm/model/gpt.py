@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.model.dropout import dropout
 from dist_lm.model.loss import LOGITS_AT_A_TIME, compute_dtype, cross_entropy_sum
 
@@ -35,13 +35,13 @@ class GPT(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
-        vocab_size: int,
-        seq_len: int,
+        spec: ModelSpec,
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
+        config, vocab_size, seq_len = spec.config, spec.vocab_size, spec.seq_len
+        self.spec, self.config = spec, config
+        self.vocab_size, self.seq_len = vocab_size, seq_len
         self.activation_checkpointing, self.device_type = activation_checkpointing, ""
         rows = padded_vocab(vocab_size)
         self.embed = Embedding(rows, config.width)

@@ -8,14 +8,14 @@ imported.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import CheckpointError, nearest
 from dist_lm.model.gpt import sinusoid
 from dist_lm.model.init import parameter_shapes, unpadded
@@ -116,18 +116,18 @@ def family(model: ModelConfig) -> str | None:
 # --- tensors
 
 
-def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
+def layout(spec: ModelSpec) -> list[Entry]:
     """Every tensor of a saved model, in file order; our own names and layout where no family fits."""
-    ours = shapes(model, vocab_size, seq_len)
+    model, ours = spec.config, shapes(spec)
     kind = family(model)
     if kind is None:
-        return own_layout(model, vocab_size, seq_len)
+        return own_layout(spec)
     # What the family has; what of it we lack is a constant.
     full = (
         ours
         if kind == "llama"
         else shapes(
-            model.model_copy(update={"bias": True, "positions": "learned"}), vocab_size, seq_len
+            replace(spec, config=model.model_copy(update={"bias": True, "positions": "learned"}))
         )
     )
     entries = []
@@ -147,21 +147,19 @@ def layout(model: ModelConfig, vocab_size: int, seq_len: int) -> list[Entry]:
     return entries
 
 
-def own_layout(model: ModelConfig, vocab_size: int, seq_len: int, key: str = "") -> list[Entry]:
+def own_layout(spec: ModelSpec, key: str = "") -> list[Entry]:
     """Each of our parameters as it is, or the optimizer's tensor `key` of it."""
-    return [
-        own_entry(name, shape, key) for name, shape in shapes(model, vocab_size, seq_len).items()
-    ]
+    return [own_entry(name, shape, key) for name, shape in shapes(spec).items()]
 
 
 def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
     return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]), key=key)
 
 
-def shapes(model: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, tuple[int, ...]]:
+def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters, the vocabulary unpadded."""
-    padded = parameter_shapes(model, vocab_size, seq_len)
-    return {name: unpadded(name, shape, vocab_size) for name, shape in padded.items()}
+    padded = parameter_shapes(spec)
+    return {name: unpadded(name, shape, spec.vocab_size) for name, shape in padded.items()}
 
 
 def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
@@ -211,19 +209,16 @@ def constant(entry: Entry) -> Tensor:
 
 
 def import_tensors(
-    model: ModelConfig,
-    vocab_size: int,
-    seq_len: int,
+    spec: ModelSpec,
     get: Callable[[str], Any],
     entries: list[Entry] | None = None,
 ) -> dict[str, Tensor]:
     """Our state dict, fp32, from a file of `layout`, or of other entries. `get` reads by name, or raises KeyError."""
-    state = {
-        name: torch.zeros(shape)
-        for name, shape in parameter_shapes(model, vocab_size, seq_len).items()
-    }
-    for entry in entries or layout(model, vocab_size, seq_len):
-        import_part(entry, get, state[entry.param].view(-1) if entry.param else None, 0, model)
+    state = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
+    for entry in entries or layout(spec):
+        import_part(
+            entry, get, state[entry.param].view(-1) if entry.param else None, 0, spec.config
+        )
     return state
 
 
@@ -279,10 +274,11 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
 # --- config.json
 
 
-def config_json(model: ModelConfig, vocab_size: int, seq_len: int, eot_id: int | None) -> Json:
+def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
     """The config.json that makes AutoModelForCausalLM build this network."""
+    model, seq_len = spec.config, spec.seq_len
     common: Json = {
-        "vocab_size": vocab_size,
+        "vocab_size": spec.vocab_size,
         "bos_token_id": eot_id,
         "eos_token_id": eot_id,
         "dtype": "float32",
@@ -345,8 +341,8 @@ def generation_config_json(eot_id: int | None) -> Json:
     return {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
 
 
-def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
-    """Network, vocabulary and context length of a config.json, ours or transformers'; what we cannot do is refused."""
+def from_config_json(config: Json) -> ModelSpec:
+    """The network of a config.json, ours or transformers'; what we cannot do is refused."""
     kind = str(config.get("model_type"))
     if kind not in _KINDS:
         raise CheckpointError(
@@ -357,7 +353,9 @@ def from_config_json(config: Json) -> tuple[ModelConfig, int, int]:
     reader, vocab_size, field, seq_len = _KINDS[kind]
     try:
         model = ModelConfig(**reader(config))
-        return model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
+        return ModelSpec(
+            model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.model.gpt import GPT
 
 
@@ -39,13 +39,11 @@ def initial(config: ModelConfig, seed: int, name: str, shape: tuple[int, ...]) -
 
 @cache  # a GPT is built for it
 def parameter_shapes(
-    config: ModelConfig, vocab_size: int, seq_len: int
+    spec: ModelSpec,
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of all parameters, the vocabulary padded, without memory for them."""
     with torch.device("meta"):
-        return {
-            name: tuple(p.shape) for name, p in GPT(config, vocab_size, seq_len).named_parameters()
-        }
+        return {name: tuple(p.shape) for name, p in GPT(spec).named_parameters()}
 
 
 def unpadded(name: str, shape: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
@@ -58,7 +56,7 @@ def init_weights(
     model: GPT, seed: int, parts: Iterable[tuple[str, int, Tensor]] | None = None
 ) -> None:
     """Initial weights for all parameters, or for `parts` of them, flat: name, first element, where to put them."""
-    shapes = parameter_shapes(model.config, model.vocab_size, model.seq_len)
+    shapes = parameter_shapes(model.spec)
     if parts is None:
         parts = ((name, 0, p.view(-1)) for name, p in model.named_parameters())
     for name, start, out in parts:
@@ -68,9 +66,10 @@ def init_weights(
         out[: len(value)] = value
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
+def flops_per_token(spec: ModelSpec) -> float:
     """Forward and backward: 6 a matrix parameter and 12 x layers x width x length for attention (PaLM, appendix B)."""
+    config = spec.config
     attention = 2 * config.width**2 * (1 + config.kv_heads / config.heads)
     feed_forward = (3 if config.activation == "swiglu" else 2) * config.width * config.ffn_width
-    matrices = config.layers * (attention + feed_forward) + vocab_size * config.width
-    return 6.0 * matrices + 12.0 * config.layers * config.width * seq_len
+    matrices = config.layers * (attention + feed_forward) + spec.vocab_size * config.width
+    return 6.0 * matrices + 12.0 * config.layers * config.width * spec.seq_len

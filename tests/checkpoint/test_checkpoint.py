@@ -28,7 +28,7 @@ from dist_lm.checkpoint import save as checkpoint
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
 from dist_lm.checkpoint.load import read_model, read_weights, restore
 from dist_lm.checkpoint.save import OwnedSlice, Saver
-from dist_lm.config import ModelConfig, OptimConfig
+from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model import hf
@@ -49,7 +49,7 @@ def trained() -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
 def training_of(config: ModelConfig) -> tuple[GPT, torch.optim.Optimizer, Tokenizer]:
     """A model after two updates of each parameter."""
     tokenizer = train_tokenizer("byte", [])
-    model = GPT(config, tokenizer.vocab_size, SEQ_LEN)
+    model = GPT(ModelSpec(config, tokenizer.vocab_size, SEQ_LEN))
     init_weights(model, 1)
     optimizer = make_optimizer(model, OptimConfig(), "fp32")
     for _ in range(2):
@@ -62,7 +62,9 @@ def training_of(config: ModelConfig) -> tuple[GPT, torch.optim.Optimizer, Tokeni
 def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> Path:
     model, optimizer, tokenizer = trained
     texts = {
-        "config.json": hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot),
+        "config.json": hf.config_json(
+            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+        ),
         "state.json": {"step": step, "val_loss": val_loss},
     }
     return write_step(run, step, model, texts, tokenizer, optimizer)
@@ -87,7 +89,7 @@ def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
     )
     other = make_optimizer(again, OptimConfig(), "fp32")
     create_state(other)
-    restore(folder, MODEL, 257, SEQ_LEN, owned(again, other), optimizer=True)
+    restore(folder, ModelSpec(MODEL, 257, SEQ_LEN), owned(again, other), optimizer=True)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert all(
             torch.equal(optimizer.state[p][key], other.state[q][key]) for key in optimizer.state[p]
@@ -656,7 +658,7 @@ def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
         UserError,
         match=r"step-00000001 lacks embed.weight.exp_avg of the optimizer; rule: resume with",
     ):
-        restore(folder, MODEL, 257, SEQ_LEN, owned(model, optimizer), optimizer=True)
+        restore(folder, ModelSpec(MODEL, 257, SEQ_LEN), owned(model, optimizer), optimizer=True)
 
 
 def test_a_torn_safetensors_file_is_refused(trained: Any, tmp_path: Path) -> None:
@@ -779,7 +781,7 @@ def save_together(
     messages = messages or Messages(len(by_rank))
     texts = {
         "config.json": json.dumps(
-            hf.config_json(model.config, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
+            hf.config_json(ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
         ),
         "state.json": "{}",
     }
@@ -790,9 +792,7 @@ def save_together(
         try:
             saver.begin(
                 step,
-                model.config,
-                tokenizer.vocab_size,
-                SEQ_LEN,
+                ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN),
                 lambda: by_rank[rank],
                 texts,
                 tokenizer,
@@ -846,9 +846,7 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
         blank = OwnedSlice(h.name, h.start, h.stop, torch.full_like(h.weight, 7.0), state, extra)
         restore(
             tmp_path / "slices/step-00000007",
-            model_config,
-            tokenizer.vocab_size,
-            SEQ_LEN,
+            ModelSpec(model_config, tokenizer.vocab_size, SEQ_LEN),
             [blank],
             optimizer=True,
         )
@@ -916,7 +914,9 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     ) in model.parameters():  # what was sent for the failed file must not end up in the next
         parameter.data += 1
     assert save_together(tmp_path, some, slices, step=8, messages=messages)[0] == [None] * 3
-    again = read_weights(tmp_path / "step-00000008", MODEL, tokenizer.vocab_size, SEQ_LEN)
+    again = read_weights(
+        tmp_path / "step-00000008", ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN)
+    )
     assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
 
 
@@ -955,7 +955,11 @@ def test_a_failed_write_is_raised_at_the_next_look(
         Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
     )
     saver.begin(
-        1, MODEL, tokenizer.vocab_size, SEQ_LEN, lambda: owned(model, optimizer), {}, tokenizer
+        1,
+        ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN),
+        lambda: owned(model, optimizer),
+        {},
+        tokenizer,
     )
     deadline = time.monotonic() + 20
     with pytest.raises(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.model import gpt as model_module
 from dist_lm.model.dropout import GOLDEN, dropout, mix, signed
 from dist_lm.model.gpt import GPT, KVCache
@@ -35,7 +35,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 def make(name: str = "llama", seed: int = 1, checkpointing: bool = False, **changes: object) -> GPT:
     settings = {"layers": 2, "heads": 4, "width": 32, **MODELS[name], **changes}
-    model = GPT(ModelConfig(**settings), V, T, checkpointing)
+    model = GPT(ModelSpec(ModelConfig(**settings), V, T), checkpointing)
     init_weights(model, seed)
     return model
 
@@ -477,7 +477,9 @@ def test_flops_count_every_matrix_once(name: str) -> None:
     matrices = sum(
         p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("blocks.")
     )
-    assert flops_per_token(model.config, V, T) == 6 * (matrices + V * 32) + 12 * 2 * 32 * T
+    assert (
+        flops_per_token(ModelSpec(model.config, V, T)) == 6 * (matrices + V * 32) + 12 * 2 * 32 * T
+    )
 
 
 def test_vocabulary_is_padded_for_the_device_that_pays() -> None:

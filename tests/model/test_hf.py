@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dist_lm.cli import load
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT, sinusoid
@@ -117,7 +117,7 @@ def config_of(name: str) -> ModelConfig:
 
 def make(config: ModelConfig) -> GPT:
     """A model whose every weight, biases and norms too, is away from where it starts."""
-    model = GPT(config, V, T)
+    model = GPT(ModelSpec(config, V, T))
     init_weights(model, 1)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
@@ -132,12 +132,14 @@ def make(config: ModelConfig) -> GPT:
 
 def write(model: GPT, folder: Path) -> None:
     weights = dict(model.named_parameters())
-    entries = hf.layout(model.config, V, T)
+    entries = hf.layout(ModelSpec(model.config, V, T))
     save_file(
         {entry.name: export_tensor(entry, weights) for entry in entries},
         folder / "model.safetensors",
     )
-    (folder / "config.json").write_text(json.dumps(hf.config_json(model.config, V, T, EOT)))
+    (folder / "config.json").write_text(
+        json.dumps(hf.config_json(ModelSpec(model.config, V, T), EOT))
+    )
     (folder / "generation_config.json").write_text(json.dumps(hf.generation_config_json(EOT)))
 
 
@@ -161,7 +163,7 @@ def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
     own = {name: parameter.grad for name, parameter in ours.named_parameters()}
     their = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     largest = max(grad.abs().max() for grad in their.values())
-    entries = [entry for entry in hf.layout(ours.config, V, T) if entry.param]
+    entries = [entry for entry in hf.layout(ModelSpec(ours.config, V, T)) if entry.param]
     assert {entry.param for entry in entries} == set(own)
     for entry in entries:
         assert (export_tensor(entry, own) - their[entry.name]).abs().max() < 1e-5 * largest, (
@@ -188,20 +190,23 @@ def test_a_folder_of_ours_is_read_back(name: str, tmp_path: Path) -> None:
     ours = make(config_of(name))
     write(ours, tmp_path)
     weights = dict(ours.named_parameters())
-    tensors = {entry.name: export_tensor(entry, weights) for entry in hf.layout(ours.config, V, T)}
-    for name_of_tensor, value in hf.import_tensors(ours.config, V, T, tensors.__getitem__).items():
+    tensors = {
+        entry.name: export_tensor(entry, weights)
+        for entry in hf.layout(ModelSpec(ours.config, V, T))
+    }
+    for name_of_tensor, value in hf.import_tensors(
+        ModelSpec(ours.config, V, T), tensors.__getitem__
+    ).items():
         assert torch.equal(value, weights[name_of_tensor])
-    read, vocab_size, seq_len = hf.from_config_json(
-        json.loads((tmp_path / "config.json").read_text())
-    )
-    assert (vocab_size, seq_len) == (V, T)
+    described = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    assert (described.vocab_size, described.seq_len) == (V, T)
     # In their terms positions are a learned table and biases are there.
     gpt = hf.family(ours.config) != "llama"
-    assert read == ours.config.model_copy(
+    assert described.config == ours.config.model_copy(
         update={"positions": "learned", "bias": True} if gpt else {}
     )
-    again = GPT(read, V, T)
-    again.load_state_dict(hf.import_tensors(read, V, T, tensors.__getitem__))
+    again = GPT(described)
+    again.load_state_dict(hf.import_tensors(described, tensors.__getitem__))
     tokens_BT = torch.arange(2 * T).view(2, T)
     assert torch.allclose(again(tokens_BT), ours(tokens_BT), atol=1e-5)
 
@@ -213,13 +218,12 @@ def test_a_model_of_theirs_is_read(name: str, tmp_path: Path) -> None:
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    config, vocab_size, seq_len = hf.from_config_json(
-        json.loads((tmp_path / "config.json").read_text())
-    )
-    assert (vocab_size, seq_len) == (V, T) and hf.family(config) == THEIRS[name].model_type
-    ours = GPT(config, vocab_size, seq_len)
+    spec = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    assert (spec.vocab_size, spec.seq_len) == (V, T)
+    assert hf.family(spec.config) == THEIRS[name].model_type
+    ours = GPT(spec)
     tensors = theirs.state_dict()
-    ours.load_state_dict(hf.import_tensors(config, vocab_size, seq_len, tensors.__getitem__))
+    ours.load_state_dict(hf.import_tensors(spec, tensors.__getitem__))
     assert_same_network(ours, theirs.eval())
 
 
@@ -232,25 +236,28 @@ def test_defaults_left_out_are_theirs(family: str) -> None:
 
 def test_older_and_other_spellings_are_read() -> None:
     older = {**LLAMA_JSON, "rope_theta": 500.0, "rope_scaling": None, "hidden_act": "swish"}
-    assert hf.from_config_json(older)[0].rope_theta == 500.0
+    assert hf.from_config_json(older).config.rope_theta == 500.0
     for name, ours in (
         ("gelu_pytorch_tanh", "gelu_tanh"),
         ("gelu_fast", "gelu_tanh"),
         ("swish", "silu"),
     ):
-        assert hf.from_config_json({**GPT2_JSON, "activation_function": name})[0].activation == ours
+        assert (
+            hf.from_config_json({**GPT2_JSON, "activation_function": name}).config.activation
+            == ours
+        )
 
 
 def test_names_without_their_first_part_are_found() -> None:
     """As in openai-community/gpt2, and in bf16."""
     ours = make(config_of("gpt2"))
     weights = dict(ours.named_parameters())
-    entries = hf.layout(ours.config, V, T)
+    entries = hf.layout(ModelSpec(ours.config, V, T))
     bare = {
         entry.name.removeprefix("transformer."): export_tensor(entry, weights).bfloat16()
         for entry in entries
     }
-    for name, value in hf.import_tensors(ours.config, V, T, bare.__getitem__).items():
+    for name, value in hf.import_tensors(ModelSpec(ours.config, V, T), bare.__getitem__).items():
         assert value.dtype == torch.float32 and torch.equal(value, weights[name].bfloat16().float())
 
 
@@ -260,15 +267,15 @@ def test_other_combinations_keep_our_names(name: str) -> None:
     assert hf.family(config) is None
     ours = make(config)
     weights = dict(ours.named_parameters())
-    entries = hf.layout(config, V, T)
+    entries = hf.layout(ModelSpec(config, V, T))
     assert [entry.name for entry in entries] == list(weights)
     tensors = {entry.name: export_tensor(entry, weights) for entry in entries}
     assert tensors["embed.weight"].shape == (V, 32)  # unpadded
-    back = hf.import_tensors(config, V, T, tensors.__getitem__)
+    back = hf.import_tensors(ModelSpec(config, V, T), tensors.__getitem__)
     assert all(torch.equal(back[name], value) for name, value in weights.items())
-    described = json.loads(json.dumps(hf.config_json(config, V, T, None)))
+    described = json.loads(json.dumps(hf.config_json(ModelSpec(config, V, T), None)))
     assert described["model_type"] == "dist_lm"
-    assert hf.from_config_json(described) == (config, V, T)
+    assert hf.from_config_json(described) == ModelSpec(config, V, T)
 
 
 def test_every_recipe_is_in_a_family() -> None:
@@ -282,11 +289,11 @@ def test_every_recipe_is_in_a_family() -> None:
 def test_layout_is_data() -> None:
     """Shapes and rows are known without any tensor, so that a file can be laid out before it is written."""
     config = ModelConfig(layers=1, heads=4, kv_heads=2, width=32)
-    entries = {entry.name: entry for entry in hf.layout(config, V, T)}
+    entries = {entry.name: entry for entry in hf.layout(ModelSpec(config, V, T))}
     assert entries["model.layers.0.self_attn.k_proj.weight"] == hf.Entry(
         "model.layers.0.self_attn.k_proj.weight", (16, 32), "blocks.0.attn.qkv.weight", (32, 48)
     )
-    post = {entry.name: entry for entry in hf.layout(config_of("post-sinusoidal"), V, T)}
+    post = {entry.name: entry for entry in hf.layout(ModelSpec(config_of("post-sinusoidal"), V, T))}
     assert post["transformer.h.1.mlp.c_fc.weight"].transpose and post[
         "transformer.h.1.mlp.c_fc.weight"
     ].shape == (
@@ -377,13 +384,14 @@ def test_what_we_cannot_compute_is_refused(config: dict[str, Any], message: str)
 def tensors() -> Iterator[dict[str, Tensor]]:
     weights = dict(make(config_of("gpt2")).named_parameters())
     yield {
-        entry.name: export_tensor(entry, weights) for entry in hf.layout(config_of("gpt2"), V, T)
+        entry.name: export_tensor(entry, weights)
+        for entry in hf.layout(ModelSpec(config_of("gpt2"), V, T))
     }
 
 
 def refusal(config: ModelConfig, tensors: dict[str, Tensor]) -> str:
     with pytest.raises(UserError) as error:
-        hf.import_tensors(config, V, T, tensors.__getitem__)
+        hf.import_tensors(ModelSpec(config, V, T), tensors.__getitem__)
     assert error.value.code == 66
     return str(error.value)
 

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,28 @@ import pytest
 from tests.procs import ROOT
 
 CODE = ROOT / "dist_lm"
-# Each room may import rooms of its own or an earlier level; nothing imports an entry.
+# Each room may import rooms of its own or an earlier level; nothing imports a command.
+# A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
-    {"config", "launcher", "lock"},
-    {"model", "text", "order", "optim", "hf", "remote", "outcome"},
-    {"shards", "sources", "sample", "checkpoint", "metrics"},
-    {"preparing", "stream"},
-    {"data", "size", "zero", "watch"},
+    {"errors", "console", "disk", "channel", "launcher"},
+    {"config", "lock"},
+    {"cli", "metrics", "optim", "outcome"},
+    {"model", "data"},
+    {"checkpoint"},
     {"runtime"},
-    {"validate"},
+    {"sample", "validate", "size"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan"},
 ]
-MODULES = {path.stem: path for path in CODE.glob("*.py") if path.stem != "__init__"}
+STRANGERS = {"model", "data"}
+MODULES = {
+    path.relative_to(CODE).with_suffix("").as_posix().replace("/", "."): path
+    for path in CODE.rglob("*.py")
+    if path.stem != "__init__"
+}
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -38,19 +49,27 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
     return found
 
 
+def imports_of_ours(path: Path) -> set[str]:
+    names = {name.removeprefix("dist_lm.") for name in imports(path)}
+    return names & set(MODULES)
+
+
 def test_every_module_has_its_room() -> None:
-    assert set(MODULES) == set().union(*LEVELS)
+    assert {room_of(module) for module in MODULES} == set().union(*LEVELS)
 
 
 def test_imports_never_point_right() -> None:
-    level = {module: n for n, modules in enumerate(LEVELS) for module in modules}
+    level = {room: n for n, rooms in enumerate(LEVELS) for room in rooms}
     wrong, graph = [], {}
     for module, path in MODULES.items():
-        graph[module] = {
-            name.split(".")[1] for name in imports(path) if name.startswith("dist_lm.")
-        } & set(MODULES)
-        wrong += [f"{module} -> {used}" for used in graph[module] if level[used] > level[module]]
-        wrong += [f"{module} -> entry {used}" for used in graph[module] if used in LEVELS[-1]]
+        graph[module] = imports_of_ours(path)
+        room = room_of(module)
+        for used in graph[module]:
+            points_right = level[room_of(used)] > level[room]
+            is_command = room_of(used) in LEVELS[-1]
+            are_strangers = {room, room_of(used)} == STRANGERS
+            if points_right or is_command or are_strangers:
+                wrong.append(f"{module} -> {used}")
     assert wrong == []
     while graph:  # no cycles: what imports nothing that is left can always be taken away
         leaves = {module for module, used in graph.items() if not used & set(graph)}
@@ -60,15 +79,14 @@ def test_imports_never_point_right() -> None:
 
 def test_accelerate_and_distributed_have_one_home() -> None:
     for module, path in MODULES.items():
-        foreign = {
-            n
-            for n in imports(path)
-            if n.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in n
-        }
-        assert module in ("runtime", "zero", "watch") or not foreign, (module, foreign)
-    assert not {
-        n for n in imports(CODE / "zero.py", top_level_only=True) if n.startswith("deepspeed")
-    }  # optional
+        foreign = set()
+        for name in imports(path):
+            if name.split(".")[0] in ("accelerate", "deepspeed") or "distributed" in name:
+                foreign.add(name)
+        assert room_of(module) in ("runtime", "channel") or not foreign, (module, foreign)
+    # optional
+    names = imports(CODE / "runtime" / "zero.py", top_level_only=True)
+    assert not {name for name in names if name.startswith("deepspeed")}
 
 
 def test_transformers_is_for_tests_only() -> None:
@@ -82,12 +100,21 @@ def test_transformers_is_for_tests_only() -> None:
 def test_names_shadow_nothing() -> None:
     """`accelerate launch dist_lm/train.py` puts dist_lm/ first on sys.path."""
     installed = {name.lower() for name in importlib.metadata.packages_distributions()}
-    assert not set(MODULES) & (installed | set(sys.stdlib_module_names))
+    assert not {room_of(module) for module in MODULES} & (installed | set(sys.stdlib_module_names))
 
 
 def test_init_holds_only_the_version() -> None:
     (docstring, version) = ast.parse((CODE / "__init__.py").read_text()).body
     assert isinstance(docstring, ast.Expr) and isinstance(version, ast.Assign)
+    assert [path for path in CODE.glob("*/__init__.py") if path.read_text()] == []
+
+
+def test_a_new_wing_is_installed() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    wings = {f"dist_lm.{path.parent.name}" for path in CODE.glob("*/__init__.py")}
+    assert set(packages) == {"dist_lm", *wings}
 
 
 def test_no_pickle_and_no_code_from_files() -> None:

@@ -26,7 +26,7 @@ from dist_lm.checkpoint.retention import Retention
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import safetensors_head, sync_folder, write_parts
-from dist_lm.errors import UserError
+from dist_lm.errors import UserError, error_with_code
 from dist_lm.model import hf
 
 # Files are what ranks divide among them: so many at most, but none is closed before it has this many bytes.
@@ -418,7 +418,7 @@ class _Work:
             if self.channel.rank == 0 and not self.lost():
                 shutil.rmtree(self.aside, ignore_errors=True)
             rank, part = failed[0]
-            raise UserError(
+            raise error_with_code(
                 f"checkpoint of step {self.step} was not written: rank {rank}: {part['error']}; older checkpoints are"
                 " untouched",
                 part["code"],

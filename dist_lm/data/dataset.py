@@ -18,7 +18,7 @@ from dist_lm.data.cache import ShardCache
 from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.manifest import find_prepared
-from dist_lm.data.order import hash_words
+from dist_lm.data.order import FOR_STREAM, hash_words
 from dist_lm.data.preparing import (
     document_hash,
     held_out,
@@ -95,7 +95,7 @@ def open_dataset(
                 tokenizer,
                 data.seq_len,
                 min(data.lanes, len(parts)),
-                hash_words(config.run.seed, 5, zlib.crc32(name.encode())),
+                hash_words(config.run.seed, FOR_STREAM, zlib.crc32(name.encode())),
                 partial(_keep, data.val_fraction, excluded),
                 data.packing == "best_fit",
                 config.run.epochs or (None if spec.at_end == "repeat" else 1),

@@ -13,7 +13,13 @@ import numpy as np
 
 from dist_lm.config import DataConfig
 from dist_lm.data.dataset import Dataset
-from dist_lm.data.order import Ints, MixtureSchedule, hash_words, sequence_ids
+from dist_lm.data.order import (
+    FOR_SHARDS_IN_A_MIXTURE,
+    Ints,
+    MixtureSchedule,
+    hash_words,
+    sequence_ids,
+)
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import PackedSequence, Stream, StreamSpec
 
@@ -102,7 +108,11 @@ class MixtureReader:
                 inside = wanted if repeats else wanted[earlier[wanted] < count]
                 own = inside[inside % self.world == self.rank]
                 ids = sequence_ids(
-                    earlier[own], count, int(hash_words(self.seed, 9, zlib.crc32(name.encode()))[0])
+                    earlier[own],
+                    count,
+                    int(
+                        hash_words(self.seed, FOR_SHARDS_IN_A_MIXTURE, zlib.crc32(name.encode()))[0]
+                    ),
                 )
                 table[own // self.world] = source.read(ids, length, self.data.stride)
                 row_targets[own // self.world] = length

@@ -23,6 +23,18 @@ GROUP = 8  # blocks that are shuffled into each other
 _FEISTEL_ROUNDS = 4
 LONGEST_PERIOD = 1000  # positions over which the shares of a mixture are exact
 
+# What a hash is for. Mixed into it, so that no two uses share random bits. Changing one changes every run's data.
+FOR_DROPOUT = 1
+FOR_EPOCH = 2
+FOR_SHORT_BLOCK = 3
+FOR_GROUP = 4
+FOR_BLOCKS = 5
+FOR_STREAM = 5  # of the run's seed, as FOR_BLOCKS is of an epoch's key
+FOR_PARTS = 6
+FOR_DOCUMENTS = 7
+FOR_PACKED_SEQUENCES = 8
+FOR_SHARDS_IN_A_MIXTURE = 9
+
 
 def hash_words(first: int | Words, *more: int | Words) -> Words:
     """64 well-mixed bits from a chain of integers (splitmix64's finalizer after each)."""
@@ -39,7 +51,7 @@ def rank_places(rank: int, world: int, global_batch: int) -> Ints:
 
 def row_keys(seed: int, positions: Ints) -> Ints:
     """A hash per row from which dropout masks follow: the same wherever and with whomever the row is computed."""
-    return hash_words(seed, 1, positions.astype(np.uint64)).view(np.int64)
+    return hash_words(seed, FOR_DROPOUT, positions.astype(np.uint64)).view(np.int64)
 
 
 def period_of(weights: Sequence[float]) -> list[int]:
@@ -110,12 +122,12 @@ class MixtureSchedule:
 def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
     """The sequence, 0..count-1, at each position of the run; positions count..2*count-1 are the second epoch."""
     epoch, q = np.divmod(positions, count)
-    key = hash_words(seed, 2, epoch.astype(np.uint64))
+    key = hash_words(seed, FOR_EPOCH, epoch.astype(np.uint64))
     full, short = divmod(count, BLOCK)
     places = full + (short > 0)
     # The one shorter block comes at a random place, so that the start of every place has a closed form.
     short_place = (
-        (hash_words(key, 3) % np.uint64(places)).astype(np.int64)
+        (hash_words(key, FOR_SHORT_BLOCK) % np.uint64(places)).astype(np.int64)
         if short
         else np.full_like(q, full)
     )
@@ -130,14 +142,14 @@ def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
 
     group = place_of(q) // GROUP
     low, high = start(group * GROUP), start(np.minimum((group + 1) * GROUP, places))
-    q = low + permute(q - low, high - low, hash_words(key, 4, group.astype(np.uint64)))
+    q = low + permute(q - low, high - low, hash_words(key, FOR_GROUP, group.astype(np.uint64)))
     place = place_of(q)
     offset = q - start(place)
     among_full = np.minimum(place - (place > short_place), max(full - 1, 0))
     block = np.where(
         place == short_place,
         full,
-        permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, 5)),
+        permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, FOR_BLOCKS)),
     )
     ids: Ints = block * BLOCK + offset
     return ids

@@ -21,7 +21,14 @@ import numpy as np
 
 from dist_lm.data.files import Part
 from dist_lm.data.formats import Reader
-from dist_lm.data.order import Words, hash_words, permute
+from dist_lm.data.order import (
+    FOR_DOCUMENTS,
+    FOR_PACKED_SEQUENCES,
+    FOR_PARTS,
+    Words,
+    hash_words,
+    permute,
+)
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError, UserError, error_with_code
 
@@ -78,7 +85,7 @@ class StreamSpec:
 
     def parts_of(self, lane: int, passed: int) -> list[Part]:
         """The parts that a lane reads in a pass: dealt out anew in each."""
-        order = shuffled(len(self.parts), hash_words(self.key, 6, passed))
+        order = shuffled(len(self.parts), hash_words(self.key, FOR_PARTS, passed))
         return [self.parts[n] for n in order[lane :: self.lanes]]
 
 
@@ -91,9 +98,9 @@ def shuffled(count: int, key: Words) -> list[int]:
 class Lane:
     """One sub-stream of a source: its documents pass after pass, as sequences. One thread at a time reads it."""
 
-    def __init__(self, recipe: StreamSpec, number: int, cursor: dict[str, Any] | None = None):
+    def __init__(self, spec: StreamSpec, number: int, cursor: dict[str, Any] | None = None):
         cursor = cursor or START
-        self.recipe, self.number = recipe, number
+        self.spec, self.number = spec, number
         self.ready: deque[PackedSequence] = deque()
         self.ended = cursor["pass"] - 1  # the newest pass of which nothing is left to read
         self.is_empty = True  # no document was found so far
@@ -106,7 +113,7 @@ class Lane:
         self._found = self._open(cursor["part"], cursor["row"])
         self._documents: Iterator[Document] = iter(())
         # A lane begins with little, for its first sequences to come soon; what best fit packs together must not vary.
-        self._batch = BATCH if recipe.best_fit else (1, BATCH[1] // 16)
+        self._batch = BATCH if spec.best_fit else (1, BATCH[1] // 16)
         self._pending: deque[Document] = deque()  # tokens that no sequence begins behind
         self._offset = self._rewind = cursor["offset"]
         self._passed_over = cursor["document"]
@@ -127,7 +134,7 @@ class Lane:
         """Read a little more in the background; what goes wrong is said when it is needed."""
         if self._lock.acquire(blocking=False):
             try:
-                if len(self.ready) < most and self.ended + 1 != self.recipe.passes:
+                if len(self.ready) < most and self.ended + 1 != self.spec.passes:
                     with contextlib.suppress(UserError):
                         self._read_some()
             finally:
@@ -148,17 +155,17 @@ class Lane:
 
     def _open(self, part: int = 0, row: int = 0) -> Iterator[tuple[int, int, int, list[str]]]:
         """(number of the part in this pass, file, row, text) of the documents that training may see."""
-        recipe, parts = self.recipe, self.recipe.parts_of(self.number, self._pass)[part:]
-        for number, at, texts in recipe.reader.documents(self._skipped, parts, row):
+        spec, parts = self.spec, self.spec.parts_of(self.number, self._pass)[part:]
+        for number, at, texts in spec.reader.documents(self._skipped, parts, row):
             self._before = self._skipped.copy()
-            if (kept := recipe.keep(texts)) is None:
+            if (kept := spec.keep(texts)) is None:
                 continue
             file = parts[number].file
             yield (
                 part + number,
                 file,
                 at,
-                list(recipe.tokenizer.pieces(kept, recipe.reader.where(file, at))),
+                list(spec.tokenizer.pieces(kept, spec.reader.where(file, at))),
             )
 
     def _read_some(self) -> None:
@@ -180,7 +187,7 @@ class Lane:
             return
         self.ended = self._pass
         if (
-            self.ended + 1 == self.recipe.passes and self._left() > 1
+            self.ended + 1 == self.spec.passes and self._left() > 1
         ):  # nothing follows: what is left is filled up
             self.ready.append(self._cut(self._left())._replace(after=None))
         self._pass, self._block = self._pass + 1, 0
@@ -196,20 +203,21 @@ class Lane:
                 block |= _counts(skipped=self._before)
             found.append((file, row, text))
             size += sum(map(len, text))
-            if len(found) >= self.recipe.block[0] or size >= self.recipe.block[1]:
+            if len(found) >= self.spec.block[0] or size >= self.spec.block[1]:
                 break
         block |= _counts(left_out=self._skipped)
         order = shuffled(
-            len(found), hash_words(self.recipe.key, 7, self.number, self._pass, self._block)
+            len(found),
+            hash_words(self.spec.key, FOR_DOCUMENTS, self.number, self._pass, self._block),
         )
-        nothing = np.empty(0, self.recipe.tokenizer.dtype)
+        nothing = np.empty(0, self.spec.tokenizer.dtype)
         made = (Document(block, n, *found[place], nothing) for n, place in enumerate(order))
         self._documents = islice(made, self._passed_over, None)
         self._block, self._passed_over = self._block + bool(found), 0
         return self._documents
 
     def _encode(self, documents: list[Document]) -> None:
-        tokenizer, length = self.recipe.tokenizer, self.recipe.seq_len
+        tokenizer, length = self.spec.tokenizer, self.spec.seq_len
         encoded = iter(tokenizer.encode_batch([document.text[0] for document in documents]))
         for n, document in enumerate(documents):
             parts = [np.array(next(encoded), tokenizer.dtype)]
@@ -219,7 +227,7 @@ class Lane:
                 parts.append(np.array(tokenizer.encode(piece), tokenizer.dtype))
             parts.append(np.array([tokenizer.eot], tokenizer.dtype))
             documents[n] = document._replace(text=[], tokens=np.concatenate(parts))
-        if self.recipe.best_fit:
+        if self.spec.best_fit:
             self._pack(documents)
             return
         self._pending.extend(documents)
@@ -247,10 +255,12 @@ class Lane:
 
     def _pack(self, documents: list[Document]) -> None:
         """Sequences of whole documents of these few; the offset of a cursor counts sequences."""
-        rows = best_fit([len(document.tokens) for document in documents], self.recipe.seq_len)
+        rows = best_fit([len(document.tokens) for document in documents], self.spec.seq_len)
         first = documents[0]
         place = first.block["pass"], first.block["block"], first.number
-        order = shuffled(len(rows), hash_words(self.recipe.key, 8, self.number, *place))
+        order = shuffled(
+            len(rows), hash_words(self.spec.key, FOR_PACKED_SEQUENCES, self.number, *place)
+        )
         for n, row in enumerate(order):
             if n >= self._rewind:
                 stretches = [(documents[number], begin, end) for number, begin, end in rows[row]]
@@ -313,7 +323,7 @@ class Stream:
 
     def __init__(
         self,
-        recipe: StreamSpec,
+        spec: StreamSpec,
         state: dict[str, Any] | None = None,
         *,
         rank: int = 0,
@@ -323,11 +333,11 @@ class Stream:
         shift: int = 0,
     ):
         begun, state = bool(state), state or {"pass": 0, "turn": 0, "done": [], "lanes": {}}
-        self.recipe, self.rank, self.world, self.shift = recipe, rank, world, shift
+        self.spec, self.rank, self.world, self.shift = spec, rank, world, shift
         self.gather, self.pool = gather, pool
         self.passed, self.turn, self.done = state["pass"], state["turn"], set(state["done"])
-        own = [n for n in range(recipe.lanes) if self.owner(n) == rank]
-        self.lanes = {n: Lane(recipe, n, state["lanes"].get(str(n))) for n in own}
+        own = [n for n in range(spec.lanes) if self.owner(n) == rank]
+        self.lanes = {n: Lane(spec, n, state["lanes"].get(str(n))) for n in own}
         self._forget()
         self._empty = not begun
 
@@ -337,7 +347,7 @@ class Stream:
 
     @property
     def over(self) -> bool:
-        return bool(self.recipe.passes == self.passed)
+        return bool(self.spec.passes == self.passed)
 
     def snapshot(self) -> dict[str, Any]:
         """Where the stream stands, with the cursors of this rank's lanes."""
@@ -352,7 +362,7 @@ class Stream:
         """The lanes of the next `count` sequences, and own ones themselves; fewer at the last pass's end. All ranks."""
         dealt: list[tuple[int, PackedSequence | None]] = []
         while len(dealt) < count and not self.over:
-            waiting = [n for n in range(self.recipe.lanes) if n not in self.done]
+            waiting = [n for n in range(self.spec.lanes) if n not in self.done]
             if not waiting:
                 self._next_pass()
                 continue
@@ -376,13 +386,13 @@ class Stream:
             self._empty
         ):  # else some document in some lane ends in a sequence, if only after many passes
             raise DataError(
-                f"{self.recipe.reader.spec.input}: no document to train on; rule: at least one"
+                f"{self.spec.reader.spec.input}: no document to train on; rule: at least one"
             )
         self.passed, self.turn, self.done = self.passed + 1, 0, set()
         self._forget()
 
     def _forget(self) -> None:
-        self._known, self._closed, self._empty = [0] * self.recipe.lanes, set[int](), True
+        self._known, self._closed, self._empty = [0] * self.spec.lanes, set[int](), True
 
     def _look(self, lanes: Sequence[int], wanted: int) -> None:
         """Read on, and exchange how many sequences of this pass the lanes have ready. All ranks."""

@@ -868,7 +868,7 @@ def test_ranks_share_the_writing_evenly(
     monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
     model, optimizer, _ = trained
     index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in owned(model, optimizer)]
-    items = checkpoint._plan(MODEL, 257, SEQ_LEN, [index] * world)
+    items = checkpoint._plan(ModelSpec(MODEL, 257, SEQ_LEN), [index] * world)
     loads = [
         sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)
     ]

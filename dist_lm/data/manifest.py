@@ -33,9 +33,6 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-_BAD_DATA = 65
-
-
 _LONGEST_NAME = 200  # characters of a shard's file name; the cache puts some before it, and a file system allows 255
 
 

@@ -34,7 +34,6 @@ from dist_lm.data.tokenizer import (
 from dist_lm.disk import write_file, write_json
 from dist_lm.errors import DataError
 
-BAD_DATA = 65
 SHARD_TOKENS = 2**25
 SMALL = 100  # documents; a smaller source holds out the tail of its text instead of whole documents
 LEARNED_BYTES = (

@@ -53,7 +53,6 @@ _FINAL = (
     TypeError,
     NotImplementedError,
 )
-_BAD_DATA = 65
 
 T = TypeVar("T")
 

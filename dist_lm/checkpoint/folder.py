@@ -16,7 +16,6 @@ from typing import Any
 from dist_lm.data.manifest import FILE_NAME, SHA256
 from dist_lm.errors import CheckpointError, UserError
 
-
 _FORMAT = 1
 
 

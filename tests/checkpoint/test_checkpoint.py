@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dist_lm.channel import Channel
+from dist_lm.checkpoint import retention
 from dist_lm.checkpoint import save as checkpoint
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
 from dist_lm.checkpoint.load import read_model, read_weights, restore
@@ -388,7 +389,7 @@ class Saves:
 
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
-        config = hf.config_json(MODEL, tokenizer.vocab_size, SEQ_LEN, tokenizer.eot)
+        config = hf.config_json(ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
         texts = {
             "config.json": json.dumps(config),
             "state.json": json.dumps({"step": step, "val_loss": val_loss}),
@@ -463,7 +464,7 @@ def test_a_step_of_an_earlier_start_is_verified_once(
         looked_at.append(folder.name)
         return verify(folder)
 
-    monkeypatch.setattr(checkpoint, "verify", look)
+    monkeypatch.setattr(retention, "verify", look)
     save = Saves(tmp_path, trained, keep_last=2, resumed=tmp_path / "step-00000006")
     for step in (7, 8, 9):
         save(step)

@@ -273,7 +273,6 @@ def _write_new(path: Path, text: str) -> int:
         os.fsync(descriptor)
     except BaseException:
         os.close(descriptor)
-        path.unlink(missing_ok=True)
         raise
     return descriptor
 

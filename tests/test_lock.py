@@ -210,6 +210,18 @@ def test_a_lost_folder_is_noticed_by_the_thread_and_nothing_is_done_there(
     assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")} == before
 
 
+def test_a_step_looks_itself_when_the_thread_has_not_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a process that was stopped may come before the thread's next look."""
+    monkeypatch.setattr(RunLock, "_beat", lambda *_: None)
+    with held(tmp_path) as mine:
+        (tmp_path / "run.lock").unlink()
+        assert mine.lost == ""
+        time.sleep(0.6)
+        assert mine.lost == f"{tmp_path}/run.lock was deleted"
+
+
 def test_a_deleted_lock_frees_the_folder(tmp_path: Path) -> None:
     with held(tmp_path) as first:
         (tmp_path / "run.lock").unlink()
@@ -241,6 +253,33 @@ def test_of_many_starts_at_once_one_has_the_folder(tmp_path: Path, left_over: st
     for thread in threads:
         thread.join()
     assert most == [1] * 5 and lost == [""] * 5
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_the_lock_of_a_quicker_start_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """It took the dead run's lock and made its own, before we open the file or while we do."""
+    path = tmp_path / "run.lock"
+    path.touch()
+    holder, quicker = Holder(path), RunLock(tmp_path)
+    assert holder.look() == "dead"
+    flock = lock._flock
+
+    def take_first(descriptor: int) -> None:
+        monkeypatch.setattr(lock, "_flock", flock)
+        path.unlink()
+        quicker.take(quiet)
+        flock(descriptor)
+
+    if when == "while":
+        monkeypatch.setattr(lock, "_flock", take_first)
+    else:
+        path.unlink()
+        quicker.take(quiet)
+    holder.remove()
+    assert quicker.look() == ""
+    quicker.release()
 
 
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,19 +141,24 @@ def test_only_who_holds_the_folder_writes_its_outcome(
         raise UserError("in use by another run")
 
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("DIST_LM_START_ID", "node0-12/../3")
     run = ["--run.dir", str(tmp_path)]
     first = Attempt(tmp_path, 1)
     first.lock.take(quiet)
-    for rank in ("0", "1"):
+    for rank in ("0", "1"):  # each on a node of its own, with its own launch script
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("DIST_LM_START_ID", f"node{rank}-12/../3")
         began = time.monotonic()
         with pytest.raises(UserError):
             Attempt(tmp_path, 1).run(refuse)
         assert time.monotonic() - began < 2  # rank 1 waits for nobody
-    assert {file.name for file in tmp_path.iterdir()} == {"run.lock", ".refused-node0-12_.._3.json"}
-    said = entry("outcome", "after", "1", "1", *run, code=2, DIST_LM_START_ID="node0-12/../3")
-    assert said == f"{tmp_path}: config at step 0, attempt 1: in use by another run\n"
+        assert {file.name for file in tmp_path.iterdir()} == {
+            "run.lock",
+            f".refused-node{rank}-12_.._3.json",
+        }
+        said = entry(
+            "outcome", "after", "1", "1", *run, code=2, DIST_LM_START_ID=f"node{rank}-12/../3"
+        )
+        assert said == f"{tmp_path}: config at step 0, attempt 1: in use by another run\n"
     said = entry(
         "outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other"
     )  # killed while it waited

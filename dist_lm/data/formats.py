@@ -16,10 +16,10 @@ import csv
 import gc
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, count, groupby, islice, pairwise
+from itertools import chain, count, groupby, pairwise
 from operator import itemgetter
 from typing import Any, BinaryIO
 
@@ -43,6 +43,10 @@ Convert = Callable[[Any], str | None]  # that content as text
 
 class FilteredError(Exception):
     """A row that the source's filter leaves out."""
+
+
+class LostRestError(ValueError):
+    """What follows in a file cannot be read."""
 
 
 _DAMAGE = (
@@ -175,7 +179,7 @@ class Reader:
                 skipped["filtered rows"] += 1
                 continue
             except _DAMAGE as error:
-                if self.bad_rows == "error" or isinstance(error, OSError):
+                if self.bad_rows == "error" or isinstance(error, (OSError, LostRestError)):
                     raise DataError(f"{label} {row}: {_one_line(error)}") from error
                 if row >= start:
                     skipped["bad rows"] += 1
@@ -290,7 +294,8 @@ def _json_rows(file: BinaryIO, part: Part, start: int, fields: _Fields) -> tuple
     if part.end:
         return _range(file, max(part.begin, start), part.end), fields.of_line
     if file.peek().removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # type: ignore[attr-defined]
-        return zip(count(1), _json_array(_decode(file))), fields.of_row
+        # bad bytes pass the decoder: raised there, they would end the array and not only the value that they are in
+        return zip(count(1), _JsonArray(_decode(file, "surrogateescape"))), fields.of_row
     return zip(count(1), (line for _, line in _lines(file) if line.strip())), fields.of_line
 
 
@@ -423,8 +428,8 @@ def _split(chunks: Iterator[str], separator: str | None) -> Texts:
         yield row, waiting
 
 
-def _decode(file: BinaryIO) -> Iterator[str]:
-    decoder, end = codecs.getincrementaldecoder("utf-8")(), 0
+def _decode(file: BinaryIO, errors: str = "strict") -> Iterator[str]:
+    decoder, end = codecs.getincrementaldecoder("utf-8")(errors), 0
     for chunk in chain(iter(lambda: file.read(CHUNK), b""), [b""]):
         end += len(chunk)
         try:
@@ -479,25 +484,116 @@ def _range(file: BinaryIO, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
             yield at, line
 
 
-def _json_array(chunks: Iterator[str]) -> Iterator[Any]:
-    """The values of one JSON array, parsed one after another from a window that is refilled where one is cut off."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    window = next(chunks)
-    at = window.index("[") + 1
-    while True:
-        at = gap.match(window, at).end()  # type: ignore[union-attr]
-        if window.startswith("]", at):
-            return
-        try:
-            value, at = decoder.raw_decode(window, at)
-        except json.JSONDecodeError:
-            if len(window) - at > LONGEST_ROW:
-                raise ValueError(_TOO_LONG) from None
-            more = "".join(
-                islice(chunks, 1 + (len(window) - at) // CHUNK)
-            )  # twice as much: so that tries are few
-            if not more:
-                raise
-            window, at = window[at:] + more, 0
-        else:
-            yield value
+class _JsonArray:
+    """The values of one JSON array, one after another. After an error over a value, the next call goes on behind it.
+
+    A string, list or object ends with its own quote or bracket; any other value before the next comma or bracket. If
+    the file ends first, the rest of it is lost. Of a value at most LONGEST_ROW characters and a chunk are held.
+    """
+
+    _GAP = re.compile(r"[\s,]*")
+    _OPENING = ("{", "[", '"')
+    _MARK = re.compile(r'["{}\[\],]')
+    _REST_OF_STRING = re.compile(r'(?:[^"\\]++|\\.)*+"', re.DOTALL)
+
+    def __init__(self, chunks: Iterator[str]):
+        self.chunks = chunks
+        self.window = ""  # the newest chunk
+        self.at = 0  # where in it reading goes on
+        self.pieces: Iterator[str] = iter(
+            ()
+        )  # of the value being read; some are left after one that is too long
+        self.decoder = json.JSONDecoder()
+        while "[" not in self.window:
+            self._take_chunk()
+        self.at = self.window.index("[") + 1
+
+    def __iter__(self) -> "_JsonArray":
+        return self
+
+    def __next__(self) -> Any:
+        deque(self.pieces, maxlen=0)
+        self._pass_gap()
+        if self.window[self.at] == "]":
+            raise StopIteration
+        begin = self.at
+        if self.window.startswith(self._OPENING, begin):
+            try:
+                value, self.at = self.decoder.raw_decode(self.window, begin)
+            except (ValueError, RecursionError):
+                pass  # it is bad, or goes on in the next chunk
+            else:
+                self._check(self.window[begin : self.at])
+                return value
+        text = self._read_text()
+        self._check(text)
+        return json.loads(text)
+
+    @staticmethod
+    def _check(text: str) -> None:
+        """Refuse a value that is too long, or has bytes that are not UTF-8."""
+        if len(text) > LONGEST_ROW:
+            raise ValueError(_TOO_LONG)
+        if not text.isascii():
+            text.encode(errors="surrogateescape").decode()
+
+    def _pass_gap(self) -> None:
+        """Go to where the next value begins, or the array ends."""
+        while True:
+            gap = self._GAP.match(self.window, self.at)
+            assert gap, "an empty gap is one too"
+            self.at = gap.end()
+            if self.at < len(self.window):
+                return
+            self._take_chunk()
+
+    def _read_text(self) -> str:
+        """The text of a value, wherever it ends; cut short, so as to be refused, if it is too long."""
+        parts, size = list[str](), 0
+        self.pieces = self._find_pieces()
+        for piece in self.pieces:
+            parts.append(piece)
+            size += len(piece)
+            if size > LONGEST_ROW:
+                break
+        return "".join(parts).rstrip()
+
+    def _find_pieces(self) -> Iterator[str]:
+        """The text of a value chunk by chunk; the window is left where the value ends."""
+        closes_itself = self.window.startswith(self._OPENING, self.at)
+        depth, is_quoted, looked = 0, False, self.at
+        while True:
+            if is_quoted:
+                found = self._REST_OF_STRING.match(self.window, looked)
+            else:
+                found = self._MARK.search(self.window, looked)
+            if found is None:
+                unread = self.window[looked:]
+                backslashes = len(unread) - len(unread.rstrip("\\"))
+                yield self.window[self.at :]
+                self._take_chunk()
+                looked = (
+                    backslashes % 2 if is_quoted else 0
+                )  # the last one goes with this chunk's first character
+                continue
+            looked = found.end()
+            mark = self.window[looked - 1]
+            if mark == '"':
+                is_quoted = not is_quoted
+            elif mark in "{[":
+                depth += 1
+            elif mark in "}]" and depth:
+                depth -= 1
+            elif mark in ",]" and not depth:
+                looked -= 1
+                break
+            if closes_itself and not depth and not is_quoted:
+                break
+        begin, self.at = self.at, looked
+        yield self.window[begin:looked]
+
+    def _take_chunk(self) -> None:
+        self.window = next(self.chunks, "")
+        self.at = 0
+        if not self.window:
+            raise LostRestError("the file ends inside the array")

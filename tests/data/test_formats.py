@@ -6,7 +6,9 @@ import io
 import json
 import os
 import sys
+import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +304,11 @@ def bad_files(folder: Path) -> dict[str, str]:
         ),
         "deep.jsonl": (['{"text": ' + "[" * 10**5], "row 1: "),
         "array.json": (['[{"text": "a"}, {"text": "b" ,}]'], "row 2: "),
-        "endless.json": (['[{"text": "a"}, {"text": "b"}'], "row 3: "),
+        "endless.json": (
+            ['[{"text": "a"}, {"text": "b"}'],
+            "row 3: the file ends inside the array",
+        ),
+        "open.json": (['[{"text": "a"}, {"text": "b'], "row 2: the file ends inside the array"),
         "missing.csv": (["id,body", "1,a"], "no data.text_column='text' among id, body"),
         "quote.csv": (["text", "a", '"b'], "row 2: unexpected end of data"),
         "notparquet.parquet": (["hello"], "Parquet"),
@@ -339,7 +345,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "separated.txt": "row 3: byte 13 of the text, 0xc3, is not UTF-8",
         "bytes.jsonl": "row 2: 'utf-8' codec can't decode byte 0xed in position 10",
         "bytes.csv": "row 3: 'utf-8' codec can't decode byte 0xff",
-        "bytes.json": "row 2: byte 27 of the text, 0xff, is not UTF-8",
+        "bytes.json": "row 2: 'utf-8' codec can't decode byte 0xff in position 10",
         "bytes.parquet": "row 2: 'utf-8' codec can't decode byte 0xff in position 0",
         "long.parquet": too_long,
         "longer.parquet": "row group 1: its rows are longer than 32 MB; nearest: a .txt file",
@@ -362,6 +368,147 @@ def test_bad_input_is_refused_by_file_and_row(
         with pytest.raises(UserError, match=f"^{tmp_path}/{name}: .*{message}") as raised:
             texts(tmp_path / name, separator="#")
         assert raised.value.code == 65 and "\n" not in str(raised.value), name
+
+
+# Values that are no row of text, but end where a value should.
+BAD_VALUES = {
+    "escape": rb'{"text": "a\q, ]"}',
+    "escape cut short": rb'{"text": "\u12"}',
+    "lone surrogate": rb'{"text": "\ud800"}',
+    "digits": b'{"text": "a", "id": ' + b"1" * 5000 + b"}",
+    "deep lists": b'{"text": ' + b"[" * 1500 + b"]" * 1500 + b"}",
+    "deep objects": b'{"text": ' + b'{"a":' * 1200 + b"1" + b"}" * 1200 + b"}",
+    "bad byte": b'{"text": "\xff"}',
+    "bad byte elsewhere": b'{"text": "a", "id": "\xff"}',
+    "control character": b'{"text": "a\x01b"}',
+    "comma too many": b'{"text": "a",}',
+    "no colon": b'{"text" "a"}',
+    "no quotes": b"{text: a}",
+    "number for text": b'{"text": 5}',
+    "no text": b'{"id": 5}',
+    "no number": b'{"text": "a", "id": 1x}',
+    "too long": b'{"text": "' + b"x\\\\" * 2700 + b'"}',
+    "too long a list": b"[" + b'{"text": "a"}, ' * 600 + b"1]",
+    "number": b"-12.5e3",
+    "many digits": b"1" * 5000,
+    "word": b"nul",
+    "sign": b"-",
+    "string": b'"a, [{"',
+    "list": b'[1, [{"text": "a"}]]',
+    "letters": b"abc def",
+    "quoted mark": b'x"]," y',
+}
+
+
+def as_array(values: list[bytes], path: Path, gap: bytes = b", ") -> Path:
+    path.write_bytes(b"[" + gap.join(values) + b"]")
+    return path
+
+
+def read_skipping(path: Path, start: int = 0) -> tuple[list[tuple[int, str]], Counter[str]]:
+    """Rows with their texts, and what was left out."""
+    source, skipped = SourceConfig(input=str(path)), Counter[str]()
+    documents = Reader(source, find_sources(source), bad_rows="skip").documents(
+        skipped, start=start
+    )
+    return [(row, "".join(texts)) for _, row, texts in documents], skipped
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_bad_value_of_an_array_costs_no_other(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LONGEST_ROW", 8000)
+    rows = [b'{"text": "row %d"}' % n for n in range(1, 101)]
+    rows[10] = BAD_VALUES[name]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
+    expected = [(n, f"row {n}") for n in range(1, 101) if n != 11]
+    for path in (as_array(rows, tmp_path / "a.json"), tmp_path / "a.jsonl"):
+        assert read_skipping(path) == (expected, {"bad rows": 1})
+        with pytest.raises(UserError, match=rf"^{path}: row 11: [^\n]+$") as raised:
+            texts(path)
+        assert raised.value.code == 65
+    assert read_skipping(tmp_path / "a.json", start=50) == (expected[48:], {})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(
+        st.one_of(TEXT.filter(str.strip), st.sampled_from(sorted(BAD_VALUES.values()))), max_size=8
+    ),
+    is_ascii=st.booleans(),
+    gap=st.sampled_from([b",", b", ", b"\n,\r\n\t"]),
+    chunk=st.sampled_from([1, 2, 7, 64, 2**20]),
+)
+def test_documents_and_bad_rows_of_an_array_are_its_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    values: list[str | bytes],
+    is_ascii: bool,
+    gap: bytes,
+    chunk: int,
+) -> None:
+    rows, expected = [], []
+    for row, value in enumerate(values, 1):
+        if isinstance(value, str):
+            expected.append((row, value))
+            value = json.dumps(
+                {"id": [{}, "]", row], "text": value}, ensure_ascii=is_ascii
+            ).encode()
+        rows.append(value)
+    path = as_array(rows, tmp_path_factory.getbasetemp() / "damaged.json", gap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(sources, "LONGEST_ROW", 8000)
+        documents, skipped = read_skipping(path)
+    assert documents == expected
+    assert skipped == ({"bad rows": len(rows) - len(expected)} if len(rows) > len(expected) else {})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 2**20])
+def test_an_array_that_is_cut_off_loses_its_rest(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    path = tmp_path / "a.json"
+    for content, documents, skipped in [
+        (b'[{"text": "a"}, {"text": "b', [(1, "a")], {}),
+        (b'[{"text": "a"}, {"text": "b"}', [(1, "a"), (2, "b")], {}),
+        (b'[{"text": "a"}, {"text": "b"},', [(1, "a"), (2, "b")], {}),
+        (b'[{"text": "a"}, 12', [(1, "a")], {}),
+        (b'[{"text": "a"}, {"text": "b, {"text": "c"}, {"text": "d"}]', [(1, "a")], {}),
+        (b'[{"text": "a"}, {"text": ["b"}, {"text": "c"}]', [(1, "a")], {"bad rows": 1}),
+        (b'[{"text": "a"}, {"text": "' + b"x" * 1000, [(1, "a")], {"bad rows": 1}),
+        (b"[", [], {}),
+    ]:
+        path.write_bytes(content)
+        assert read_skipping(path) == (documents, skipped | {"rests of damaged files": 1}), content
+
+
+def test_a_value_too_long_is_passed_without_being_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONGEST_ROW", 2**20)
+    taken = 0
+
+    def chunks() -> Iterator[str]:
+        nonlocal taken
+        yield '[{"text": "'
+        for _ in range(1000):
+            taken += 1
+            yield 'x\\"' * 2**14
+        yield '"}, {"text": "ok"}]'
+
+    values = sources._JsonArray(chunks())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="^longer than"):
+            next(values)
+        assert (
+            taken * 3 * 2**14 < 2**20 + 2**17
+        )  # it is refused as soon as it is known to be too long
+        assert list(values) == [{"text": "ok"}]
+        assert taken == 1000 and tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["bytes.jsonl", "bytes.csv", "bytes.parquet"])

@@ -396,9 +396,7 @@ class Saves:
         }
         self.saver.begin(
             step,
-            MODEL,
-            tokenizer.vocab_size,
-            SEQ_LEN,
+            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN),
             lambda: owned(model, optimizer),
             texts,
             tokenizer,

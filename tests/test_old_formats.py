@@ -23,8 +23,8 @@ TEXT_TIME = 1_700_000_000  # when the files of the stream were changed, in secon
 RUNS = ["on_shards", "on_stream"]
 # The settings of make.sh, in today's words.
 BOTH = (
-    "--model.layers 1 --model.heads 2 --model.width 8 --model.ffn_width 16 --data.seq_len 16"
-    " --data.global_batch 4 --optim.lr 0.01 --optim.warmup_steps 3 --run.steps 12"
+    "--model.layers 1 --model.heads 2 --model.width 8 --model.ffn_width 16 --model.init xavier"
+    " --data.seq_len 16 --data.global_batch 4 --optim.lr 0.01 --optim.warmup_steps 3 --run.steps 12"
     " --run.eval_every 0 --run.log_batch_hash true --run.trackers"
 )
 OWN = {
@@ -150,7 +150,7 @@ def test_an_old_prepared_folder_is_what_prepare_makes_today(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_shows_what_it_trained_on(name: str, tmp_path: Path) -> None:
-    """Its own config.yaml is read, and every text of the step stands in the old text."""
+    """Its own config.yaml is read, with the names that settings had then."""
     run = copied(name, tmp_path)
     words = flags(name, tmp_path)
     data = words[words.index("--data.input") + 1]
@@ -159,9 +159,5 @@ def test_an_old_run_shows_what_it_trained_on(name: str, tmp_path: Path) -> None:
     assert old_data in settings
     (run / "config.yaml").write_text(settings.replace(old_data, f"input: {data}\n"))
     output = entry("show", str(run), "--step", "5")
-    lines = [line for line in output.splitlines() if line.startswith("    | ")]
-    shown = [line.removeprefix("    | ").removesuffix("<|endoftext|>") for line in lines]
-    whole = "".join(file.read_text() for file in (OLD / "text").iterdir())
-    assert len(shown) >= 4
-    assert sum(len(text) for text in shown) > 50
-    assert [text for text in shown if text not in whole] == []
+    shown = [line for line in output.splitlines() if line.startswith("    | ")]
+    assert shown == (EXPECTED / f"{name}.shown.txt").read_text().splitlines()

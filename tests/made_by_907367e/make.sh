@@ -26,8 +26,8 @@ touch -d @1700000000 text/* # a stream records when its files were changed
 python -m dist_lm.prepare --input text --output shards --tokenizer byte --processes 1
 
 # Two runs of 12 steps, kept as they stand after 6: one on the prepared folder, one on a stream.
-both=(--model.layers 1 --model.heads 2 --model.width 8 --model.ffn_width 16 --data.seq_len 16
-    --data.global_batch 4 --optim.lr 0.01 --optim.warmup_steps 3 --run.steps 12
+both=(--model.layers 1 --model.heads 2 --model.width 8 --model.ffn_width 16 --model.init xavier
+    --data.seq_len 16 --data.global_batch 4 --optim.lr 0.01 --optim.warmup_steps 3 --run.steps 12
     --run.eval_every 0 --run.log_batch_hash true --run.trackers)
 on_shards=(--data.input shards --run.ema 0.9)
 on_stream=(--data.input text --data.stream true --data.lanes 2 --data.tokenizer char
@@ -37,9 +37,10 @@ train "${on_shards[@]}" --run.dir on_shards --run.stop_after 6
 train "${on_stream[@]}" --run.dir on_stream --run.stop_after 6
 rm on_*/loss.png
 
-# What the same code makes of them: greedy text, and the rest of each run.
+# What the same code makes of them: the texts of step 5, greedy text, and the rest of each run.
 mkdir expected
 continue_run() { # its name, its settings
+    python -m dist_lm.show "$1" --step 5 | grep '^    | ' >"expected/$1.shown.txt"
     python -m dist_lm.generate --ckpt "$1" --prompt "the cat" --temperature 0 --max_new_tokens 24 \
         --json --logprobs --seed 1 >"expected/$1.generated.json"
     cp -r "$1" continued

@@ -109,6 +109,8 @@ def make_inputs(base: Side, say: Callable[[str], None]) -> None:
     shutil.copytree(folder / "run", folder / "damaged")
     (newest_step(folder / "damaged") / "model.safetensors").write_bytes(b"cut")
     (folder / "empty").mkdir()
+    (folder / "begun").mkdir()
+    (folder / "begun" / "metrics.jsonl").touch()
     shutil.copytree(ROOT / "tests" / "made_by_907367e", folder / "old")
     for file in (folder / "old" / "text").iterdir():
         os.utime(file, (OLD_TEXT_TIME, OLD_TEXT_TIME))
@@ -542,6 +544,7 @@ REFUSED = {
         --output x.png
         INPUTS/missing
         INPUTS/empty
+        INPUTS/begun
         INPUTS/run --outputs x.png
         INPUTS/run --output /dev/null/x.png
     """,

@@ -42,7 +42,8 @@ class Side:
     root: Path  # the tree
     work: Path  # scratch folder of this side
     inputs: Path  # made by the base, read by both sides
-    renamed: Mapping[str, str] = field(default_factory=dict)  # settings that this tree calls otherwise
+    renamed: Mapping[str, str] = field(default_factory=dict)  # its other names of settings
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def in_its_words(self, text: str) -> str:
         """A setting's name, or YAML with such names, as this tree spells them."""
@@ -86,24 +87,29 @@ class Side:
 
     def run(self, *arguments: str, world: int = 1) -> Done:
         """Run one command on `world` processes, as torchrun would start them, and wait for all."""
-        if world == 1:
-            ranks = [self.start(arguments)]
-        else:
-            port = str(free_port())
-            ranks = [self.start(arguments, **rank_variables(rank, world, port)) for rank in range(world)]
+        port = str(free_port())
+        ranks = []
+        for rank in range(world):
+            variables = rank_variables(rank, world, port) if world > 1 else {}
+            ranks.append(self.start(arguments, **variables))
+        self.running.extend(ranks)
         try:
             outputs = [rank.communicate(timeout=TIMEOUT) for rank in ranks]
         except subprocess.TimeoutExpired:
             return Done(-1, "", f"nothing after {TIMEOUT} s")
         finally:
             for rank in ranks:
-                if rank.poll() is None:
-                    os.killpg(rank.pid, signal.SIGKILL)
-                    rank.wait()
+                end(rank)
+                self.running.remove(rank)
         failed = [rank.returncode for rank in ranks if rank.returncode]
         stdout = "".join(out for out, _ in outputs)
         stderr = "".join(err for _, err in outputs)
         return Done(failed[0] if failed else 0, self.plain(stdout), self.plain(stderr))
+
+    def end_all(self) -> None:
+        """Kill what still runs, because nobody waits for it any more."""
+        for process in list(self.running):
+            end(process)
 
     def prove_tree(self) -> str:
         """Where Python finds dist_lm on this side; an error if that is not this side's tree.
@@ -122,6 +128,13 @@ class Side:
         found = asked.stdout.strip()
         assert Path(found) == self.root / "dist_lm" / "__init__.py", f"{self.name}: {found}"
         return found
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process and those that it started, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def free_port() -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT = 300  # seconds that one command may take
+TIMEOUT = 600  # seconds that one command may take
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "DIST_LM_")
 
 
@@ -43,6 +43,7 @@ class Side:
     work: Path  # scratch folder of this side
     inputs: Path  # made by the base, read by both sides
     renamed: Mapping[str, str] = field(default_factory=dict)  # its other names of settings
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def in_its_words(self, text: str) -> str:
@@ -66,10 +67,9 @@ class Side:
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "120",
             "HF_HUB_OFFLINE": "1",  # no case needs the network
-            "OMP_WAIT_POLICY": "passive",  # the sides share the cores: waiting threads must not spin
             "DIST_LM_CACHE": str(self.work / "cache"),
         }
-        return {**kept, **own}
+        return {**kept, **own, **self.variables}
 
     def start(self, arguments: Sequence[str], **more: str) -> subprocess.Popen[str]:
         """Start Python in this tree. The process leads its own group, so that all of it can be ended."""
@@ -94,14 +94,14 @@ class Side:
             ranks.append(self.start(arguments, **variables))
         self.running.extend(ranks)
         try:
-            outputs = [rank.communicate(timeout=TIMEOUT) for rank in ranks]
+            outputs = [process.communicate(timeout=TIMEOUT) for process in ranks]
         except subprocess.TimeoutExpired:
             return Done(-1, "", f"nothing after {TIMEOUT} s")
         finally:
-            for rank in ranks:
-                end(rank)
-                self.running.remove(rank)
-        failed = [rank.returncode for rank in ranks if rank.returncode]
+            for process in ranks:
+                end(process)
+                self.running.remove(process)
+        failed = [process.returncode for process in ranks if process.returncode]
         stdout = "".join(out for out, _ in outputs)
         stderr = "".join(err for _, err in outputs)
         return Done(failed[0] if failed else 0, self.plain(stdout), self.plain(stderr))

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from same_bits_sides import Done, Side
@@ -14,27 +15,33 @@ WORLDS = {"1 process": 1, "ddp x 2": 2}
 def compare(base: Side, new: Side, rounds: int) -> None:
     """Both sides in turns, round after round, and the ratio of their medians."""
     prepare_text(base)
-    steps: dict[tuple[str, str], list[float]] = {}  # the median step of each round
+    medians: dict[tuple[str, str], list[float]] = {}  # the median step of each round
     with tqdm(total=rounds * len(WORLDS) * 2, leave=False, disable=None) as bar:
         for number in range(rounds):
             for name, world in WORLDS.items():
                 for side in (base, new):
-                    median = median_step(side, side.work / f"{name}-{number}", world)
-                    steps.setdefault((name, side.name), []).append(median)
+                    seconds = median_step(side, side.work / f"{name}-{number}", world)
+                    medians.setdefault((name, side.name), []).append(seconds)
                     bar.update()
-                old, now = steps[name, "base"][-1], steps[name, "new"][-1]
+                before = medians[name, "base"][-1]
+                after = medians[name, "new"][-1]
                 tqdm.write(
-                    f"round {number + 1}, {name}: base {1000 * old:.1f} ms, new {1000 * now:.1f} ms,"
-                    f" new / base {now / old:.3f}"
+                    f"round {number + 1}, {name}: base {1000 * before:.1f} ms,"
+                    f" new {1000 * after:.1f} ms, new / base {after / before:.3f}"
                 )
+                sys.stdout.flush()
     for name in WORLDS:
-        old, now = steps[name, "base"], steps[name, "new"]
-        ratios = [b / a for a, b in zip(old, now, strict=True)]
-        before, after = statistics.median(old), statistics.median(now)
-        print(
-            f"{name}: a step takes {1000 * before:.1f} ms on the base, {1000 * after:.1f} ms now;"
-            f" ratio of the medians {after / before:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})"
-        )
+        print(summary(name, medians[name, "base"], medians[name, "new"]))
+
+
+def summary(name: str, base: list[float], new: list[float]) -> str:
+    ratios = [after / before for before, after in zip(base, new, strict=True)]
+    before = statistics.median(base)
+    after = statistics.median(new)
+    return (
+        f"{name}: a step takes {1000 * before:.1f} ms on the base, {1000 * after:.1f} ms now; ratio of"
+        f" the medians {after / before:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})"
+    )
 
 
 def prepare_text(base: Side) -> None:
@@ -51,7 +58,7 @@ def median_step(side: Side, run: Path, world: int) -> float:
     words += ["--run.steps", str(STEPS), "--run.eval_every", "0", "--run.save_every", "0"]
     check(side.run("dist_lm/train.py", *words, "--run.trackers", world=world))
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    seconds = []
+    seconds: list[float] = []
     before = 0
     for entry in map(json.loads, lines):
         seconds.append((entry["tokens"] - before) / entry["tokens_per_second"])

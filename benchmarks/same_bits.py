@@ -77,7 +77,9 @@ def main() -> int:
         print("\n".join(case.name for case in cases))
         return 0
     if not cases:
-        sys.exit(f"error: --only {' '.join(arguments.only)}: no case has this in its name; see --list")
+        sys.exit(
+            f"error: --only {' '.join(arguments.only)}: no case has this in its name; see --list"
+        )
     revision = full_revision(arguments.base)
     with tempfile.TemporaryDirectory(prefix="same-bits-") as scratch:
         kept = arguments.cache.resolve() if arguments.cache else Path(scratch)

@@ -305,7 +305,9 @@ def training_cases() -> Iterator[Case]:
     yield case("zero2 x 2", {"data.micro_batch": 2}, world=2, launch="zero2")
     yield case("zero3 x 2", {"run.eval_every": 6}, world=2, launch="zero3")
     yield case("zero3 x 2 muon", {"optim.name": "muon"}, world=2, launch="zero3")
-    yield case("zero3 x 2 bf16 ema", {"run.precision": "bf16", "run.ema": 0.9}, world=2, launch="zero3")
+    yield case(
+        "zero3 x 2 bf16 ema", {"run.precision": "bf16", "run.ema": 0.9}, world=2, launch="zero3"
+    )
     yield case("zero3 x 3", {"model.dropout": 0.1}, world=3, launch="zero3")
     yield case("stream", {"data.packing": "best_fit"}, data="streams.yaml")
     yield case("two streams x 2", {"run.eval_every": 6}, data="streams.yaml", world=2)
@@ -350,7 +352,16 @@ def prepare_cases() -> Iterator[Case]:
 
 # --- generating
 
-PROMPTS = ["the cat", "a small red", "0 ", "one dog 猫", "bird\nand", "", "12 not", "tree house runs"]
+PROMPTS = [
+    "the cat",
+    "a small red",
+    "0 ",
+    "one dog 猫",
+    "bird\nand",
+    "",
+    "12 not",
+    "tree house runs",
+]
 
 
 def generate(side: Side, folder: Path, flags: str, prompts: list[str]) -> Result:
@@ -409,7 +420,9 @@ def show(side: Side, folder: Path) -> Result:
     """What steps trained on: the text lines, and the numbers in the others."""
     result = Result()
     for number in ("1", "7", "60"):
-        done = side.run("-m", "dist_lm.show", str(side.inputs / "run"), "--step", number, "--world", "2")
+        done = side.run(
+            "-m", "dist_lm.show", str(side.inputs / "run"), "--step", number, "--world", "2"
+        )
         if done.code and side.name == "base":
             raise BaseFailed(f"exit code {done.code}: {done.last_line}")
         result.bits[f"exit code, step {number}"] = str(done.code)

@@ -32,9 +32,7 @@ OWN = {
     "on_stream": "--data.stream true --data.lanes 2 --data.tokenizer char --optim.name muon --model.dropout 0.1",
 }
 # A rate so small that no weight moves, and averages so slow that none takes up a gradient.
-NOTHING_MOVES = (
-    "--optim.lr 1e-30 --optim.betas 0.9999999999999999 0.9999999999999999 --allow_change optim.lr optim.betas run.ema"
-)
+NOTHING_MOVES = "--optim.lr 1e-30 --optim.betas 0.9999999999999999 0.9999999999999999 --allow_change optim.lr optim.betas run.ema"
 
 
 def flags(name: str, folder: Path) -> list[str]:
@@ -145,7 +143,9 @@ def test_an_old_prepared_folder_is_what_prepare_makes_today(tmp_path: Path) -> N
     shards = sorted(path.name for path in (OLD / "shards").glob("*.safetensors"))
     assert len(shards) == 2
     for name in [*shards, "tokenizer.json"]:
-        assert (tmp_path / "shards" / name).read_bytes() == (OLD / "shards" / name).read_bytes(), name
+        assert (tmp_path / "shards" / name).read_bytes() == (OLD / "shards" / name).read_bytes(), (
+            name
+        )
 
 
 @pytest.mark.parametrize("name", RUNS)

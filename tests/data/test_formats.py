@@ -408,9 +408,7 @@ def as_array(values: list[bytes], path: Path, gap: bytes = b", ") -> Path:
 def read_skipping(path: Path, start: int = 0) -> tuple[list[tuple[int, str]], Counter[str]]:
     """Rows with their texts, and what was left out."""
     source, skipped = SourceConfig(input=str(path)), Counter[str]()
-    documents = Reader(source, find_files(source), bad_rows="skip").documents(
-        skipped, start=start
-    )
+    documents = Reader(source, find_files(source), bad_rows="skip").documents(skipped, start=start)
     return [(row, "".join(texts)) for _, row, texts in documents], skipped
 
 

@@ -128,7 +128,7 @@ run_command() { # runs the command to its end and returns its exit code
 for ((start = 0; ; start++)); do
     numbers=$("$PYTHON" -m dist_lm.outcome before "${train[@]}") || exit
     read -r DIST_LM_ATTEMPT _ <<<"$numbers"
-    DIST_LM_START_ID=$(uname -n)-$$-$start # under which this start can say that another run has the folder
+    DIST_LM_START_ID=$(uname -n)-$$-$start # this start uses it to say that another run has the folder
     export DIST_LM_ATTEMPT DIST_LM_START_ID
     if [[ -n $port ]]; then master_port=$((port + DIST_LM_ATTEMPT - 1)); else master_port=$(free_port $$); fi
     if [[ $node_rank == 0 ]] && port_in_use "$master_port"; then

@@ -53,7 +53,7 @@ left=$((ends - $(date +%s))) before=${STOP_BEFORE:-120}
 if [[ $left -gt 0 && $left -lt 31000000 ]]; then # Slurm says a year for no limit
     DIST_LM_STOP_AT=$((ends - (before * 4 > left ? left / 4 : before)))
 fi
-DIST_LM_START_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # under which this start can say that another run has the folder
+DIST_LM_START_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # this start uses it to say that another run has the folder
 export DIST_LM_ATTEMPT DIST_LM_START_ID DIST_LM_HOSTS DIST_LM_STOP_AT LOCAL_WORLD_SIZE WORLD_SIZE MASTER_ADDR MASTER_PORT
 
 # Each rank is a task, so a signal reaches each rank once, and no launcher stands between the ranks and Slurm. Every rank

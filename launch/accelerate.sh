@@ -1,5 +1,6 @@
 #!/bin/bash
-# Start train.py by `accelerate launch`, again after a failure; the flags are those of torchrun.sh, but for MIN:MAX nodes:
+# Starts train.py by `accelerate launch`, and starts it again after a failure. The flags are those of torchrun.sh; only
+# MIN:MAX nodes are refused:
 #   launch/accelerate.sh --nproc 2 --launch zero2 --config configs/char.yaml --data.input my.txt
 # shellcheck disable=SC2154
 make_command() {

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What torchrun.sh and accelerate.sh share; each of them adds make_command, which fills `command`.
+# torchrun.sh and accelerate.sh share this file. Each of them defines make_command, which fills `command`.
 #
 #   --nproc N          processes on this node                               (its GPUs; without any, 1)
 #   --nnodes N         nodes; the same command runs on each of them         (1)
@@ -10,7 +10,7 @@
 #   --launch NAME      how the processes share the work: a file of launch/  (ddp)
 #   --restarts N       starts after failures, from the newest checkpoint    (3)
 #   --dry-run          print the command and stop
-# Everything else goes to train.py. SIGTERM, SIGUSR1 and Ctrl-C reach every rank: it saves and stops, with exit code 75.
+# Everything else goes to train.py. SIGTERM, SIGUSR1 and Ctrl-C reach every rank, which saves and stops with exit code 75.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/net.sh
@@ -79,10 +79,11 @@ host=${host:-127.0.0.1} node_rank=${node_rank:-0}
 PYTHON=${PYTHON:-python3}
 threads=$(($(nproc) / nproc_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2 # others than these would leave the ranks behind alone
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds for the last checkpoint
+# torchrun passes these signals on to the ranks. Any other signal ends torchrun alone and leaves the ranks running.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # seconds that the last checkpoint may take
 
-ranks_of() { # PID: its children that have not ended; a launcher may leave zombies
+ranks_of() { # PID: prints its children that still run. A launcher may leave zombies, which do not count
     local child state
     cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r child; do
         state=$(sed 's/.*) //; s/ .*//' "/proc/${child:-none}/stat" 2>/dev/null)
@@ -90,16 +91,18 @@ ranks_of() { # PID: its children that have not ended; a launcher may leave zombi
     done
 }
 
-forward() { # SIGNAL: to the launcher, which hands it to the ranks; again: to the ranks, as the launcher now only waits
+# SIGNAL: sends the first one to the launcher, which passes it on to the ranks. Later ones go to the ranks themselves,
+# because by then the launcher only waits for them.
+forward() {
     local to=("$launcher")
     [[ -z $forwarded ]] || mapfile -t to < <(ranks_of "$launcher")
     kill -s "$1" "${to[@]}" 2>/dev/null
     forwarded=1
 }
 
-run_command() { # to its end; its exit code
+run_command() { # runs the command to its end and returns its exit code
     local had_ranks='' alone=0
-    set -m # a process group of its own: a terminal's Ctrl-C shall come through us, once
+    set -m # gives the command its own process group, so that a terminal's Ctrl-C reaches it once, through us
     # shellcheck disable=SC2154
     "${command[@]}" </dev/null &
     launcher=$! forwarded=''
@@ -125,7 +128,7 @@ run_command() { # to its end; its exit code
 for ((start = 0; ; start++)); do
     numbers=$("$PYTHON" -m dist_lm.outcome before "${train[@]}") || exit
     read -r DIST_LM_ATTEMPT _ <<<"$numbers"
-    DIST_LM_START_ID=$(uname -n)-$$-$start # under which this start can say that another run has the folder
+    DIST_LM_START_ID=$(uname -n)-$$-$start # this start uses it to say that another run has the folder
     export DIST_LM_ATTEMPT DIST_LM_START_ID
     if [[ -n $port ]]; then master_port=$((port + DIST_LM_ATTEMPT - 1)); else master_port=$(free_port $$); fi
     if [[ $node_rank == 0 ]] && port_in_use "$master_port"; then

@@ -1,7 +1,7 @@
 #!/bin/bash
-# Start train.py by torchrun, again after a failure:
+# Starts train.py by torchrun, and starts it again after a failure:
 #   launch/torchrun.sh --nproc 2 --config configs/char.yaml --data.input my.txt
-#   launch/torchrun.sh --nnodes 2 --host node0 --node-rank 0 --config configs/gpt2-124m.yaml     (and 1 on the other)
+#   launch/torchrun.sh --nnodes 2 --host node0 --node-rank 0 --config configs/gpt2-124m.yaml     (--node-rank 1 on the other)
 #   launch/torchrun.sh --nnodes 1:2 --host node0 ...     elastic: goes on with the nodes that are left
 # Flags: launch/torchrun.sh --help
 # shellcheck disable=SC2154

@@ -1,9 +1,9 @@
 #!/bin/bash
 #SBATCH --job-name=dist_lm-generate
 #SBATCH --ntasks=1
-# Generate from a checkpoint, in one process; all arguments are those of dist_lm.generate:
+# Generates text from a checkpoint in one process. All arguments are those of dist_lm.generate:
 #   sbatch --gpus 1 --time 10 slurm/generate.sh --ckpt runs/mine --prompt "Once" --num_samples 8
-# DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
+# DIST_LM_HOME, PYTHON, SETUP and CONTAINER mean what they mean in slurm/train.sh.
 set -uo pipefail
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 # shellcheck source=slurm/setup.sh

@@ -2,10 +2,11 @@
 #SBATCH --job-name=dist_lm-prepare
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Tokenize as a job array: task I of N prepares every N-th file into OUTPUT/part-I, a prepared folder of its own:
+# Tokenizes as a job array. Task I of N prepares every N-th file into OUTPUT/part-I, which is a prepared folder:
 #   sbatch --array 0-15 --cpus-per-task 8 slurm/prepare.sh --input 'corpus/*.jsonl' --output shards --tokenizer tok.json
-# The tokenizer must be there already (not bpe:N, which each part would learn anew). A task that is started again goes on.
-# DIST_LM_HOME, PYTHON, SETUP and CONTAINER as in slurm/train.sh.
+# The tokenizer must exist already. With bpe:N each part would learn its own. A task that is started again goes on where
+# it stood.
+# DIST_LM_HOME, PYTHON, SETUP and CONTAINER mean what they mean in slurm/train.sh.
 set -uo pipefail
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 # shellcheck source=slurm/setup.sh

@@ -1,5 +1,6 @@
 #!/bin/bash
-# One rank of a job step: who it is, in torch's words, and the network interface that leads to the other nodes.
+# Starts one rank of a job step. It tells the rank who it is, in the variables that torch reads, and chooses the network
+# interface that leads to the other nodes.
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
 # shellcheck source=launch/net.sh
 source "$(dirname "$0")/../launch/net.sh"

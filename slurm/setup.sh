@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# To be sourced by the scripts here, in the checkout: SETUP, PYTHON and CONTAINER, as described in train.sh.
+# Applies SETUP, PYTHON and CONTAINER, which train.sh describes. The scripts here source it in the checkout.
 if [[ -n "${SETUP:-}" ]]; then
     # shellcheck disable=SC1090
     source "$SETUP"

@@ -3,7 +3,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@120
-# Train on whatever the sbatch line asks for; nodes, GPUs, head node and port come from the allocation:
+# Trains on what the sbatch line asks for. Nodes, GPUs, head node and port come from the allocation:
 #   sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 slurm/train.sh --config configs/gpt2-124m.yaml --optim.lr 3e-4
 #
 # What may have to be exported first (slurm/README.md says when):
@@ -24,7 +24,7 @@ LAUNCH=${LAUNCH:-ddp}
 source launch/net.sh
 
 say() { echo "slurm/train.sh: $*" >&2; }
-outcome() { # in the environment that trains
+outcome() { # runs dist_lm.outcome in the environment that trains
     if [[ ${#container[@]} -gt 0 ]]; then
         srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$PYTHON" -m dist_lm.outcome "$@"
     else
@@ -44,7 +44,7 @@ WORLD_SIZE=$((SLURM_JOB_NUM_NODES * LOCAL_WORLD_SIZE))
 DIST_LM_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ' ')
 MASTER_ADDR=${DIST_LM_HOSTS%% *} MASTER_PORT=$(free_port "$SLURM_JOB_ID")
 
-# The job's own end: signals can be lost, a clock cannot.
+# When the job ends, so that the run can stop before it: a signal can be lost, a clock cannot.
 ends=${SLURM_JOB_END_TIME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*EndTime=\([0-9T:-]*\).*/\1/p')}
 if [[ $ends == *T* ]]; then ends=$(date -d "$ends" +%s); fi
 DIST_LM_STOP_AT=
@@ -53,15 +53,15 @@ left=$((ends - $(date +%s))) before=${STOP_BEFORE:-120}
 if [[ $left -gt 0 && $left -lt 31000000 ]]; then # Slurm says a year for no limit
     DIST_LM_STOP_AT=$((ends - (before * 4 > left ? left / 4 : before)))
 fi
-DIST_LM_START_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # under which this start can say that another run has the folder
+DIST_LM_START_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} # this start uses it to say that another run has the folder
 export DIST_LM_ATTEMPT DIST_LM_START_ID DIST_LM_HOSTS DIST_LM_STOP_AT LOCAL_WORLD_SIZE WORLD_SIZE MASTER_ADDR MASTER_PORT
 
-# A task a rank: a signal reaches each rank once, and no launcher stands between them and Slurm. All see the node's CPUs
-# and GPUs and share them out among themselves.
+# Each rank is a task, so a signal reaches each rank once, and no launcher stands between the ranks and Slurm. Every rank
+# sees all CPUs and GPUs of its node and takes its own.
 unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_GPU_BIND SLURM_NTASKS_PER_NODE SLURM_NTASKS
 run=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$LOCAL_WORLD_SIZE" --overcommit
     --cpu-bind=none --kill-on-bad-exit=1 --unbuffered "${container[@]}")
-trap ':' TERM USR1 # the ranks hear them too; what follows their end is still to be done here
+trap ':' TERM USR1 # the ranks get these signals too, and this script still has work to do after they end
 if [[ "${DOCTOR:-0}" == 1 ]]; then
     "${run[@]}" slurm/rank.sh "$PYTHON" -m dist_lm.doctor "${train[@]}" || exit
 fi
@@ -74,7 +74,7 @@ code=$?
 outcome after "$DIST_LM_ATTEMPT" "$code" "${train[@]}"
 code=$?
 if [[ $code == 70 || $code == 75 ]]; then
-    # Slurm has already put a preempted job back into the queue, and one that was cancelled shall not return.
+    # Slurm has already put a preempted job back into the queue, and a cancelled one must not return.
     state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
     say "job $SLURM_JOB_ID is $state"
     if [[ $state == RUNNING || $state == TIMEOUT ]]; then scontrol requeue "$SLURM_JOB_ID" && code=0; fi

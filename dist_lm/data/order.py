@@ -1,11 +1,13 @@
-"""Which sequences make up the global batch of a step: pure integer maths of (seed, step), vectorised over positions.
+"""Which sequences make up the global batch of a step.
 
-Position p = step * global_batch + j counts every sequence of the run; j is a place in the global batch and rank(j) =
-j mod world. Nothing here knows more of the machine than that one modulo. A sequence is looked up through keyed
-permutations, so any position costs O(1) time and memory, and each epoch is a new exact permutation.
+It is integer maths of (seed, step), vectorised over positions. Position p = step * global_batch + j
+counts every sequence of the run. j is a place in the global batch, and rank j mod world trains on
+it; nothing else in here knows the machine. A sequence is looked up through keyed permutations, so
+any position costs O(1) time and memory, and each epoch is another exact permutation.
 
-Reads stay local: a pass takes the sequences in groups of GROUP random blocks of BLOCK neighbours, and permutes
-within a group. So at any moment only a few places of a large dataset are read, and a small dataset is one group.
+Reads stay local. Sequences that are neighbours on disk form blocks of BLOCK. An epoch shuffles the
+blocks, takes GROUP of them at a time, and shuffles the sequences of these into each other. So at
+any moment only a few places of a large dataset are read, and a small dataset is one group.
 """
 
 from collections.abc import Sequence
@@ -20,10 +22,12 @@ Words = NDArray[np.uint64]
 
 BLOCK = 4096  # neighbouring sequences that travel together
 GROUP = 8  # blocks that are shuffled into each other
-_FEISTEL_ROUNDS = 4
 LONGEST_PERIOD = 1000  # positions over which the shares of a mixture are exact
+_FEISTEL_ROUNDS = 4
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio, as splitmix64 has it
 
-# What a hash is for. Mixed into it, so that no two uses share random bits. Changing one changes every run's data.
+# What a hash is for. It is mixed into the hash, so that no two uses share random bits. Changing one
+# of these numbers changes every run's data.
 FOR_DROPOUT = 1
 FOR_EPOCH = 2
 FOR_SHORT_BLOCK = 3
@@ -36,154 +40,231 @@ FOR_PACKED_SEQUENCES = 8
 FOR_SHARDS_IN_A_MIXTURE = 9
 
 
+# --- hashes and permutations
+
+
 def hash_words(first: int | Words, *more: int | Words) -> Words:
-    """64 well-mixed bits from a chain of integers (splitmix64's finalizer after each)."""
+    """64 well-mixed bits from a chain of integers: splitmix64's finalizer after each of them."""
     words = _mix(_words(first))
     for value in more:
         words = _mix(words ^ _words(value))
     return words
 
 
-def rank_places(rank: int, world: int, global_batch: int) -> Ints:
-    """The places j of the global batch that this rank trains on; with fewer than its peers it fills up."""
-    return np.arange(rank, global_batch, world, dtype=np.int64)
-
-
-def row_keys(seed: int, positions: Ints) -> Ints:
-    """A hash per row from which dropout masks follow: the same wherever and with whomever the row is computed."""
-    return hash_words(seed, FOR_DROPOUT, positions.astype(np.uint64)).view(np.int64)
-
-
-def period_of(weights: Sequence[float]) -> list[int]:
-    """How many sequences of each source make up a period: exact for weights like .7, .2, .1, else to a thousandth."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    parts = [weight / sum(exact) for weight in exact]
-    size = lcm(*(part.denominator for part in parts))
-    if size > LONGEST_PERIOD:
-        size = LONGEST_PERIOD
-    counts = [int(part * size) for part in parts]
-    by_rest = sorted(range(len(parts)), key=lambda i: (counts[i] - parts[i] * size, i))
-    for i in by_rest[: size - sum(counts)]:
-        counts[i] += 1
-    return counts
-
-
-class MixtureSchedule:
-    """Which source each position reads: shares exact over a period, evenly spread in it, stage after stage."""
-
-    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):
-        """`stages`: (first position, weight of each source), the first one from position 0."""
-        self.starts = np.array([start for start, _ in stages], np.int64)
-        self._patterns: list[Ints] = []  # the sources of a period
-        self._ranks: list[Ints] = []  # how many earlier places of the period have the same source
-        self._before: list[Ints] = []  # positions of each source before the stage
-        before = np.zeros(len(stages[0][1]), np.int64)
-        for number, (_, weights) in enumerate(stages):
-            counts = period_of(weights)
-            sources = np.repeat(np.arange(len(counts)), counts)
-            ranks = np.concatenate([np.arange(n) for n in counts])
-            due = (2 * ranks + 1) / np.array(counts)[
-                sources
-            ]  # the middle of its share of the period
-            by_time = np.lexsort((sources, due))
-            self._patterns.append(sources[by_time])
-            self._ranks.append(ranks[by_time])
-            self._before.append(before)
-            if number + 1 < len(stages):
-                before = self.before(stages[number + 1][0], number)
-
-    def before(self, position: int, stage: int | None = None) -> Ints:
-        """How many positions before this one each source has."""
-        stage = int(np.searchsorted(self.starts, position, "right")) - 1 if stage is None else stage
-        pattern, before = self._patterns[stage], self._before[stage]
-        rounds, rest = divmod(position - int(self.starts[stage]), len(pattern))
-        each, begun = (
-            np.bincount(part, minlength=len(before)) for part in (pattern, pattern[:rest])
-        )
-        total: Ints = before + rounds * each + begun
-        return total
-
-    def at(self, positions: Ints) -> tuple[Ints, Ints]:
-        """The source of each position, and how many earlier positions of the run had that source."""
-        sources, earlier = np.empty_like(positions), np.empty_like(positions)
-        stages = np.searchsorted(self.starts, positions, "right") - 1
-        for stage in np.unique(stages).tolist():
-            here, pattern = stages == stage, self._patterns[stage]
-            rounds, place = np.divmod(positions[here] - self.starts[stage], len(pattern))
-            sources[here] = pattern[place]
-            a_round = np.bincount(pattern, minlength=len(self._before[stage]))
-            earlier[here] = (self._before[stage] + rounds[:, None] * a_round)[
-                np.arange(len(place)), pattern[place]
-            ]
-            earlier[here] += self._ranks[stage][place]
-        return sources, earlier
-
-
-def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
-    """The sequence, 0..count-1, at each position of the run; positions count..2*count-1 are the second epoch."""
-    epoch, q = np.divmod(positions, count)
-    key = hash_words(seed, FOR_EPOCH, epoch.astype(np.uint64))
-    full, short = divmod(count, BLOCK)
-    places = full + (short > 0)
-    # The one shorter block comes at a random place, so that the start of every place has a closed form.
-    short_place = (
-        (hash_words(key, FOR_SHORT_BLOCK) % np.uint64(places)).astype(np.int64)
-        if short
-        else np.full_like(q, full)
-    )
-
-    def start(place: Ints) -> Ints:
-        return place * BLOCK - (place > short_place) * (BLOCK - short)
-
-    def place_of(q: Ints) -> Ints:
-        before = short_place * BLOCK
-        after = np.where(q < before + short, short_place, (q - short) // BLOCK + 1)
-        return np.where(q < before, q // BLOCK, after)
-
-    group = place_of(q) // GROUP
-    low, high = start(group * GROUP), start(np.minimum((group + 1) * GROUP, places))
-    q = low + permute(q - low, high - low, hash_words(key, FOR_GROUP, group.astype(np.uint64)))
-    place = place_of(q)
-    offset = q - start(place)
-    among_full = np.minimum(place - (place > short_place), max(full - 1, 0))
-    block = np.where(
-        place == short_place,
-        full,
-        permute(among_full, np.full_like(q, max(full, 1)), hash_words(key, FOR_BLOCKS)),
-    )
-    ids: Ints = block * BLOCK + offset
-    return ids
-
-
 def permute(x: Ints, size: Ints, key: Words) -> Ints:
-    """A keyed permutation of 0..size-1, elementwise: a Feistel network on the next even number of bits, walked until
-    it lands inside (on average less than four times)."""
-    half = ((np.frexp(np.maximum(size - 1, 1))[1] + 1) // 2).astype(np.uint64)
+    """A keyed permutation of 0..size-1, elementwise.
+
+    A Feistel network permutes the numbers of the next even count of bits. A result that is not
+    below `size` goes through it again until it is, on average less than four times (cycle
+    walking, Black and Rogaway 2002).
+    """
+    bits = np.frexp(np.maximum(size - 1, 1))[1]
+    half = ((bits + 1) // 2).astype(np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
+    limit = size.astype(np.uint64)
     out = _feistel(x.astype(np.uint64), half, mask, key)
-    outside = np.flatnonzero(out >= size.astype(np.uint64))
+    outside = np.flatnonzero(out >= limit)
     while outside.size:
         out[outside] = _feistel(out[outside], half[outside], mask[outside], key[outside])
-        outside = outside[out[outside] >= size[outside].astype(np.uint64)]
+        outside = outside[out[outside] >= limit[outside]]
     return out.astype(np.int64)
 
 
+def shuffled(count: int, key: Words) -> list[int]:
+    """The numbers 0..count-1 in an order that follows from a key of one word."""
+    order: list[int] = permute(np.arange(count), np.full(count, count), key.repeat(count)).tolist()
+    return order
+
+
 def _feistel(x: Words, half: Words, mask: Words, key: Words) -> Words:
-    left, right = x >> half, x & mask
+    """Permute numbers of 2 * half bits."""
+    left = x >> half
+    right = x & mask
     for number in range(_FEISTEL_ROUNDS):
-        left, right = (
-            right,
-            left ^ (_mix(right ^ key ^ np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)) & mask),
-        )
+        round_key = key ^ np.uint64(number * _GOLDEN_RATIO % 2**64)
+        mixed = left ^ (_mix(right ^ round_key) & mask)
+        left = right
+        right = mixed
     return (left << half) | right
 
 
 def _words(value: int | Words) -> Words:
-    return np.array([value % 2**64], dtype=np.uint64) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return np.array([value % 2**64], dtype=np.uint64)
+    return value
 
 
 def _mix(x: Words) -> Words:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
+    """The step and the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    x = x + np.uint64(_GOLDEN_RATIO)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+# --- ranks and rows
+
+
+def rank_places(rank: int, world: int, global_batch: int) -> Ints:
+    """The places j of the global batch that a rank trains on; some ranks may have one more."""
+    return np.arange(rank, global_batch, world, dtype=np.int64)
+
+
+def row_keys(seed: int, positions: Ints) -> Ints:
+    """A hash for each row, from which its dropout masks follow, whichever rank computes it."""
+    return hash_words(seed, FOR_DROPOUT, positions.astype(np.uint64)).view(np.int64)
+
+
+# --- the order of prepared sequences
+
+
+def sequence_ids(positions: Ints, count: int, seed: int) -> Ints:
+    """The sequence, 0..count-1, at each position. The second epoch begins at position `count`."""
+    epoch, turn = np.divmod(positions, count)
+    key = hash_words(seed, FOR_EPOCH, epoch.astype(np.uint64))
+    slots = _Slots(count, key)
+    turn = _shuffle_within_group(turn, slots, key)
+    slot = slots.holding(turn)
+    offset = turn - slots.start(slot)
+    ids: Ints = _block_in(slot, slots, key) * BLOCK + offset
+    return ids
+
+
+class _Slots:
+    """An epoch as a row of slots with one block each: which of its turns 0..count-1 lie where.
+
+    Blocks have BLOCK sequences, but for the last one where BLOCK does not divide the count. That
+    shorter block lies in a random slot, the same for the whole epoch, so that the start of every
+    slot has a closed form. Arrays have one element for each position that is looked up, because
+    positions may be of different epochs.
+    """
+
+    def __init__(self, count: int, key: Words):
+        self.full_blocks, self.short_length = divmod(count, BLOCK)
+        if self.short_length:
+            self.number = self.full_blocks + 1
+            chosen = hash_words(key, FOR_SHORT_BLOCK) % np.uint64(self.number)
+            self.short_slot = chosen.astype(np.int64)
+        else:
+            self.number = self.full_blocks
+            no_slot = self.number  # behind the last one
+            self.short_slot = np.full(key.shape, no_slot, np.int64)
+
+    def start(self, slot: Ints) -> Ints:
+        """The first turn of a slot."""
+        missing = BLOCK - self.short_length
+        return slot * BLOCK - (slot > self.short_slot) * missing
+
+    def holding(self, turn: Ints) -> Ints:
+        """The slot that a turn lies in."""
+        short_start = self.short_slot * BLOCK
+        short_end = short_start + self.short_length
+        slot_behind = (turn - self.short_length) // BLOCK + 1
+        from_short_on = np.where(turn < short_end, self.short_slot, slot_behind)
+        return np.where(turn < short_start, turn // BLOCK, from_short_on)
+
+
+def _shuffle_within_group(turn: Ints, slots: _Slots, key: Words) -> Ints:
+    """Permute the turns of each group of GROUP neighbouring slots among themselves."""
+    group = slots.holding(turn) // GROUP
+    start = slots.start(group * GROUP)
+    end = slots.start(np.minimum((group + 1) * GROUP, slots.number))
+    group_key = hash_words(key, FOR_GROUP, group.astype(np.uint64))
+    return start + permute(turn - start, end - start, group_key)
+
+
+def _block_in(slot: Ints, slots: _Slots, key: Words) -> Ints:
+    """The block in each slot; the full ones are permuted over the slots beside the short one."""
+    is_behind_short = slot > slots.short_slot
+    # The short slot has no number among the full ones; what it gets here is replaced below.
+    number_among_full = np.minimum(slot - is_behind_short, max(slots.full_blocks - 1, 0))
+    size = np.full_like(slot, max(slots.full_blocks, 1))
+    full_block = permute(number_among_full, size, hash_words(key, FOR_BLOCKS))
+    return np.where(slot == slots.short_slot, slots.full_blocks, full_block)
+
+
+# --- the order of a mixture's sources
+
+
+def period_of(weights: Sequence[float]) -> list[int]:
+    """How many sequences of each source make up a period.
+
+    Exact for weights like .7, .2, .1, whose period is short; others are rounded to a thousandth.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
+    size = min(lcm(*(share.denominator for share in shares)), LONGEST_PERIOD)
+    counts = [int(share * size) for share in shares]
+    # Rounding down left some places. They go to the sources that lost most by it.
+    losses = [share * size - count for share, count in zip(shares, counts, strict=True)]
+    most_lost_first = sorted(range(len(shares)), key=lambda source: (-losses[source], source))
+    for source in most_lost_first[: size - sum(counts)]:
+        counts[source] += 1
+    return counts
+
+
+class MixtureSchedule:
+    """Which source each position reads. Shares are exact over a period and evenly spread in it,
+    stage after stage.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):
+        """`stages`: (first position, weight of each source) in order, the first one from position
+        0.
+        """
+        self._stages: list[_Stage] = []
+        before = np.zeros(len(stages[0][1]), np.int64)
+        for start, weights in stages:
+            if self._stages:
+                before = self._stages[-1].before(start)
+            self._stages.append(_Stage(start, weights, before))
+        self._starts = np.array([stage.start for stage in self._stages], np.int64)
+
+    def before(self, position: int) -> Ints:
+        """How many positions before this one each source has."""
+        return self._stages[int(self._numbers(position))].before(position)
+
+    def at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The source of each position, and how many earlier positions of the run had it."""
+        sources = np.empty_like(positions)
+        earlier = np.empty_like(positions)
+        numbers = self._numbers(positions)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            sources[here], earlier[here] = self._stages[number].at(positions[here])
+        return sources, earlier
+
+    def _numbers(self, positions: int | Ints) -> Ints:
+        """The stage of each position."""
+        return np.asarray(np.searchsorted(self._starts, positions, "right")) - 1
+
+
+class _Stage:
+    """The positions from `start` on, whose sources repeat one pattern."""
+
+    def __init__(self, start: int, weights: Sequence[float], before: Ints):
+        self.start = start
+        self._before = before  # positions of each source before this stage
+        self._counts = np.array(period_of(weights), np.int64)  # of each source in a period
+        sources = np.repeat(np.arange(len(self._counts)), self._counts)
+        nth = np.concatenate([np.arange(count) for count in self._counts])
+        # A source's nth sequence is due in the middle of the nth of equal parts of the period.
+        due = (2 * nth + 1) / self._counts[sources]
+        by_time = np.lexsort((sources, due))
+        self._pattern: Ints = sources[by_time]  # the source of each place of a period
+        self._nth: Ints = nth[by_time]  # how many earlier places of the period have the same source
+
+    def before(self, position: int) -> Ints:
+        """How many positions before this one, which is in the stage or ends it, each source has."""
+        rounds, place = divmod(position - self.start, len(self._pattern))
+        begun = np.bincount(self._pattern[:place], minlength=len(self._counts))
+        total: Ints = self._before + rounds * self._counts + begun
+        return total
+
+    def at(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The source of each position, and how many earlier positions of the run had it."""
+        rounds, place = np.divmod(positions - self.start, len(self._pattern))
+        sources = self._pattern[place]
+        earlier = self._before[sources] + rounds * self._counts[sources] + self._nth[place]
+        return sources, earlier

@@ -56,12 +56,10 @@ def main() -> None:
             data = open_dataset(config, lambda work: work())
             for _ in range(ROUNDS):
                 batches = Batches(
-                    data.train,
+                    data.open_reader(config.data),
                     config.data,
                     batch_layout(config, 1),
-                    0,
                     torch.device("cpu"),
-                    seed=1,
                     eot=data.tokenizer.eot,
                 )
                 batches.take()

@@ -44,9 +44,9 @@ from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import MixtureReader
+from dist_lm.data.mix import PreparedReader
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.stream import StreamSpec
+from dist_lm.data.sources import PreparedSource, StreamSource
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError
 
@@ -183,12 +183,8 @@ def batches_of(
     config: Config, data: Dataset, state: Any = None, rank: int = 0, world: int = 1
 ) -> Batches:
     channel = Channel(rank, world, CPU) if world > 1 else None
-    mix = MixtureReader(
-        data, config.data, config.run.seed, state=state, rank=rank, world=world, channel=channel
-    )
-    return Batches(
-        mix, config.data, batch_layout(config, world), rank, CPU, seed=1, eot=data.tokenizer.eot
-    )
+    reader = data.open_reader(config.data, state=state, rank=rank, world=world, channel=channel)
+    return Batches(reader, config.data, batch_layout(config, world), CPU, eot=data.tokenizer.eot)
 
 
 def read_pass(batches: Batches) -> int:
@@ -285,11 +281,10 @@ class Timed(Tokenizer):
 
 
 def with_tokenizer(data: Dataset, tokenizer: Tokenizer) -> Dataset:
-    (recipe,) = data.sources.values()
-    assert isinstance(recipe, StreamSpec), "a stream"
-    return dataclasses.replace(
-        data, sources={"text": dataclasses.replace(recipe, tokenizer=tokenizer)}
-    )
+    (source,) = data.sources.values()
+    assert isinstance(source, StreamSource), "a stream"
+    spec = dataclasses.replace(source.spec, tokenizer=tokenizer)
+    return dataclasses.replace(data, sources={"text": StreamSource(spec)})
 
 
 def pipeline(args: argparse.Namespace, scratch: Path) -> None:
@@ -412,7 +407,8 @@ def mosaic(args: argparse.Namespace, scratch: Path) -> None:
     epochs = 4
 
     def ours(config: Config) -> float:
-        batches = Batches(shards, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=0)
+        reader = PreparedReader(PreparedSource("text", shards, T, T, seed=1), BATCH)
+        batches = Batches(reader, config.data, batch_layout(config, 1), CPU, eot=0)
         for _ in range(rows // BATCH):
             batches.take()
         begin, steps = time.perf_counter(), epochs * rows // BATCH

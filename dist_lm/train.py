@@ -52,8 +52,7 @@ from dist_lm.checkpoint.save import Saver
 from dist_lm.config import NO_TARGET
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import MixtureReader, count_left_out, merge_after
-from dist_lm.data.stream import StreamSpec
+from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.metrics import Metrics, draw_curves
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
@@ -357,9 +356,7 @@ def due(step: int, every: int, at_the_end: bool = False) -> bool:
 def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> ResumePoint | None:
     """Where the run folder stands, or None if nothing is left to do, which is said. All ranks."""
     data, run_dir = open_dataset(config, runtime.on_main), Path(config.run.dir)
-    steps, batch = config.run.steps, config.data.global_batch
-    if config.run.epochs and data.sequences:
-        steps = -(-config.run.epochs * data.sequences // batch)
+    steps, batch = data.steps(config), config.data.global_batch
 
     def choose() -> str | None:  # rank 0 decides; others may see the folder otherwise for a while
         if config.run.resume == "never":
@@ -457,32 +454,23 @@ def restore_or_init(run: Run, place: ResumePoint) -> None:
 
 
 def training_batches(run: Run) -> Batches:
-    config, data, runtime = run.config.data, run.data, run.runtime
-    source: Any = next(iter(data.sources.values()))
-    if data.sequences is None:
-        source = MixtureReader(
-            data,
-            config,
-            run.config.run.seed,
-            state=run.state.streams,
-            rank=runtime.rank,
-            world=runtime.world_size,
-            channel=runtime.reading,
-        )
+    config, data, runtime = run.config, run.data, run.runtime
+    reader = data.open_reader(
+        config.data,
+        state=run.state.streams,
+        rank=runtime.rank,
+        world=runtime.world_size,
+        channel=runtime.reading,
+    )
     return Batches(
-        source,
-        config,
+        reader,
+        config.data,
         run.layout,
-        runtime.rank,
         runtime.device,
-        seed=run.config.run.seed,
         eot=data.tokenizer.eot,
         first_step=run.state.step,
-        end_position=run.config.run.epochs
-        and data.sequences
-        and run.config.run.epochs * data.sequences,
-        dropout=run.config.model.dropout > 0,
-        hash_rows=run.config.run.log_batch_hash,
+        dropout_seed=config.run.seed if config.model.dropout > 0 else None,
+        hash_rows=config.run.log_batch_hash,
     )
 
 
@@ -550,7 +538,7 @@ def start_from(run: Run, name: str) -> None:
 def describe(run: Run) -> None:
     """Say what is about to happen, and write the resolved settings into the run folder. Rank 0 speaks."""
     config, runtime, data = run.config, run.runtime, run.data
-    batch, say = config.data.global_batch, runtime.say
+    say = runtime.say
     shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
@@ -558,21 +546,8 @@ def describe(run: Run) -> None:
         f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens; {run.layout.tokens_per_step:,} tokens a"
         f" step, {length}"
     )
-    if data.sequences and run.steps:
-        say(
-            f"{data.sequences:,} sequences to train on, for {run.steps * batch / data.sequences:.2f} epochs;"
-            f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends of shards are"
-            " left out"
-        )
-    for name, source in data.sources.items() if data.sequences is None else ():
-        kind = "prepared shards"
-        if isinstance(source, StreamSpec):
-            kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
-            if source.lanes < runtime.world_size:
-                say(
-                    f"warning: {name} has {source.lanes} lanes, fewer than the {runtime.world_size} processes"
-                )
-        say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")
+    for line in data.describe(config.data, run.steps, runtime.world_size):
+        say(line)
     say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
         f" step {run.layout.accumulation} x {run.layout.micro_batch} sequences a process"

@@ -7,7 +7,9 @@ from torch import nn
 
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
+from dist_lm.data.mix import PreparedReader
 from dist_lm.data.shards import TokenShards
+from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.runtime.world import Runtime
 
@@ -27,16 +29,9 @@ def validate(
     end = min(
         sum(shards.counts(data.seq_len, data.stride)), config.run.eval_batches * data.global_batch
     )
-    batches = Batches(
-        shards,
-        data,
-        layout,
-        runtime.rank,
-        runtime.device,
-        seed=_ORDER_SEED,
-        eot=tokenizer.eot,
-        end_position=end,
-    )
+    source = PreparedSource("val", shards, data.seq_len, data.stride, seed=_ORDER_SEED, end=end)
+    reader = PreparedReader(source, data.global_batch, runtime.rank, runtime.world_size)
+    batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     loss_targets_bytes = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     with torch.no_grad(), runtime.autocast():

@@ -12,7 +12,9 @@ import torch
 from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, batch_layout
 from dist_lm.console import printable
 from dist_lm.data.batches import Batches
+from dist_lm.data.mix import PreparedReader
 from dist_lm.data.shards import TokenShards
+from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 from dist_lm.show import main
@@ -48,9 +50,9 @@ def test_it_shows_what_the_loader_reads(run, prepared, capsys, step, world):
     data, shown = DataConfig(seq_len=LENGTH, global_batch=BATCH, workers=0), []
     for rank in range(world):
         layout = batch_layout(Config(data=data), world)
-        batches = Batches(
-            shards, data, layout, rank, torch.device("cpu"), seed=SEED, eot=tokenizer.eot
-        )
+        source = PreparedSource("text", shards, LENGTH, LENGTH, seed=SEED)
+        reader = PreparedReader(source, BATCH, rank, world)
+        batches = Batches(reader, data, layout, torch.device("cpu"), eot=tokenizer.eot)
         rows = [
             [*tokens, targets[-1]]
             for micro in batches.read(step - 1).micros

@@ -1,8 +1,8 @@
-"""Shards and streams -> batches in order, read ahead.
+"""The sequences of a step -> a rank's micro-batches as tensors, read ahead.
 
-A batch is a pure function of (seed, step), of streams also of where they stood before it: `Batches` asks order.py which
-sequences a rank trains on, and threads that read ahead change only the speed. All ranks get micro-batches of equal
-shape and number; what a rank lacks is filled with rows that have no targets.
+A batch is a pure function of (seed, step), of streams also of where they stood before it. Threads
+that read ahead change only the speed. All ranks get micro-batches of equal shape and number; what a
+rank lacks is filled with rows that have no targets.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
-from dist_lm.data.mix import MixtureReader
-from dist_lm.data.order import Ints, rank_places, row_keys, sequence_ids
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.mix import StepReader
+from dist_lm.data.order import Ints, row_keys
+from dist_lm.data.rows import StepRows
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_ORDER_STEPS = 64  # steps whose order is computed at once: one numpy call costs as much as thousands of positions
 _AHEAD = 4  # batches read ahead per worker
 
 
@@ -42,8 +40,16 @@ class Micro:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Micro:
         """The same done to each tensor there is."""
-        changed = (t if t is None else change(t) for t in self.__dict__.values())
-        return Micro(*changed)  # type: ignore[arg-type]
+
+        def if_there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return Micro(
+            change(self.tokens_BT),
+            change(self.targets_BT),
+            if_there(self.segments_BT),
+            if_there(self.dropout_keys_B),
+        )
 
 
 @dataclass(frozen=True)
@@ -52,140 +58,125 @@ class Batch:
 
     micros: list[Micro]
     targets: int  # how many on this rank
-    row_hashes: int  # sum of a hash of each row and its place: adds up over ranks to one value for the global batch
+    # The sum of a hash of each row and its place; over all ranks, one value for the global batch.
+    row_hashes: int
     end: bool = False  # no rank has a row: the data is used up
-    after: dict[str, Any] = field(
-        default_factory=dict
-    )  # where the streams stand after it, as far as this rank reads
-    shares: dict[str, float] = field(
-        default_factory=dict
-    )  # of a mixture: asked and actual share, and passes
+    # Where the streams stand after it, as far as this rank reads them.
+    after: dict[str, Any] = field(default_factory=dict)
+    # Of a mixture: asked and actual share, and passes, of each source.
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 class Batches:
-    """Batches one after another from `first_step`; an index of steps starts at 0."""
+    """Batches one after another from `first_step`; the number of a step counts from 0."""
 
     def __init__(
         self,
-        source: TokenShards | MixtureReader,
+        reader: StepReader,
         data: DataConfig,
         layout: BatchLayout,
-        rank: int,
         device: torch.device,
         *,
-        seed: int,
         eot: int,
         first_step: int = 0,
-        end_position: int | None = None,
-        dropout: bool = False,
+        dropout_seed: int | None = None,
         hash_rows: bool = False,
     ):
-        self.source, self.data, self.layout, self.device = source, data, layout, device
-        self.seed, self.eot, self.dropout, self.hash_rows = seed, eot, dropout, hash_rows
-        self.places = rank_places(rank, layout.world_size, data.global_batch)
-        self.end_position = end_position  # positions from here on have no targets
-        self.next_step = first_step
-        self._order = lru_cache(maxsize=2)(self._compute_order)
-        # The steps of a mixture are read in order, by one thread that others help.
-        threads = min(data.workers, 1) if isinstance(source, MixtureReader) else data.workers
+        self._reader = reader
+        self._data = data
+        self._layout = layout
+        self._device = device
+        self._eot = eot
+        self._next_step = first_step
+        self._dropout_seed = dropout_seed  # None: no dropout, so no keys
+        self._hash_rows = hash_rows
+        # Where steps have to be read in order, one thread does it.
+        threads = data.workers if reader.any_order else min(data.workers, 1)
         self._pool = ThreadPoolExecutor(threads, "batches") if threads else None
         self._ahead: deque[Future[Batch]] = deque()
 
     def take(self) -> Batch:
         """The next batch, on the device."""
         if self._pool is None:
-            batch = self.read(self.next_step)
+            batch = self.read(self._next_step)
         else:
-            while len(self._ahead) <= _AHEAD * self.data.workers:
-                self._ahead.append(self._pool.submit(self.read, self.next_step + len(self._ahead)))
+            while len(self._ahead) <= _AHEAD * self._data.workers:
+                step = self._next_step + len(self._ahead)
+                self._ahead.append(self._pool.submit(self.read, step))
             batch = self._ahead.popleft().result()
-        self.next_step += 1
-        moved = [
-            micro.each(lambda tensor: tensor.to(self.device, non_blocking=True))
-            for micro in batch.micros
-        ]
-        return replace(batch, micros=moved)
+        self._next_step += 1
+        return replace(batch, micros=[micro.each(self._to_device) for micro in batch.micros])
 
     def read(self, step: int) -> Batch:
-        """Read a step's rows and cut them into micro-batches; a function of (seed, step, rank, plan), of a mixture of
-        where its streams stand too."""
-        length, positions = self.data.seq_len, step * self.data.global_batch + self.places
-        rows = self.layout.micro_batch * self.layout.accumulation
-        table, row_targets, found = (
-            np.zeros((rows, length + 1), np.int64),
-            np.zeros(rows, np.int64),
-            {},
-        )
-        if isinstance(self.source, MixtureReader):
-            found = self.source.read(step, table, row_targets)
-        else:
-            real = (
-                len(positions)
-                if self.end_position is None
-                else int((positions < self.end_position).sum())
-            )
-            chunk, inside = divmod(step, _ORDER_STEPS)
-            if real:
-                table[:real] = self.source.read(
-                    self._order(chunk)[inside][:real], length, self.data.stride
-                )
-            row_targets[:real] = length
-        tokens_NT, targets_NT = table[:, :-1], table[:, 1:].copy()
-        for row in np.flatnonzero(row_targets < length):
-            targets_NT[row, row_targets[row] :] = NO_TARGET
+        """Read a step's rows and cut them into micro-batches, in main memory."""
+        size = self._layout.micro_batch
+        count = size * self._layout.accumulation
+        rows = self._reader.read(step, count)
+        tokens_NT = rows.tokens[:, :-1]
+        targets_NT = _targets(rows)
         segments_NT = None
-        if self.data.document_mask:  # what follows an end of text belongs to the next document
-            ends = tokens_NT == self.eot
-            targets_NT[ends] = NO_TARGET
-            segments_NT = self._tensor(np.cumsum(ends, axis=1) - ends)
-        keys_N = None
-        if self.dropout:
-            keys = np.zeros(rows, dtype=np.int64)
-            keys[: len(positions)] = row_keys(self.seed, positions)
-            keys_N = self._tensor(keys)
-        whole = Micro(self._tensor(tokens_NT), self._tensor(targets_NT), segments_NT, keys_N)
-        size = self.layout.micro_batch
-        micros = [whole.each(itemgetter(slice(at, at + size))) for at in range(0, rows, size)]
-        filled = np.flatnonzero(row_targets)
-        hashes = _hash_rows(table[filled], self.places[filled]) if self.hash_rows else 0
-        return Batch(micros, int((targets_NT != NO_TARGET).sum()), hashes, **found)
+        if self._data.document_mask:  # what follows an end of text belongs to the next document
+            is_end = tokens_NT == self._eot
+            targets_NT[is_end] = NO_TARGET
+            segments_NT = self._tensor(np.cumsum(is_end, axis=1) - is_end)
+        whole = Micro(
+            self._tensor(tokens_NT),
+            self._tensor(targets_NT),
+            segments_NT,
+            self._dropout_keys(step, count),
+        )
+        return Batch(
+            micros=[whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)],
+            targets=int((targets_NT != NO_TARGET).sum()),
+            row_hashes=self._hash(rows) if self._hash_rows else 0,
+            end=rows.end,
+            after=rows.after,
+            shares=rows.shares,
+        )
 
     def close(self) -> None:
-        """Stop reading ahead. The ranks read a mixture together, each as far ahead: what they began they finish."""
+        """Stop reading ahead."""
         if self._pool:
-            self._pool.shutdown(
-                wait=True, cancel_futures=not isinstance(self.source, MixtureReader)
-            )
-        if isinstance(self.source, MixtureReader):
-            self.source.close()
+            # Ranks read streams together, each as far ahead as the others: what they have begun
+            # they must all finish.
+            self._pool.shutdown(wait=True, cancel_futures=self._reader.any_order)
+        self._reader.close()
 
-    def _compute_order(self, chunk: int) -> Ints:
-        assert isinstance(self.source, TokenShards)
-        steps = np.arange(chunk * _ORDER_STEPS, (chunk + 1) * _ORDER_STEPS, dtype=np.int64)
-        positions = (steps[:, None] * self.data.global_batch + self.places).reshape(-1)
-        return sequence_ids(positions, self.source.count(self.data), self.seed).reshape(
-            len(steps), -1
-        )
+    def _dropout_keys(self, step: int, count: int) -> Tensor | None:
+        if self._dropout_seed is None:
+            return None
+        places = self._reader.places
+        keys = np.zeros(count, dtype=np.int64)
+        keys[: len(places)] = row_keys(self._dropout_seed, step * self._data.global_batch + places)
+        return self._tensor(keys)
+
+    def _hash(self, rows: StepRows) -> int:
+        """The sum of the hashes of the rows with targets, as a signed 64-bit integer.
+
+        Sums of these over the ranks wrap alike everywhere.
+        """
+        filled = np.flatnonzero(rows.targets)
+        places = self._reader.places[filled].tolist()
+        total = 0
+        for place, tokens in zip(places, rows.tokens[filled].astype("<u4"), strict=True):
+            row = tokens.tobytes() + place.to_bytes(8)
+            total += int.from_bytes(hashlib.blake2b(row, digest_size=8).digest())
+        return (total + 2**63) % 2**64 - 2**63
 
     def _tensor(self, array: Ints) -> Tensor:
         import torch  # slow, and preparing needs none of it
 
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
 
-def _hash_rows(rows_NT: Ints, places: Ints) -> int:
-    total = 0
-    for place, row in zip(places, rows_NT.astype("<u4"), strict=True):
-        total += int.from_bytes(
-            hashlib.blake2b(row.tobytes() + int(place).to_bytes(8), digest_size=8).digest()
-        )
-    return (
-        total + 2**63
-    ) % 2**64 - 2**63  # a signed 64-bit integer, whose sums over ranks wrap alike everywhere
-
-
-# --- several sources, or streams
-
-
-# --- a run's data
+def _targets(rows: StepRows) -> Ints:
+    """The token that follows each input, where it is a target."""
+    targets_NT = rows.tokens[:, 1:].copy()
+    seq_len = targets_NT.shape[1]
+    for row in np.flatnonzero(rows.targets < seq_len):
+        targets_NT[row, rows.targets[row] :] = NO_TARGET
+    return targets_NT

@@ -1,4 +1,9 @@
-"""data.dataset."""
+"""A run's data, opened: its sources and validation sets, and the tokenizer of all of them.
+
+What has to be prepared or looked up first is prepared once, by rank 0, in the run folder; all ranks
+then open the same files. The identity is a hash that is equal exactly where the tokens are, so that
+a resumed run can refuse other data.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,20 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config import Config, DataConfig
+from dist_lm.config import Config, DataConfig, SourceConfig
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
+from dist_lm.data.lane import StreamSpec
 from dist_lm.data.manifest import find_prepared
-from dist_lm.data.order import FOR_STREAM, hash_words
+from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
+from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
 from dist_lm.data.preparing import (
     document_hash,
     held_out,
@@ -28,101 +35,218 @@ from dist_lm.data.preparing import (
 )
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.shards import TokenShards
+from dist_lm.data.sources import PreparedSource, Source, StreamSource
 from dist_lm.data.stream import StreamSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    pass
+    from dist_lm.channel import Channel
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A run's sources and validation sets by name, opened."""
 
-    sources: dict[str, TokenShards | StreamSpec]
+    sources: dict[str, Source]
+    # The only source, where it is prepared shards: its length is known, and any step can be read
+    # without those before it.
+    alone: PreparedSource | None
     val: dict[str, TokenShards]
     tokenizer: Tokenizer
-    identity: str  # hash of the tokenizer and of what the sources hold: equal exactly where the tokens are
-    sequences: int | None  # in an epoch; None: not known beforehand
+    identity: str  # equal exactly where the tokens of all sources are
+
+    @property
+    def any_order(self) -> bool:
+        """Whether steps can be read in any order."""
+        return self.alone is not None
+
+    @property
+    def sequences(self) -> int | None:
+        """Sequences in an epoch; None: not known beforehand."""
+        return self.alone.sequences if self.alone else None
 
     @property
     def train(self) -> TokenShards:
-        """The only source, of token shards."""
-        (shards,) = self.sources.values()
-        assert isinstance(shards, TokenShards), "a stream has no shards"
-        return shards
+        """The shards of the only source."""
+        assert self.alone, "a stream or a mixture is not shards"
+        return self.alone.shards
+
+    def steps(self, config: Config) -> int | None:
+        """The length of the run in steps; None: it lasts until the data ends."""
+        if config.run.epochs is None:
+            return config.run.steps
+        if self.alone is None:
+            return None
+        return -(-config.run.epochs * self.alone.sequences // config.data.global_batch)
+
+    def open_reader(
+        self,
+        data: DataConfig,
+        *,
+        state: Mapping[str, Any] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        channel: Channel | None = None,
+    ) -> StepReader:
+        """The reader of the steps; `state` is where the streams stand. All ranks."""
+        if self.alone:
+            return PreparedReader(self.alone, data.global_batch, rank, world)
+        return MixtureReader(
+            self.sources, data, state=state, rank=rank, world=world, channel=channel
+        )
+
+    def describe(self, data: DataConfig, steps: int | None, world: int) -> list[str]:
+        """Lines for the start of a run of so many steps."""
+        if self.alone:
+            assert steps, "the length of shards is known"
+            epochs = steps * data.global_batch / self.alone.sequences
+            tail = self.alone.shards.tail_tokens(data.seq_len, data.stride)
+            return [
+                f"{self.alone.sequences:,} sequences to train on, for {epochs:.2f} epochs;"
+                f" {tail} tokens at the ends of shards are left out"
+            ]
+        lines = []
+        for name, source in self.sources.items():
+            lines += source.describe(data.named_sources()[name].weight, world)
+        return lines
 
 
 def open_dataset(
     config: Config,
     on_main: Callable[[Callable[[], Any]], Any],
-    say: Callable[[str], None] = print,
+    say: Say = print,
     training: bool = True,
 ) -> Dataset:
-    """Open the sources; what has to be prepared or looked up is, once, in the run folder, by rank 0. All ranks."""
-    data, folder = config.data, Path(config.run.dir) / "data"
-    specs = data.named_sources()
-    prepared = {n: s.input for n, s in (specs | data.validation).items() if find_prepared(s.input)}
-    if len(specs) == 1 and not data.stream and not data.validation:
-        (name,) = specs
-        where = prepared.get(name, str(folder))
+    """Open the sources, after rank 0 has prepared what they need. All ranks."""
+    data = config.data
+    folder = Path(config.run.dir) / "data"
+    prepared: dict[str, str] = {}  # inputs that are prepared folders, by name
+    for name, spec in (data.named_sources() | data.validation).items():
+        if find_prepared(spec.input):
+            prepared[name] = spec.input
+    if len(data.named_sources()) == 1 and not data.stream and not data.validation:
+        (name,) = data.named_sources()
         if not prepared:
             on_main(lambda: prepare_dataset(data, folder, _cores(), say, name) and None)
-        train, kept = (_open_shards(where, split, data) for split in ("train", "val"))
-        return _check(config, {name: train}, {"val": kept}, _tokenizer_of(where), training)
-    streams = on_main(lambda: _make_ready(config, folder, prepared, say))
+        return _open_prepared_folder(config, name, prepared.get(name, str(folder)), training)
+    streams = on_main(lambda: _Preparation(config, folder, prepared, say).run())
+    return _open_sources(config, folder, prepared, streams)
+
+
+# --- opening, on all ranks
+
+
+def _open_prepared_folder(config: Config, name: str, where: str, training: bool) -> Dataset:
+    """The dataset whose only source and whose validation set are the splits of one folder."""
+    train = _open_alone(config, name, _open_shards(where, "train", config.data))
+    val = {"val": _open_shards(where, "val", config.data)}
+    return _checked(config, {name: train}, train, val, _tokenizer_of(where), training)
+
+
+def _open_sources(
+    config: Config,
+    folder: Path,
+    prepared: Mapping[str, str],
+    streams: Mapping[str, dict[str, list[Any]]],
+) -> Dataset:
+    """The dataset of streams, of several sources, or with validation sets of its own."""
+    data = config.data
+    specs = data.named_sources()
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
-    sources: dict[str, TokenShards | StreamSpec] = {}
-    val = {
-        n: _open_shards(prepared.get(n, str(folder / "val" / n)), "val", data)
-        for n in data.validation
-    }
-    for name, spec in specs.items():
+    val: dict[str, TokenShards] = {}
+    for name in data.validation:
+        val[name] = _open_shards(prepared.get(name, str(folder / "val" / name)), "val", data)
+    sources: dict[str, Source] = {}
+    alone = None
+    for name in specs:
+        where = prepared.get(name, str(folder / "sources" / name))
         if name in streams:
-            reader = Reader(
-                spec,
-                [TextFile(*file) for file in streams[name]["files"]],
-                data.bad_rows,
-                data.field_of(name),
-            )
-            parts = [Part(*part) for part in streams[name]["parts"]]
-            sources[name] = StreamSpec(
-                reader,
-                parts,
-                tokenizer,
-                data.seq_len,
-                min(data.lanes, len(parts)),
-                hash_words(config.run.seed, FOR_STREAM, zlib.crc32(name.encode())),
-                partial(_keep, data.val_fraction, excluded),
-                data.packing == "best_fit",
-                config.run.epochs or (None if spec.at_end == "repeat" else 1),
-            )
-            own = str(folder / "val" / name)
+            where = str(folder / "val" / name)
+            sources[name] = _open_stream(config, name, streams[name], tokenizer, excluded)
+        elif len(specs) == 1:
+            alone = _open_alone(config, name, _open_shards(where, "train", data))
+            sources[name] = alone
         else:
-            own = prepared.get(name, str(folder / "sources" / name))
-            sources[name] = _open_shards(own, "train", data)
-        if config.run.eval_every and find_prepared(own):
-            val["val" if len(specs) == 1 else name] = _open_shards(own, "val", data)
-    return _check(
-        config,
-        sources,
-        {name: shards for name, shards in val.items() if shards.count(data)},
-        tokenizer,
+            sources[name] = _open_in_mixture(config, name, _open_shards(where, "train", data))
+        if config.run.eval_every and find_prepared(where):
+            val_name = "val" if len(specs) == 1 else name
+            val[val_name] = _open_shards(where, "val", data)
+    with_sequences = {name: shards for name, shards in val.items() if shards.count(data)}
+    return _checked(config, sources, alone, with_sequences, tokenizer)
+
+
+def _open_alone(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+    """Prepared shards that are the only source."""
+    data = config.data
+    source = PreparedSource(name, shards, data.seq_len, data.stride, seed=config.run.seed)
+    if config.run.epochs is None:
+        return source
+    return replace(source, end=config.run.epochs * source.sequences)
+
+
+def _open_in_mixture(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+    """Prepared shards that are one of several sources, each with an order of its own."""
+    data = config.data
+    number = zlib.crc32(name.encode())
+    seed = int(hash_words(config.run.seed, FOR_SHARDS_IN_A_MIXTURE, number)[0])
+    source = PreparedSource(name, shards, data.seq_len, data.stride, seed=seed)
+    if data.named_sources()[name].at_end == "repeat":
+        return source
+    return replace(source, end=source.sequences)
+
+
+def _open_stream(
+    config: Config,
+    name: str,
+    stream: Mapping[str, list[Any]],
+    tokenizer: Tokenizer,
+    excluded: frozenset[int],
+) -> StreamSource:
+    """A stream over the files and parts that rank 0 has found."""
+    data = config.data
+    spec = data.named_sources()[name]
+    files = [TextFile(*file) for file in stream["files"]]
+    parts = [Part(*part) for part in stream["parts"]]
+    passes = None if spec.at_end == "repeat" else 1
+    return StreamSource(
+        StreamSpec(
+            name=name,
+            reader=Reader(spec, files, data.bad_rows, data.field_of(name)),
+            parts=parts,
+            tokenizer=tokenizer,
+            seq_len=data.seq_len,
+            lanes=min(data.lanes, len(parts)),
+            key=hash_words(config.run.seed, FOR_STREAM, zlib.crc32(name.encode())),
+            keep=partial(_keep, data.val_fraction, excluded),
+            best_fit=data.packing == "best_fit",
+            passes=config.run.epochs or passes,
+        )
     )
+
+
+def _keep(
+    val_fraction: float, excluded: frozenset[int], texts: Iterator[str]
+) -> Iterator[str] | None:
+    """A document's text, unless validation has it."""
+    number, texts = document_hash(texts)
+    return None if held_out(number, val_fraction) or number in excluded else texts
 
 
 def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
     """A prepared folder, or one at a URL through this machine's cache."""
     if not is_remote(where):
         return TokenShards(where, split)
-    kept = Path(os.environ.get("DIST_LM_CACHE") or Path.home() / ".cache" / "dist_lm")
-    return TokenShards(where, split, ShardCache(where, kept, round(data.cache_gb * 1e9)))
+    cache = Path(os.environ.get("DIST_LM_CACHE") or Path.home() / ".cache" / "dist_lm")
+    return TokenShards(where, split, ShardCache(where, cache, round(data.cache_gb * 1e9)))
 
 
 def _tokenizer_of(folder: str) -> Tokenizer:
+    """The tokenizer of a prepared folder or URL, or of a run's data folder."""
     if not is_remote(folder):
         return Tokenizer.load(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,161 +255,180 @@ def _tokenizer_of(folder: str) -> Tokenizer:
         return Tokenizer.load(scratch)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
+    """Hashes of the documents of data.validation, which are never trained on."""
+    hashes: set[int] = set()
+    for name in config.data.validation:
+        file = folder / "val" / name / "documents.json"
+        if file.is_file():
+            hashes.update(json.loads(file.read_bytes()))
+    return frozenset(hashes)
 
 
-def _make_ready(
-    config: Config, folder: Path, prepared: Mapping[str, str], say: Callable[[str], None]
-) -> dict[str, dict[str, list[Any]]]:
-    """Learn the tokenizer, keep validation documents, prepare what is not streamed; the streams' files and parts."""
-    data, specs = config.data, config.data.named_sources()
-    readers = {
-        name: Reader(
-            spec, find_files(spec, data.field_of(name)), data.bad_rows, data.field_of(name)
+def _checked(
+    config: Config,
+    sources: dict[str, Source],
+    alone: PreparedSource | None,
+    val: dict[str, TokenShards],
+    tokenizer: Tokenizer,
+    training: bool = True,
+) -> Dataset:
+    """The dataset with its identity; raises if it is too small."""
+    data = config.data
+    specs = data.named_sources()
+    val_sequences = sum(shards.count(data) for shards in val.values())
+    marks = [tokenizer.sha256]
+    for name, source in sources.items():
+        if training or not val_sequences:
+            source.refuse_too_short(f"{data.field_of(name)}={specs[name].input}")
+        marks += source.identity(data.val_fraction)
+        if len(sources) > 1:
+            marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
+    if config.run.eval_every and not val_sequences:
+        tokens = sum(sum(shards.sizes) for shards in val.values())
+        raise DataError(
+            f"data.val_fraction={data.val_fraction} holds out {tokens} tokens, fewer than one"
+            f" sequence; rule: at least {data.seq_len + 1}; nearest: a larger data.val_fraction,"
+            " or run.eval_every=0"
         )
-        for name, spec in (specs | data.validation).items()
-        if name not in prepared
-    }
-    raw = [name for name in specs if name in readers]
-    folder.mkdir(parents=True, exist_ok=True)
-    if not prepared:
-        learn_tokenizer(data, [readers[name] for name in raw], folder, say)
-    first, *others = prepared.values() or [str(folder)]
-    tokenizer = _tokenizer_of(first)
-    for other in others:
-        if _tokenizer_of(other).sha256 != tokenizer.sha256:
-            raise DataError(
-                f"{other} has another tokenizer than {first}; rule: one for all; nearest: prepare it"
-                f" with --tokenizer {first}"
+    identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
+    return Dataset(sources, alone, val, tokenizer, identity)
+
+
+# --- preparing, on rank 0
+
+
+class _Preparation:
+    """Makes ready what the sources need: a tokenizer, validation documents, shards, lists of files.
+
+    Each step finds what an earlier start of the run has made, and leaves it as it is.
+    """
+
+    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, str], say: Say):
+        self._config = config
+        self._folder = folder  # where everything is put
+        self._prepared = prepared  # inputs that are prepared folders, by name
+        self._say = say
+        data = config.data
+        self._raw = self._readers(data.named_sources())  # sources that are text
+        self._raw_validation = self._readers(data.validation)
+        # Tokens of a validation set: as many as an evaluation reads.
+        self._val_tokens = config.run.eval_batches * data.global_batch * data.seq_len + 1
+
+    def run(self) -> dict[str, dict[str, list[Any]]]:
+        """Make everything ready; the files and parts of each stream."""
+        data = self._config.data
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = self._make_tokenizer()
+        for name, reader in self._raw_validation.items():
+            self._keep_validation(name, reader, tokenizer, whole=True)
+        excluded = _validation_hashes(self._config, self._folder)
+        if excluded and self._prepared:
+            self._say(
+                "warning: prepared folders are trained on as they are: documents of"
+                " data.validation may be in them"
             )
-    wanted = config.run.eval_batches * data.global_batch * data.seq_len + 1
-    for name in data.validation:
-        if name in readers:
-            keep_validation(
-                data, readers[name], tokenizer, folder / "val" / name, wanted, say, whole=True
-            )
-    excluded = _validation_hashes(config, folder)
-    if excluded and prepared:
-        say(
-            "warning: prepared folders are trained on as they are: documents of data.validation may be in them"
+        if not data.stream:
+            for name in self._raw:
+                own = self._folder / "sources" / name
+                prepare_dataset(data, own, _cores(), self._say, name, excluded, tokenizer)
+            return {}
+        streams: dict[str, dict[str, list[Any]]] = {}
+        for name, reader in self._raw.items():
+            streams[name] = {"files": [*reader.sources], "parts": [*reader.parts(data.lanes)]}
+        _refuse_changed(streams, self._folder / "streams.json")
+        for name, reader in self._raw.items():
+            self._describe(name, reader, len(streams[name]["parts"]))
+            if self._config.run.eval_every and data.val_fraction:
+                self._keep_first_held_out(name, reader, tokenizer)
+        return streams
+
+    def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
+        data = self._config.data
+        readers = {}
+        for name, spec in specs.items():
+            if name not in self._prepared:
+                label = data.field_of(name)
+                readers[name] = Reader(spec, find_files(spec, label), data.bad_rows, label)
+        return readers
+
+    def _make_tokenizer(self) -> Tokenizer:
+        """The one tokenizer of the prepared folders, or else one learned for the run."""
+        if not self._prepared:
+            learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
+            return _tokenizer_of(str(self._folder))
+        first, *others = self._prepared.values()
+        tokenizer = _tokenizer_of(first)
+        for other in others:
+            if _tokenizer_of(other).sha256 != tokenizer.sha256:
+                raise DataError(
+                    f"{other} has another tokenizer than {first}; rule: one for all; nearest:"
+                    f" prepare it with --tokenizer {first}"
+                )
+        return tokenizer
+
+    def _keep_validation(
+        self, name: str, reader: Reader, tokenizer: Tokenizer, whole: bool
+    ) -> None:
+        keep_validation(
+            self._config.data,
+            reader,
+            tokenizer,
+            self._folder / "val" / name,
+            self._val_tokens,
+            self._say,
+            whole=whole,
         )
-    if not data.stream:
-        for name in raw:
-            prepare_dataset(
-                data, folder / "sources" / name, _cores(), say, name, excluded, tokenizer
+
+    def _keep_first_held_out(self, name: str, reader: Reader, tokenizer: Tokenizer) -> None:
+        """Keep a stream's first held-out documents, which validate it."""
+        try:
+            self._keep_validation(name, reader, tokenizer, whole=False)
+        except UserError as error:
+            if not self._config.data.validation:
+                raise
+            self._say(f"warning: no validation of its own for {name}: {error}")
+
+    def _describe(self, name: str, reader: Reader, parts: int) -> None:
+        """Say what of a stream's files a user may not expect."""
+        lanes = self._config.data.lanes
+        if parts < lanes:
+            self._say(
+                f"{reader.spec.input} has {parts} parts, so {name} is read in as many lanes, not"
+                f" data.lanes={lanes}"
             )
-        return {}
-    streams: dict[str, dict[str, list[Any]]] = {
-        name: {"files": [*readers[name].sources], "parts": [*readers[name].parts(data.lanes)]}
-        for name in raw
-    }
-    _refuse_changed(streams, folder / "streams.json")
-    for name in raw:
-        if len(streams[name]["parts"]) < data.lanes:
-            say(
-                f"{specs[name].input} has {len(streams[name]['parts'])} parts, so {name} is read in as many lanes, not"
-                f" data.lanes={data.lanes}"
+        names = [file.name for file in reader.sources]
+        read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]
+        if read_again:
+            self._say(
+                f"{name}: a resumed run reads {len(read_again)} of its files, such as"
+                f" {read_again[0]}, from their beginnings"
             )
-        packed = [
-            file.name
-            for file in readers[name].sources
-            if not file.name.endswith((".parquet", ".jsonl"))
-        ]
-        if packed:
-            say(
-                f"{name}: a resumed run reads {len(packed)} of its files, such as {packed[0]}, from their beginnings"
-            )
-        if config.run.eval_every and data.val_fraction:
-            try:
-                keep_validation(data, readers[name], tokenizer, folder / "val" / name, wanted, say)
-            except UserError as error:
-                if not data.validation:
-                    raise
-                say(f"warning: no validation of its own for {name}: {error}")
-    return streams
 
 
-def _refuse_changed(streams: Mapping[str, Any], record: Path) -> None:
-    """A stream's files must stay as they were when the run began, or its cursors would point elsewhere."""
+def _refuse_changed(streams: Mapping[str, Mapping[str, Sequence[Any]]], record: Path) -> None:
+    """Refuse files that are not as they were when the run began: its cursors would not fit them."""
     now = {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
     if not record.is_file():
         if now:
             write_json(record, now)
         return
+    rule = "rule: a stream's files stay; nearest:"
     for name, files in json.loads(record.read_bytes()).items():
-        have = {
-            file: marks for file, _, *marks in now.get(name, [])
-        }  # where a file lies may change
+        # Size and mark of each file by its name; the path in between may change.
+        found = {file: marks for file, _, *marks in now.get(name, [])}
         for file, path, *marks in files:
-            if have.pop(file, None) != marks:
+            if found.pop(file, None) != marks:
                 raise DataError(
-                    f"{path or file} of {name} changed or vanished since the run began; rule: a stream's"
-                    " files stay; nearest: restore it, or start a new run.dir"
+                    f"{path or file} of {name} changed or vanished since the run began; {rule}"
+                    " restore it, or start a new run.dir"
                 )
-        for path in have:
+        for file in found:
             raise DataError(
-                f"{path} of {name} was not there when the run began; rule: a stream's files stay; nearest:"
-                " move it away, or start a new run.dir"
+                f"{file} of {name} was not there when the run began; {rule} move it away, or start"
+                " a new run.dir"
             )
 
 
-def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
-    """Hashes of the documents of data.validation, which are never trained on."""
-    files = [folder / "val" / name / "documents.json" for name in config.data.validation]
-    return frozenset(
-        number for file in files if file.is_file() for number in json.loads(file.read_bytes())
-    )
-
-
-def _keep(
-    val_fraction: float, excluded: frozenset[int], texts: Iterator[str]
-) -> Iterator[str] | None:
-    number, texts = document_hash(texts)
-    return None if held_out(number, val_fraction) or number in excluded else texts
-
-
-def _check(
-    config: Config,
-    sources: dict[str, TokenShards | StreamSpec],
-    val: dict[str, TokenShards],
-    tokenizer: Tokenizer,
-    training: bool = True,
-) -> Dataset:
-    """Refuse what is too small; the identity of it all."""
-    data, specs, marks = config.data, config.data.named_sources(), [tokenizer.sha256]
-    for name, source in sources.items():
-        if isinstance(source, StreamSpec):
-            options = specs[name].model_dump(mode="json", exclude={"input", "weight", "revision"})
-            files = [
-                [file.name, file.size, file.mark if not file.path else ""]
-                for file in source.reader.sources
-            ]
-            marks.append(json.dumps([name, options, files, data.val_fraction]))
-        else:
-            if not source.count(data) and (
-                training or not sum(shards.count(data) for shards in val.values())
-            ):
-                raise DataError(
-                    f"data.seq_len={data.seq_len} needs {data.seq_len + 1} tokens in one shard, {data.field_of(name)}="
-                    f"{specs[name].input} has {sum(source.sizes)} to train on; nearest:"
-                    f" {max(max(source.sizes, default=0) - 1, 1)}"
-                )
-            marks += [
-                shard["sha256"]
-                for split in source.manifest["splits"].values()
-                for shard in split["shards"]
-            ]
-        if len(sources) > 1:
-            marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
-    if config.run.eval_every and not sum(shards.count(data) for shards in val.values()):
-        tokens = sum(sum(shards.sizes) for shards in val.values())
-        raise DataError(
-            f"data.val_fraction={data.val_fraction} holds out {tokens} tokens, fewer than one sequence; rule:"
-            f" at least {data.seq_len + 1}; nearest: a larger data.val_fraction, or run.eval_every=0"
-        )
-    (first, *others) = sources.values()
-    sequences = first.count(data) if not others and isinstance(first, TokenShards) else None
-    return Dataset(
-        sources, val, tokenizer, hashlib.sha256(" ".join(marks).encode()).hexdigest(), sequences
-    )
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,210 +1,234 @@
-"""data.mix."""
+"""The sequences of each step: from a mixture of sources, or from one prepared source alone.
+
+Both readers give a rank's rows of a step. A mixture is read step by step, because its streams stand
+where the last step left them. Prepared shards alone can be read at any step, by several threads at
+once: they need no state, so resuming costs nothing. That is why they have a reader of their own.
+"""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from dist_lm.config import DataConfig
-from dist_lm.data.dataset import Dataset
-from dist_lm.data.order import (
-    FOR_SHARDS_IN_A_MIXTURE,
-    Ints,
-    MixtureSchedule,
-    hash_words,
-    sequence_ids,
-)
-from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import PackedSequence, Stream, StreamSpec
+from dist_lm.data.order import Ints, MixtureSchedule, rank_places
+from dist_lm.data.provenance import Origin
+from dist_lm.data.rows import StepRows
+from dist_lm.data.sources import PreparedSource, Ranks, Source
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
 
+# One numpy call costs as much as thousands of positions, so the order of many steps is computed at
+# once.
+_ORDER_STEPS = 64
+
+
+class StepReader(Protocol):
+    """What `Batches` reads from, step by step (a step's number counts from 0)."""
+
+    any_order: bool  # steps may be read in any order, and several at once
+    places: Ints  # of the global batch, that this rank trains on
+
+    def read(self, step: int, count: int) -> StepRows:
+        """This rank's rows of a step: `count` of them, as many as its places or more. All ranks."""
+
+    def origins(self, step: int) -> dict[int, Origin]:
+        """Which sequence is at each place that this rank trains on; it counts as read."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+
+
+class PreparedReader:
+    """The steps of prepared shards alone."""
+
+    any_order = True
+
+    def __init__(self, source: PreparedSource, global_batch: int, rank: int = 0, world: int = 1):
+        self.places = rank_places(rank, world, global_batch)
+        self._source = source
+        self._global_batch = global_batch
+        self._order = lru_cache(maxsize=2)(self._compute_order)
+
+    def read(self, step: int, count: int) -> StepRows:
+        rows = StepRows(count, self._source.seq_len)
+        ids = self._ids(step)
+        if len(ids):
+            rows.tokens[: len(ids)] = self._source.read(ids)
+            rows.targets[: len(ids)] = self._source.seq_len
+        return rows
+
+    def origins(self, step: int) -> dict[int, Origin]:
+        origins: dict[int, Origin] = {}
+        first = step * self._global_batch
+        for place, number in zip(self.places.tolist(), self._ids(step).tolist(), strict=False):
+            epoch = (first + place) // self._source.sequences + 1
+            origins[place] = self._source.origin(number, epoch)
+        return origins
+
+    def close(self) -> None:
+        pass
+
+    def _ids(self, step: int) -> Ints:
+        """The sequences of this rank's places; of the first of them, where the data ends."""
+        chunk, number = divmod(step, _ORDER_STEPS)
+        ids: Ints = self._order(chunk)[number]
+        if self._source.end is None:
+            return ids
+        positions = step * self._global_batch + self.places
+        return ids[positions < self._source.end]
+
+    def _compute_order(self, chunk: int) -> Ints:
+        """(steps, places): the sequences of _ORDER_STEPS steps."""
+        steps = np.arange(chunk * _ORDER_STEPS, (chunk + 1) * _ORDER_STEPS, dtype=np.int64)
+        positions = steps[:, None] * self._global_batch + self.places
+        return self._source.ids(positions.reshape(-1)).reshape(positions.shape)
+
 
 class MixtureReader:
-    """The rows of each step from several sources by weight. Streams stand where the last step left them, so steps are
-    read in order. Every rank follows the whole order; the rows of a lane go from the rank that reads it to the one that
-    trains on them."""
+    """The steps of several sources by weight, or of a stream, read in order.
+
+    Every rank follows the whole order. The rows of a lane go from the rank that reads it to the one
+    that trains on them.
+    """
+
+    any_order = False
 
     def __init__(
         self,
-        dataset: Dataset,
+        sources: Mapping[str, Source],
         data: DataConfig,
-        seed: int,
         *,
         state: Mapping[str, Any] | None = None,
         rank: int = 0,
         world: int = 1,
         channel: Channel | None = None,
     ):
-        self.dataset, self.data, self.seed = dataset, data, seed
-        self.rank, self.world, self.channel = rank, world, channel
+        self.places = rank_places(rank, world, data.global_batch)
+        self._data = data
+        self._specs = data.named_sources()
+        self._rank = rank
+        self._world = world
+        self._channel = channel
         state = state or {"streams": {}, "ended": [], "end": None}
-        self.ended: list[list[int]] = [
-            list(event) for event in state["ended"]
-        ]  # [first position without it, source]
-        self.end: int | None = state[
-            "end"
-        ]  # the first position that no source fills, once it is known
+        # Sources that have ended: the first position without it, and the number of the source.
+        self._ended: list[list[int]] = [list(event) for event in state["ended"]]
+        # The first position that no source fills, once it is known.
+        self._end: int | None = state["end"]
         self._pool = ThreadPoolExecutor(data.workers, "lanes") if data.workers else None
-        gather = channel.gather if channel and world > 1 else lambda value: [value]
-        self.streams = {
-            name: Stream(
-                source,
-                state["streams"].get(name),
-                rank=rank,
-                world=world,
-                gather=gather,
-                pool=self._pool,
-                shift=number,
-            )
-            for number, (name, source) in enumerate(dataset.sources.items())
-            if isinstance(source, StreamSpec)
-        }
-        self.origins: dict[
-            int, tuple[str, int | PackedSequence]
-        ] = {}  # source, and sequence, of each own place of the last step
-        self._plan_mixture()
+        gather = channel.gather if channel and world > 1 else _gather_alone
+        ranks = Ranks(rank, world, gather, self._pool)
+        self._readers = {}
+        for number, (name, source) in enumerate(sources.items()):
+            self._readers[name] = source.open(state["streams"], ranks, shift=number)
+        self._plan()
 
-    def _plan_mixture(self) -> None:
-        specs, batch = self.data.named_sources(), self.data.global_batch
-        changes = [(0, [spec.weight for spec in specs.values()])]
-        for stage in self.data.stages:
-            changes.append(
-                (stage.from_step * batch, [stage.weights.get(name, 0.0) for name in specs])
-            )
-        starts = sorted({start for start, _ in changes} | {start for start, _ in self.ended})
-        self.stages: list[tuple[int, list[float]]] = []
-        for start in starts:
-            weights = [weights for at, weights in changes if at <= start][-1]
-            gone = {source for at, source in self.ended if at <= start}
-            left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
-            if not sum(left):
-                self.end = start if self.end is None else min(start, self.end)
-                break
-            self.stages.append((start, left))
-        self.mixture = MixtureSchedule(self.stages)
+    def read(self, step: int, count: int) -> StepRows:
+        rows = StepRows(count, self._data.seq_len, self._rank, self._world)
+        following = (step + 1) * self._data.global_batch
+        rows.end = not self._fill(rows, step)
+        rows.deliver(self._channel)
+        if self._ended and self._ended[-1][0] == following:
+            self._plan()
+        rows.after = self._snapshot()
+        rows.shares = self._shares(following)
+        return rows
 
-    def read(self, step: int, table: Ints, row_targets: Ints) -> dict[str, Any]:
-        """Fill this rank's rows; where the streams stand afterwards. All ranks."""
-        batch, length = self.data.global_batch, self.data.seq_len
-        sources, earlier = self.mixture.at(step * batch + np.arange(batch))
-        moves: list[
-            tuple[int, int, PackedSequence | None]
-        ] = []  # (place, rank that has read it, row)
-        given, following, self.origins = 0, (step + 1) * batch, {}
-        over = self.end is not None and step * batch >= self.end
-        for number, (name, source) in enumerate(self.dataset.sources.items() if not over else ()):
-            wanted = np.flatnonzero(sources == number)
-            if isinstance(source, TokenShards):
-                count = source.count(self.data)
-                repeats = self.data.named_sources()[name].at_end == "repeat"
-                inside = wanted if repeats else wanted[earlier[wanted] < count]
-                own = inside[inside % self.world == self.rank]
-                ids = sequence_ids(
-                    earlier[own],
-                    count,
-                    int(
-                        hash_words(self.seed, FOR_SHARDS_IN_A_MIXTURE, zlib.crc32(name.encode()))[0]
-                    ),
-                )
-                table[own // self.world] = source.read(ids, length, self.data.stride)
-                row_targets[own // self.world] = length
-                self.origins |= {
-                    place: (name, made)
-                    for place, made in zip(own.tolist(), ids.tolist(), strict=True)
-                }
-                dealt = len(inside)
-            else:
-                stream = self.streams[name]
-                rows = stream.deal(len(wanted))
-                for place, (lane, row) in zip(wanted.tolist(), rows, strict=False):
-                    moves.append((place, stream.owner(lane), row))
-                    if row is not None:
-                        self.origins[place] = name, row
-                dealt = len(rows)
-            given += dealt
-            if dealt < len(
-                wanted
-            ):  # its last pass has ended; the other places of this step stay without targets
-                self.ended.append([following, number])
-                if self.data.named_sources()[name].at_end != "hand_on":
-                    self.end = following
-        self._deliver(moves, table, row_targets)
-        if self.ended and self.ended[-1][0] == following:
-            self._plan_mixture()
-        after = {
-            "streams": {name: stream.snapshot() for name, stream in self.streams.items()},
-            "ended": [*self.ended],
-            "end": self.end,
-        }
-        return {"end": not given, "after": after, "shares": self.shares(step)}
-
-    def shares(self, step: int) -> dict[str, float]:
-        """Asked and actual share of the sequences of this stage, and the passes begun, of each source up to a step."""
-        position, figures = (step + 1) * self.data.global_batch, {}
-        start, weights = max(stage for stage in self.stages if stage[0] < position)
-        for number, name in enumerate(self.dataset.sources):
-            before, now = (int(self.mixture.before(at)[number]) for at in (start, position))
-            figures[f"asked_{name}"] = weights[number] / sum(weights)
-            figures[f"share_{name}"] = (now - before) / (position - start)
-            source = self.dataset.sources[name]
-            stream = self.streams.get(name)
-            figures[f"passes_{name}"] = stream.passed if stream else now / source.count(self.data)  # type: ignore[union-attr]
-        return figures
-
-    def _deliver(
-        self,
-        moves: Sequence[tuple[int, int, PackedSequence | None]],
-        table: Ints,
-        row_targets: Ints,
-    ) -> None:
-        """Put rows where they are trained on, over the network where another rank has read them. All ranks."""
-        width = self.data.seq_len + 2
-        sent: list[list[np.ndarray]] = [[] for _ in range(self.world)]
-        wanted: list[list[int]] = [[] for _ in range(self.world)]
-        for place, owner, made in moves:
-            to = place % self.world
-            if made is not None:
-                packed = np.zeros(width, np.int64)
-                packed[0], packed[1 : 1 + len(made.tokens)] = len(made.tokens) - 1, made.tokens
-                sent[to].append(packed)
-            if to == self.rank:
-                wanted[owner].append(place // self.world)
-        received = [np.concatenate(rows) if rows else np.empty(0, np.int64) for rows in sent]
-        if any(place % self.world != owner for place, owner, _ in moves):
-            assert self.channel, "several ranks have a channel"
-            import torch  # slow, and preparing needs none of it
-
-            lengths = [len(rows) * width for rows in wanted]
-            tensors = [torch.from_numpy(part) for part in received]
-            received = [tensor.numpy() for tensor in self.channel.exchange(tensors, lengths)]
-        for rows, values_of_rank in zip(wanted, received, strict=True):
-            for row, values in zip(rows, values_of_rank.reshape(-1, width), strict=True):
-                row_targets[row], table[row] = values[0], values[1:]
+    def origins(self, step: int) -> dict[int, Origin]:
+        return self.read(step, len(self.places)).origins
 
     def close(self) -> None:
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _plan(self) -> None:
+        """Make the schedule from the weights of the stages, without the sources that have ended."""
+        batch = self._data.global_batch
+        weights_from = {0: [spec.weight for spec in self._specs.values()]}
+        for stage in self._data.stages:
+            weights = [stage.weights.get(name, 0.0) for name in self._specs]
+            weights_from[stage.from_step * batch] = weights
+        starts = sorted({*weights_from, *(start for start, _ in self._ended)})
+        self._stages: list[tuple[int, list[float]]] = []
+        weights = []
+        for start in starts:
+            weights = weights_from.get(start, weights)
+            gone = {source for position, source in self._ended if position <= start}
+            left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
+            if not sum(left):
+                self._end = start if self._end is None else min(start, self._end)
+                break
+            self._stages.append((start, left))
+        self._schedule = MixtureSchedule(self._stages)
+
+    def _fill(self, rows: StepRows, step: int) -> int:
+        """Let the sources fill the step's places, each those that are its; how many they filled."""
+        batch = self._data.global_batch
+        first = step * batch
+        if self._end is not None and first >= self._end:
+            return 0
+        sources, turns = self._schedule.at(first + np.arange(batch))
+        filled = 0
+        for number, (name, reader) in enumerate(self._readers.items()):
+            places = np.flatnonzero(sources == number)
+            dealt = reader.fill(rows, places, turns[places])
+            filled += dealt
+            if dealt < len(places):
+                # Its last pass has ended. Its other places of this step stay without targets.
+                self._ended.append([first + batch, number])
+                if self._specs[name].at_end != "hand_on":
+                    self._end = first + batch
+        return filled
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Where the streams stand, as far as this rank reads them."""
+        streams = {}
+        for name, reader in self._readers.items():
+            snapshot = reader.snapshot()
+            if snapshot is not None:
+                streams[name] = snapshot
+        return {"streams": streams, "ended": [*self._ended], "end": self._end}
+
+    def _shares(self, position: int) -> dict[str, float]:
+        """Asked and actual share of this stage's sequences, and passes, of each source so far."""
+        start, weights = max(stage for stage in self._stages if stage[0] < position)
+        given_before = self._schedule.before(start)
+        given = self._schedule.before(position)
+        figures: dict[str, float] = {}
+        for number, (name, reader) in enumerate(self._readers.items()):
+            so_far = int(given[number])
+            in_stage = so_far - int(given_before[number])
+            figures[f"asked_{name}"] = weights[number] / sum(weights)
+            figures[f"share_{name}"] = in_stage / (position - start)
+            figures[f"passes_{name}"] = reader.passes(so_far)
+        return figures
+
+
+def _gather_alone(value: Any) -> list[Any]:
+    return [value]
+
 
 def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Where the streams stand, from what each rank reads of them."""
     merged: dict[str, Any] = json.loads(json.dumps(ranks[0]))
-    for theirs in ranks[1:]:
-        for name, stream in theirs.get("streams", {}).items():
+    for after in ranks[1:]:
+        for name, stream in after.get("streams", {}).items():
             merged["streams"][name]["lanes"].update(stream["lanes"])
     return merged
 
 
 def count_left_out(after: Mapping[str, Any]) -> dict[str, int]:
-    """What the streams left out, up to the end of the blocks they stand in: filtered and bad rows, empty documents."""
+    """What the streams left out: filtered and bad rows, empty documents, each with its number.
+
+    It counts up to the end of the blocks in which the streams stand.
+    """
     total = Counter[str]()
     for stream in after.get("streams", {}).values():
         for cursor in stream["lanes"].values():

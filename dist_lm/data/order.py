@@ -266,5 +266,5 @@ class _Stage:
         """The source of each position, and how many earlier positions of the run had it."""
         rounds, place = np.divmod(positions - self.start, len(self._pattern))
         sources = self._pattern[place]
-        earlier = self._before[sources] + rounds * self._counts[sources] + self._nth[place]
+        earlier: Ints = self._before[sources] + rounds * self._counts[sources] + self._nth[place]
         return sources, earlier

@@ -1,6 +1,7 @@
 """Batches: every split of the global batch has the same rows, read ahead or not, and fillers have no targets."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,25 +17,19 @@ from dist_lm.errors import UserError
 CPU = torch.device("cpu")
 
 
-def opened(prepared: Path, tmp_path: Path, **data: object) -> tuple[Config, Dataset]:
+def opened(prepared: Path, tmp_path: Path, run: Any = None, **data: Any) -> tuple[Config, Dataset]:
     fields = {"input": str(prepared), "seq_len": 16, "global_batch": 8, "workers": 0} | data
-    config = Config(data=DataConfig(**fields), run=RunConfig(dir=str(tmp_path)))  # type: ignore[arg-type]
+    of_run = {"dir": str(tmp_path), "seed": 3} | (run or {})
+    config = Config(data=DataConfig(**fields), run=RunConfig(**of_run))
     return config, open_dataset(config, lambda work: work())
 
 
 def batches(
-    config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: object
+    config: Config, dataset: Dataset, rank: int = 0, world: int = 1, **options: Any
 ) -> Batches:
-    return Batches(
-        dataset.train,
-        config.data,
-        batch_layout(config, world),
-        rank,
-        CPU,
-        seed=3,
-        eot=dataset.tokenizer.eot,
-        **options,
-    )  # type: ignore[arg-type]
+    reader = dataset.open_reader(config.data, rank=rank, world=world)
+    layout = batch_layout(config, world)
+    return Batches(reader, config.data, layout, CPU, eot=dataset.tokenizer.eot, **options)
 
 
 def rows(batch: Batch) -> np.ndarray:
@@ -92,9 +87,12 @@ def test_reading_ahead_changes_nothing(prepared: Path, tmp_path: Path, workers: 
 
 
 def test_an_epoch_has_every_target_once_and_then_ends(prepared: Path, tmp_path: Path) -> None:
-    config, dataset = opened(prepared, tmp_path, global_batch=7)
-    made = batches(config, dataset, end_position=dataset.sequences)
+    epoch = {"steps": None, "epochs": 1}
+    config, dataset = opened(prepared, tmp_path, run=epoch, global_batch=7)
+    made = batches(config, dataset)
+    assert dataset.sequences
     steps = -(-dataset.sequences // 7)
+    assert dataset.steps(config) == steps
     seen = np.concatenate([rows(made.read(step))[:, 16:] for step in range(steps)])
     assert made.read(steps).targets == 0
     in_place = dataset.train.read(np.arange(dataset.sequences), 16, 16)[:, 1:]
@@ -112,8 +110,8 @@ def test_document_mask(prepared: Path, tmp_path: Path) -> None:
 
 def test_dropout_keys_belong_to_positions(prepared: Path, tmp_path: Path) -> None:
     config, dataset = opened(prepared, tmp_path)
-    (whole,) = batches(config, dataset, dropout=True).read(5).micros
-    (part,) = batches(config, dataset, 1, 2, dropout=True).read(5).micros
+    (whole,) = batches(config, dataset, dropout_seed=3).read(5).micros
+    (part,) = batches(config, dataset, 1, 2, dropout_seed=3).read(5).micros
     assert whole.dropout_keys_B is not None and part.dropout_keys_B is not None
     assert torch.equal(whole.dropout_keys_B[1::2], part.dropout_keys_B)
     assert len(whole.dropout_keys_B.unique()) == 8

@@ -21,10 +21,12 @@ from dist_lm.config import Config, DataConfig, SourceConfig
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
+from dist_lm.data.lane import Amount, Lane, StreamSpec
 from dist_lm.data.mix import MixtureReader, merge_after
 from dist_lm.data.order import MixtureSchedule, period_of
+from dist_lm.data.packing import PackedSequence, best_fit
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.stream import PackedSequence, Stream, StreamSpec, best_fit
+from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer import train_tokenizer
 from dist_lm.errors import UserError
 
@@ -71,7 +73,7 @@ def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
         "keep": lambda texts: texts,
         "key": np.array([5], np.uint64),
     } | fields
-    return StreamSpec(reader, parts, BYTES, lanes=min(lanes, len(parts)), **fields)
+    return StreamSpec("text", reader, parts, BYTES, lanes=min(lanes, len(parts)), **fields)
 
 
 def read(
@@ -148,7 +150,12 @@ def check_case(folder: Path, seed: int) -> None:
         return None if text in held else iter([text])
 
     recipe = recipe_of(
-        folder, lanes, passes=passes, best_fit=best, block=(rng.randint(1, 6), 2**20), keep=keep
+        folder,
+        lanes,
+        passes=passes,
+        best_fit=best,
+        block=Amount(rng.randint(1, 6), 2**20),
+        keep=keep,
     )
     kept = [text for text in documents if text not in held]
     if not kept:
@@ -177,7 +184,7 @@ def check_case(folder: Path, seed: int) -> None:
 
 def check_cases(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
     monkeypatch.setattr("dist_lm.data.formats.SMALLEST_RANGE", 16)
-    monkeypatch.setattr("dist_lm.data.stream.BATCH", (2, 30))
+    monkeypatch.setattr("dist_lm.data.lane.LARGEST_BATCH", Amount(2, 30))
     for seed in seeds:
         try:
             check_case(folder / str(seed), seed)
@@ -197,6 +204,29 @@ def test_more_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.campaign
 def test_10000_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_cases(tmp_path, monkeypatch, range(1000, 11_000))
+
+
+def test_reading_ahead_never_comes_between_a_lane_and_what_it_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences that another thread makes while a lane is asked what it has are not lost."""
+    monkeypatch.setattr("dist_lm.data.lane.LARGEST_BATCH", Amount(2, 30))
+    write_source(tmp_path / "x", random.Random(3), "jsonl")
+    recipe = recipe_of(tmp_path / "x", lanes=1, passes=1)
+    whole, _ = read(recipe, [10**6])
+    count = Lane._count
+
+    def slow_count(lane: Lane, passed: int) -> int:
+        found = count(lane, passed)
+        for _ in range(3):
+            reader = threading.Thread(target=lane.read_ahead, args=(10**6,))
+            reader.start()
+            reader.join()
+        return found
+
+    monkeypatch.setattr(Lane, "_count", slow_count)
+    disturbed, _ = read(recipe, [1] * (len(whole) + 1))
+    assert ids(disturbed) == ids(whole) != []
 
 
 @settings(max_examples=60, deadline=None)
@@ -264,20 +294,21 @@ def global_batches(
 
     def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[np.ndarray], Any, Any]:
         mix = MixtureReader(
-            data,
+            data.sources,
             config.data,
-            1,
             state=state,
             rank=rank,
             world=world,
             channel=ThreadChannel(rank, gather),
         )
-        made, after, shares = [], {}, []
+        made: list[np.ndarray] = []
+        after: dict[str, Any] = {}
+        shares: list[dict[str, float]] = []
         for step in steps:
-            table, targets = np.zeros((batch, LENGTH + 1), np.int64), np.zeros((batch, 1), np.int64)
-            found = mix.read(step, table, targets[:, 0])
-            after, shares = found["after"], [*shares, found["shares"]]
-            made.append(np.concatenate([targets, table], 1))
+            rows = mix.read(step, batch)
+            after = rows.after
+            shares.append(rows.shares)
+            made.append(np.concatenate([rows.targets[:, None], rows.tokens], 1))
         mix.close()
         return made, after, shares
 

@@ -21,10 +21,11 @@ from dist_lm.checkpoint.folder import step_folders
 from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.mix import MixtureReader, count_left_out
+from dist_lm.data.lane import StreamSpec
+from dist_lm.data.mix import count_left_out
 from dist_lm.data.preparing import document_hash, held_out
-from dist_lm.data.shards import TokenShards
-from dist_lm.data.stream import Stream, StreamSpec
+from dist_lm.data.sources import PreparedSource, StreamSource
+from dist_lm.data.stream import Stream
 from dist_lm.errors import UserError
 from dist_lm.metrics import read_metrics
 from tests.conftest import text_of
@@ -105,8 +106,8 @@ def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
 
 def recipe(data: Dataset) -> StreamSpec:
     (source,) = data.sources.values()
-    assert isinstance(source, StreamSpec)
-    return source
+    assert isinstance(source, StreamSource)
+    return source.spec
 
 
 def read_through(data: Dataset, passes: int = 1) -> list[str]:
@@ -386,7 +387,7 @@ def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path
         "rows": {"input": str(corpus / "rows.jsonl")},
         "web": {"input": str(corpus / "parquet")},
     }
-    config, data = opened(
+    _, data = opened(
         tmp_path / "run",
         "stdlib",
         stream=False,
@@ -395,10 +396,8 @@ def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path
         validation={"asked": {"input": str(tmp_path / "asked.jsonl")}},
     )
     rows = data.sources["rows"]
-    assert isinstance(rows, TokenShards)
-    tokens = np.concatenate(
-        [rows.read([n], 16, 16)[0][:16] for n in range(rows.count(config.data))]
-    )
+    assert isinstance(rows, PreparedSource)
+    tokens = np.concatenate([rows.shards.read([n], 16, 16)[0][:16] for n in range(rows.sequences)])
     trained = set(data.tokenizer.decode(tokens, skip_special=False).split("<|endoftext|>"))
     assert not trained & set(shared)
     assert len(trained & set(documents(300, 7))) >= 260 - sum(map(is_held_out, documents(300, 7)))
@@ -439,10 +438,8 @@ def test_show_and_find_read_a_stream_again(
     )
     train(tmp_path / "run", *flags)
     config, data = show_config(tmp_path / "run")
-    mix = MixtureReader(data, config.data, config.run.seed)
-    batches = Batches(
-        mix, config.data, batch_layout(config, 1), 0, CPU, seed=1, eot=data.tokenizer.eot
-    )
+    reader, layout = data.open_reader(config.data), batch_layout(config, 1)
+    batches = Batches(reader, config.data, layout, CPU, eot=data.tokenizer.eot)
     rows = [batches.read(step).micros[0] for step in range(7)][-1]
     capsys.readouterr()
     show.main([str(tmp_path / "run"), "--step", "7", "--world", "2", "--rank", "1"])

@@ -90,9 +90,12 @@ class Batches:
         self._next_step = first_step
         self._dropout_seed = dropout_seed  # None: no dropout, so no keys
         self._hash_rows = hash_rows
-        # Where steps have to be read in order, one thread does it.
-        threads = data.workers if reader.any_order else min(data.workers, 1)
-        self._pool = ThreadPoolExecutor(threads, "batches") if threads else None
+        threads = data.workers
+        if not reader.any_order:
+            threads = min(threads, 1)
+        self._pool: ThreadPoolExecutor | None = None
+        if threads:
+            self._pool = ThreadPoolExecutor(threads, "batches")
         self._ahead: deque[Future[Batch]] = deque()
 
     def take(self) -> Batch:
@@ -125,10 +128,13 @@ class Batches:
             segments_NT,
             self._dropout_keys(step, count),
         )
+        hashes = 0
+        if self._hash_rows:
+            hashes = self._hash(rows)
         return Batch(
             micros=[whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)],
             targets=int((targets_NT != NO_TARGET).sum()),
-            row_hashes=self._hash(rows) if self._hash_rows else 0,
+            row_hashes=hashes,
             end=rows.end,
             after=rows.after,
             shares=rows.shares,

@@ -100,7 +100,7 @@ class Dataset:
         )
 
     def describe(self, data: DataConfig, steps: int | None, world: int) -> list[str]:
-        """Lines for the start of a run of so many steps."""
+        """Lines for the start of a run; `steps` is its length."""
         if self.alone:
             assert steps, "the length of shards is known"
             epochs = steps * data.global_batch / self.alone.sequences

@@ -20,13 +20,12 @@ from dist_lm.config import DataConfig
 from dist_lm.data.order import Ints, MixtureSchedule, rank_places
 from dist_lm.data.provenance import Origin
 from dist_lm.data.rows import StepRows
-from dist_lm.data.sources import PreparedSource, Ranks, Source
+from dist_lm.data.sources import PreparedSource, Ranks, Source, SourceReader
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
 
-# One numpy call costs as much as thousands of positions, so the order of many steps is computed at
-# once.
+# Steps whose order is computed at once: one numpy call costs as much as thousands of positions.
 _ORDER_STEPS = 64
 
 
@@ -122,10 +121,12 @@ class MixtureReader:
         self._ended: list[list[int]] = [list(event) for event in state["ended"]]
         # The first position that no source fills, once it is known.
         self._end: int | None = state["end"]
-        self._pool = ThreadPoolExecutor(data.workers, "lanes") if data.workers else None
+        self._pool: ThreadPoolExecutor | None = None
+        if data.workers:
+            self._pool = ThreadPoolExecutor(data.workers, "lanes")
         gather = channel.gather if channel and world > 1 else _gather_alone
         ranks = Ranks(rank, world, gather, self._pool)
-        self._readers = {}
+        self._readers: dict[str, SourceReader] = {}
         for number, (name, source) in enumerate(sources.items()):
             self._readers[name] = source.open(state["streams"], ranks, shift=number)
         self._plan()
@@ -163,7 +164,8 @@ class MixtureReader:
             gone = {source for position, source in self._ended if position <= start}
             left = [0.0 if n in gone else weight for n, weight in enumerate(weights)]
             if not sum(left):
-                self._end = start if self._end is None else min(start, self._end)
+                if self._end is None or start < self._end:
+                    self._end = start
                 break
             self._stages.append((start, left))
         self._schedule = MixtureSchedule(self._stages)

@@ -18,7 +18,7 @@ class _Move(NamedTuple):
     """A sequence between the rank that reads it and the one that trains on it."""
 
     place: int
-    reader: int
+    owner: int  # the rank that reads it
     sequence: PackedSequence | None  # None: another rank has read it
 
 
@@ -51,9 +51,9 @@ class StepRows:
         self.tokens[rows] = tokens
         self.targets[rows] = tokens.shape[1] - 1
 
-    def move(self, place: int, reader: int, sequence: PackedSequence | None) -> None:
-        """Note a sequence that the rank `reader` has read. All ranks note the same in one order."""
-        self._moves.append(_Move(place, reader, sequence))
+    def move(self, place: int, owner: int, sequence: PackedSequence | None) -> None:
+        """Note a sequence that the rank `owner` has read. All ranks note the same in one order."""
+        self._moves.append(_Move(place, owner, sequence))
 
     def deliver(self, channel: Channel | None) -> None:
         """Fill the places of all noted sequences, over the network where they must. All ranks."""
@@ -61,13 +61,13 @@ class StepRows:
         sent: list[list[np.ndarray]] = [[] for _ in range(self.world)]
         expected: list[list[int]] = [[] for _ in range(self.world)]  # rows, by who reads them
         must_travel = False
-        for place, reader, sequence in self._moves:
+        for place, owner, sequence in self._moves:
             trainer = place % self.world
-            must_travel |= trainer != reader
+            must_travel |= trainer != owner
             if sequence is not None:
                 sent[trainer].append(_message(sequence.tokens, width))
             if trainer == self.rank:
-                expected[reader].append(place // self.world)
+                expected[owner].append(place // self.world)
         messages = [np.concatenate(parts) if parts else _NO_TOKENS for parts in sent]
         if must_travel:
             assert channel, "several ranks have a channel"

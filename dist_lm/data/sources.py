@@ -45,7 +45,7 @@ class SourceReader(Protocol):
         """
 
     def passes(self, given: int) -> float:
-        """How often the source was read through, after it was given so many positions."""
+        """How often the source was read through, after it was given this many positions."""
 
     def snapshot(self) -> dict[str, Any] | None:
         """Where it stands, as far as this rank reads it; None: a function of the position."""

@@ -63,7 +63,7 @@ class Stream:
             self._is_empty = False
 
     def owner(self, lane: int) -> int:
-        """The rank that reads a lane; `shift` lays the first lanes of sources on different ranks."""
+        """The rank that reads a lane; `shift` lays the sources' first lanes on different ranks."""
         return (lane + self._shift) % self._world
 
     def snapshot(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Batches: every split of the global batch has the same rows, read ahead or not, and fillers have no targets."""
+"""Batches: every split of the global batch has the same rows, read ahead or not.
+
+Fillers have no targets.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,9 @@ def batches(
 
 def rows(batch: Batch) -> np.ndarray:
     """Tokens and targets of the rows that have targets."""
-    both = torch.cat([torch.cat([m.tokens_BT, m.targets_BT], 1) for m in batch.micros])
+    tokens = torch.cat([micro.tokens_BT for micro in batch.micros])
+    targets = torch.cat([micro.targets_BT for micro in batch.micros])
+    both = torch.cat([tokens, targets], 1)
     return both[(both != NO_TARGET).all(1)].numpy()
 
 
@@ -57,9 +62,9 @@ def test_all_splits_have_the_same_rows(
         prepared, tmp_path_factory.getbasetemp(), global_batch=batch, micro_batch=micro
     )
     whole = batches(config, dataset, hash_rows=True).read(step)
-    parts = [
-        batches(config, dataset, rank, world, hash_rows=True).read(step) for rank in range(world)
-    ]
+    parts = []
+    for rank in range(world):
+        parts.append(batches(config, dataset, rank, world, hash_rows=True).read(step))
     together = np.concatenate([rows(part) for part in parts])
     assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, rows(whole).tolist()))
     assert sum(part.targets for part in parts) == whole.targets == batch * 16
@@ -77,10 +82,8 @@ def test_the_hash_knows_tokens_and_places(prepared: Path, tmp_path: Path) -> Non
 def test_reading_ahead_changes_nothing(prepared: Path, tmp_path: Path, workers: int) -> None:
     config, dataset = opened(prepared, tmp_path)
     ahead_config, _ = opened(prepared, tmp_path, workers=workers)
-    here, ahead = (
-        batches(config, dataset, first_step=60),
-        batches(ahead_config, dataset, first_step=60),
-    )
+    here = batches(config, dataset, first_step=60)
+    ahead = batches(ahead_config, dataset, first_step=60)
     for _ in range(20):  # crosses a boundary of the steps whose order is computed at once
         assert np.array_equal(rows(here.take()), rows(ahead.take()))
     ahead.close()

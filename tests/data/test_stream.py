@@ -1,4 +1,4 @@
-"""Streams: over whole passes every token once, the same order in every world, exact resume anywhere."""
+"""Streams: over whole passes every token once, one order in every world, exact resume anywhere."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,19 @@ from dist_lm.data.mix import MixtureReader, merge_after
 from dist_lm.data.order import MixtureSchedule, period_of
 from dist_lm.data.packing import PackedSequence, best_fit
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.stream import Stream
+from dist_lm.data.stream import Dealt, Stream
 from dist_lm.data.tokenizer import train_tokenizer
 from dist_lm.errors import UserError
 
 BYTES = train_tokenizer("byte", [])
-LENGTH, WORLDS = 8, (1, 2, 3, 4, 8)
+LENGTH = 8
+WORLDS = (1, 2, 3, 4, 8)
 
 
 def together(world: int, work: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:
     """Run work(rank, gather) in a thread a rank."""
-    barrier, box = threading.Barrier(world, timeout=60), [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+    box = [""] * world
 
     def gather(rank: int, value: Any) -> list[Any]:
         box[rank] = json.dumps(value)  # what a real exchange can carry
@@ -45,26 +48,28 @@ def together(world: int, work: Callable[[int, Callable[[Any], list[Any]]], Any])
         barrier.wait()
         return found
 
+    def work_of(rank: int) -> Any:
+        return work(rank, partial(gather, rank))
+
     with ThreadPoolExecutor(world) as pool:
-        return list(
-            pool.map(lambda rank: work(rank, lambda value: gather(rank, value)), range(world))
-        )
+        return list(pool.map(work_of, range(world)))
 
 
 class ThreadChannel:
     """gather() and exchange() among threads, of what a real exchange can carry."""
 
     def __init__(self, rank: int, gather: Callable[[Any], list[Any]]):
-        self.rank, self.gather = rank, gather
+        self.rank = rank
+        self.gather = gather
 
     def exchange(self, parts: list[torch.Tensor], lengths: list[int]) -> list[torch.Tensor]:
-        everything = self.gather([part.tolist() for part in parts])
-        received = [torch.tensor(theirs[self.rank], dtype=torch.int64) for theirs in everything]
+        sent = self.gather([part.tolist() for part in parts])
+        received = [torch.tensor(of_rank[self.rank], dtype=torch.int64) for of_rank in sent]
         assert [len(part) for part in received] == lengths
         return received
 
 
-def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
+def spec_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
     source = SourceConfig(input=str(path))
     reader = Reader(source, find_files(source))
     parts = reader.parts(lanes)
@@ -77,41 +82,40 @@ def recipe_of(path: Any, lanes: int = 3, **fields: Any) -> StreamSpec:
 
 
 def read(
-    recipe: StreamSpec, steps: list[int], state: Any = None, world: int = 1, threads: int = 0
+    spec: StreamSpec, steps: list[int], state: Any = None, world: int = 1, threads: int = 0
 ) -> tuple[list[PackedSequence], Any]:
-    """The sequences of so many per step, and where the stream then stands; ranks must agree on it all."""
+    """The sequences of steps of these sizes, and where the stream then stands; all ranks agree."""
 
-    def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[Any], Any]:
+    def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[Dealt], Any]:
         pool = ThreadPoolExecutor(threads) if threads else None
-        stream = Stream(recipe, state, rank=rank, world=world, gather=gather, pool=pool)
-        rows = [row for count in steps for row in stream.deal(count)]
+        stream = Stream(spec, state, rank=rank, world=world, gather=gather, pool=pool)
+        dealt = []
+        for count in steps:
+            dealt += stream.deal(count)
         if pool:
             pool.shutdown()
-        return rows, stream.snapshot()
+        return dealt, stream.snapshot()
 
     ranks = together(world, work)
-    assert len({tuple(lane for lane, _ in rows) for rows, _ in ranks}) == 1, (
-        "ranks dealt differently"
-    )
-    rows = [
-        next(row for _, row in place if row)
-        for place in zip(*(rows for rows, _ in ranks), strict=True)
-    ]
-    state = ranks[0][1]
-    for _, theirs in ranks:
-        assert {**theirs, "lanes": 0} == {**state, "lanes": 0}
-        state["lanes"].update(theirs["lanes"])
-    return rows, json.loads(json.dumps(state))
+    sequences = []
+    for turns in zip(*(dealt for dealt, _ in ranks), strict=True):
+        assert len({turn.lane for turn in turns}) == 1, "ranks dealt differently"
+        sequences.append(next(turn.sequence for turn in turns if turn.sequence))
+    _, after = ranks[0]
+    for _, after_rank in ranks:
+        assert {**after_rank, "lanes": 0} == {**after, "lanes": 0}
+        after["lanes"].update(after_rank["lanes"])
+    return sequences, json.loads(json.dumps(after))
 
 
 def write_source(folder: Path, rng: random.Random, kind: str) -> list[str]:
     folder.mkdir()
     documents = []
     for number in range(rng.randint(1, 5)):
-        texts = [
-            "".join(rng.choices("abc \n", k=rng.choice([1, 3, 9, 40]))) + "."
-            for _ in range(rng.randint(0, 9))
-        ]
+        texts = []
+        for _ in range(rng.randint(0, 9)):
+            letters = rng.choices("abc \n", k=rng.choice([1, 3, 9, 40]))
+            texts.append("".join(letters) + ".")
         documents += texts
         if kind == "parquet":
             pq.write_table(
@@ -123,9 +127,8 @@ def write_source(folder: Path, rng: random.Random, kind: str) -> list[str]:
             lines = [json.dumps({"text": text}) + "\n" * rng.randint(1, 3) for text in texts]
             (folder / f"{number}.jsonl").write_text("".join(lines))
         else:
-            (folder / f"{number}.csv").write_text(
-                "text\n" + "".join('"' + text + '"\n' for text in texts)
-            )
+            lines = [f'"{text}"\n' for text in texts]
+            (folder / f"{number}.csv").write_text("text\n" + "".join(lines))
     return documents
 
 
@@ -136,12 +139,11 @@ def ids(rows: list[PackedSequence]) -> list[list[int]]:
 def check_case(folder: Path, seed: int) -> None:
     """A random source: whole passes in one world, then cut anywhere and continued in others."""
     rng = random.Random(seed)
-    kind, lanes, passes = (
-        rng.choice(["parquet", "jsonl", "csv"]),
-        rng.randint(1, 6),
-        rng.randint(1, 3),
-    )
-    best, batch = rng.random() < 0.3, rng.randint(1, 9)
+    kind = rng.choice(["parquet", "jsonl", "csv"])
+    lanes = rng.randint(1, 6)
+    passes = rng.randint(1, 3)
+    best = rng.random() < 0.3
+    batch = rng.randint(1, 9)
     documents = write_source(folder, rng, kind)
     held = {text for text in documents if sum(text.encode()) % 4 == 0}
 
@@ -149,34 +151,33 @@ def check_case(folder: Path, seed: int) -> None:
         text = "".join(texts)
         return None if text in held else iter([text])
 
-    recipe = recipe_of(
-        folder,
-        lanes,
-        passes=passes,
-        best_fit=best,
-        block=Amount(rng.randint(1, 6), 2**20),
-        keep=keep,
-    )
+    block = Amount(rng.randint(1, 6), 2**20)
+    spec = spec_of(folder, lanes, passes=passes, best_fit=best, block=block, keep=keep)
     kept = [text for text in documents if text not in held]
     if not kept:
         with pytest.raises(UserError, match="no document to train on; rule: at least one"):
-            read(recipe_of(folder, lanes, keep=keep), [1])
+            read(spec_of(folder, lanes, keep=keep), [1])
         return
-    whole, _ = read(recipe, [10**6])
-    source = Counter(token for text in kept for token in [*BYTES.encode(text), BYTES.eot])
-    source = Counter({token: number * passes for token, number in source.items()})
+    whole, _ = read(spec, [10**6])
+    source = Counter[int]()
+    for text in kept * passes:
+        source.update([*BYTES.encode(text), BYTES.eot])
+    inputs = Counter[int]()
+    targets = Counter[int]()
+    for row in whole:
+        inputs.update(row.tokens[:LENGTH].tolist())
+        targets.update(row.tokens[1:].tolist())
     if best:  # every token is an input once
-        assert Counter(token for row in whole for token in row.tokens[:LENGTH].tolist()) == source
+        assert inputs == source
     else:  # every token but the first one of a lane is a target once
-        targets = Counter(token for row in whole for token in row.tokens[1:].tolist())
         firsts = source - targets
-        assert not targets - source and firsts.total() <= recipe.lanes
+        assert not targets - source and firsts.total() <= spec.lanes
         assert not firsts - Counter(int(row.tokens[0]) for row in whole)
     steps = [batch] * (-(-len(whole) // batch) + 1)
     stop = rng.randint(0, len(steps))
-    first, state = read(recipe, steps[:stop], world=rng.choice(WORLDS), threads=rng.randint(0, 2))
+    first, state = read(spec, steps[:stop], world=rng.choice(WORLDS), threads=rng.randint(0, 2))
     second, last = read(
-        recipe, steps[stop:], state, world=rng.choice(WORLDS), threads=rng.randint(0, 2)
+        spec, steps[stop:], state, world=rng.choice(WORLDS), threads=rng.randint(0, 2)
     )
     assert ids(first + second) == ids(whole)
     assert last["pass"] == passes
@@ -212,8 +213,8 @@ def test_reading_ahead_never_comes_between_a_lane_and_what_it_tells(
     """Sequences that another thread makes while a lane is asked what it has are not lost."""
     monkeypatch.setattr("dist_lm.data.lane.LARGEST_BATCH", Amount(2, 30))
     write_source(tmp_path / "x", random.Random(3), "jsonl")
-    recipe = recipe_of(tmp_path / "x", lanes=1, passes=1)
-    whole, _ = read(recipe, [10**6])
+    spec = spec_of(tmp_path / "x", lanes=1, passes=1)
+    whole, _ = read(spec, [10**6])
     count = Lane._count
 
     def slow_count(lane: Lane, passed: int) -> int:
@@ -225,29 +226,29 @@ def test_reading_ahead_never_comes_between_a_lane_and_what_it_tells(
         return found
 
     monkeypatch.setattr(Lane, "_count", slow_count)
-    disturbed, _ = read(recipe, [1] * (len(whole) + 1))
+    disturbed, _ = read(spec, [1] * (len(whole) + 1))
     assert ids(disturbed) == ids(whole) != []
 
 
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), length=st.integers(1, 12))
 def test_best_fit_cuts_only_what_is_too_long(sizes: list[int], length: int) -> None:
-    rows = best_fit(sizes, length)
-    inputs = Counter(
-        (number, at) for row in rows for number, begin, end in row for at in range(begin, end)
-    )
-    ahead = Counter(
-        (row[0][0], row[0][2] - 1)
-        for row in rows
-        if sum(end - begin for _, begin, end in row) > length
-    )
-    assert inputs - ahead == Counter(
-        {(number, at): 1 for number, size in enumerate(sizes) for at in range(size)}
-    )
-    for row in rows:
-        total = sum(end - begin for _, begin, end in row)
-        assert total <= length or (len(row) == 1 and total == length + 1)
-    whole = {part[0] for row in rows for part in row if part[1:] == (0, sizes[part[0]])}
+    inputs = Counter[tuple[int, int]]()  # by document and place in it
+    whole = set()
+    for fragments in best_fit(sizes, length):
+        total = sum(end - begin for _, begin, end in fragments)
+        assert total <= length or (len(fragments) == 1 and total == length + 1)
+        for number, begin, end in fragments:
+            inputs.update((number, at) for at in range(begin, end))
+            if (begin, end) == (0, sizes[number]):
+                whole.add(number)
+        if total > length:  # its last token is a target only
+            number, _, end = fragments[0]
+            inputs[number, end - 1] -= 1
+    expected = Counter[tuple[int, int]]()
+    for number, size in enumerate(sizes):
+        expected.update((number, at) for at in range(size))
+    assert inputs == expected
     assert whole >= {number for number, size in enumerate(sizes) if size <= length}
 
 
@@ -261,17 +262,13 @@ def dataset_of(folder: Path, lanes: int = 3, **data: Any) -> tuple[Config, Datas
         folder.mkdir()
         write_source(folder / "a", rng, "parquet")
         write_source(folder / "b", rng, "jsonl")
-        (folder / "c.txt").write_text(
-            "#".join("".join(rng.choices("xyz ", k=30)) for _ in range(200))
-        )
-        prepare_dataset(
-            DataConfig(input=str(folder / "c.txt"), separator="#", tokenizer="byte"), folder / "c"
-        )
-    weights = {"a": 0.7, "b": 0.2, "c": 0.1}
-    named = {
-        name: {"input": str(folder / name), "weight": weight} | data.pop(name, {})
-        for name, weight in weights.items()
-    }
+        texts = ["".join(rng.choices("xyz ", k=30)) for _ in range(200)]
+        text = folder / "c.txt"
+        text.write_text("#".join(texts))
+        prepare_dataset(DataConfig(input=str(text), separator="#", tokenizer="byte"), folder / "c")
+    named = {}
+    for name, weight in {"a": 0.7, "b": 0.2, "c": 0.1}.items():
+        named[name] = {"input": str(folder / name), "weight": weight} | data.pop(name, {})
     fields = {
         "sources": named,
         "stream": True,
@@ -280,16 +277,15 @@ def dataset_of(folder: Path, lanes: int = 3, **data: Any) -> tuple[Config, Datas
         "lanes": lanes,
         "val_fraction": 0.0,
     }
-    config = Config.model_validate(
-        {"data": fields | data, "run": {"dir": str(folder / "run"), "eval_every": 0}}, strict=False
-    )
+    run = {"dir": str(folder / "run"), "eval_every": 0}
+    config = Config.model_validate({"data": fields | data, "run": run}, strict=False)
     return config, open_dataset(config, lambda work: work(), say=lambda _: None)
 
 
 def global_batches(
     config: Config, data: Dataset, steps: range, world: int = 1, state: Any = None
 ) -> tuple[list[np.ndarray], dict[str, Any], list[dict[str, float]]]:
-    """Tokens and targets of each step's places, where the streams then stand, and the shares reported."""
+    """Targets and tokens of each step's places; where the streams then stand; the shares."""
     batch = config.data.global_batch
 
     def work(rank: int, gather: Callable[[Any], list[Any]]) -> tuple[list[np.ndarray], Any, Any]:
@@ -313,11 +309,12 @@ def global_batches(
         return made, after, shares
 
     ranks = together(world, work)
-    places = [
-        np.stack([ranks[j % world][0][n][j // world] for j in range(batch)])
-        for n in range(len(steps))
-    ]
-    return places, merge_after([after for _, after, _ in ranks]), ranks[0][2]
+    global_rows = []
+    for number in range(len(steps)):
+        of_rank = [made[number] for made, _, _ in ranks]
+        in_order = [of_rank[place % world][place // world] for place in range(batch)]
+        global_rows.append(np.stack(in_order))
+    return global_rows, merge_after([after for _, after, _ in ranks]), ranks[0][2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -352,10 +349,9 @@ def test_a_mixture_is_the_same_in_every_world_and_after_a_resume(
 def test_shares_are_exact_over_every_period(
     weights: list[float], later: list[float], start: int
 ) -> None:
-    stages = [
-        (0, weights),
-        *([(start, later[: len(weights)])] if sum(later[: len(weights)]) else []),
-    ]
+    stages = [(0, weights)]
+    if sum(later[: len(weights)]):
+        stages.append((start, later[: len(weights)]))
     mixture = MixtureSchedule(stages)
     sources, earlier = mixture.at(np.arange(1500))
     counts = np.zeros(len(weights), int)
@@ -372,19 +368,15 @@ def test_shares_are_exact_over_every_period(
 
 
 def sources_of(steps: list[np.ndarray], kinds: dict[str, str]) -> list[str]:
-    """Which source each row of each step came from, told by its letters; - where there is no target."""
-    return [
-        "".join(
-            next(
-                (n for n, letters in kinds.items() if set(BYTES.decode(row[1:])) & set(letters)),
-                "?",
-            )
-            if row[0]
-            else "-"
-            for row in step
-        )
-        for step in steps
-    ]
+    """Which source each row of each step came from, by its letters; - without a target."""
+
+    def source_of(row: np.ndarray) -> str:
+        if not row[0]:
+            return "-"
+        text = set(BYTES.decode(row[1:]))
+        return next((name for name, letters in kinds.items() if text & set(letters)), "?")
+
+    return ["".join(map(source_of, step)) for step in steps]
 
 
 LETTERS = {"c": "xyz", "a": "abc \n."}  # a and b are written with the same letters

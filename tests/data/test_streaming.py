@@ -1,4 +1,4 @@
-"""Training from streams, with real processes: one run in every world, cut anywhere, and what is refused."""
+"""Training from streams in real processes: one run in every world, cut anywhere; refusals."""
 
 import gzip
 import json
@@ -104,7 +104,7 @@ def opened(folder: Path, path: Any, **data: Any) -> tuple[Config, Dataset]:
     return config, open_dataset(config, lambda work: work(), say=print)
 
 
-def recipe(data: Dataset) -> StreamSpec:
+def stream_spec(data: Dataset) -> StreamSpec:
     (source,) = data.sources.values()
     assert isinstance(source, StreamSource)
     return source.spec
@@ -112,13 +112,13 @@ def recipe(data: Dataset) -> StreamSpec:
 
 def read_through(data: Dataset, passes: int = 1) -> list[str]:
     """The documents of one pass, by the text of their sequences."""
-    whole = recipe(data)
-    whole.passes = passes
-    rows = [row for _, row in Stream(whole).deal(10**6) if row]
-    ends = data.tokenizer.decode(
-        [token for row in rows for token in row.tokens[:16]], skip_special=False
-    )
-    return ends.split("<|endoftext|>")
+    spec = stream_spec(data)
+    spec.passes = passes
+    inputs: list[int] = []
+    for _, sequence in Stream(spec).deal(10**6):
+        assert sequence
+        inputs += sequence.tokens[:16].tolist()
+    return data.tokenizer.decode(inputs, skip_special=False).split("<|endoftext|>")
 
 
 # --- one run
@@ -126,7 +126,7 @@ def read_through(data: Dataset, passes: int = 1) -> list[str]:
 
 @pytest.mark.slow
 def test_a_chain_of_strategies_over_two_streams(corpus: Path, tmp_path: Path) -> None:
-    """DDP x 2, ZeRO-2 x 4, ZeRO-3 x 3 and one process make the batches and the losses of the undisturbed run."""
+    """A run that changes strategy and world has the batches and losses of the undisturbed one."""
     flags = mixed(tmp_path, corpus, "--run.steps", "20", "--model.dropout", "0.1")
     train(tmp_path / "whole", *flags)
     for strategy, world, stop in (
@@ -163,15 +163,10 @@ def test_whole_passes_end_the_run_wherever_it_is_killed(corpus: Path, tmp_path: 
     train(tmp_path / "other", *flags, "--run.stop_after", "7", world=3)
     train(tmp_path / "other", *flags, "--data.workers", "0")
     assert_same_curve(tmp_path / "other", tmp_path / "whole", 1e-5)
-    tokens = 2 * sum(
-        len(text.encode()) + 1
-        for n in range(2)
-        for text in documents(150, n)
-        if not is_held_out(text)
-    )
-    assert (
-        losses(tmp_path / "whole")[-1]["tokens"] == tokens - 3
-    )  # the first token of each lane has no predecessor
+    texts = [*documents(150, 0), *documents(150, 1)]
+    tokens = 2 * sum(len(text.encode()) + 1 for text in texts if not is_held_out(text))
+    # The first token of each of the three lanes has no predecessor.
+    assert losses(tmp_path / "whole")[-1]["tokens"] == tokens - 3
 
 
 def is_held_out(text: str) -> bool:
@@ -229,10 +224,10 @@ def test_validation_is_never_trained_on(corpus: Path, tmp_path: Path) -> None:
     trained = read_through(data)[:-1]
     assert set(data.val) == {"asked", "val"}
     assert not set(trained) & set(shared) and not any(map(is_held_out, trained))
-    both = [text for n in range(2) for text in documents(150, n)]
+    both = [*documents(150, 0), *documents(150, 1)]
     assert set(trained) == {text for text in both if not is_held_out(text)} - set(shared)
-    kept = [data.val["val"].read([n], 16, 16)[0] for n in range(8)]
-    text = data.tokenizer.decode([token for row in kept for token in row[:16]], skip_special=False)
+    kept = data.val["val"].read(range(8), 16, 16)[:, :16]
+    text = data.tokenizer.decode(kept.reshape(-1).tolist(), skip_special=False)
     first = [text for text in both if is_held_out(text)]
     assert "<|endoftext|>".join(first).startswith(text[:-1])  # in source order, the first ones
 
@@ -296,21 +291,18 @@ def test_bad_rows_are_refused_or_counted(tmp_path: Path, kind: str) -> None:
         read_through(opened(tmp_path / "a", tmp_path / "text", **options)[1])
     assert refusal.value.code == 65
     _, data = opened(tmp_path / "b", tmp_path / "text", bad_rows="skip", lanes=1, **options)
-    stream = Stream(recipe(data))
-    recipe(data).passes = 1
+    expected = {"rests of damaged files": 1}
+    if kind == "rows.jsonl":
+        expected = {"bad rows": 2, "null rows": 1}
+    spec = stream_spec(data)
+    stream = Stream(spec)
+    spec.passes = 1
     for count in (1, 10**6):  # inside the only block, and at its end
         assert stream.deal(count)
-        left_out = count_left_out(
-            {"streams": {"text": stream.snapshot()}}
-        )  # what a run says at a checkpoint
-        assert left_out == (
-            {"bad rows": 2, "null rows": 1}
-            if kind == "rows.jsonl"
-            else {"rests of damaged files": 1}
-        )
-        stream = Stream(
-            recipe(data), json.loads(json.dumps(stream.snapshot()))
-        )  # and counts on from, if it resumes
+        state = json.loads(json.dumps(stream.snapshot()))
+        # A run says this at a checkpoint, and counts on from there if it resumes.
+        assert count_left_out({"streams": {"text": state}}) == expected
+        stream = Stream(spec, state)
 
 
 def test_templates_and_filters(tmp_path: Path) -> None:
@@ -340,16 +332,13 @@ def test_a_prepared_folder_at_a_url_is_the_local_one(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DIST_LM_CACHE", str(tmp_path / "cache"))
-    (_, here), (config, there) = (
-        opened(tmp_path / "run", f"{at}{prepared}", stream=False) for at in ("", "file://")
-    )
+    _, here = opened(tmp_path / "run", prepared, stream=False)
+    config, there = opened(tmp_path / "run", f"file://{prepared}", stream=False)
     assert there.identity == here.identity and there.val["val"].sizes == here.val["val"].sizes
     some = np.arange(0, there.train.count(config.data), 7)
     assert np.array_equal(there.train.read(some, 16, 16), here.train.read(some, 16, 16))
-    assert [
-        path.name.endswith("-train-00000.safetensors")
-        for path in (tmp_path / "cache").glob("*.safetensors")
-    ] == [True]
+    (copy,) = (tmp_path / "cache").glob("*.safetensors")
+    assert copy.name.endswith("-train-00000.safetensors")
 
 
 def test_a_hub_dataset_streams_by_row_group(
@@ -373,10 +362,9 @@ def test_a_hub_dataset_streams_by_row_group(
         lanes=1,
         run={"eval_every": 0},
     )
-    assert len(recipe(data).parts) == 2 * 8  # 150 rows in groups of 20
-    assert sorted(read_through(data)[:-1]) == sorted(
-        text for n in range(2) for text in documents(150, n)
-    )
+    assert len(stream_spec(data).parts) == 2 * 8  # 150 rows in groups of 20
+    both = [*documents(150, 0), *documents(150, 1)]
+    assert sorted(read_through(data)[:-1]) == sorted(both)
     assert set(asked) == {("someone/words", "small", "test", "v2")}
 
 
@@ -397,7 +385,7 @@ def test_validation_is_left_out_of_what_is_prepared(corpus: Path, tmp_path: Path
     )
     rows = data.sources["rows"]
     assert isinstance(rows, PreparedSource)
-    tokens = np.concatenate([rows.shards.read([n], 16, 16)[0][:16] for n in range(rows.sequences)])
+    tokens = rows.read(np.arange(rows.sequences))[:, :16].reshape(-1)
     trained = set(data.tokenizer.decode(tokens, skip_special=False).split("<|endoftext|>"))
     assert not trained & set(shared)
     assert len(trained & set(documents(300, 7))) >= 260 - sum(map(is_held_out, documents(300, 7)))
@@ -414,10 +402,13 @@ def test_one_long_document_among_fewer_than_lanes(tmp_path: Path) -> None:
         val_fraction=0.0,
         run={"eval_every": 0},
     )
-    assert recipe(data).lanes == 2
-    recipe(data).passes = 1
-    tokens = [len(row.tokens) - 1 for _, row in Stream(recipe(data)).deal(10**6) if row]
-    assert sum(tokens) == 5 * 10**5 + len("short") + len("row") + 3 - 2
+    assert stream_spec(data).lanes == 2
+    stream_spec(data).passes = 1
+    targets = 0
+    for _, sequence in Stream(stream_spec(data)).deal(10**6):
+        assert sequence
+        targets += len(sequence.tokens) - 1
+    assert targets == 5 * 10**5 + len("short") + len("row") + 3 - 2
 
 
 def test_an_empty_source(tmp_path: Path) -> None:
@@ -450,7 +441,9 @@ def test_show_and_find_read_a_stream_again(
         bars = "".join(line[6:] for line in text.splitlines() if line.startswith("    | "))
         tokens = [*rows.tokens_BT[place].tolist(), int(rows.targets_BT[place, -1])]
         assert bars == data.tokenizer.decode(tokens, skip_special=False).replace("\n", "")
-        name, row = re.search(r"  (\S+) row (\d+), tokens 0 to", text).groups()  # type: ignore[union-attr]
+        first = re.search(r"  (\S+) row (\d+), tokens 0 to", text)
+        assert first
+        name, row = first.groups()
         source = documents(300, 7) if name == "rows.jsonl" else documents(150, int(name[0]))
         assert bars.split("<|endoftext|>")[0] in source[int(row) - 1]
     passage = data.tokenizer.decode(rows.tokens_BT[3, :14].tolist())

@@ -36,7 +36,6 @@ from dist_lm.data.preparing import (
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
-from dist_lm.data.stream import StreamSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError

@@ -264,9 +264,9 @@ class _Stage:
 
     def at(self, positions: Ints) -> tuple[Ints, Ints]:
         """The source of each position, and how many earlier positions of the run had it."""
-        elapsed = positions - self.start
-        rounds = elapsed // len(self._pattern)
-        place = elapsed % len(self._pattern)
+        since_start = positions - self.start
+        rounds = since_start // len(self._pattern)
+        place = since_start % len(self._pattern)
         sources = self._pattern[place]
         earlier: Ints = self._before[sources] + rounds * self._counts[sources] + self._nth[place]
         return sources, earlier

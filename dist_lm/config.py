@@ -9,10 +9,12 @@ mistake is answered at once.
 import math
 import string
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from dist_lm.errors import UserError, did_you_mean
 
@@ -33,6 +35,26 @@ class Section(BaseModel):
         """Fill fields that follow others. Only validators do so, before anyone sees the object."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+
+def plain_type(annotation: Any) -> Any:
+    """A type without its limits and without None: int of `Annotated[int, Field(ge=1)] | None`."""
+    options = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return plain_type(options[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return plain_type(next(option for option in options if option is not NoneType))
+    return annotation
+
+
+def fields_by_name(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by the names that a user gives: `json` where pydantic has its own."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether a field takes several values."""
+    return get_origin(plain_type(info.annotation)) is tuple
 
 
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
@@ -115,7 +137,7 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """One named source of data.sources or data.validation."""
+    """Where a text lies, and its share of the tokens."""
 
     input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
     weight: float = Field(

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from dist_lm import generate
+from dist_lm.cli import read_flags
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError, run_entry
+from dist_lm.generate import GENERATE
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
@@ -284,34 +286,34 @@ def test_compiled(cli: Cli) -> None:
 # --- what it refuses
 
 REFUSED = [
-    ("--temperature nan", "--temperature: nan must be a number of 0 or more; nearest: 0.8"),
-    ("--temperature=-1", "--temperature: -1 must be a number of 0 or more; nearest: 0"),
-    ("--temperature warm", "--temperature: warm must be a number of 0 or more; nearest: 0.8"),
-    ("--temperature inf", "--temperature: inf must be a number from 0 to 1e+09; nearest: 1e+09"),
-    ("--top_k -1", "--top_k: -1 must be a whole number of 0 or more; nearest: 0"),
-    ("--top-k 1.5", "--top_k: 1.5 must be a whole number of 0 or more; nearest: 0"),
-    ("--top_p 0", "--top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06"),
-    ("--top_p 1.1", "--top_p: 1.1 must be a number from 1e-06 to 1; nearest: 1"),
-    ("--min_p 2", "--min_p: 2 must be a number from 0 to 1; nearest: 1"),
+    ("--temperature nan", "--temperature=nan must be a number of 0 or more; nearest: 0.8"),
+    ("--temperature=-1", "--temperature=-1 must be a number of 0 or more; nearest: 0"),
+    ("--temperature warm", "--temperature=warm must be a number of 0 or more; nearest: 0.8"),
+    ("--temperature inf", "--temperature=inf must be a number from 0 to 1e+09; nearest: 1e+09"),
+    ("--top_k -1", "--top_k=-1 must be a whole number of 0 or more; nearest: 0"),
+    ("--top-k 1.5", "--top_k=1.5 must be a whole number of 0 or more; nearest: 0"),
+    ("--top_p 0", "--top_p=0 must be a number from 1e-06 to 1; nearest: 1e-06"),
+    ("--top_p 1.1", "--top_p=1.1 must be a number from 1e-06 to 1; nearest: 1"),
+    ("--min_p 2", "--min_p=2 must be a number from 0 to 1; nearest: 1"),
     (
         "--repetition_penalty 0",
-        "--repetition_penalty: 0 must be a number of 1e-06 or more; nearest: 1e-06",
+        "--repetition_penalty=0 must be a number of 1e-06 or more; nearest: 1e-06",
     ),
-    ("--max_new_tokens 0", "--max_new_tokens: 0 must be a whole number of 1 or more; nearest: 1"),
-    ("--num_samples 0", "--num_samples: 0 must be a whole number of 1 or more; nearest: 1"),
-    ("--seed -5", "--seed: -5 must be a whole number of 0 or more; nearest: 0"),
+    ("--max_new_tokens 0", "--max_new_tokens=0 must be a whole number of 1 or more; nearest: 1"),
+    ("--num_samples 0", "--num_samples=0 must be a whole number of 1 or more; nearest: 1"),
+    ("--seed -5", "--seed=-5 must be a whole number of 0 or more; nearest: 0"),
     (
         "--seed 99999999999999999999",
-        "--seed: 99999999999999999999 must be a whole number from 0 to 9223372036854775807; nearest: 9223372036854775807",
+        "--seed=99999999999999999999 must be a whole number from 0 to 9223372036854775807; nearest: 9223372036854775807",
     ),
-    ("--top_k 1e3", "--top_k: 1e3 must be a whole number of 0 or more; nearest: 0"),
+    ("--top_k 1e3", "--top_k=1e3 must be a whole number of 0 or more; nearest: 0"),
     ("--stop=", "--stop '' must not be empty; nearest: no --stop"),
     ("--logprobs", "--logprobs is printed in JSON lines only; nearest: --json --logprobs"),
-    ("--device tpu", "--device: tpu must be one of auto, cpu, cuda; did you mean cpu?"),
-    ("--context slid", "--context: slid must be one of slide, refuse; did you mean slide?"),
-    ("--dtype bf61", "--dtype: bf61 must be one of fp32, bf16, fp16; did you mean bf16?"),
-    ("--tempreature 1", "unknown argument --tempreature; did you mean --temperature?"),
-    ("--prompt", "--prompt: expected one argument"),
+    ("--device tpu", "--device=tpu must be one of auto, cpu, cuda; did you mean cpu?"),
+    ("--context slid", "--context=slid must be one of slide, refuse; did you mean slide?"),
+    ("--dtype bf61", "--dtype=bf61 must be one of fp32, bf16, fp16; did you mean bf16?"),
+    ("--tempreature 1", "unknown flag --tempreature; did you mean --temperature?"),
+    ("--prompt", "--prompt needs a value"),
     (
         "--prompt \udcff",
         "the command line: byte 0xff at offset 0 is not UTF-8; rule: text is UTF-8",
@@ -410,7 +412,7 @@ def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
     )
     assert (done.returncode, done.stderr) == (
         2,
-        "error: --top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06\n",
+        "error: --top_p=0 must be a number from 1e-06 to 1; nearest: 1e-06\n",
     )
 
 
@@ -531,12 +533,10 @@ def test_control_characters_are_escaped_on_a_terminal(
 
 def test_errors_of_reading_are_user_errors() -> None:
     with pytest.raises(UserError, match="--ckpt"):
-        generate.command_line([])
+        read_flags([], GENERATE)
     started = time.perf_counter()
-    args = generate.command_line(
-        ["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"]
+    flags = read_flags(
+        ["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"], GENERATE
     )
-    assert (args.max_new_tokens, args.stop) == (
-        5,
-        ["a-b", "c-d"],
-    ) and time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 1
+    assert (flags.max_new_tokens, flags.stop) == (5, ("a-b", "c-d"))

@@ -80,8 +80,12 @@ def test_help_names_the_command(capsys):
             66,
         ),
         (["empty"], "empty: metrics.jsonl has no whole line of a step yet", 66),
-        (["slow", "--outptu", "x.png"], "unknown argument --outptu; did you mean --output?", 2),
-        (["--output", "x.png"], "the following arguments are required: RUN", 2),
+        (["slow", "--outptu", "x.png"], "unknown flag --outptu; did you mean --output?", 2),
+        (
+            ["--output", "x.png"],
+            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG]",
+            2,
+        ),
         (
             ["slow", "--output", "no/x.png"],
             "--output no/x.png: No such file or directory; rule: a file that can be written",

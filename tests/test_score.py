@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_lm import score as score_module
+from dist_lm import scoring
 from dist_lm.checkpoint.load import read_model
 from dist_lm.config import Config, DataConfig, ModelConfig, ModelSpec, RunConfig, batch_layout
 from dist_lm.data.shards import TokenShards
@@ -63,7 +63,7 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without the start of a real runtime, which takes seconds and changes this process."""
-    monkeypatch.setattr(score_module, "start", lambda config: ONE_PROCESS)
+    monkeypatch.setattr(scoring, "start", lambda config: ONE_PROCESS)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.chdir(tmp_path)
 
@@ -194,7 +194,9 @@ def test_too_little_text_is_held_out(run, tmp_path):
 
 
 def test_help(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
     assert "python -m dist_lm.score --ckpt" in capsys.readouterr().out
 
 

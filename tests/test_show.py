@@ -211,5 +211,7 @@ def test_a_reader_that_has_seen_enough(run):
 
 
 def test_help(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
     assert "python -m dist_lm.show RUN --step N" in capsys.readouterr().out

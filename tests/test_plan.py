@@ -4,29 +4,29 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from dist_lm import plan
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config, ModelSpec
+from dist_lm.config import Config, ModelSpec, fields_by_name
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
-from dist_lm.plan import (
-    FLAGS,
-    Cluster,
-    MemoryCounter,
-    describe,
+from dist_lm.outcome import TRAIN
+from dist_lm.plan import PlanFlags, main
+from dist_lm.planning.activations import MemoryCounter, live_bytes, run_fake
+from dist_lm.planning.cluster import GPUS, Cluster, GpuKind
+from dist_lm.planning.estimate import (
     estimate,
     largest_micro_batch,
-    live_bytes,
-    main,
-    memory,
     strategies,
+    with_changes,
 )
+from dist_lm.planning.memory import memory
+from dist_lm.planning.page import describe
 from dist_lm.runtime.zero import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from tests.conftest import TINY
@@ -41,7 +41,7 @@ def recipe(name: str, **changes: object) -> Config:
 
 
 def tiny(**changes: object) -> Config:
-    config, _ = load(TINY, {}, "test")
+    config, _ = load(TINY, TRAIN)
     return resolve(("tiny", config.flat()), ("test", {"data.tokenizer": "byte", **changes}))
 
 
@@ -106,7 +106,7 @@ def test_blocks_are_alike(settings: dict[str, object]) -> None:
     config = tiny(**{"model.layers": 5, "data.seq_len": 64, **settings})
     inferred = live_bytes(config, 257, 7, False, False)
     data, run = config.data, config.run
-    whole = plan._run_fake(
+    whole = run_fake(
         config.model,
         5,
         257,
@@ -118,9 +118,9 @@ def test_blocks_are_alike(settings: dict[str, object]) -> None:
         False,
         False,
     )
-    assert inferred.activations == pytest.approx(whole[0], rel=0.01)
-    assert inferred.blocks == pytest.approx(whole[2], rel=0.01)
-    assert inferred.activations + inferred.loss == pytest.approx(whole[1], rel=0.02)
+    assert inferred.activations == pytest.approx(whole.forward, rel=0.01)
+    assert inferred.blocks == pytest.approx(whole.blocks, rel=0.01)
+    assert inferred.activations + inferred.loss == pytest.approx(whole.loss, rel=0.02)
 
 
 def test_live_bytes_are_those_of_real_tensors() -> None:
@@ -133,7 +133,7 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
     watch = MemoryCounter([*model.parameters(), *model.buffers()])
     with watch:
         model(tokens, tokens).backward()
-    whole = plan._run_fake(
+    whole = run_fake(
         config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False
     )
     assert watch.most == pytest.approx(max(whole[1:]), rel=0.02)
@@ -158,7 +158,7 @@ def test_checkpoint_bytes_are_those_on_disk(
     train(tmp_path / "run", *settings)
     (folder,) = step_folders(tmp_path / "run")
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    config, _ = load(settings, {}, "test")
+    config, _ = load(settings, TRAIN)
     assert checkpoint_bytes(config, vocabulary(config)) == pytest.approx(
         written, rel=0.05
     )  # headers, Adam's step
@@ -209,7 +209,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     config, strategy, cluster = recipe("llama-1b"), Strategy(), Cluster("h100")
     most = largest_micro_batch(config, strategy, cluster, 32000)
     assert 1 < most < 128
-    tried = [plan.changed(config, "data", micro_batch=n) for n in (most, most + 1)]
+    tried = [with_changes(config, "data", micro_batch=n) for n in (most, most + 1)]
     peaks = [memory(config, strategy, 8, 32000, True).peak for config in tried]
     assert peaks[0] <= cluster.room < peaks[1]
     assert largest_micro_batch(config, strategy, Cluster("rtx4090"), 32000) == 0
@@ -309,7 +309,9 @@ def test_vocabulary_and_length_of_prepared_data(prepared: Path) -> None:
     assert steps_of(config) == math.ceil(3 * sequences(prepared) / 8)
     assert vocabulary(tiny(**{"data.tokenizer": "bpe:500"})) == 500
     assert vocabulary(tiny(**{"data.tokenizer": str(prepared)})) == 257
-    assert set(FLAGS) == set("launch nodes gpus_per_node gpu mfu vocab_size json table".split())
+    expected = "config print_config launch nodes gpus_per_node gpu mfu vocab_size json table"
+    assert set(fields_by_name(PlanFlags)) == set(expected.split())
+    assert get_args(GpuKind) == tuple(GPUS)
 
 
 def sequences(prepared: Path) -> int:

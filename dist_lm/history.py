@@ -103,10 +103,10 @@ def _steps_of_shards(config: Config, data: Dataset, sequences: int, first: int) 
 
 def _steps_of_mixture(config: Config, data: Dataset, first: int) -> Iterator[Step]:
     """Mixtures and streams: read from the nearest checkpoint before the step, or from the start."""
-    states = [{"step": 0, "streams": None}]
+    states: list[dict[str, Any]] = [{"step": 0, "streams": None}]
     states += [_read_state(path) for path in _checkpoints(config)]
     earlier = [state for state in states if state["step"] <= first]
-    near: dict[str, Any] = max(earlier, key=lambda state: state["step"])
+    near = max(earlier, key=lambda state: state["step"])
     reader = MixtureReader(data, config.data, config.run.seed, state=near["streams"])
     batch = config.data.global_batch
     for step in range(near["step"], sys.maxsize):

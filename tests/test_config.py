@@ -302,24 +302,29 @@ def test_help_fits_the_terminal(
 HEAVY = ("torch", "numpy", "pyarrow", "datasets", "tokenizers", "accelerate", "matplotlib")
 
 
+@pytest.mark.parametrize("word", ["--help", "--hlep"])
 @pytest.mark.parametrize(
     "command", ["train", "prepare", "generate", "score", "show", "report", "plan", "doctor"]
 )
-def test_help_waits_for_nothing_slow(command: str) -> None:
+def test_help_and_mistakes_wait_for_nothing_slow(command: str, word: str) -> None:
     """What makes a start slow is imported after the command line is read."""
     program = (
         "import runpy, sys\n"
-        f"sys.argv = ['{command}', '--help']\n"
+        f"sys.argv = ['{command}', '{word}']\n"
         f"try: runpy.run_module('dist_lm.{command}', run_name='__main__', alter_sys=True)\n"
-        f"finally: print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
+        f"finally: print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=clean_env(), capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert done.stdout.startswith("usage: ") and f"dist_lm.{command}" in done.stdout.replace(
-        "/", "."
-    )
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    if word == "--help":
+        assert (done.returncode, done.stderr) == (0, "")
+        usage, _, _ = done.stdout.partition("\n")
+        assert usage.startswith("usage: ") and f"dist_lm.{command}" in usage.replace("/", ".")
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: unknown flag --hlep")
+        assert done.stderr.count("\n") == 1
 
 
 class Flags(Section):

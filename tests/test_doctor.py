@@ -18,10 +18,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from dist_lm.checks.command import DOCTOR
+from dist_lm.checks.examination import CHECKS, Result, page
+from dist_lm.checks.links import rendezvous
+from dist_lm.checks.machines import clocks
+from dist_lm.checks.ranks import run_within
+from dist_lm.cli import load
 from dist_lm.config import DataConfig
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, run_within
-from dist_lm.doctor import arguments as judged
 from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env, entry, finish, free_port, train
@@ -98,7 +102,7 @@ def test_alone_and_fit(prepared: Path, tmp_path: Path) -> None:
     data = ("--data.input", str(prepared), "--data.tokenizer", "byte")
     page = entry("doctor", *SETTINGS, *data, "--run.dir", str(tmp_path / "a/b"))
     names = [line[6:18].strip() for line in page.splitlines()[:-1]]
-    assert names == [name for name, _, _ in CHECKS]
+    assert names == [check.name for check in CHECKS]
     assert page.endswith("14 checks: 0 warn, 0 fail\n")
     assert list(tmp_path.iterdir()) == []  # nothing stays, not even the folder
 
@@ -437,7 +441,7 @@ def test_a_rank_that_dies_or_falls_silent(
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        judged(arguments)
+        load(arguments, DOCTOR)
     assert (str(refused.value), refused.value.code) == (message, 2)
 
 
@@ -488,11 +492,11 @@ def test_work_that_fails_or_hangs_is_said() -> None:
 
 
 def test_the_page() -> None:
-    checks = [Check("a", "ok", "fine"), Check("b", "fail", "broken", "mend it", 70)]
-    assert report(checks, 2, 70, False).splitlines() == [
+    results = [Result("a", "ok", "fine"), Result("b", "fail", "broken", "mend it", 70)]
+    assert page(results, 2, 70, as_json=False).splitlines() == [
         "ok    a           fine",
         "fail  b           broken",
         " " * 18 + "-> mend it",
         "2 checks: 0 warn, 1 fail",
     ]
-    assert json.loads(report(checks, 2, 70, True))["checks"][1]["remedy"] == "mend it"
+    assert json.loads(page(results, 2, 70, as_json=True))["checks"][1]["remedy"] == "mend it"

@@ -79,7 +79,10 @@ def read_flags(argv: Sequence[str], command: Command[Flags]) -> Flags:
 def read_flags_and_settings(
     argv: Sequence[str], command: Command[Flags]
 ) -> tuple[Flags, dict[str, Any]]:
-    """A command's flags, and {'section.field': value} of the settings among them. Answers --help."""
+    """A command's flags, and the settings among them as {'section.field': value}.
+
+    Answers --help.
+    """
     if _HELP & set(argv):
         _print_help(command, {}, Config())
     return _read(argv, command)

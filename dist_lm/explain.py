@@ -1,4 +1,4 @@
-"""Validation errors as one line: where it was set, the field, its value, the rule, the nearest value."""
+"""A validation error as one line: its origin, the field, its value, the rule, the nearest value."""
 
 import math
 import re

@@ -169,7 +169,7 @@ def prompts_from(flags: GenerateFlags) -> list[str] | None:
 
 
 def prompt_in(content: bytes, where: str) -> str:
-    """The text of a file. Editors and `echo` end it with a newline that is not meant as part of it."""
+    """The text of a file, without the newline that editors and `echo` put at its end."""
     problem = not_utf8(content, where)
     if problem:
         raise DataError(problem)

@@ -202,7 +202,7 @@ def _look_up_in_shards(
 
 
 def find(config: Config, data: Dataset, text: str) -> None:
-    """Print the steps of the run so far that had the passage, by following its whole order again."""
+    """Print the steps so far that had the passage, by following the run's whole order again."""
     steps, _ = read_metrics(config.run.dir)
     last = max((figures["step"] for figures in steps), default=0)
     search = Search(config, data, text)

@@ -1,4 +1,4 @@
-"""A checkpoint's validation figures: the number that training prints, on its text or on any other."""
+"""A checkpoint's validation figures, of the text that it was trained on or of any other."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Config: precedence, every error as one line with the rule and the nearest good value, the plan."""
+"""Settings and command lines: precedence, help, every error as one line, the batch layout."""
 
 import re
 import subprocess
@@ -38,16 +38,18 @@ def settings(*argv: str) -> Config:
 def test_fields() -> None:
     """All settings of the product. A new one must earn its place here."""
     expected = """
-    model.layers model.heads model.kv_heads model.width model.ffn_width model.positions model.norm model.norm_placement
-    model.activation model.bias model.qk_norm model.dropout model.tie_embeddings model.init model.norm_eps
-    model.rope_theta
-    data.input data.sources data.stages data.validation data.stream data.lanes data.packing data.bad_rows data.cache_gb
-    data.text_column data.separator data.tokenizer data.val_fraction data.seq_len data.stride
-    data.document_mask data.global_batch data.micro_batch data.workers
-    optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps optim.weight_decay optim.clip
-    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing run.ema run.eval_every
-    run.eval_batches run.save_every run.keep_last run.keep_every run.resume run.init_from run.stop_after
-    run.timeout_seconds run.log_batch_hash run.profile_steps run.trackers run.sample_prompt
+    model.layers model.heads model.kv_heads model.width model.ffn_width model.positions model.norm
+    model.norm_placement model.activation model.bias model.qk_norm model.dropout
+    model.tie_embeddings model.init model.norm_eps model.rope_theta
+    data.input data.sources data.stages data.validation data.stream data.lanes data.packing
+    data.bad_rows data.cache_gb data.text_column data.separator data.tokenizer data.val_fraction
+    data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
+    optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
+    optim.weight_decay optim.clip
+    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing
+    run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
+    run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
+    run.trackers run.sample_prompt
     """
     assert set(expected.split()) == set(FIELDS)
 
@@ -122,7 +124,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--model.positions rop",
-            "command line: model.positions='rop' must be one of learned, rope, sinusoidal, none; nearest: rope",
+            "command line: model.positions='rop' must be one of learned, rope, sinusoidal, none;"
+            " nearest: rope",
         ),
         (
             "--model.heads 5",
@@ -134,7 +137,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--model.heads 128",
-            "command line: model.width=128 with model.heads=128 gives an odd head size, which rope cannot rotate;"
+            "command line: model.width=128 with model.heads=128 gives an odd head size, which"
+            " rope cannot rotate;"
             " nearest model.width: 256",
         ),
         (
@@ -147,7 +151,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--data.separator=",
-            "command line: data.separator='' must not be empty; nearest: null (each file is one document)",
+            "command line: data.separator='' must not be empty; nearest: null (each file is one"
+            " document)",
         ),
         (
             "--optim.min_lr 1",
@@ -191,11 +196,13 @@ def test_command_line_errors(argv: str, message: str) -> None:
         ("data: {input: 3}", "FILE: data.input=3 must be a valid string; nearest: stdlib"),
         (
             "data: {sources: {web: {input: a.csv, template: const, text_column: body}}}",
-            "FILE: data.sources.web.template='const' must name columns in pairs of braces; nearest: '{body}'",
+            "FILE: data.sources.web.template='const' must name columns in pairs of braces;"
+            " nearest: '{body}'",
         ),
         (
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
-            "FILE: data.validation.held.template='a}' must name columns in pairs of braces; nearest: '{text}'",
+            "FILE: data.validation.held.template='a}' must name columns in pairs of braces;"
+            " nearest: '{text}'",
         ),
         (
             "run: {steps: 3, epochs: 4}",

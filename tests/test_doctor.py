@@ -39,7 +39,10 @@ def ranks(
     code: Sequence[Path] = (ROOT, ROOT),
     before: Sequence[Sequence[str]] = ((), ()),
 ) -> list[subprocess.Popen[str]]:
-    """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
+    """Doctor on two ranks, each in its own working directory, with its own copy of the code.
+
+    `before` is what starts it.
+    """
     port, started = str(free_port()), []
     for rank in range(2):
         own = {
@@ -271,8 +274,8 @@ def test_damaged_data(tmp_path: Path) -> None:
     arguments = (*SETTINGS, "--data.input", str(folder), "--run.dir", str(tmp_path / "run"))
     page = entry("doctor", *arguments)
     assert (
-        "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048"
-        in page
+        "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not"
+        " bpe:2048" in page
     )
     assert "-> data, data.tokenizer and checkpoint that belong together" in page
     whole = (folder / "tokenizer.json").read_text()
@@ -339,7 +342,10 @@ def test_two_hosts(prepared: Path, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def slow_cores(share: float) -> Iterator[list[str]]:
-    """What to put before a command so that it gets only this share of a core; skips where control groups cannot."""
+    """What to put before a command so that it gets only this share of a core.
+
+    Skips where control groups cannot.
+    """
     for folder, files in (
         (
             Path("/sys/fs/cgroup/cpu"),
@@ -368,8 +374,8 @@ def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
         )
     assert "warn  speed " in page and "; slow: rank 1 (" in page and "; slow: rank 0" not in page
     assert (
-        "-> all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"
-        in page
+        "-> all wait for it in each step: look for other jobs, heat or a power limit there, or"
+        " leave it out" in page
     )
 
 
@@ -396,8 +402,8 @@ def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
     )
     assert time.monotonic() - began < 60
     assert (
-        f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up"
-        in page
+        f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every"
+        " node up" in page
     )
 
 

@@ -79,7 +79,10 @@ def test_gpt2_124m_by_hand() -> None:
 
 
 def test_activations_of_gpt2_124m_by_hand() -> None:
-    """What the backward of one block needs in bf16 autocast: the residual stream twice in fp32, all else in bf16."""
+    """What the backward of one block needs in bf16 autocast.
+
+    The residual stream twice in fp32, all else in bf16.
+    """
     live = live_bytes(recipe("gpt2-124m"), 50257, 32, False, True)
     tokens, D, F, H = 32 * 1024, 768, 3072, 12
     residual = 2 * 4 * D + 2 * 2 * 4  # inputs of both norms, and their means and deviations
@@ -102,7 +105,7 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
     ],
 )
 def test_blocks_are_alike(settings: dict[str, object]) -> None:
-    """What is inferred from one and two blocks and rows is what five blocks and seven rows take when run whole."""
+    """What one and two blocks and rows tell of five and seven is what these take when run whole."""
     config = tiny(**{"model.layers": 5, "data.seq_len": 64, **settings})
     inferred = live_bytes(config, 257, 7, False, False)
     data, run = config.data, config.run
@@ -266,7 +269,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["--gpu", "h1000"],
-            "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu; did you mean h100?",
+            "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu;"
+            " did you mean h100?",
         ),
         (["--nodes", "0"], "--nodes=0 must be a whole number of 1 or more; nearest: 1"),
         (
@@ -278,7 +282,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--mfu", "high"], "--mfu=high must be a number above 0 and at most 1; nearest: 0.4"),
         (
             ["--launch", "zero4"],
-            "--launch zero4: no readable launch file; rule: one of ddp, single, zero1, zero2-offload, zero2,"
+            "--launch zero4: no readable launch file; rule: one of ddp, single, zero1,"
+            " zero2-offload, zero2,"
             " zero3-nvme, zero3-offload, zero3, or a path; did you mean zero3?",
         ),
         (
@@ -287,12 +292,14 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["--data.tokenizer", "char"],
-            "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary without"
+            "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary"
+            " without"
             " reading text; rule: a prepared folder, or --vocab_size N",
         ),
         (
             ["--run.epochs", "2"],
-            "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or run.steps",
+            "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or"
+            " run.steps",
         ),
         (["--lunch", "ddp"], "unknown flag --lunch; did you mean --launch?"),
     ],
@@ -326,7 +333,8 @@ def test_the_guide_has_the_table_that_its_command_prints() -> None:
     assert entry("plan", *command.split()) in guide
 
 
-@pytest.mark.campaign  # minutes; missed at 14 M parameters, see benchmarks/results/2026-11-21-plan.md
+# Takes minutes; missed at 14 M parameters, see benchmarks/results/2026-11-21-plan.md.
+@pytest.mark.campaign
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_memory_is_what_training_takes(strategy: str, tmp_path: Path) -> None:
     """Resident memory of real training, as benchmarks/plan.py measures it, within 10 %."""

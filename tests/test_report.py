@@ -76,7 +76,8 @@ def test_help_names_the_command(capsys):
     [
         (
             ["nowhere"],
-            "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that made a step",
+            "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that"
+            " made a step",
             66,
         ),
         (["empty"], "empty: metrics.jsonl has no whole line of a step yet", 66),

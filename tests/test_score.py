@@ -38,7 +38,8 @@ ONE_PROCESS = SimpleNamespace(
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on `prepared` with one checkpoint, of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
-    # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it from.
+    # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it
+    # from.
     data = DataConfig(
         input=str(prepared), tokenizer="bpe:300", seq_len=32, global_batch=8, workers=0
     )
@@ -88,7 +89,8 @@ def test_the_runs_own_text(run, prepared, capsys):
     assert figures(printed) == expected(run, TokenShards(prepared, "val"))  # to the last bit
     count = sum(TokenShards(prepared, "val").counts(32, 32))
     assert printed.splitlines()[0] == (
-        f"{run}/step-00000003: 16 of {count} sequences of 32 tokens, the held-out part of {prepared}"
+        f"{run}/step-00000003: 16 of {count} sequences of 32 tokens, the held-out part of"
+        f" {prepared}"
     )
 
 
@@ -167,7 +169,8 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys):
         ),
         (
             "--ckpt RUN --model.width 8",
-            r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision, run\.eval_batches",
+            r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision,"
+            r" run\.eval_batches",
         ),
         (
             "--ckpt RUN --data.tokenizer byte",
@@ -188,7 +191,10 @@ def test_errors(run, arguments, message):
 
 def test_too_little_text_is_held_out(run, tmp_path):
     (tmp_path / "short.txt").write_text("a line of text\n" * 20)
-    message = r"^data\.seq_len=32 needs 33 tokens in one shard, what is held out of .*=short\.txt has 31; nearest: 30$"
+    message = (
+        r"^data\.seq_len=32 needs 33 tokens in one shard, what is held out of .*=short\.txt has 31;"
+        r" nearest: 30$"
+    )
     with pytest.raises(UserError, match=message):
         main(["--ckpt", str(run), "--data.input", "short.txt"])
 

@@ -40,7 +40,7 @@ class Ranks:
         self.made: list[Path] = []  # folders on the way there, which rank 0 takes away again
 
     def ask(self, work: Callable[[], Any], is_asked: bool = True) -> list[Any]:
-        """What `work` finds on each rank that is asked; if it fails on one, all raise. All ranks."""
+        """What `work` finds on each rank that is asked. If it fails on one, all raise."""
         answer: dict[str, Any] = {"found": None}
         if is_asked:
             # Half of the time, so that the others do not give up a slow rank first.

@@ -102,7 +102,8 @@ def run_fake(
         model.device_type = "cuda" if on_gpu else "cpu"
         for parameter in model.parameters():
             # Where a gradient goes is the strategy's, see memory.py.
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+            add_hook: Any = parameter.register_post_accumulate_grad_hook
+            add_hook(_drop_gradient)
         counter = MemoryCounter([*model.parameters(), *model.buffers()])
         hooks = _mark_phases(model, counter)
         tokens = torch.zeros(rows, length, dtype=torch.int64)

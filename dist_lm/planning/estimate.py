@@ -157,7 +157,7 @@ def advice(
 def what_would_fit(
     config: Config, vocab_size: int, cluster: Cluster, rows: dict[str, Any], asked: str
 ) -> list[str]:
-    """Flags that make the run fit: a smaller micro-batch, checkpointing, another strategy or GPU."""
+    """Flags that make it fit: a smaller micro-batch, checkpointing, another strategy or GPU."""
     remedies = []
     row = rows[asked]
     if row["largest_micro_batch"]:

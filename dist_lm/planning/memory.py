@@ -1,7 +1,8 @@
 """What one process of a run holds under each strategy: on its device, in host memory, on its disk.
 
 Shapes give weights, gradients and the optimizer's state; activations.py gives the rest. The parts
-of DeepSpeed are those of 0.19 as they were measured. benchmarks/plan.py compares with real training.
+of DeepSpeed are those of 0.19 as they were measured. benchmarks/plan.py compares with real
+training.
 """
 
 import math
@@ -147,7 +148,7 @@ def memory_of_zero(step: Step, strategy: Strategy) -> Memory:
 
 
 class ZeroBackward:
-    """What moves in a backward under ZeRO: gradients fill a bucket, which is copied to be summed."""
+    """What moves in a backward under ZeRO: gradients fill a bucket, whose copy is summed."""
 
     def __init__(self, step: Step, strategy: Strategy):
         self.step = step

@@ -24,10 +24,11 @@ from dist_lm.cli import resolve
 from dist_lm.config import Config, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.model import hf
-from dist_lm.plan import memory, vocabulary
+from dist_lm.planning.memory import memory
 from dist_lm.runtime import zero
 from dist_lm.runtime.start import start
 from dist_lm.runtime.zero import choose_strategy
+from dist_lm.size import vocabulary
 
 STEPS, PROCESSES = 3, 2
 SIZES = ("30 M", "100 M")

@@ -1,19 +1,154 @@
-"""cli."""
+"""Command lines: defaults < YAML < flags, read in the same way for every command.
 
-import argparse
-import contextlib
-import io
+A command declares its flags as a section, like those of config.py, and names the settings of a run
+that it takes besides. Hyphens in names count as underscores, `--name=value` is `--name value`, and
+a flag that is true or false needs no value. Every mistake is one line: where it was made, the
+field, its value, the rule and the nearest good value. Nothing here imports torch, so that it comes
+at once.
+"""
+
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
 
-from dist_lm.config import FIELDS, NESTED, SECTIONS, Config
-from dist_lm.errors import UserError, did_you_mean, nearest
+from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
+from dist_lm.errors import UserError, did_you_mean
+from dist_lm.explain import explain_flag, explain_setting
+from dist_lm.helptext import HelpPage, add_flags, add_settings
+
+ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
+# Marks a list of texts: each takes one value at a time, so that a forgotten quote in
+# `--prompt two words` does not make two prompts.
+ONE_AT_A_TIME = "one at a time"
+
+_HELP = {"-h", "--help"}
+_NAME = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # other words are values, e.g. -1
+
+
+class ConfigFlags(Section):
+    """Flags of every command that takes the settings of a run."""
+
+    config: tuple[str, ...] = Field(
+        (), description="YAML file with the settings that differ from the defaults."
+    )
+    print_config: bool = Field(False, description="Print the resolved settings and stop.")
+
+
+Flags = TypeVar("Flags", bound=Section)
+RunFlags = TypeVar("RunFlags", bound=ConfigFlags)
+
+
+@dataclass(frozen=True)
+class Command(Generic[Flags]):
+    """What may be given to a command."""
+
+    usage: str  # e.g. python -m dist_lm.report RUN
+    flags: type[Flags]
+    # Settings of a run that it takes: from the name on the command line to the field.
+    settings: Mapping[str, str] = field(default_factory=dict)
+    positional: str = ""  # the flag that words without a name belong to
+    refusal: str = ""  # why the other settings of a run cannot be given
+
+    @cached_property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The flags by name."""
+        return fields_by_name(self.flags)
+
+    def hint(self, name: str) -> str:
+        return did_you_mean(name, [*self.settings, *self.fields], "--")
+
+
+# --- reading
+
+
+def read_flags(argv: Sequence[str], command: Command[Flags]) -> Flags:
+    """The flags of a command that takes no settings of a run. Answers --help."""
+    flags, _ = read_flags_and_settings(argv, command)
+    return flags
+
+
+def read_flags_and_settings(
+    argv: Sequence[str], command: Command[Flags]
+) -> tuple[Flags, dict[str, Any]]:
+    """A command's flags, and the settings among them as {'section.field': value}.
+
+    Answers --help.
+    """
+    if _HELP & set(argv):
+        _print_help(command, {}, Config())
+    return _read(argv, command)
+
+
+def load(argv: Sequence[str], command: Command[RunFlags]) -> tuple[Config, RunFlags]:
+    """The settings of a run, from the defaults, --config and the command line, and the flags.
+
+    Answers --help, with these settings as values, and --print_config.
+    """
+    flags, settings = _read([word for word in argv if word not in _HELP], command)
+    levels = [(path, read_yaml(path)) for path in flags.config]
+    config = resolve(*levels, ("command line", settings))
+    if _HELP & set(argv):
+        _print_help(command, flags.model_dump(by_alias=True), config)
+    if flags.print_config:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config, flags
+
+
+def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
+    """Merge levels of (origin, settings) and validate. A later level wins over the earlier ones."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for where, settings in levels:
+        _let_one_length_stand(where, settings, merged)
+        for name, value in settings.items():
+            if name not in FIELDS:
+                raise UserError(f"{where}: unknown field {name}{did_you_mean(name, FIELDS)}")
+            merged[name] = tuple(value) if isinstance(value, list) else value
+            origin[name] = where
+            if value is None and FIELDS[name].default is None:  # null: unset again
+                del merged[name]
+    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in merged.items():
+        section, _, field_name = name.partition(".")
+        nested[section][field_name] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise UserError(explain_setting(error, origin)) from None
+
+
+def _let_one_length_stand(where: str, settings: Mapping[str, Any], merged: dict[str, Any]) -> None:
+    """run.steps or run.epochs of a later level replaces either of an earlier one."""
+    steps = settings.get("run.steps")
+    epochs = settings.get("run.epochs")
+    if steps is not None and epochs is not None:
+        raise UserError(
+            f"{where}: run.steps={steps} and run.epochs={epochs} exclude each other; rule: give one"
+        )
+    if steps is not None or epochs is not None:
+        merged["run.steps"] = None
+        merged["run.epochs"] = None
+
+
+def _print_help(command: Command[Any], given: Mapping[str, Any], config: Config) -> NoReturn:
+    page = HelpPage(command.usage)
+    add_flags(page, command.flags, given, command.positional)
+    add_settings(page, command.settings, config)
+    print(page, end="")
+    sys.exit(0)
+
+
+# --- YAML
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,9 +159,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise UserError(
-                    f"{key} is given twice (line {key_node.start_mark.line + 1}); rule: once"
-                )
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{key} is given twice (line {line}); rule: once")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -40,20 +174,7 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file as {'section.field': value}."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        beside = Path(path).parent.glob("*.yaml")
-        raise UserError(
-            f"--config {path}: cannot be read ({reason}){did_you_mean(str(path), beside)}"
-        ) from error
-    try:
-        content = yaml.load(text, _Loader) or {}
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    content = _parse_file(path)
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: must be a mapping of the sections {', '.join(SECTIONS)}, not {content!r}"
@@ -61,193 +182,165 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     settings = {}
     for section, fields in content.items():
         if section not in SECTIONS:
-            raise UserError(
-                f"{path}: unknown section {section!r}{did_you_mean(str(section), SECTIONS)}"
-            )
+            hint = did_you_mean(str(section), SECTIONS)
+            raise UserError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {section} must be a mapping of its fields, not {fields!r}")
-        settings.update({f"{section}.{field}": value for field, value in fields.items()})
+        for name, value in fields.items():
+            settings[f"{section}.{name}"] = value
     return settings
 
 
-def split_arguments(
-    argv: Sequence[str], flags: Mapping[str, str]
-) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Split a command line into an entry's own `flags` (name -> help; its values are collected) and settings."""
-    given: dict[str, list[str]] = {}
-    settings: dict[str, Any] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise UserError(
-                f"{word!r} is not a flag; rule: --section.field VALUE{did_you_mean('--' + word, flags)}"
-            )
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        values = [value] if equals else []
-        while words and not words[0].startswith("--") and not equals:
-            values.append(words.pop(0))
-        if name in flags:
-            given.setdefault(name, []).extend(values or ["true"])
-        elif name in FIELDS:
-            if not values and name != "run.trackers":  # a list, which may be empty
-                raise UserError(f"--{name} needs a value: --{name} {FIELDS[name].default!r}")
-            if name in settings:
-                raise UserError(f"--{name} is given twice; rule: once")
-            settings[name] = parse_value(name, values)
-        else:
-            raise UserError(f"unknown flag --{name}{did_you_mean(name, [*FIELDS, *flags], '--')}")
-    return given, settings
-
-
-def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
-    """Merge (origin, settings) levels, later ones winning over earlier ones and over the defaults, and validate."""
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for where, settings in levels:
-        length = [name for name in ("run.steps", "run.epochs") if settings.get(name) is not None]
-        if len(length) == 2:
-            raise UserError(
-                f"{where}: run.steps={settings['run.steps']} and run.epochs={settings['run.epochs']} exclude each"
-                " other; rule: give one"
-            )
-        if length:  # the one given at the later level stands
-            merged.update({"run.steps": None, "run.epochs": None})
-        for name, value in settings.items():
-            if name not in FIELDS:
-                raise UserError(f"{where}: unknown field {name}{did_you_mean(name, FIELDS)}")
-            merged[name] = tuple(value) if isinstance(value, list) else value
-            origin[name] = where
-            if value is None and FIELDS[name].default is None:  # null: unset again
-                del merged[name]
-    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for name, value in merged.items():
-        section, field = name.split(".")
-        nested[section][field] = value
+def _parse_file(path: str | Path) -> Any:
     try:
-        return Config.model_validate(nested)
-    except ValidationError as error:
-        raise UserError(_explain(error, origin)) from None
-
-
-def load(
-    argv: Sequence[str], flags: Mapping[str, str], usage: str
-) -> tuple[Config, dict[str, list[str]]]:
-    """Read an entry's command line, which may name a YAML file by --config; answers --help and --print_config."""
-    flags = {
-        "config": "YAML file with the settings that differ from the defaults.",
-        "print_config": "Print the resolved settings and stop.",
-        **flags,
-    }
-    wants_help = any(word in ("-h", "--help") for word in argv)
-    given, settings = split_arguments(
-        [word for word in argv if word not in ("-h", "--help")], flags
-    )
-    levels = [(path, read_yaml(path)) for path in given.get("config", [])]
-    config = resolve(*levels, ("command line", settings))
-    if wants_help or "print_config" in given:
-        print(help_text(config, flags, usage) if wants_help else config.to_yaml(), end="")
-        sys.exit(0)
-    return config, given
-
-
-def help_text(config: Config, flags: Mapping[str, str], usage: str) -> str:
-    """Every field with type, value under the given settings and meaning, laid out by tyro."""
-    import tyro  # only here: a run needs no help text
-
-    lines = [f"--{name}: {text}" for name, text in flags.items()]
-    for name, section in NESTED.items():  # which tyro leaves out
-        lines.append(f"--{name}: {FIELDS[name].description} In YAML, each with:")
-        lines += [
-            f"    {field}: {info.description}" for field, info in section.model_fields.items()
-        ]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        tyro.cli(
-            Config,
-            default=config,
-            args=["--help"],
-            prog=usage,
-            description="\n".join(lines),
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    return out.getvalue()
-
-
-class FlagParser(argparse.ArgumentParser):
-    """argparse for entries whose flags are no settings: hyphens count as underscores, and an error is one line."""
-
-    def __init__(self, prog: str, description: str | None):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=form)
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        arguments, rest = self.parse_known_intermixed_args(
-            [_with_underscores(word) for word in argv]
-        )
-        if rest:
-            raise UserError(
-                f"unknown argument {rest[0]}{did_you_mean(rest[0], self._option_string_actions)}"
-            )
-        return arguments
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def _with_underscores(word: str) -> str:
-    flag, equals, value = word.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
-    """The first validation error as one line: where it was set, field, value, rule, nearest good value."""
-    first = error.errors(include_url=False)[0]
-    kind, value, context = first["type"], first["input"], first.get("ctx", {})
-    if (
-        kind == "value_error"
-    ):  # one of our own rules, already worded; it may name fields set anywhere
-        text = str(context["error"])
-        where = next((origin[name] for name in re.findall(r"\w+\.\w+", text) if name in origin), "")
-        return f"{where}: {text}" if where else text
-    path = [str(part) for part in first["loc"] if part != "[key]"]
-    name = ".".join(path[:2])
-    field = ".".join(path) if name in NESTED else name
-    where = origin.get(name, "defaults")
-    if kind == "extra_forbidden":
-        return f"{where}: unknown field {field}{did_you_mean(path[-1], NESTED[name].model_fields)}"
-    rule = first["msg"].partition(" should ")[2] or f"be right: {first['msg']}"
-    good: Any = FIELDS[name].default if field == name else None
-    if kind == "literal_error":
-        options = re.findall(r"'(.*?)'", context["expected"])
-        rule, good = "be one of " + ", ".join(options), nearest(str(value), options)
-    elif kind in ("greater_than_equal", "less_than_equal"):
-        good = context.get("ge", context.get("le"))
-    elif kind.startswith("int_") and isinstance(value, float):
-        good = round(value)
-    elif kind.startswith("bool_"):
-        good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"
-    hint = "" if good in ("", None) else f"; nearest: {good}"
-    return f"{where}: {field}={value!r} must {rule}{hint}"
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        hint = did_you_mean(str(path), Path(path).parent.glob("*.yaml"))
+        raise UserError(f"--config {path}: cannot be read ({reason}){hint}") from error
+    try:
+        return yaml.load(text, _Loader) or {}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_value(name: str, words: list[str]) -> Any:
-    """The value of a command line field: text as it stands where a field is text, otherwise as YAML reads it."""
+    """The value of a setting: text as it stands where the field is text, otherwise as YAML."""
     annotation = FIELDS[name].annotation
     if get_origin(annotation) is tuple:
-        return (
-            words
-            if get_args(annotation)[0] is str
-            else [yaml.load(word, _Loader) for word in words]
-        )
-    if len(words) > 1:
-        raise UserError(
-            f"--{name} takes one value, not {' '.join(words)!r}; rule: quote a value with spaces"
-        )
-    if annotation is str or (str in get_args(annotation) and words[0] not in ("null", "None")):
-        return words[0]
+        is_text = get_args(annotation)[0] is str
+        return words if is_text else [yaml.load(word, _Loader) for word in words]
+    (word,) = words
+    if annotation is str:
+        return word
+    if word == "None":
+        return None
+    if str in get_args(annotation) and word != "null":
+        return word
     try:
-        return None if words[0] == "None" else yaml.load(words[0], _Loader)
+        return yaml.load(word, _Loader)
     except yaml.YAMLError:
-        return words[0]
+        return word
+
+
+# --- the command line
+
+
+def _read(argv: Sequence[str], command: Command[Flags]) -> tuple[Flags, dict[str, Any]]:
+    flag_words, setting_words = _split(argv, command)
+    settings = {}
+    for name, words in setting_words.items():
+        field_name = command.settings[name]
+        settings[field_name] = parse_value(field_name, words)
+    values = {}
+    for name, words in flag_words.items():
+        values[name] = _flag_value(command.fields[name], words)
+    if command.positional and command.positional not in values:
+        raise _misuse(argv, command)
+    try:
+        return command.flags.model_validate(values), settings
+    except ValidationError as error:
+        raise UserError(explain_flag(error, command.fields, flag_words)) from None
+
+
+def _split(
+    argv: Sequence[str], command: Command[Any]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The values of each flag and of each setting, as text.
+
+    Of a flag given twice the last stands, so that a script's defaults come first; a list collects.
+    A setting is given once.
+    """
+    flags: dict[str, list[str]] = {}
+    settings: dict[str, list[str]] = {}
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        if not _NAME.fullmatch(word):
+            _add_positional(flags, word, argv, command)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        values = [value] if equals else _take_values(words, name, command)
+        if name in command.settings:
+            if name in settings:
+                raise UserError(f"--{name} is given twice; rule: once")
+            settings[name] = values
+            _check_number_of_values(name, FIELDS[command.settings[name]], values, may_be_empty=True)
+        elif name in command.fields and name != command.positional:
+            info = command.fields[name]
+            _check_number_of_values(name, info, values)
+            earlier = flags.get(name, []) if is_list(info) else []
+            flags[name] = earlier + values
+        elif name in FIELDS and command.refusal:
+            raise UserError(f"--{name}: {command.refusal}")
+        elif name in FIELDS and command.positional:
+            raise _misuse(argv, command)
+        else:
+            raise UserError(f"unknown flag --{name}{command.hint(name)}")
+    return flags, settings
+
+
+def _take_values(words: deque[str], name: str, command: Command[Any]) -> list[str]:
+    """Take the words that belong to a name, from the front of those that follow it."""
+    info = command.fields.get(name)
+    if info is not None and info.annotation is bool:
+        has_value = bool(words) and words[0] in ("true", "false")
+        return [words.popleft()] if has_value else ["true"]
+    values: list[str] = []
+    while words and not _NAME.fullmatch(words[0]):
+        values.append(words.popleft())
+        if command.positional:
+            break  # the words after the first one are not this flag's
+    return values
+
+
+def _check_number_of_values(
+    name: str, info: FieldInfo, values: list[str], may_be_empty: bool = False
+) -> None:
+    """One value; several for a list; none for a list of any length that may be empty."""
+    any_length = is_list(info) and Ellipsis in get_args(info.annotation)
+    if not values and not (any_length and may_be_empty):
+        has_default = not info.is_required() and info.default not in (None, ())
+        example = f": --{name} {info.default!r}" if has_default else ""
+        raise UserError(f"--{name} needs a value{example}")
+    if len(values) > 1 and (not is_list(info) or ONE_AT_A_TIME in info.metadata):
+        raise UserError(
+            f"--{name} takes one value, not {' '.join(values)!r}; rule: quote a value with spaces"
+        )
+
+
+def _add_positional(
+    flags: dict[str, list[str]], word: str, argv: Sequence[str], command: Command[Any]
+) -> None:
+    name = command.positional
+    if not name:
+        form = "--section.field VALUE" if command.settings else "--name VALUE"
+        raise UserError(f"{word!r} is not a flag; rule: {form}{command.hint(word)}")
+    is_full = name in flags and not is_list(command.fields[name])
+    if is_full or word.startswith("-"):
+        raise _misuse(argv, command)
+    flags.setdefault(name, []).append(word)
+
+
+def _misuse(argv: Sequence[str], command: Command[Any]) -> UserError:
+    """The error for a command line that is wrong as a whole."""
+    return UserError(f"{' '.join(argv) or 'no argument'}: rule: {command.usage}")
+
+
+def _flag_value(info: FieldInfo, words: list[str]) -> Any:
+    """The value of a flag; a word that does not fit stays text, which validation refuses."""
+    if is_list(info):
+        return tuple(words)
+    (word,) = words
+    kind = plain_type(info.annotation)
+    if kind is bool:
+        return {"true": True, "false": False}.get(word, word)
+    if kind not in (int, float):
+        return word
+    try:
+        return kind(word)
+    except ValueError:
+        return word

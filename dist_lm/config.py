@@ -1,43 +1,70 @@
-"""The settings of a run: frozen, validated, read from defaults < YAML < command line.
+"""The settings of a run: frozen, validated, and what they mean on a number of processes.
 
-The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics and the places; how a
-run is spread over machines is not in here. `batch_layout()` derives what depends on the number of processes. This module
-imports neither torch nor numpy, so that a typing mistake is answered at once.
+The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics
+and the places. How a run is spread over machines is not in here: `batch_layout()` derives what
+depends on the number of processes. This module imports neither torch nor numpy, so that a typing
+mistake is answered at once.
 """
 
+import math
 import string
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from dist_lm.errors import UserError, did_you_mean
 
-Positive = Annotated[int, Field(ge=1)]
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
 FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in
+
+Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class Section(BaseModel):
+    """Settings that belong together: frozen, typed strictly, and nothing besides its fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _derive(self, **values: Any) -> None:
-        """Fill fields that follow others; only validators call this, before anyone sees the object."""
+        """Fill fields that follow others. Only validators do so, before anyone sees the object."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
+def plain_type(annotation: Any) -> Any:
+    """A type without its limits and without None: int of `Annotated[int, Field(ge=1)] | None`."""
+    options = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return plain_type(options[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return plain_type(next(option for option in options if option is not NoneType))
+    return annotation
+
+
+def fields_by_name(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by the names that a user gives: `json` where pydantic has its own."""
+    return {info.alias or name: info for name, info in section.model_fields.items()}
+
+
+def is_list(info: FieldInfo) -> bool:
+    """Whether a field takes several values."""
+    return get_origin(plain_type(info.annotation)) is tuple
+
+
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
-    if of % value:
-        divisors = [d for d in range(1, of + 1) if of % d == 0]
-        below, above = (
-            [d for d in divisors if d < value][-1:],
-            [d for d in divisors if d > value][:1],
-        )
-        nearest_text = ", ".join(str(d) for d in below + above)
-        raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest_text}")
+    if of % value == 0:
+        return
+    divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < value][-1:]
+    above = [divisor for divisor in divisors if divisor > value][:1]
+    nearest = ", ".join(str(divisor) for divisor in below + above)
+    raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest}")
 
 
 def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
@@ -56,7 +83,8 @@ class ModelConfig(Section):
     width: Positive = Field(128, description="Width of the residual stream.")
     ffn_width: Positive = Field(
         FOLLOWS,
-        description="Hidden width of the feed-forward; unset: 4 x width (swiglu: 8/3, rounded up to 64).",
+        description="Hidden width of the feed-forward; unset: 4 x width"
+        " (swiglu: 8/3, rounded up to 64).",
     )
     positions: Literal["learned", "rope", "sinusoidal", "none"] = Field(
         "rope", description="Position encoding."
@@ -87,38 +115,29 @@ class ModelConfig(Section):
         _check_divides("model.heads", self.heads, "model.width", self.width)
         _check_divides("model.kv_heads", self.kv_heads or self.heads, "model.heads", self.heads)
         if self.positions == "rope" and (self.width // self.heads) % 2:
+            pairs = max(1, round(self.width / self.heads / 2))
             raise ValueError(
-                f"model.width={self.width} with model.heads={self.heads} gives an odd head size, which rope cannot"
-                f" rotate; nearest model.width: {2 * self.heads * max(1, round(self.width / self.heads / 2))}"
+                f"model.width={self.width} with model.heads={self.heads} gives an odd head size,"
+                f" which rope cannot rotate; nearest model.width: {2 * self.heads * pairs}"
             )
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(
-                f"model.width={self.width} must be even for sinusoidal positions; nearest: {self.width + 1}"
+                f"model.width={self.width} must be even for sinusoidal positions;"
+                f" nearest: {self.width + 1}"
             )
-        ffn_width = (
-            -(-self.width * 8 // 3 // 64) * 64 if self.activation == "swiglu" else 4 * self.width
-        )
-        self._derive(kv_heads=self.kv_heads or self.heads, ffn_width=self.ffn_width or ffn_width)
+        self._derive(kv_heads=self.kv_heads or self.heads)
+        self._derive(ffn_width=self.ffn_width or self._usual_ffn_width())
         return self
 
-
-def _check_template(name: str, source: "SourceConfig") -> None:
-    try:
-        has_columns = bool(source.template_columns())
-    except ValueError:  # a brace alone
-        has_columns = False
-    if source.template and not has_columns:
-        near = f"{{{source.text_column}}}"
-        raise ValueError(
-            f"{name}={source.template!r} must name columns in pairs of braces; nearest: {near!r}"
-        )
-
-
-SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    def _usual_ffn_width(self) -> int:
+        """4 x width; swiglu has three matrices instead of two, so 8/3 of it has as many weights."""
+        if self.activation != "swiglu":
+            return 4 * self.width
+        return 64 * math.ceil(math.ceil(self.width * 8 / 3) / 64)
 
 
 class SourceConfig(Section):
-    """One named source of data.sources or data.validation."""
+    """Where a text lies, and its share of the tokens."""
 
     input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
     weight: float = Field(
@@ -143,7 +162,23 @@ class SourceConfig(Section):
     )
 
     def template_columns(self) -> list[str]:
-        return [name for _, name, _, _ in string.Formatter().parse(self.template or "") if name]
+        """The columns that the template names; raises ValueError for a brace alone."""
+        parts = string.Formatter().parse(self.template or "")
+        return [column for _, column, _, _ in parts if column]
+
+
+def _check_template(name: str, source: SourceConfig) -> None:
+    if not source.template:
+        return
+    try:
+        has_columns = bool(source.template_columns())
+    except ValueError:
+        has_columns = False
+    if not has_columns:
+        nearest = f"{{{source.text_column}}}"
+        raise ValueError(
+            f"{name}={source.template!r} must name columns in pairs of braces; nearest: {nearest!r}"
+        )
 
 
 class Stage(Section):
@@ -214,6 +249,19 @@ class DataConfig(Section):
             raise ValueError(
                 "data.separator='' must not be empty; nearest: null (each file is one document)"
             )
+        self._check_sources()
+        self._check_stages()
+        self._derive(stride=self.stride or self.seq_len)
+        if self.stream and self.stride != self.seq_len:
+            raise ValueError(
+                f"data.stride={self.stride} is for prepared shards;"
+                f" nearest with data.stream: {self.seq_len}"
+            )
+        if self.packing == "best_fit" and not self.stream:
+            raise ValueError("data.packing=best_fit needs data.stream=true; nearest: concat")
+        return self
+
+    def _check_sources(self) -> None:
         if self.sources and self.input != DataConfig.model_fields["input"].default:
             raise ValueError(
                 f"data.input={self.input!r} and data.sources exclude each other; rule: give one"
@@ -222,40 +270,33 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.validation.{name} has the name of a source; rule: names of their own"
             )
-        for name, spec in (self.sources | self.validation).items():
-            _check_template(self.field_of(name).removesuffix("input") + "template", spec)
+        for name, source in (self.sources | self.validation).items():
+            field = self.field_of(name).removesuffix("input") + "template"
+            _check_template(field, source)
+
+    def _check_stages(self) -> None:
         for stage in self.stages:
             for name in stage.weights.keys() - self.sources.keys():
-                raise ValueError(
-                    f"data.stages: {name!r} is none of data.sources{did_you_mean(name, self.sources)}"
-                )
-        if [stage.from_step for stage in self.stages] != sorted(
-            {stage.from_step for stage in self.stages}
-        ):
+                hint = did_you_mean(name, self.sources)
+                raise ValueError(f"data.stages: {name!r} is none of data.sources{hint}")
+        first_steps = [stage.from_step for stage in self.stages]
+        if first_steps != sorted(set(first_steps)):
             raise ValueError("data.stages must be in the order of from_step, each given once")
-        self._derive(stride=self.stride or self.seq_len)
-        if self.stream and self.stride != self.seq_len:
-            raise ValueError(
-                f"data.stride={self.stride} is for prepared shards; nearest with data.stream: {self.seq_len}"
-            )
-        if self.packing == "best_fit" and not self.stream:
-            raise ValueError("data.packing=best_fit needs data.stream=true; nearest: concat")
-        return self
 
     def named_sources(self) -> dict[str, SourceConfig]:
         """The sources by name; `input` alone is called `text`."""
         return self.sources or {"text": self.as_source()}
 
     def field_of(self, name: str) -> str:
-        """Where a source's input was given."""
-        section = "validation" if name in self.validation else "sources"
-        return (
-            f"data.{section}.{name}.input"
-            if name in self.validation or self.sources
-            else "data.input"
-        )
+        """The setting that gave a source its input."""
+        if name in self.validation:
+            return f"data.validation.{name}.input"
+        if self.sources:
+            return f"data.sources.{name}.input"
+        return "data.input"
 
     def as_source(self) -> SourceConfig:
+        """`input` alone as a source."""
         return SourceConfig(
             input=self.input, text_column=self.text_column, separator=self.separator
         )
@@ -353,7 +394,8 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"run.steps={self.steps} and run.epochs={self.epochs}: exactly one of them must be given"
+                f"run.steps={self.steps} and run.epochs={self.epochs}:"
+                " exactly one of them must be given"
             )
         return self
 
@@ -368,29 +410,26 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        _check_at_most(
-            "data.micro_batch",
-            self.data.micro_batch or 1,
-            "data.global_batch",
-            self.data.global_batch,
-        )
-        if self.run.epochs and len(self.data.sources) > 1:
-            raise ValueError(
-                f"run.epochs={self.run.epochs} counts passes over one source; nearest: run.steps"
-            )
-        if (
-            self.run.epochs
-            and self.data.stream
-            and self.optim.schedule not in ("constant", "inverse_sqrt")
-        ):
-            raise ValueError(
-                f"run.epochs={self.run.epochs} of a stream has no length that optim.schedule={self.optim.schedule}"
-                " could end at; rule: run.steps, or optim.schedule=constant or inverse_sqrt"
-            )
+        batch = self.data.global_batch
+        _check_at_most("data.micro_batch", self.data.micro_batch or 1, "data.global_batch", batch)
+        if self.run.epochs:
+            self._check_epochs(self.run.epochs)
         return self
 
+    def _check_epochs(self, epochs: int) -> None:
+        if len(self.data.sources) > 1:
+            raise ValueError(
+                f"run.epochs={epochs} counts passes over one source; nearest: run.steps"
+            )
+        schedule = self.optim.schedule
+        if self.data.stream and schedule not in ("constant", "inverse_sqrt"):
+            raise ValueError(
+                f"run.epochs={epochs} of a stream has no length that optim.schedule={schedule}"
+                " could end at; rule: run.steps, or optim.schedule=constant or inverse_sqrt"
+            )
+
     def model_spec(self, vocab_size: int) -> "ModelSpec":
-        """The network of this run, with a tokenizer of so many tokens."""
+        """The network of this run, with a tokenizer of that size."""
         return ModelSpec(self.model, vocab_size, self.data.seq_len)
 
     def to_yaml(self) -> str:
@@ -398,11 +437,16 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """{'model.layers': 4, ...}"""
-        return {
-            f"{s}.{f}": v
-            for s, fields in self.model_dump(mode="json").items()
-            for f, v in fields.items()
-        }
+        return flat(self.model_dump(mode="json"))
+
+
+def flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """{'model': {'layers': 4}} as {'model.layers': 4}."""
+    settings = {}
+    for section, fields in sections.items():
+        for field, value in fields.items():
+            settings[f"{section}.{field}"] = value
+    return settings
 
 
 @dataclass(frozen=True)
@@ -415,47 +459,47 @@ class ModelSpec:
 
 
 SECTIONS: dict[str, type[Section]] = {name: type(section) for name, section in Config()}
-FIELDS = {
-    f"{s}.{f}": info for s, section in SECTIONS.items() for f, info in section.model_fields.items()
-}
+# Every setting by its full name, e.g. model.layers.
+FIELDS = flat({name: section.model_fields for name, section in SECTIONS.items()})
+# Settings that hold sections of their own, and the kind of these.
 NESTED: dict[str, type[Section]] = {
     "data.sources": SourceConfig,
     "data.validation": SourceConfig,
     "data.stages": Stage,
 }
 
-# What may change when a run goes on without changing its mathematics. The data's own identity (shards and tokenizer)
-# is compared by hash, so where it lies and how it was prepared are free here; so is what only the first step reads.
+_MATHEMATICS_OF_RUN = ("seed", "precision", "ema", "steps", "epochs")
+# What may change when a run goes on without changing its mathematics. The identity of the data
+# (its shards and tokenizer) is compared by hash, so where it lies and how it was prepared are
+# free here. So is what only the first step reads.
 FREE_ON_RESUME = frozenset(
     [
         "data.input",
         "data.sources",
+        "data.validation",
         "data.text_column",
         "data.separator",
         "data.tokenizer",
         "data.val_fraction",
-    ]
-    + ["data.micro_batch", "data.workers", "data.cache_gb", "data.validation"]
-    + [
-        f"run.{name}"
-        for name in RunConfig.model_fields
-        if name not in ("seed", "precision", "ema", "steps", "epochs")
+        "data.micro_batch",
+        "data.workers",
+        "data.cache_gb",
+        *(f"run.{name}" for name in RunConfig.model_fields if name not in _MATHEMATICS_OF_RUN),
     ]
 )
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What a config means on a number of processes."""
+    """How a number of processes divide the global batch of a step."""
 
     world_size: int
     share: int  # sequences of the global batch on the busiest rank
     micro_batch: int
     accumulation: int  # backward passes in a step, the same on every rank
     tokens_per_step: int
-    filler_percent: (
-        float  # rows without targets that even out the ranks, relative to the global batch
-    )
+    # Rows without targets that even out the ranks, relative to the global batch.
+    filler_percent: float
 
 
 def batch_layout(config: Config, world_size: int) -> BatchLayout:
@@ -463,16 +507,18 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
     batch = config.data.global_batch
     if world_size > batch:
         raise UserError(
-            f"data.global_batch={batch} must be at least the number of processes, {world_size}; nearest: {world_size}"
+            f"data.global_batch={batch} must be at least the number of processes, {world_size};"
+            f" nearest: {world_size}"
         )
-    share = -(-batch // world_size)
-    micro = min(config.data.micro_batch or share, share)
-    accumulation = -(-share // micro)
-    filler = 100 * (world_size * micro * accumulation / batch - 1)
-    return BatchLayout(world_size, share, micro, accumulation, batch * config.data.seq_len, filler)
-
-
-# --- reading: defaults < YAML < command line
-
-
-# --- the wording of errors
+    share = math.ceil(batch / world_size)
+    micro_batch = min(config.data.micro_batch or share, share)
+    accumulation = math.ceil(share / micro_batch)
+    rows = world_size * micro_batch * accumulation
+    return BatchLayout(
+        world_size=world_size,
+        share=share,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        tokens_per_step=batch * config.data.seq_len,
+        filler_percent=100 * (rows / batch - 1),
+    )

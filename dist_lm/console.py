@@ -18,6 +18,11 @@ def shorten(number: float) -> str:
     return f"{number:.3g}"
 
 
+def gigabytes(number: float) -> str:
+    """Bytes in units of 10^9, without the unit: 83, or 1,234."""
+    return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
+
+
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return (

@@ -1,124 +1,139 @@
-"""errors."""
+"""What a user can fix, by kind and exit code; the nearest good value; how a command ends.
+
+Each kind of error is a class that knows its name and its exit code, and nothing else spells these
+numbers. An error is one line: the field, its value, the rule, and the nearest good value. It is
+printed at the process edge only, by run_entry().
+"""
 
 import difflib
 import gc
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from dist_lm.launcher import RETRYABLE
 
 Result = TypeVar("Result")
 
+INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
+
 
 class UserError(ValueError):
     """Something a user can fix. Commands print it as one line and exit with its `code`."""
 
+    kind = "config"  # how outcome.json names it
     code = 2
 
 
 class DataError(UserError):
     """The text, the shards or the tokenizer cannot be used."""
 
+    kind = "data"
     code = 65
 
 
 class CheckpointError(UserError):
     """A checkpoint, or a file of a run, is missing or cannot be used."""
 
+    kind = "checkpoint"
     code = 66
 
 
 class RetryableError(UserError):
     """The machines failed; the same command may work later."""
 
-    code = 70
+    kind = "retryable"
+    code = RETRYABLE
 
 
 class PreemptedError(UserError):
     """The run was told to stop; the same command goes on."""
 
+    kind = "preempted"
     code = 75
 
 
 class DivergedError(UserError):
     """The loss or a gradient is not finite."""
 
+    kind = "diverged"
     code = 76
 
 
 class SecurityError(UserError):
     """The environment would let a file run code."""
 
+    kind = "security"
     code = 77
 
 
+ERRORS: tuple[type[UserError], ...] = (UserError, *UserError.__subclasses__())
+# How a run can end, and the exit code that says so.
+CODES = {"done": 0} | {error.kind: error.code for error in ERRORS}
+
+
+def kind(code: int) -> str:
+    """How a run ended, from its exit code; any other code means that the machines failed."""
+    for name, known in CODES.items():
+        if code == known:
+            return name
+    return RetryableError.kind
+
+
 def error_with_code(message: str, code: int) -> UserError:
-    """The error of that kind: for errors that another rank raised, which travel as text and code."""
-    for kind in UserError.__subclasses__():
-        if kind.code == code:
-            return kind(message)
+    """The error with that code. An error of another rank travels as text and code."""
+    for error in ERRORS:
+        if error.code == code:
+            return error(message)
     return UserError(message)
 
 
 def run_entry(main: Callable[[list[str]], Result]) -> Result:
-    """Run an entry's main(argv) at the process edge: a UserError is one line, said by rank 0, and its exit code.
+    """Run a command's main(argv) at the process edge.
 
-    An interrupt ends with 130, a closed pipe without a word.
+    A UserError becomes one line, printed by rank 0, and its exit code. An interrupt ends with
+    130. A closed pipe is no error: the command ends with 0 and prints nothing.
     """
-    gc.set_threshold(
-        100_000
-    )  # by default all of torch's modules are looked through again and again as they come
+    # Importing torch makes many objects that stay. With the default threshold the
+    # collector would look through them again and again.
+    gc.set_threshold(100_000)
     try:
         result = main(sys.argv[1:])
         sys.stdout.flush()
         return result
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains when it flushes at exit
+    except BrokenPipeError:
+        # The reader of our output has seen enough. Python would complain when it flushes at exit,
+        # so the rest goes to the null device.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.code)
 
 
-def nearest(value: str, options: Any) -> str:
+def nearest(value: str, options: Iterable[object]) -> str:
     """The option most like `value`, or an empty string."""
-    found = difflib.get_close_matches(value, [str(option) for option in options], n=1, cutoff=0.5)
-    return found[0] if found else ""
+    names = [str(option) for option in options]
+    matches = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    return matches[0] if matches else ""
 
 
-def did_you_mean(value: str, options: Any, prefix: str = "") -> str:
-    """'; did you mean X?', looking also for the last part of a dotted name in other sections; or nothing."""
-    options = [str(option) for option in options]
-    same_field = [
-        option for option in options if option.rpartition(".")[2] == value.rpartition(".")[2]
-    ]
-    guess = same_field[0] if same_field else nearest(value, options)
+def did_you_mean(value: str, options: Iterable[object], prefix: str = "") -> str:
+    """Text that names the nearest option, or nothing. Of a dotted name the same field in another
+    section is the nearest."""
+    names = [str(option) for option in options]
+    field = value.rpartition(".")[2]
+    same_field = [name for name in names if name.rpartition(".")[2] == field]
+    guess = same_field[0] if same_field else nearest(value, names)
     return f"; did you mean {prefix}{guess}?" if guess else ""
 
 
-CODES = {
-    "done": 0,
-    "config": 2,
-    "data": 65,
-    "checkpoint": 66,
-    "retryable": RETRYABLE,
-    "preempted": 75,
-    "diverged": 76,
-    "security": 77,
-}
-
-
-def kind(code: int) -> str:
-    return next((name for name, known in CODES.items() if known == code), "retryable")
-
-
 def in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """An error that is not ours, short enough for one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"

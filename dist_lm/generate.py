@@ -1,25 +1,27 @@
-"""Text out of a checkpoint, in one process: `python -m dist_lm.generate --ckpt RUN_OR_STEP_OR_HF_FOLDER --prompt TEXT`.
+"""Text out of a checkpoint, in one process.
 
-Reads a run folder (its newest valid step), a step folder, or a folder in transformers' layout. All prompts and samples
-run as one batch, and each is printed in order, as it is made; what a prompt becomes depends on it, the settings and
-the seed, never on its neighbours. The command line is judged before torch is imported. Neither accelerate nor
-deepspeed is.
+Reads a run folder (its newest valid step), a step folder, or a folder in transformers' layout. All
+prompts and samples run as one batch, and each is printed in order, as it is made. What a prompt
+becomes depends on it, the settings and the seed, never on its neighbours. The command line is
+judged before torch is imported; neither accelerate nor deepspeed ever is.
 """
 
-import argparse
 import contextlib
 import json
-import math
 import os
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from dist_lm.cli import FlagParser
+from pydantic import Field, model_validator
+
+from dist_lm.cli import ONE_AT_A_TIME, Command, read_flags
+from dist_lm.config import Section
 from dist_lm.console import printable
-from dist_lm.errors import DataError, UserError, did_you_mean, run_entry
+from dist_lm.errors import DataError, UserError, run_entry
 
 if TYPE_CHECKING:
     from dist_lm.data.tokenizer import Tokenizer
@@ -29,260 +31,182 @@ if TYPE_CHECKING:
 AT_ONCE = 64  # sequences in one batch; more are made in several, with the same text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUGE = 10**9
-# Flags whose value is a number: the default, the least, the greatest, and what it means.
-NUMBERS: dict[str, tuple[Any, float, float, str]] = {
-    "max_new_tokens": (200, 1, HUGE, "tokens to make at most"),
-    "temperature": (
+
+Texts = Annotated[tuple[str, ...], ONE_AT_A_TIME]
+
+
+class GenerateFlags(Section):
+    """Generate text from a checkpoint.
+
+    Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.
+    """
+
+    ckpt: str = Field(
+        description="A run folder, a step folder or a folder in transformers' layout."
+    )
+    prompt: Texts = Field(
+        (), description="Text to go on from; repeatable; '' starts a new document."
+    )
+    prompt_file: Texts = Field(
+        (), description="File whose text is a prompt, but for its last newline; repeatable."
+    )
+    max_new_tokens: int = Field(200, ge=1, le=HUGE, description="Tokens to make at most.")
+    temperature: float = Field(
         0.8,
-        0,
-        HUGE,
-        "0 takes the likeliest token (greedy), 1 samples as learned, more is wilder",
-    ),
-    "top_k": (0, 0, HUGE, "choose among the k likeliest tokens; 0: all"),
-    "top_p": (
+        ge=0,
+        le=HUGE,
+        description="0 takes the likeliest token (greedy), 1 samples as learned, more is wilder.",
+    )
+    top_k: int = Field(0, ge=0, le=HUGE, description="Choose among the k likeliest tokens; 0: all.")
+    top_p: float = Field(
         1.0,
-        1e-6,
-        1,
-        "choose among the fewest tokens that have this probability together; 1: all",
-    ),
-    "min_p": (0.0, 0, 1, "leave out tokens less likely than this share of the likeliest; 0: none"),
-    "repetition_penalty": (1.0, 1e-6, HUGE, "make tokens seen before less likely; 1: no change"),
-    "num_samples": (1, 1, HUGE, "continuations of each prompt"),
-}
-# Flags whose value is one of a few words, the first by default.
-WORDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "context": (
-        ("slide", "refuse"),
-        "when the text outgrows the model's context: slide over its last part, or refuse",
-    ),
-    "device": (("auto", "cpu", "cuda"), "auto: cuda where there is one"),
-    "dtype": (tuple(DTYPES), "arithmetic of the model"),
-}
+        ge=1e-6,
+        le=1,
+        description="Choose among the fewest tokens that have this probability together; 1: all.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Leave out tokens less likely than this share of the likeliest; 0: none.",
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=1e-6, le=HUGE, description="Make tokens seen before less likely; 1: no change."
+    )
+    num_samples: int = Field(1, ge=1, le=HUGE, description="Continuations of each prompt.")
+    context: Literal["slide", "refuse"] = Field(
+        "slide",
+        description="When the text outgrows the model's context: slide over its last part,"
+        " or refuse.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one."
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Arithmetic of the model.")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**63 - 1,
+        description="Repeat the same samples; unset: other ones each time.",
+    )
+    stop: Texts = Field(
+        (), description="Text that ends a continuation, itself left out; repeatable."
+    )
+    ema: bool = Field(
+        False, description="Use the moving average of the weights that a run with run.ema kept."
+    )
+    compile: bool = Field(False, description="Compile the model: slow to start, faster on a GPU.")
+    as_json: bool = Field(
+        False,
+        alias="json",
+        description="Print one JSON object a line for each continuation, when it is finished.",
+    )
+    logprobs: bool = Field(False, description="With --json: the log-probability of each new token.")
+    raw: bool = Field(False, description="Do not escape control characters on a terminal.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateFlags":
+        if "" in self.stop:
+            raise ValueError("--stop '' must not be empty; nearest: no --stop")
+        if self.logprobs and not self.as_json:
+            raise ValueError("--logprobs is printed in JSON lines only; nearest: --json --logprobs")
+        for text in (*self.prompt, *self.stop):
+            problem = not_utf8(os.fsencode(text), "the command line")
+            if problem:
+                raise ValueError(problem)
+        return self
 
 
-def within(kind: type, low: float, high: float, default: Any) -> Callable[[str], Any]:
-    """An argparse type that takes numbers from low to high and names the nearest good one otherwise."""
+GENERATE = Command(
+    "python -m dist_lm.generate --ckpt RUN_OR_STEP_OR_HF_FOLDER --prompt TEXT", GenerateFlags
+)
 
-    def read(text: str) -> Any:
+
+def main(argv: list[str]) -> None:
+    flags = read_flags(argv, GENERATE)
+    if flags.seed is None:
+        flags = flags.model_copy(update={"seed": secrets.randbelow(10**9)})
+    prompts = prompts_from(flags)
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    import torch  # slow to import
+
+    from dist_lm.checkpoint.load import read_model
+    from dist_lm.sample import lay_out_for_decoding
+
+    has_cuda = torch.cuda.is_available()
+    if flags.device == "cuda" and not has_cuda:
+        raise UserError("--device cuda: no CUDA device is visible to torch; nearest: --device cpu")
+    model, tokenizer, _ = read_model(flags.ckpt, flags.ema)
+    device = "cuda" if has_cuda and flags.device != "cpu" else "cpu"
+    dtype = getattr(torch, DTYPES[flags.dtype])
+    model.to(device, dtype)
+    if device == "cpu" and dtype == torch.float32:
+        lay_out_for_decoding(model)
+    if prompts is None:
+        ask(model, tokenizer, flags)
+    else:
+        generate(model, tokenizer, prompts, flags)
+
+
+# --- prompts
+
+
+def prompts_from(flags: GenerateFlags) -> list[str] | None:
+    """All prompts: those of --prompt, then those of --prompt_file, else stdin.
+
+    None means that a terminal has to be asked for them.
+    """
+    prompts = list(flags.prompt)
+    for path in flags.prompt_file:
         try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # also true of NaN
-            good = default if value != value else kind(min(max(value, low), high))
-            number, form = ("a whole number", "d") if kind is int else ("a number", "g")
-            is_limit_told = high < HUGE or value > high
-            rule = (
-                f"from {low:{form}} to {high:{form}}"
-                if is_limit_told
-                else f"of {low:{form}} or more"
-            )
-            raise argparse.ArgumentTypeError(
-                f"{text} must be {number} {rule}; nearest: {good:{form}}"
-            )
-        return value
-
-    return read
-
-
-def one_of(options: tuple[str, ...]) -> Callable[[str], str]:
-    """An argparse type that takes one of a few words."""
-
-    def read(text: str) -> str:
-        if text not in options:
-            raise argparse.ArgumentTypeError(
-                f"{text} must be one of {', '.join(options)}{did_you_mean(text, options)}"
-            )
-        return text
-
-    return read
-
-
-def command_line(argv: list[str]) -> argparse.Namespace:
-    """The validated command line; hyphens in flags count as underscores."""
-    parser = FlagParser(
-        "python -m dist_lm.generate",
-        "Generate text from a checkpoint.\n"
-        "Without --prompt and --prompt_file the prompt is read from stdin, or asked for on a terminal.",
-    )
-    add = parser.add_argument
-    add(
-        "--ckpt",
-        required=True,
-        help="run folder (its newest step), step folder, or transformers folder",
-    )
-    add(
-        "--prompt", action="append", help="text to go on from; repeatable; '' starts a new document"
-    )
-    add(
-        "--prompt_file",
-        action="append",
-        help="file whose text is a prompt, but for its last newline; repeatable",
-    )
-    for name, (default, low, high, meaning) in NUMBERS.items():
-        kind = within(type(default), low, high, default)
-        add(f"--{name}", type=kind, default=default, help=f"{meaning} (default {default:g})")
-    for name, (options, meaning) in WORDS.items():
-        help_text, metavar = f"{meaning} (default {options[0]})", "|".join(options)
-        add(f"--{name}", type=one_of(options), default=options[0], metavar=metavar, help=help_text)
-    add(
-        "--seed",
-        type=within(int, 0, 2**63 - 1, 0),
-        help="repeat the same samples; unset: other ones each time",
-    )
-    add(
-        "--stop",
-        action="append",
-        default=[],
-        help="text that ends a continuation, itself left out; repeatable",
-    )
-    add(
-        "--ema",
-        action="store_true",
-        help="use the moving average of the weights that a run with run.ema kept",
-    )
-    add("--compile", action="store_true", help="compile the model: slow to start, faster on a GPU")
-    add(
-        "--json",
-        action="store_true",
-        help="print one JSON object a line for each continuation, when it is finished",
-    )
-    add(
-        "--logprobs", action="store_true", help="with --json: the log-probability of each new token"
-    )
-    add("--raw", action="store_true", help="do not escape control characters on a terminal")
-    args = parser.read(argv)
-    if "" in args.stop:
-        raise UserError("--stop '' must not be empty; nearest: no --stop")
-    if args.logprobs and not args.json:
-        raise UserError("--logprobs is printed in JSON lines only; nearest: --json --logprobs")
-    for text in [*(args.prompt or []), *args.stop]:
-        decoded(os.fsencode(text), "the command line", UserError)
-    return args
-
-
-def decoded(content: bytes, where: str, kind: type[UserError] = DataError) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise kind(
-            f"{where}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8;"
-            " rule: text is UTF-8"
-        ) from None
-
-
-def without_last_newline(text: str) -> str:
-    """An editor and `echo` end a text with a newline that is not meant as part of it."""
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def prompts_from(args: argparse.Namespace) -> list[str] | None:
-    """All prompts in the order --prompt, --prompt_file, else stdin; None means to ask for them."""
-    prompts = list(args.prompt or [])
-    for path in args.prompt_file or []:
-        try:
-            with open(path, "rb") as file:
-                prompts.append(without_last_newline(decoded(file.read(), f"--prompt_file {path}")))
+            content = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"--prompt_file {path}: {error.strerror}") from error
+        prompts.append(prompt_in(content, f"--prompt_file {path}"))
     if not prompts and not sys.stdin.isatty():
-        prompts.append(without_last_newline(decoded(sys.stdin.buffer.read(), "stdin")))
+        prompts.append(prompt_in(sys.stdin.buffer.read(), "stdin"))
     return prompts or None
 
 
-def show(
-    steps: Iterator[list["Continuation"]], prompts: list[str], args: argparse.Namespace, first: bool
-) -> None:
-    """Print the continuations in order, each as far as it is made; JSON lines when one is finished."""
-    raw = args.raw or not sys.stdout.isatty()
-
-    def write(text: str) -> None:
-        sys.stdout.write(text if raw else printable(text))
-        sys.stdout.flush()
-
-    at, shown = 0, -1  # the sequence being printed, and how much of it is; -1: not even its prompt
-    for rows in steps:
-        while at < len(rows) and (not args.json or rows[at].finish_reason):
-            row = rows[at]
-            if args.json:
-                write(json_line(row, prompts[at], args, ascii_only=not raw) + "\n")
-            else:
-                if shown < 0:
-                    write(("" if first and at == 0 else "---\n") + prompts[at])
-                    shown = 0
-                write(row.text[shown:])
-                shown = len(row.text)
-                if not row.finish_reason:
-                    break
-                write("\n")
-            at, shown = at + 1, -1
+def prompt_in(content: bytes, where: str) -> str:
+    """The text of a file, without the newline that editors and `echo` put at its end."""
+    problem = not_utf8(content, where)
+    if problem:
+        raise DataError(problem)
+    return content.decode().removesuffix("\n").removesuffix("\r")
 
 
-def json_line(row: "Continuation", prompt: str, args: argparse.Namespace, ascii_only: bool) -> str:
-    fields: dict[str, Any] = {
-        "prompt": prompt,
-        "text": row.text,
-        "new_tokens": len(row.tokens),
-        "finish_reason": row.finish_reason,
-        "tokens_per_second": round(len(row.tokens) / row.seconds, 2),
-        "seed": args.seed,
-    }
-    if args.logprobs:
-        fields |= {"tokens": row.tokens, "logprobs": row.logprobs}
-    return json.dumps(fields, ensure_ascii=ascii_only)
+def not_utf8(content: bytes, where: str) -> str:
+    """What is wrong with a text that is not UTF-8, or nothing."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        return (
+            f"{where}: byte 0x{byte:02x} at offset {error.start} is not UTF-8; rule: text is UTF-8"
+        )
+    return ""
 
 
 def encode(tokenizer: "Tokenizer", prompt: str) -> list[int]:
-    """A prompt's tokens; warns of characters that the vocabulary lacks. An empty one begins a new document."""
+    """The tokens of a prompt; an empty one begins a new document.
+
+    Warns of characters that the vocabulary lacks.
+    """
     ids = tokenizer.encode(prompt)
     unknown = ids.count(tokenizer.unk) if tokenizer.unk is not None else 0
     if unknown:
-        lacking = sorted({c for c in prompt if tokenizer.unk in tokenizer.encode(c)})
+        lacking = sorted({char for char in prompt if tokenizer.unk in tokenizer.encode(char)})
         print(
-            f"warning: {unknown} characters of the prompt are not in the vocabulary and count as unknown: "
-            f"{printable(repr(''.join(lacking[:20])))}",
+            f"warning: {unknown} characters of the prompt are not in the vocabulary and count as"
+            f" unknown: {printable(repr(''.join(lacking[:20])))}",
             file=sys.stderr,
         )
     return ids or [tokenizer.eot]
 
 
-def generate(
-    model: "GPT", tokenizer: "Tokenizer", prompts: list[str], args: argparse.Namespace
-) -> None:
-    from dist_lm.sample import Sampling, sample  # torch
-
-    settings = Sampling(
-        args.max_new_tokens,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.min_p,
-        args.repetition_penalty,
-        tuple(args.stop),
-        args.context == "slide",
-        args.logprobs,
-        args.compile,
-    )
-    jobs = [
-        (prompt, ids)
-        for prompt in prompts
-        for ids in [encode(tokenizer, prompt)]
-        for _ in range(args.num_samples)
-    ]
-    # A stream belongs to (seed, prompt, how often it came before): what stands beside it does not matter.
-    times: Counter[str] = Counter()
-    seeds = []
-    for prompt, _ in jobs:
-        seeds.append(f"{args.seed} {times[prompt]} {prompt}")
-        times[prompt] += 1
-    for n in range(0, len(jobs), AT_ONCE):
-        part = jobs[n : n + AT_ONCE]
-        steps = sample(model, tokenizer, [ids for _, ids in part], settings, seeds[n : n + AT_ONCE])
-        show(steps, [prompt for prompt, _ in part], args, first=n == 0)
-
-
-def ask(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
-    """Prompts from a terminal until end of input."""
+def ask(model: "GPT", tokenizer: "Tokenizer", flags: GenerateFlags) -> None:
+    """Take prompts from a terminal until the end of input."""
     with contextlib.suppress(ImportError):  # not every system's Python has it
         import readline  # noqa: F401 -- gives input() line editing
 
@@ -294,33 +218,119 @@ def ask(model: "GPT", tokenizer: "Tokenizer", args: argparse.Namespace) -> None:
             print(file=sys.stderr)
             return
         try:
-            generate(model, tokenizer, [prompt], args)
+            generate(model, tokenizer, [prompt], flags)
         except UserError as error:  # the next prompt may fit
             print(f"error: {error}", file=sys.stderr)
 
 
-def main(argv: list[str]) -> None:
-    args = command_line(argv)
-    args.seed = secrets.randbelow(10**9) if args.seed is None else args.seed
-    prompts = prompts_from(args)
-    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    import torch  # from here on it is slow
+# --- continuations
 
-    from dist_lm.checkpoint.load import read_model
-    from dist_lm.sample import lay_out_for_decoding
 
-    cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not cuda:
-        raise UserError("--device cuda: no CUDA device is visible to torch; nearest: --device cpu")
-    model, tokenizer, _ = read_model(args.ckpt, args.ema)
-    dtype = getattr(torch, DTYPES[args.dtype])
-    model.to("cuda" if cuda and args.device != "cpu" else "cpu", dtype)
-    if model.embed.weight.device.type == "cpu" and dtype == torch.float32:
-        lay_out_for_decoding(model)
-    if prompts is None:
-        ask(model, tokenizer, args)
-    else:
-        generate(model, tokenizer, prompts, args)
+def generate(
+    model: "GPT", tokenizer: "Tokenizer", prompts: list[str], flags: GenerateFlags
+) -> None:
+    """Print the continuations of all prompts, in batches of AT_ONCE sequences."""
+    from dist_lm.sample import Sampling, sample  # torch
+
+    settings = Sampling(
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        stop=flags.stop,
+        slide=flags.context == "slide",
+        logprobs=flags.logprobs,
+        compile=flags.compile,
+    )
+    jobs = []  # text and tokens of the prompt of each sequence
+    for prompt in prompts:
+        jobs += [(prompt, encode(tokenizer, prompt))] * flags.num_samples
+    # The random stream of a sequence belongs to the seed, the prompt and how often the prompt came
+    # before. What stands beside it does not matter.
+    times: Counter[str] = Counter()
+    seeds = []
+    for prompt, _ in jobs:
+        seeds.append(f"{flags.seed} {times[prompt]} {prompt}")
+        times[prompt] += 1
+    for begin in range(0, len(jobs), AT_ONCE):
+        batch = jobs[begin : begin + AT_ONCE]
+        steps = sample(
+            model,
+            tokenizer,
+            prompts=[ids for _, ids in batch],
+            settings=settings,
+            seeds=seeds[begin : begin + AT_ONCE],
+        )
+        Printer([prompt for prompt, _ in batch], flags, is_first=begin == 0).print_all(steps)
+
+
+class Printer:
+    """Prints the continuations of a batch in order, each as far as it is made.
+
+    A JSON line is printed when its continuation is finished.
+    """
+
+    def __init__(self, prompts: list[str], flags: GenerateFlags, is_first: bool):
+        self.prompts = prompts
+        self.flags = flags
+        self.is_first = is_first  # nothing was printed before this batch
+        self.is_raw = flags.raw or not sys.stdout.isatty()
+        self.at = 0  # the continuation that is being printed
+        self.printed: int | None = None  # characters of it; None: not even its prompt
+
+    def print_all(self, steps: Iterator[list["Continuation"]]) -> None:
+        for continuations in steps:
+            if self.flags.as_json:
+                self.print_json(continuations)
+            else:
+                self.print_text(continuations)
+
+    def print_text(self, continuations: list["Continuation"]) -> None:
+        """Go on with the texts as far as they are made."""
+        while self.at < len(continuations):
+            continuation = continuations[self.at]
+            if self.printed is None:
+                is_very_first = self.is_first and self.at == 0
+                separator = "" if is_very_first else "---\n"
+                self.write(separator + self.prompts[self.at])
+                self.printed = 0
+            self.write(continuation.text[self.printed :])
+            self.printed = len(continuation.text)
+            if not continuation.finish_reason:
+                return
+            self.write("\n")
+            self.at += 1
+            self.printed = None
+
+    def print_json(self, continuations: list["Continuation"]) -> None:
+        """A line for each continuation that is finished, up to the first that is not."""
+        while self.at < len(continuations) and continuations[self.at].finish_reason:
+            line = json_line(continuations[self.at], self.prompts[self.at], self.flags)
+            # Escape sequences of JSON keep a terminal from being driven.
+            self.write(json.dumps(line, ensure_ascii=not self.is_raw) + "\n")
+            self.at += 1
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(text if self.is_raw else printable(text))
+        sys.stdout.flush()
+
+
+def json_line(continuation: "Continuation", prompt: str, flags: GenerateFlags) -> dict[str, Any]:
+    """The fields of a JSON line."""
+    new_tokens = len(continuation.tokens)
+    fields: dict[str, Any] = {
+        "prompt": prompt,
+        "text": continuation.text,
+        "new_tokens": new_tokens,
+        "finish_reason": continuation.finish_reason,
+        "tokens_per_second": round(new_tokens / continuation.seconds, 2),
+        "seed": flags.seed,
+    }
+    if flags.logprobs:
+        fields |= {"tokens": continuation.tokens, "logprobs": continuation.logprobs}
+    return fields
 
 
 if __name__ == "__main__":

@@ -25,15 +25,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_lm.cli import load
+from pydantic import Field
+
+from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.errors import CODES, UserError, in_a_line, kind, run_entry
 from dist_lm.lock import RunLock
 
 PATIENCE = 3  # failures without a new step after which nothing is started again
-TRAIN_FLAGS = {
-    "allow_change": "Let FIELD differ from what the run was started with (repeatable).",
-    "launch": "How the processes share the work, where torchrun started them: a file of launch/, e.g. zero3.",
-}
+
+
+class TrainFlags(ConfigFlags):
+    """Train a GPT. The same command again goes on where the run folder stands."""
+
+    allow_change: tuple[str, ...] = Field(
+        (),
+        description="Let FIELD differ from what the run was started with (repeatable).",
+    )
+    launch: str | None = Field(
+        None,
+        description="How the processes share the work, where torchrun started them:"
+        " a file of launch/, e.g. zero3.",
+    )
+
+
+TRAIN = Command(
+    "accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]",
+    TrainFlags,
+    settings=ALL_SETTINGS,
+)
 
 
 class Stop:
@@ -188,39 +207,50 @@ class Attempt:
 
 
 def main(argv: list[str]) -> None:
-    """before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the run folder.
-    after NUMBER CODE ARGUMENTS: say how it ended, and exit with its class's code: 70 and 75 may be started again."""
-    if argv[:1] != ["before"] and not (
-        argv[:1] == ["after"] and len(argv) > 2 and argv[1].isdecimal()
-    ):
-        raise UserError("rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS")
-    when, words = argv[0], argv[1 if argv[0] == "before" else 3 :]
-    config, _ = load(words, TRAIN_FLAGS, "dist_lm/train.py")
-    folder = Path(config.run.dir)
-    if when == "before":
-        print(read(folder).get("attempt", 0) + 1, folder.absolute())
-        return
-    attempt, patience = Attempt(folder, int(argv[1])), time.monotonic() + 10
-    while argv[2] != "0" and not attempt.is_recorded and time.monotonic() < patience:
-        time.sleep(0.5)  # another node may be about to say it
+    """Answer a launch script.
+
+    before ARGUMENTS: refuse what train.py would, and print the number of the next attempt and the
+    run folder. after NUMBER CODE ARGUMENTS: print how it ended, and exit with the code of its
+    class; 70 and 75 may be started again.
+    """
+    match argv:
+        case ["before", *words]:
+            config, _ = load(words, TRAIN)
+            folder = Path(config.run.dir)
+            print(read(folder).get("attempt", 0) + 1, folder.absolute())
+        case ["after", number, code, *words] if number.isdecimal():
+            config, _ = load(words, TRAIN)
+            sys.exit(answer_after(Path(config.run.dir), int(number), code))
+        case _:
+            raise UserError("rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS")
+
+
+def answer_after(folder: Path, number: int, code: str) -> int:
+    """Print how an attempt ended whose launcher exited with `code`; the code to exit with."""
+    attempt = Attempt(folder, number)
+    deadline = time.monotonic() + 10
+    while code != "0" and not attempt.is_recorded and time.monotonic() < deadline:
+        time.sleep(0.5)  # a rank on another node may be about to write it
     outcome = attempt.read_refusal() or read(folder)
-    if not attempt.is_recorded:  # nobody was left to say it
-        outcome = attempt.record(
-            "done" if argv[2] == "0" else "retryable", f"no rank said why (exit code {argv[2]})"
-        )
+    if not attempt.is_recorded:  # no rank was left to write it
+        ending = "done" if code == "0" else "retryable"
+        outcome = attempt.record(ending, f"no rank said why (exit code {code})")
     if attempt.read_refusal():
         attempt.forget_refusal()
+    ending = outcome["class"]
     print(
-        f"{folder}: {outcome['class']} at step {outcome['step']}, attempt {outcome['attempt']}: {outcome['reason']}",
+        f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}:"
+        f" {outcome['reason']}",
         file=sys.stderr,
     )
-    if outcome["failures"] >= PATIENCE and outcome["class"] in ("retryable", "preempted"):
+    failures = outcome["failures"]
+    if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(
-            f"{folder}: failed {outcome['failures']} times without a new step; not started again",
+            f"{folder}: failed {failures} times without a new step; not started again",
             file=sys.stderr,
         )
-        sys.exit(1)
-    sys.exit(CODES[outcome["class"]])
+        return 1
+    return CODES[ending]
 
 
 if __name__ == "__main__":

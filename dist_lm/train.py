@@ -17,11 +17,11 @@ if __name__ == "__main__":
 from dist_lm.cli import load
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
 from dist_lm.errors import DivergedError, UserError, run_entry
-from dist_lm.outcome import TRAIN_FLAGS, Attempt
+from dist_lm.outcome import TRAIN, Attempt, TrainFlags
 
 # Before the seconds that torch takes to import: answer typing mistakes, and listen to signals.
 if __name__ == "__main__":
-    ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN_FLAGS, "dist_lm/train.py"))
+    ARGUMENTS = run_entry(lambda argv: load(argv, TRAIN))
     ATTEMPT = Attempt(Path(ARGUMENTS[0].run.dir))
     ATTEMPT.stop.listen()
 
@@ -30,7 +30,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -124,12 +124,12 @@ class Pending:
     shares: dict[str, float]  # of a mixture
 
 
-def main(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> str:
+def main(config: Config, flags: TrainFlags, attempt: Attempt) -> str:
     """Why the run stopped before its end, or nothing."""
-    runtime, why = start(config, next(iter(flags.get("launch", [])), None), attempt), ""
+    runtime, why = start(config, flags.launch, attempt), ""
     try:
         hold_folder(runtime)
-        place = find_resume_point(runtime, config, flags.get("allow_change", []))
+        place = find_resume_point(runtime, config, flags.allow_change)
         if place:
             run = build(runtime, config, place)
             describe(run)
@@ -353,7 +353,9 @@ def due(step: int, every: int, at_the_end: bool = False) -> bool:
     return every > 0 and (at_the_end or step % every == 0)
 
 
-def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> ResumePoint | None:
+def find_resume_point(
+    runtime: Runtime, config: Config, allowed: Sequence[str]
+) -> ResumePoint | None:
     """Where the run folder stands, or None if nothing is left to do, which is said. All ranks."""
     data, run_dir = open_dataset(config, runtime.on_main), Path(config.run.dir)
     steps, batch = data.steps(config), config.data.global_batch
@@ -475,7 +477,11 @@ def training_batches(run: Run) -> Batches:
 
 
 def refuse_other_mathematics(
-    runtime: Runtime, config: Config, data: Dataset, facts: Mapping[str, Any], allowed: list[str]
+    runtime: Runtime,
+    config: Config,
+    data: Dataset,
+    facts: Mapping[str, Any],
+    allowed: Sequence[str],
 ) -> None:
     """A resumed run has the settings it was started with, but for those that do not touch its mathematics."""
     old = {

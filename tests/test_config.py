@@ -1,38 +1,55 @@
-"""Config: precedence, every error as one line with the rule and the nearest good value, the plan."""
+"""Settings and command lines: precedence, help, every error as one line, the batch layout."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
-from dist_lm.cli import help_text, load, read_yaml, resolve
-from dist_lm.config import FIELDS, FREE_ON_RESUME, Config, ModelConfig, batch_layout
+from dist_lm.cli import ONE_AT_A_TIME, Command, load, read_flags, read_yaml, resolve
+from dist_lm.config import (
+    FIELDS,
+    FREE_ON_RESUME,
+    Config,
+    ModelConfig,
+    Section,
+    SourceConfig,
+    Stage,
+    batch_layout,
+)
 from dist_lm.errors import UserError
-from tests.procs import ROOT, train
+from dist_lm.outcome import TRAIN
+from tests.procs import ROOT, clean_env, train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
-def settings(*argv: str, **flags: str) -> Config:
-    return load(argv, flags, "test")[0]
+def settings(*argv: str) -> Config:
+    config, _ = load(argv, TRAIN)
+    return config
 
 
 def test_fields() -> None:
     """All settings of the product. A new one must earn its place here."""
     expected = """
-    model.layers model.heads model.kv_heads model.width model.ffn_width model.positions model.norm model.norm_placement
-    model.activation model.bias model.qk_norm model.dropout model.tie_embeddings model.init model.norm_eps
-    model.rope_theta
-    data.input data.sources data.stages data.validation data.stream data.lanes data.packing data.bad_rows data.cache_gb
-    data.text_column data.separator data.tokenizer data.val_fraction data.seq_len data.stride
-    data.document_mask data.global_batch data.micro_batch data.workers
-    optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps optim.weight_decay optim.clip
-    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing run.ema run.eval_every
-    run.eval_batches run.save_every run.keep_last run.keep_every run.resume run.init_from run.stop_after
-    run.timeout_seconds run.log_batch_hash run.profile_steps run.trackers run.sample_prompt
+    model.layers model.heads model.kv_heads model.width model.ffn_width model.positions model.norm
+    model.norm_placement model.activation model.bias model.qk_norm model.dropout
+    model.tie_embeddings model.init model.norm_eps model.rope_theta
+    data.input data.sources data.stages data.validation data.stream data.lanes data.packing
+    data.bad_rows data.cache_gb data.text_column data.separator data.tokenizer data.val_fraction
+    data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
+    optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
+    optim.weight_decay optim.clip
+    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing
+    run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
+    run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
+    run.trackers run.sample_prompt
     """
     assert set(expected.split()) == set(FIELDS)
 
@@ -107,7 +124,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--model.positions rop",
-            "command line: model.positions='rop' must be one of learned, rope, sinusoidal, none; nearest: rope",
+            "command line: model.positions='rop' must be one of learned, rope, sinusoidal, none;"
+            " nearest: rope",
         ),
         (
             "--model.heads 5",
@@ -119,7 +137,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--model.heads 128",
-            "command line: model.width=128 with model.heads=128 gives an odd head size, which rope cannot rotate;"
+            "command line: model.width=128 with model.heads=128 gives an odd head size, which"
+            " rope cannot rotate;"
             " nearest model.width: 256",
         ),
         (
@@ -132,7 +151,8 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ),
         (
             "--data.separator=",
-            "command line: data.separator='' must not be empty; nearest: null (each file is one document)",
+            "command line: data.separator='' must not be empty; nearest: null (each file is one"
+            " document)",
         ),
         (
             "--optim.min_lr 1",
@@ -176,11 +196,13 @@ def test_command_line_errors(argv: str, message: str) -> None:
         ("data: {input: 3}", "FILE: data.input=3 must be a valid string; nearest: stdlib"),
         (
             "data: {sources: {web: {input: a.csv, template: const, text_column: body}}}",
-            "FILE: data.sources.web.template='const' must name columns in pairs of braces; nearest: '{body}'",
+            "FILE: data.sources.web.template='const' must name columns in pairs of braces;"
+            " nearest: '{body}'",
         ),
         (
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
-            "FILE: data.validation.held.template='a}' must name columns in pairs of braces; nearest: '{text}'",
+            "FILE: data.validation.held.template='a}' must name columns in pairs of braces;"
+            " nearest: '{text}'",
         ),
         (
             "run: {steps: 3, epochs: 4}",
@@ -207,33 +229,185 @@ def test_missing_yaml_names_the_nearest(tmp_path: Path) -> None:
 
 def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    output = train(tmp_path / "run", "--model.layerz", "3", code=2, PYTHONPATH=str(tmp_path))
+    output = train(tmp_path / "run", "--model.layerz", "3", code=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert output == "error: unknown flag --model.layerz; did you mean --model.layers?\n"
     assert (
-        train(tmp_path / "run", "--model.layerz", "3", code=2, RANK="1", PYTHONPATH=str(tmp_path))
+        train(
+            tmp_path / "run",
+            "--model.layerz",
+            "3",
+            code=2,
+            RANK="1",
+            PYTHONPATH=f"{tmp_path}:{ROOT}",
+        )
         == ""
     )
 
 
-def test_help_shows_every_field_with_the_given_yaml(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def help_of_train(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        settings("--help", *argv)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_field_once_with_the_given_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "a.yaml"
-    file.write_text("model: {layers: 77}\n")
-    with pytest.raises(SystemExit):
-        settings("--help", "--config", str(file), allow_change="Let FIELD differ.")
-    text = capsys.readouterr().out
-    missing = [name for name in FIELDS if f"--{name.replace('_', '-')}" not in text]
-    assert missing == [] and "(default: 77)" in text and "--allow_change: Let FIELD differ." in text
+    (tmp_path / "a.yaml").write_text("model: {layers: 77}\n")
+    monkeypatch.chdir(tmp_path)
+    text = help_of_train(capsys, "--config", "a.yaml", "--model.heads", "2", "--launch", "zero2")
+    for name in FIELDS:
+        assert text.count(f"--{name} ") == 1, name
+    for shown in (
+        "  --config TEXT ... (a.yaml)\n",
+        "  --launch TEXT (zero2)\n",
+        "  --model.layers INT (77)\n",
+        "  --model.heads INT (2)\n",
+        "  --model.kv_heads INT (2)\n",  # follows
+        "  --model.norm layernorm|rmsnorm (rmsnorm)\n",
+        "  --model.bias true|false (false)\n",
+        "  --optim.betas FLOAT FLOAT (0.9 0.95)\n",
+        "  --run.epochs INT (unset)\n",
+        "  --run.trackers TEXT ... (tensorboard)\n",
+        "  --run.sample_prompt TEXT ('\\n')\n",
+        "      Let FIELD differ from what the run was started with (repeatable).\n",
+    ):
+        assert text.count(shown) == 1, shown
 
 
-def test_help_gives_each_field_a_meaning() -> None:
-    text = " ".join(help_text(Config(), {}, "x").split())
+def test_help_gives_each_field_a_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of_train(capsys).split())
     assert [
         name
         for name, info in FIELDS.items()
-        if not info.description or info.description[:20] not in text
+        if not info.description or info.description not in text
     ] == []
+
+
+def test_help_shows_the_fields_of_a_source_and_a_stage_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("data: {sources: {web: {input: a.txt}}}\n")
+    text = help_of_train(capsys, "--config", str(file))
+    for section in (SourceConfig, Stage):
+        for name in section.model_fields:
+            assert len(re.findall(rf"^  {name} ", text, re.MULTILINE)) == 1, name
+    assert '{"web": {"input": "a.txt", ' in " ".join(text.split())
+
+
+@pytest.mark.parametrize("columns", [50, 300])
+def test_help_fits_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    longest = max(help_of_train(capsys).splitlines(), key=len)
+    assert 40 < len(longest) <= min(columns, 100) or " " not in longest.strip(), longest
+
+
+HEAVY = ("torch", "numpy", "pyarrow", "datasets", "tokenizers", "accelerate", "matplotlib")
+
+
+@pytest.mark.parametrize("word", ["--help", "--hlep"])
+@pytest.mark.parametrize(
+    "command", ["train", "prepare", "generate", "score", "show", "report", "plan", "doctor"]
+)
+def test_help_and_mistakes_wait_for_nothing_slow(command: str, word: str) -> None:
+    """What makes a start slow is imported after the command line is read."""
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['{command}', '{word}']\n"
+        f"try: runpy.run_module('dist_lm.{command}', run_name='__main__', alter_sys=True)\n"
+        f"finally: print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=clean_env(), capture_output=True, text=True
+    )
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    if word == "--help":
+        assert (done.returncode, done.stderr) == (0, "")
+        usage, _, _ = done.stdout.partition("\n")
+        assert usage.startswith("usage: ") and f"dist_lm.{command}" in usage.replace("/", ".")
+    else:
+        assert done.returncode == 2 and done.stderr.startswith("error: unknown flag --hlep")
+        assert done.stderr.count("\n") == 1
+
+
+class Flags(Section):
+    """Flags of each kind."""
+
+    texts: Annotated[tuple[str, ...], ONE_AT_A_TIME] = Field((), description="Texts.")
+    names: tuple[str, ...] = Field((), description="Names.")
+    count: int = Field(3, ge=1, description="A number.")
+    share: float = Field(0.5, gt=0, le=1, description="A share.", examples=[0.4])
+    kind: Literal["one", "two"] = Field("one", description="A choice.")
+    quiet: bool = Field(False, description="Yes or no.")
+    text: str | None = Field(None, description="A text.")
+
+
+FLAGS = Command("python -m test", Flags)
+FILES = Command("python -m test FILE [--text TEXT]", Flags, positional="names")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--count", "5"], "count", 5),
+        (["--count=5"], "count", 5),
+        (["--count", "5", "--count", "6"], "count", 6),
+        (["--share", "1e-3"], "share", 0.001),
+        (["--quiet"], "quiet", True),
+        (["--quiet", "false"], "quiet", False),
+        (["--quiet=false"], "quiet", False),
+        (["--texts", "a", "--texts=b c"], "texts", ("a", "b c")),
+        (["--texts", ""], "texts", ("",)),
+        (["--texts", "-x"], "texts", ("-x",)),
+        (["--texts=--foo"], "texts", ("--foo",)),
+        (["--texts", "--foo bar-baz"], "texts", ("--foo bar-baz",)),
+        (["--texts", "--"], "texts", ("--",)),
+        (["--names", "a", "b", "--names", "c"], "names", ("a", "b", "c")),
+        (["--text", "a=b"], "text", "a=b"),
+    ],
+)
+def test_flags(argv: list[str], field: str, value: object) -> None:
+    assert getattr(read_flags(argv, FLAGS), field) == value
+
+
+def test_words_without_a_name() -> None:
+    flags = read_flags(["a", "--text", "b", "c", "--quiet", "d"], FILES)
+    assert (flags.names, flags.text, flags.quiet) == (("a", "c", "d"), "b", True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--count x", "--count=x must be a whole number of 1 or more; nearest: 3"),
+        ("--count 0", "--count=0 must be a whole number of 1 or more; nearest: 1"),
+        ("--share 40", "--share=40 must be a number above 0 and at most 1; nearest: 0.4"),
+        ("--share nan", "--share=nan must be a number above 0 and at most 1; nearest: 0.4"),
+        ("--kind tow", "--kind=tow must be one of one, two; did you mean two?"),
+        ("--quiet=1", "--quiet=1 must be true or false; nearest: true"),
+        ("--quiet 1", "'1' is not a flag; rule: --name VALUE"),
+        ("--quite", "unknown flag --quite; did you mean --quiet?"),
+        ("--texts a b", "--texts takes one value, not 'a b'; rule: quote a value with spaces"),
+        ("--count", "--count needs a value: --count 3"),
+        ("--texts --quiet", "--texts needs a value"),
+        ("--run.quiet 3", "unknown flag --run.quiet; did you mean --quiet?"),
+    ],
+)
+def test_mistakes_in_flags(argv: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_flags(argv.split(), FLAGS)
+    assert (str(error.value), error.value.code) == (message, 2)
+
+
+@pytest.mark.parametrize("argv", ["", "--text a", "a -x", "a --run.seed 3"])
+def test_misuse_names_the_usage(argv: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_flags(argv.split(), FILES)
+    given = argv or "no argument"
+    assert str(error.value) == f"{given}: rule: python -m test FILE [--text TEXT]"
 
 
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

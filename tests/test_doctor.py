@@ -18,10 +18,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from dist_lm.checks.command import DOCTOR
+from dist_lm.checks.examination import CHECKS, Result, page
+from dist_lm.checks.links import rendezvous
+from dist_lm.checks.machines import clocks
+from dist_lm.checks.ranks import run_within
+from dist_lm.cli import load
 from dist_lm.config import DataConfig
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, run_within
-from dist_lm.doctor import arguments as judged
 from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env, entry, finish, free_port, train
@@ -35,7 +39,10 @@ def ranks(
     code: Sequence[Path] = (ROOT, ROOT),
     before: Sequence[Sequence[str]] = ((), ()),
 ) -> list[subprocess.Popen[str]]:
-    """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
+    """Doctor on two ranks, each in its own working directory, with its own copy of the code.
+
+    `before` is what starts it.
+    """
     port, started = str(free_port()), []
     for rank in range(2):
         own = {
@@ -98,7 +105,7 @@ def test_alone_and_fit(prepared: Path, tmp_path: Path) -> None:
     data = ("--data.input", str(prepared), "--data.tokenizer", "byte")
     page = entry("doctor", *SETTINGS, *data, "--run.dir", str(tmp_path / "a/b"))
     names = [line[6:18].strip() for line in page.splitlines()[:-1]]
-    assert names == [name for name, _, _ in CHECKS]
+    assert names == [check.name for check in CHECKS]
     assert page.endswith("14 checks: 0 warn, 0 fail\n")
     assert list(tmp_path.iterdir()) == []  # nothing stays, not even the folder
 
@@ -267,8 +274,8 @@ def test_damaged_data(tmp_path: Path) -> None:
     arguments = (*SETTINGS, "--data.input", str(folder), "--run.dir", str(tmp_path / "run"))
     page = entry("doctor", *arguments)
     assert (
-        "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not bpe:2048"
-        in page
+        "warn  tokenizer   257 tokens; prepared with data.tokenizer=byte, which stands, not"
+        " bpe:2048" in page
     )
     assert "-> data, data.tokenizer and checkpoint that belong together" in page
     whole = (folder / "tokenizer.json").read_text()
@@ -335,7 +342,10 @@ def test_two_hosts(prepared: Path, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def slow_cores(share: float) -> Iterator[list[str]]:
-    """What to put before a command so that it gets only this share of a core; skips where control groups cannot."""
+    """What to put before a command so that it gets only this share of a core.
+
+    Skips where control groups cannot.
+    """
     for folder, files in (
         (
             Path("/sys/fs/cgroup/cpu"),
@@ -364,8 +374,8 @@ def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
         )
     assert "warn  speed " in page and "; slow: rank 1 (" in page and "; slow: rank 0" not in page
     assert (
-        "-> all wait for it in each step: look for other jobs, heat or a power limit there, or leave it out"
-        in page
+        "-> all wait for it in each step: look for other jobs, heat or a power limit there, or"
+        " leave it out" in page
     )
 
 
@@ -392,8 +402,8 @@ def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
     )
     assert time.monotonic() - began < 60
     assert (
-        f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every node up"
-        in page
+        f"fail  start       only 1 of 2 processes met at 127.0.0.1:{port} within 3 s; is every"
+        " node up" in page
     )
 
 
@@ -437,7 +447,7 @@ def test_a_rank_that_dies_or_falls_silent(
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        judged(arguments)
+        load(arguments, DOCTOR)
     assert (str(refused.value), refused.value.code) == (message, 2)
 
 
@@ -488,11 +498,11 @@ def test_work_that_fails_or_hangs_is_said() -> None:
 
 
 def test_the_page() -> None:
-    checks = [Check("a", "ok", "fine"), Check("b", "fail", "broken", "mend it", 70)]
-    assert report(checks, 2, 70, False).splitlines() == [
+    results = [Result("a", "ok", "fine"), Result("b", "fail", "broken", "mend it", 70)]
+    assert page(results, 2, 70, as_json=False).splitlines() == [
         "ok    a           fine",
         "fail  b           broken",
         " " * 18 + "-> mend it",
         "2 checks: 0 warn, 1 fail",
     ]
-    assert json.loads(report(checks, 2, 70, True))["checks"][1]["remedy"] == "mend it"
+    assert json.loads(page(results, 2, 70, as_json=True))["checks"][1]["remedy"] == "mend it"

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from dist_lm import generate
+from dist_lm.cli import read_flags
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
 from dist_lm.errors import UserError, run_entry
+from dist_lm.generate import GENERATE
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
@@ -67,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Cli:
-    """generate's entry in this process, on a run folder with short greedy output unless told otherwise."""
+    """generate in this process, on a run folder, with short greedy output unless told otherwise."""
 
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], ckpt: Path):
         self.patch, self.capture, self.ckpt = patch, capture, ckpt
@@ -245,9 +247,9 @@ def test_prompts_from_files_and_stdin(cli: Cli, tmp_path: Path) -> None:
 def test_characters_that_a_vocabulary_lacks_are_a_warning(cli: Cli, runs: Path) -> None:
     code, out, err = cli("--prompt", "abc Xyz\x1b", ckpt=runs / "char")
     assert (code, out[:8]) == (0, "abc Xyz\x1b")
-    assert (
-        err
-        == "warning: 4 characters of the prompt are not in the vocabulary and count as unknown: '\\x1bXyz'\n"
+    assert err == (
+        "warning: 4 characters of the prompt are not in the vocabulary and count as unknown:"
+        " '\\x1bXyz'\n"
     )
     assert cli("--prompt", "abc", ckpt=runs / "char")[2] == ""
 
@@ -258,7 +260,8 @@ def test_a_text_beyond_the_context_slides_or_is_refused(cli: Cli) -> None:
     assert cli("--prompt", long, "--context", "refuse") == (
         2,
         "",
-        "error: a prompt of 96 tokens and 12 new ones do not fit the model's context of 48; nearest: a prompt of"
+        "error: a prompt of 96 tokens and 12 new ones do not fit the model's context of 48;"
+        " nearest: a prompt of"
         " 48 tokens, or slide\n",
     )
 
@@ -284,34 +287,35 @@ def test_compiled(cli: Cli) -> None:
 # --- what it refuses
 
 REFUSED = [
-    ("--temperature nan", "--temperature: nan must be a number of 0 or more; nearest: 0.8"),
-    ("--temperature=-1", "--temperature: -1 must be a number of 0 or more; nearest: 0"),
-    ("--temperature warm", "--temperature: warm must be a number of 0 or more; nearest: 0.8"),
-    ("--temperature inf", "--temperature: inf must be a number from 0 to 1e+09; nearest: 1e+09"),
-    ("--top_k -1", "--top_k: -1 must be a whole number of 0 or more; nearest: 0"),
-    ("--top-k 1.5", "--top_k: 1.5 must be a whole number of 0 or more; nearest: 0"),
-    ("--top_p 0", "--top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06"),
-    ("--top_p 1.1", "--top_p: 1.1 must be a number from 1e-06 to 1; nearest: 1"),
-    ("--min_p 2", "--min_p: 2 must be a number from 0 to 1; nearest: 1"),
+    ("--temperature nan", "--temperature=nan must be a number of 0 or more; nearest: 0.8"),
+    ("--temperature=-1", "--temperature=-1 must be a number of 0 or more; nearest: 0"),
+    ("--temperature warm", "--temperature=warm must be a number of 0 or more; nearest: 0.8"),
+    ("--temperature inf", "--temperature=inf must be a number from 0 to 1e+09; nearest: 1e+09"),
+    ("--top_k -1", "--top_k=-1 must be a whole number of 0 or more; nearest: 0"),
+    ("--top-k 1.5", "--top_k=1.5 must be a whole number of 0 or more; nearest: 0"),
+    ("--top_p 0", "--top_p=0 must be a number from 1e-06 to 1; nearest: 1e-06"),
+    ("--top_p 1.1", "--top_p=1.1 must be a number from 1e-06 to 1; nearest: 1"),
+    ("--min_p 2", "--min_p=2 must be a number from 0 to 1; nearest: 1"),
     (
         "--repetition_penalty 0",
-        "--repetition_penalty: 0 must be a number of 1e-06 or more; nearest: 1e-06",
+        "--repetition_penalty=0 must be a number of 1e-06 or more; nearest: 1e-06",
     ),
-    ("--max_new_tokens 0", "--max_new_tokens: 0 must be a whole number of 1 or more; nearest: 1"),
-    ("--num_samples 0", "--num_samples: 0 must be a whole number of 1 or more; nearest: 1"),
-    ("--seed -5", "--seed: -5 must be a whole number of 0 or more; nearest: 0"),
+    ("--max_new_tokens 0", "--max_new_tokens=0 must be a whole number of 1 or more; nearest: 1"),
+    ("--num_samples 0", "--num_samples=0 must be a whole number of 1 or more; nearest: 1"),
+    ("--seed -5", "--seed=-5 must be a whole number of 0 or more; nearest: 0"),
     (
         "--seed 99999999999999999999",
-        "--seed: 99999999999999999999 must be a whole number from 0 to 9223372036854775807; nearest: 9223372036854775807",
+        "--seed=99999999999999999999 must be a whole number from 0 to 9223372036854775807;"
+        " nearest: 9223372036854775807",
     ),
-    ("--top_k 1e3", "--top_k: 1e3 must be a whole number of 0 or more; nearest: 0"),
+    ("--top_k 1e3", "--top_k=1e3 must be a whole number of 0 or more; nearest: 0"),
     ("--stop=", "--stop '' must not be empty; nearest: no --stop"),
     ("--logprobs", "--logprobs is printed in JSON lines only; nearest: --json --logprobs"),
-    ("--device tpu", "--device: tpu must be one of auto, cpu, cuda; did you mean cpu?"),
-    ("--context slid", "--context: slid must be one of slide, refuse; did you mean slide?"),
-    ("--dtype bf61", "--dtype: bf61 must be one of fp32, bf16, fp16; did you mean bf16?"),
-    ("--tempreature 1", "unknown argument --tempreature; did you mean --temperature?"),
-    ("--prompt", "--prompt: expected one argument"),
+    ("--device tpu", "--device=tpu must be one of auto, cpu, cuda; did you mean cpu?"),
+    ("--context slid", "--context=slid must be one of slide, refuse; did you mean slide?"),
+    ("--dtype bf61", "--dtype=bf61 must be one of fp32, bf16, fp16; did you mean bf16?"),
+    ("--tempreature 1", "unknown flag --tempreature; did you mean --temperature?"),
+    ("--prompt", "--prompt needs a value"),
     (
         "--prompt \udcff",
         "the command line: byte 0xff at offset 0 is not UTF-8; rule: text is UTF-8",
@@ -355,7 +359,8 @@ def test_a_diverged_checkpoint(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mon
     assert cli("--prompt", "a", ckpt=tmp_path / "nan") == (
         66,
         "",
-        "error: the model's logits for new token 1 are not finite; rule: use an earlier checkpoint, or fp32"
+        "error: the model's logits for new token 1 are not finite; rule: use an earlier"
+        " checkpoint, or fp32"
         " where another type overflows\n",
     )
     assert cli("--prompt", "a", ckpt=tmp_path / "nan" / "step-00000010")[0] == 0
@@ -401,7 +406,8 @@ def test_a_torn_checkpoint_is_passed_over_or_refused(cli: Cli, tmp_path: Path) -
 
 def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
     script = (
-        "import sys; from dist_lm import errors, generate; sys.argv = ['generate', '--ckpt', 'x', '--top_p', '0']\n"
+        "import sys; from dist_lm import errors, generate; sys.argv = ['generate', '--ckpt',"
+        " 'x', '--top_p', '0']\n"
         "try: errors.run_entry(generate.main)\n"
         "finally: assert 'torch' not in sys.modules"
     )
@@ -410,7 +416,7 @@ def test_a_bad_flag_is_answered_before_torch_is_imported() -> None:
     )
     assert (done.returncode, done.stderr) == (
         2,
-        "error: --top_p: 0 must be a number from 1e-06 to 1; nearest: 1e-06\n",
+        "error: --top_p=0 must be a number from 1e-06 to 1; nearest: 1e-06\n",
     )
 
 
@@ -418,9 +424,11 @@ def test_it_starts_soon_and_imports_neither_accelerate_nor_deepspeed(runs: Path)
     script = (
         "import sys, time, torch; start = time.perf_counter(); torch.set_num_threads(1)\n"
         "from dist_lm import errors, generate\n"
-        f"sys.argv = ['generate', '--ckpt', {str(runs / 'llama')!r}, '--prompt', 'a', '--max_new_tokens', '1']\n"
+        f"sys.argv = ['generate', '--ckpt', {str(runs / 'llama')!r}, '--prompt', 'a',"
+        " '--max_new_tokens', '1']\n"
         "errors.run_entry(generate.main)\n"
-        "heavy = {'accelerate', 'deepspeed', 'transformers', 'datasets', 'torch._dynamo'} & set(sys.modules)\n"
+        "heavy = {'accelerate', 'deepspeed', 'transformers', 'datasets', 'torch._dynamo'} &"
+        " set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.perf_counter() - start, file=sys.stderr)"
     )
@@ -434,14 +442,16 @@ def test_it_starts_soon_and_imports_neither_accelerate_nor_deepspeed(runs: Path)
 def test_help_names_every_flag(cli: Cli) -> None:
     code, text, _ = cli("--help")
     assert code == 0
-    flags = "ckpt prompt prompt_file max_new_tokens temperature top_k top_p min_p repetition_penalty num_samples stop"
+    flags = "ckpt prompt prompt_file max_new_tokens temperature top_k top_p min_p"
+    flags += " repetition_penalty num_samples stop"
     for flag in f"{flags} context seed device dtype compile json logprobs raw".split():
         assert f"--{flag} " in text
 
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
-    # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is ignored.
+    # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is
+    # ignored.
     words = (
         "--ckpt",
         str(runs / "llama"),
@@ -480,7 +490,10 @@ def test_a_closed_pipe_is_no_error(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_text_streams_in_whole_characters(runs: Path) -> None:
-    """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come one by one."""
+    """Every piece that is written is valid UTF-8, though the tokens are bytes.
+
+    The pieces come one by one.
+    """
     child = process(
         "--ckpt",
         str(runs / "llama"),
@@ -511,7 +524,8 @@ def test_a_terminal_is_asked_and_never_driven(runs: Path) -> None:
     os.close(controller)
     said = (
         "A prompt a line; Ctrl-D ends.\n"
-        "error: a prompt of 60 tokens and 3 new ones do not fit the model's context of 48; nearest: a prompt of 48"
+        "error: a prompt of 60 tokens and 3 new ones do not fit the model's context of 48;"
+        " nearest: a prompt of 48"
         " tokens, or slide\n\n"
     )
     assert (child.returncode, err.decode()) == (0, said)
@@ -531,12 +545,10 @@ def test_control_characters_are_escaped_on_a_terminal(
 
 def test_errors_of_reading_are_user_errors() -> None:
     with pytest.raises(UserError, match="--ckpt"):
-        generate.command_line([])
+        read_flags([], GENERATE)
     started = time.perf_counter()
-    args = generate.command_line(
-        ["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"]
+    flags = read_flags(
+        ["--ckpt", "x", "--max-new-tokens", "5", "--stop", "a-b", "--stop=c-d"], GENERATE
     )
-    assert (args.max_new_tokens, args.stop) == (
-        5,
-        ["a-b", "c-d"],
-    ) and time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 1
+    assert (flags.max_new_tokens, flags.stop) == (5, ("a-b", "c-d"))

@@ -17,11 +17,13 @@ CODE = ROOT / "dist_lm"
 LEVELS = [
     {"errors", "console", "disk", "channel", "launcher"},
     {"config", "lock"},
+    {"explain", "helptext"},
     {"cli", "metrics", "optim", "outcome"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
+    {"scoring", "history", "planning", "checks"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan"},
 ]
 STRANGERS = {"model", "data"}

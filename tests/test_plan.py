@@ -4,29 +4,29 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from dist_lm import plan
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config, ModelSpec
+from dist_lm.config import Config, ModelSpec, fields_by_name
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
-from dist_lm.plan import (
-    FLAGS,
-    Cluster,
-    MemoryCounter,
-    describe,
+from dist_lm.outcome import TRAIN
+from dist_lm.plan import PlanFlags, main
+from dist_lm.planning.activations import MemoryCounter, live_bytes, run_fake
+from dist_lm.planning.cluster import GPUS, Cluster, GpuKind
+from dist_lm.planning.estimate import (
     estimate,
     largest_micro_batch,
-    live_bytes,
-    main,
-    memory,
     strategies,
+    with_changes,
 )
+from dist_lm.planning.memory import memory
+from dist_lm.planning.page import describe
 from dist_lm.runtime.zero import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from tests.conftest import TINY
@@ -41,7 +41,7 @@ def recipe(name: str, **changes: object) -> Config:
 
 
 def tiny(**changes: object) -> Config:
-    config, _ = load(TINY, {}, "test")
+    config, _ = load(TINY, TRAIN)
     return resolve(("tiny", config.flat()), ("test", {"data.tokenizer": "byte", **changes}))
 
 
@@ -79,7 +79,10 @@ def test_gpt2_124m_by_hand() -> None:
 
 
 def test_activations_of_gpt2_124m_by_hand() -> None:
-    """What the backward of one block needs in bf16 autocast: the residual stream twice in fp32, all else in bf16."""
+    """What the backward of one block needs in bf16 autocast.
+
+    The residual stream twice in fp32, all else in bf16.
+    """
     live = live_bytes(recipe("gpt2-124m"), 50257, 32, False, True)
     tokens, D, F, H = 32 * 1024, 768, 3072, 12
     residual = 2 * 4 * D + 2 * 2 * 4  # inputs of both norms, and their means and deviations
@@ -102,11 +105,11 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
     ],
 )
 def test_blocks_are_alike(settings: dict[str, object]) -> None:
-    """What is inferred from one and two blocks and rows is what five blocks and seven rows take when run whole."""
+    """What one and two blocks and rows tell of five and seven is what these take when run whole."""
     config = tiny(**{"model.layers": 5, "data.seq_len": 64, **settings})
     inferred = live_bytes(config, 257, 7, False, False)
     data, run = config.data, config.run
-    whole = plan._run_fake(
+    whole = run_fake(
         config.model,
         5,
         257,
@@ -118,9 +121,9 @@ def test_blocks_are_alike(settings: dict[str, object]) -> None:
         False,
         False,
     )
-    assert inferred.activations == pytest.approx(whole[0], rel=0.01)
-    assert inferred.blocks == pytest.approx(whole[2], rel=0.01)
-    assert inferred.activations + inferred.loss == pytest.approx(whole[1], rel=0.02)
+    assert inferred.activations == pytest.approx(whole.forward, rel=0.01)
+    assert inferred.blocks == pytest.approx(whole.blocks, rel=0.01)
+    assert inferred.activations + inferred.loss == pytest.approx(whole.loss, rel=0.02)
 
 
 def test_live_bytes_are_those_of_real_tensors() -> None:
@@ -133,7 +136,7 @@ def test_live_bytes_are_those_of_real_tensors() -> None:
     watch = MemoryCounter([*model.parameters(), *model.buffers()])
     with watch:
         model(tokens, tokens).backward()
-    whole = plan._run_fake(
+    whole = run_fake(
         config.model, config.model.layers, 257, 8, 64, False, "fp32", False, False, False
     )
     assert watch.most == pytest.approx(max(whole[1:]), rel=0.02)
@@ -158,7 +161,7 @@ def test_checkpoint_bytes_are_those_on_disk(
     train(tmp_path / "run", *settings)
     (folder,) = step_folders(tmp_path / "run")
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    config, _ = load(settings, {}, "test")
+    config, _ = load(settings, TRAIN)
     assert checkpoint_bytes(config, vocabulary(config)) == pytest.approx(
         written, rel=0.05
     )  # headers, Adam's step
@@ -209,7 +212,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     config, strategy, cluster = recipe("llama-1b"), Strategy(), Cluster("h100")
     most = largest_micro_batch(config, strategy, cluster, 32000)
     assert 1 < most < 128
-    tried = [plan.changed(config, "data", micro_batch=n) for n in (most, most + 1)]
+    tried = [with_changes(config, "data", micro_batch=n) for n in (most, most + 1)]
     peaks = [memory(config, strategy, 8, 32000, True).peak for config in tried]
     assert peaks[0] <= cluster.room < peaks[1]
     assert largest_micro_batch(config, strategy, Cluster("rtx4090"), 32000) == 0
@@ -266,7 +269,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["--gpu", "h1000"],
-            "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu; did you mean h100?",
+            "--gpu=h1000 must be one of a100-40, a100-80, h100, h200, b200, l40s, rtx4090, cpu;"
+            " did you mean h100?",
         ),
         (["--nodes", "0"], "--nodes=0 must be a whole number of 1 or more; nearest: 1"),
         (
@@ -278,7 +282,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         (["--mfu", "high"], "--mfu=high must be a number above 0 and at most 1; nearest: 0.4"),
         (
             ["--launch", "zero4"],
-            "--launch zero4: no readable launch file; rule: one of ddp, single, zero1, zero2-offload, zero2,"
+            "--launch zero4: no readable launch file; rule: one of ddp, single, zero1,"
+            " zero2-offload, zero2,"
             " zero3-nvme, zero3-offload, zero3, or a path; did you mean zero3?",
         ),
         (
@@ -287,12 +292,14 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["--data.tokenizer", "char"],
-            "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary without"
+            "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary"
+            " without"
             " reading text; rule: a prepared folder, or --vocab_size N",
         ),
         (
             ["--run.epochs", "2"],
-            "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or run.steps",
+            "run.epochs=2 of data.input=stdlib is of unknown length; rule: a prepared folder, or"
+            " run.steps",
         ),
         (["--lunch", "ddp"], "unknown flag --lunch; did you mean --launch?"),
     ],
@@ -309,7 +316,9 @@ def test_vocabulary_and_length_of_prepared_data(prepared: Path) -> None:
     assert steps_of(config) == math.ceil(3 * sequences(prepared) / 8)
     assert vocabulary(tiny(**{"data.tokenizer": "bpe:500"})) == 500
     assert vocabulary(tiny(**{"data.tokenizer": str(prepared)})) == 257
-    assert set(FLAGS) == set("launch nodes gpus_per_node gpu mfu vocab_size json table".split())
+    expected = "config print_config launch nodes gpus_per_node gpu mfu vocab_size json table"
+    assert set(fields_by_name(PlanFlags)) == set(expected.split())
+    assert get_args(GpuKind) == tuple(GPUS)
 
 
 def sequences(prepared: Path) -> int:
@@ -324,7 +333,8 @@ def test_the_guide_has_the_table_that_its_command_prints() -> None:
     assert entry("plan", *command.split()) in guide
 
 
-@pytest.mark.campaign  # minutes; missed at 14 M parameters, see benchmarks/results/2026-11-21-plan.md
+# Takes minutes; missed at 14 M parameters, see benchmarks/results/2026-11-21-plan.md.
+@pytest.mark.campaign
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_memory_is_what_training_takes(strategy: str, tmp_path: Path) -> None:
     """Resident memory of real training, as benchmarks/plan.py measures it, within 10 %."""

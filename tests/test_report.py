@@ -76,12 +76,17 @@ def test_help_names_the_command(capsys):
     [
         (
             ["nowhere"],
-            "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that made a step",
+            "nowhere/metrics.jsonl: No such file or directory; rule: the folder of a run that"
+            " made a step",
             66,
         ),
         (["empty"], "empty: metrics.jsonl has no whole line of a step yet", 66),
-        (["slow", "--outptu", "x.png"], "unknown argument --outptu; did you mean --output?", 2),
-        (["--output", "x.png"], "the following arguments are required: RUN", 2),
+        (["slow", "--outptu", "x.png"], "unknown flag --outptu; did you mean --output?", 2),
+        (
+            ["--output", "x.png"],
+            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG]",
+            2,
+        ),
         (
             ["slow", "--output", "no/x.png"],
             "--output no/x.png: No such file or directory; rule: a file that can be written",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_lm import score as score_module
+from dist_lm import scoring
 from dist_lm.checkpoint.load import read_model
 from dist_lm.config import Config, DataConfig, ModelConfig, ModelSpec, RunConfig, batch_layout
 from dist_lm.data.shards import TokenShards
@@ -38,7 +38,8 @@ ONE_PROCESS = SimpleNamespace(
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on `prepared` with one checkpoint, of an untrained model."""
     folder = tmp_path_factory.mktemp("run")
-    # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it from.
+    # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it
+    # from.
     data = DataConfig(
         input=str(prepared), tokenizer="bpe:300", seq_len=32, global_batch=8, workers=0
     )
@@ -63,7 +64,7 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without the start of a real runtime, which takes seconds and changes this process."""
-    monkeypatch.setattr(score_module, "start", lambda config: ONE_PROCESS)
+    monkeypatch.setattr(scoring, "start", lambda config: ONE_PROCESS)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.chdir(tmp_path)
 
@@ -88,7 +89,8 @@ def test_the_runs_own_text(run, prepared, capsys):
     assert figures(printed) == expected(run, TokenShards(prepared, "val"))  # to the last bit
     count = sum(TokenShards(prepared, "val").counts(32, 32))
     assert printed.splitlines()[0] == (
-        f"{run}/step-00000003: 16 of {count} sequences of 32 tokens, the held-out part of {prepared}"
+        f"{run}/step-00000003: 16 of {count} sequences of 32 tokens, the held-out part of"
+        f" {prepared}"
     )
 
 
@@ -167,7 +169,8 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys):
         ),
         (
             "--ckpt RUN --model.width 8",
-            r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision, run\.eval_batches",
+            r"--model\.width: score takes it from --ckpt; rule: data\.\*, run\.precision,"
+            r" run\.eval_batches",
         ),
         (
             "--ckpt RUN --data.tokenizer byte",
@@ -188,13 +191,18 @@ def test_errors(run, arguments, message):
 
 def test_too_little_text_is_held_out(run, tmp_path):
     (tmp_path / "short.txt").write_text("a line of text\n" * 20)
-    message = r"^data\.seq_len=32 needs 33 tokens in one shard, what is held out of .*=short\.txt has 31; nearest: 30$"
+    message = (
+        r"^data\.seq_len=32 needs 33 tokens in one shard, what is held out of .*=short\.txt has 31;"
+        r" nearest: 30$"
+    )
     with pytest.raises(UserError, match=message):
         main(["--ckpt", str(run), "--data.input", "short.txt"])
 
 
 def test_help(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
     assert "python -m dist_lm.score --ckpt" in capsys.readouterr().out
 
 

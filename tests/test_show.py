@@ -77,7 +77,10 @@ def test_lines_name_source_shard_documents_and_span(run, prepared, capsys):
     main([str(run), "--step", "2", "--world", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "step 2: 6 sequences of 40 inputs and their targets (41 tokens)"
-    pattern = r"place (\d), rank (\d): sequence (\d+) of epoch 1, (train-\S+\.safetensors) tokens (\d+) to (\d+)"
+    pattern = (
+        r"place (\d), rank (\d): sequence (\d+) of epoch 1,"
+        r" (train-\S+\.safetensors) tokens (\d+) to (\d+)"
+    )
     places = [match for line in lines if (match := re.fullmatch(pattern, line))]
     assert [(int(m[1]), int(m[2])) for m in places] == [(n, n % 3) for n in range(6)]
     assert all(int(m[6]) - int(m[5]) == LENGTH for m in places)
@@ -122,7 +125,8 @@ def test_nothing_drives_the_terminal():
         (["RUN", "--step", "x"], "--step=x must be a whole number from 1 to 5; nearest: 1", 2),
         (
             ["RUN"],
-            "RUN: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            "RUN: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN"
+            " --find TEXT",
             2,
         ),
         (["RUN", "--world", "2"], "--step=unset must be a whole number from 1 to 5; nearest: 1", 2),
@@ -139,17 +143,20 @@ def test_nothing_drives_the_terminal():
         (["RUN", "--stop", "1"], "unknown flag --stop; did you mean --step?", 2),
         (
             ["--step", "1"],
-            "--step 1: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            "--step 1: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN"
+            " --find TEXT",
             2,
         ),
         (
             ["RUN", "--step", "1", "--run.seed", "2"],
-            "RUN --step 1 --run.seed 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            "RUN --step 1 --run.seed 2: rule: python -m dist_lm.show RUN --step N [--world W"
+            " [--rank R]], or RUN --find TEXT",
             2,
         ),
         (
             ["RUN", "--step", "1", "2"],
-            "RUN --step 1 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]], or RUN --find TEXT",
+            "RUN --step 1 2: rule: python -m dist_lm.show RUN --step N [--world W [--rank R]],"
+            " or RUN --find TEXT",
             2,
         ),
         (["no", "--step", "1"], "no: has no config.yaml; rule: the folder of a run", 66),
@@ -213,5 +220,7 @@ def test_a_reader_that_has_seen_enough(run):
 
 
 def test_help(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
     assert "python -m dist_lm.show RUN --step N" in capsys.readouterr().out

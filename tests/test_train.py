@@ -29,6 +29,7 @@ from dist_lm.metrics import read_metrics
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
+from dist_lm.outcome import TRAIN
 from tests.conftest import TINY
 from tests.machines import kill
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
@@ -99,7 +100,7 @@ def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
     """Rate, clipping, decay and the forgetting of gradients, step by step against a loop of five lines."""
     common = tiny(prepared, "--optim.clip", "0.5", "--data.micro_batch", "3")
     train(tmp_path / "run", *common)
-    config, _ = load(["--run.dir", str(tmp_path / "run"), *common], {}, "")
+    config, _ = load(["--run.dir", str(tmp_path / "run"), *common], TRAIN)
     shards = TokenShards(prepared, "train")
     model = GPT(ModelSpec(config.model, Tokenizer.load(prepared).vocab_size, 32))
     init_weights(model, config.run.seed)

@@ -484,8 +484,8 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        ("--inptu x --output d", 2, "unknown argument --inptu; did you mean --input?"),
-        ("--input", 2, "--input: expected one argument"),
+        ("--inptu x --output d", 2, "unknown flag --inptu; did you mean --input?"),
+        ("--input", 2, "--input needs a value: --input 'stdlib'"),
         ("", 2, "exactly one of --output DIR and --verify DIR must be given"),
         ("--output d --verify d", 2, "exactly one of --output DIR and --verify DIR must be given"),
         (

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from dist_lm import show
+from dist_lm import history, show
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
@@ -461,4 +461,4 @@ def test_show_and_find_read_a_stream_again(
 def show_config(run: Path) -> tuple[Config, Dataset]:
     settings = show.read_yaml(run / "config.yaml")
     config = show.resolve(("run", settings), ("test", {"run.dir": str(run), "data.workers": 0}))
-    return config, show.open_data(config)
+    return config, history.open_data(config)

@@ -24,6 +24,7 @@ from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT, sinusoid
 from dist_lm.model.init import init_weights
+from dist_lm.outcome import TRAIN
 from tests.conftest import export_tensor
 from tests.procs import ROOT
 
@@ -281,7 +282,7 @@ def test_other_combinations_keep_our_names(name: str) -> None:
 def test_every_recipe_is_in_a_family() -> None:
     families = {}
     for path in (ROOT / "configs").glob("*.yaml"):
-        config, _ = load(["--config", str(path)], {}, "")
+        config, _ = load(["--config", str(path)], TRAIN)
         families[path.stem.split("-")[0]] = hf.family(config.model)
     assert families == {"char": "openai-gpt", "gpt2": "gpt2", "llama": "llama", "debug": "llama"}
 

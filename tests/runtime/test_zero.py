@@ -22,6 +22,7 @@ from dist_lm.checkpoint.save import Saver
 from dist_lm.cli import load, resolve
 from dist_lm.errors import UserError
 from dist_lm.metrics import Metrics
+from dist_lm.outcome import TRAIN
 from dist_lm.runtime import start as runtime_start
 from dist_lm.runtime.world import Runtime
 from dist_lm.runtime.zero import Strategy, choose_strategy, only_builder, refuse_combinations
@@ -180,11 +181,11 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
 
 def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None:
     """As a rank under `after`: finish each of the runs in turn, with one engine that takes over their checkpoints."""
-    config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], {}, "")
+    config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], TRAIN)
     runtime = runtime_start.start(config, after if after.startswith("zero") else None)
     run = None
     for strategy in before:
-        config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], {}, "")
+        config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], TRAIN)
         place = train_module.find_place(runtime, config, [])
         assert place and place.folder
         if run is None:

@@ -1,0 +1,143 @@
+"""What a run trained on, step by step, read again from its folder and its data alone.
+
+Nothing is prepared or written, and data that is not what the run trained on is refused.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from dist_lm.config import Config
+from dist_lm.console import printable
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.manifest import MANIFEST, find_prepared
+from dist_lm.data.provenance import Origin
+from dist_lm.errors import CheckpointError, DataError, UserError
+from dist_lm.metrics import read_metrics
+
+# --- the data of a run
+
+
+def open_data(config: Config) -> Dataset:
+    """The run's data as it was prepared."""
+
+    def only_if_prepared(look: Callable[[], Any]) -> Any:
+        refuse_unprepared(config)
+        return look()
+
+    data = open_dataset(config, only_if_prepared, say=lambda _: None)
+    for path in _checkpoints(config)[-1:]:
+        if _read_state(path)["data"] != data.identity:
+            first = next(iter(data.sources.values()))
+            where = first.folder or f"the text of {config.run.dir}"
+            raise DataError(f"{where}: its hashes are not those that {path.parent} trained on")
+    return data
+
+
+def refuse_unprepared(config: Config) -> None:
+    """Refuse sources that would have to be prepared first."""
+    folder = Path(config.run.dir, "data")
+    sources = config.data.named_sources() | config.data.validation
+    raw = {name: source for name, source in sources.items() if not find_prepared(source.input)}
+    for name, source in raw.items():
+        is_validation = name in config.data.validation
+        if len(raw) == len(sources):
+            # The tokenizer was learned for the run, or else it is a prepared source's.
+            made = folder / "tokenizer.json"
+        elif config.data.stream and not is_validation:
+            made = folder / "streams.json"
+        else:
+            made = folder / ("val" if is_validation else "sources") / name / MANIFEST
+        if not made.is_file():
+            raise DataError(
+                f"{config.run.dir}: its data is neither in {folder} nor prepared at"
+                f" {config.data.field_of(name)}={source.input} (seen from here);"
+                " rule: run this where the run was started"
+            )
+
+
+def read_steps(config: Config, data: Dataset, first: int) -> Iterator[dict[int, Origin]]:
+    """The sequences, by place, of steps `first`, `first` + 1, ... (from 0), read by one process."""
+    begin: dict[str, Any] = {"step": first, "streams": None}
+    if not data.any_order:
+        begin = _newest_before(config, first)
+    reader = data.open_reader(config.data, state=begin["streams"])
+    for step in count(begin["step"]):
+        origins = reader.origins(step)
+        if step >= first:
+            yield origins
+
+
+def _newest_before(config: Config, step: int) -> dict[str, Any]:
+    """What the newest checkpoint says that is not behind a step; without one, the beginning."""
+    newest: dict[str, Any] = {"step": 0, "streams": None}
+    for path in _checkpoints(config):
+        state = _read_state(path)
+        if newest["step"] < state["step"] <= step:
+            newest = state
+    return newest
+
+
+def _checkpoints(config: Config) -> list[Path]:
+    return sorted(Path(config.run.dir).glob("step-*/state.json"))
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "step": state.get("step", 0),
+            "data": state["data"],
+            "streams": state.get("streams"),
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
+
+
+# --- one step
+
+
+def show(config: Config, data: Dataset, step: int, world: int, rank: int | None) -> None:
+    """Print the sequences of update `step`, of all ranks or of one.
+
+    Updates count from 1 and global batches from 0, so its batch is that of index step - 1.
+    """
+    length = config.data.seq_len
+    sequences = next(read_steps(config, data, step - 1))
+    if not sequences:
+        raise UserError(f"--step={step} is behind the end of the data")
+    print(
+        f"step {step}: {len(sequences)} sequences of {length} inputs and their targets"
+        f" ({length + 1} tokens)"
+    )
+    for place, sequence in sorted(sequences.items()):
+        if rank is not None and place % world != rank:
+            continue
+        on_rank = f", rank {place % world}" if world > 1 else ""
+        print(f"\nplace {place}{on_rank}: {sequence.title()}")
+        tokens = sequence.tokens()
+        for file, row, start, stop in sequence.documents():
+            print(f"  {printable(file)} row {row}, tokens {start} to {stop - 1} of the sequence")
+            text = data.tokenizer.decode(tokens[start:stop], skip_special=False)
+            for line in text.split("\n"):
+                print(f"    | {printable(line)}")
+
+
+# --- a passage
+
+
+def find(config: Config, data: Dataset, text: str) -> None:
+    """Print the steps so far that had the passage, by following the run's whole order again."""
+    steps, _ = read_metrics(config.run.dir)
+    last = max((figures["step"] for figures in steps), default=0)
+    searches = {name: source.search(text, data.tokenizer) for name, source in data.sources.items()}
+    seen: dict[int, set[str]] = {}
+    for step, origins in zip(range(1, last + 1), read_steps(config, data, 0), strict=False):
+        for origin in origins.values():
+            for at, where in searches[origin.source].look(step, origin):
+                seen.setdefault(at, set()).add(where)
+    for step in sorted(seen):
+        print(f"step {step}: {', '.join(sorted(seen[step]))}")
+    print(f"{printable(text)!r}: in {len(seen)} of the {last} steps so far")

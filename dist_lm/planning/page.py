@@ -1,0 +1,121 @@
+"""A plan as text: the page of one run, and the table of all shipped recipes. GB are 10^9 bytes."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dist_lm.cli import read_yaml, resolve
+from dist_lm.config import batch_layout
+from dist_lm.console import gigabytes, shorten
+from dist_lm.errors import UserError
+from dist_lm.planning.cluster import Cluster
+from dist_lm.planning.estimate import fit, strategies
+from dist_lm.planning.memory import Memory
+from dist_lm.size import parameters, vocabulary
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TEXT_VOCABULARY = 100  # characters of a text, where --table has none to look at
+COLUMNS = [field.name for field in fields(Memory)]
+
+
+def describe(figures: dict[str, Any], source: str) -> str:
+    """One page: the run, what each strategy takes, advice, and what it costs."""
+    lines = [
+        describe_run(figures, source),
+        describe_machines(figures),
+        "",
+        *describe_strategies(figures),
+        "",
+        *figures["advice"],
+        describe_cost(figures),
+    ]
+    if figures["gpu"] == "cpu":
+        lines.append(
+            "glibc may keep much freed memory on top;"
+            " MALLOC_MMAP_THRESHOLD_=1048576 makes it give that back"
+        )
+    return "\n".join(lines)
+
+
+def describe_run(figures: dict[str, Any], source: str) -> str:
+    return (
+        f"{source}: {figures['parameters']:,} parameters,"
+        f" {shorten(figures['flops_per_token'])} FLOP a token; {figures['steps']:,} steps,"
+        f" {shorten(figures['tokens'])} tokens, {figures['flops']:.3g} FLOP"
+    )
+
+
+def describe_machines(figures: dict[str, Any]) -> str:
+    overhead = ""
+    if figures["overhead"]:
+        assumed = gigabytes(figures["overhead"])
+        overhead = f" beside {assumed} GB assumed for CUDA, NCCL and fragmentation"
+    return (
+        f"{figures['nodes'] * figures['gpus_per_node']} x {figures['gpu']},"
+        f" {figures['nodes']} node(s) of {figures['gpus_per_node']};"
+        f" {gigabytes(figures['room'])} GB for each process{overhead};"
+        f" micro-batch {figures['micro_batch']}, {figures['accumulation']} backward passes a step"
+    )
+
+
+def describe_strategies(figures: dict[str, Any]) -> Iterator[str]:
+    """A table; the strategy that was asked for is marked with a star."""
+    yield f"{'GB a process':15}" + "".join(f"{name:>12}" for name in (*COLUMNS, "micro-batch"))
+    for name, row in figures["strategies"].items():
+        mark = "*" if name == figures["asked"] else " "
+        if "refused" in row:
+            cells = f"{'refused for this optimizer or precision':>40}"
+        else:
+            largest = row["largest_micro_batch"]
+            most = f"<= {largest}" if largest else "none fits"
+            cells = "".join(f"{gigabytes(row[column]):>12}" for column in COLUMNS) + f"{most:>12}"
+        yield f"{mark} {name:13}{cells}"
+
+
+def describe_cost(figures: dict[str, Any]) -> str:
+    """Time, energy and disk."""
+    energy = ""
+    if figures["kilowatt_hours"]:
+        energy = f"{figures['kilowatt_hours']:,.0f} kWh at the GPUs' full power, "
+    kept = figures["checkpoints_kept"]
+    return (
+        f"at an MFU of {figures['mfu']:g} (--mfu; a guess until measured):"
+        f" {shorten(figures['tokens_per_second'])} tokens/s,"
+        f" {figures['seconds'] / 86400:,.2f} days, {energy}"
+        f"a checkpoint {gigabytes(figures['checkpoint'])} GB, at most"
+        f" {kept} on disk: {gigabytes(figures['checkpoint'] * kept)} GB"
+    )
+
+
+def table(cluster: Cluster) -> str:
+    """Markdown: peak GB of a process and the largest micro-batch, of each recipe and strategy."""
+    names = list(strategies(cluster.world))
+    lines = [
+        "| recipe | parameters | micro-batch | " + " | ".join(names) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        lines.append(f"| {' | '.join(row_of_recipe(path, cluster))} |")
+    return "\n".join(lines) + "\n"
+
+
+def row_of_recipe(path: Path, cluster: Cluster) -> list[str]:
+    config = resolve((str(path), read_yaml(path)))
+    try:
+        vocab_size = vocabulary(config)
+    except UserError:
+        vocab_size = TEXT_VOCABULARY
+    cells = [
+        path.stem,
+        shorten(parameters(config, vocab_size)),
+        str(batch_layout(config, cluster.world).micro_batch),
+    ]
+    for row in fit(config, vocab_size, cluster).values():
+        if "refused" in row:
+            cells.append("refused")
+            continue
+        largest = row["largest_micro_batch"]
+        most = f"<= {largest}" if largest else "none"
+        cells.append(f"{gigabytes(row['needed'])}, {most}")
+    return cells

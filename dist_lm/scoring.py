@@ -1,0 +1,103 @@
+"""A checkpoint's validation figures, of the text that it was trained on or of any other."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from dist_lm.checkpoint.load import read_model
+from dist_lm.cli import resolve
+from dist_lm.config import Config, batch_layout, flat
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.manifest import find_prepared
+from dist_lm.data.shards import TokenShards
+from dist_lm.errors import DataError, UserError
+from dist_lm.runtime.start import start
+from dist_lm.validate import validate
+
+OF_TRAINING = ("stream", "sources", "stages", "validation", "packing")  # fields of data
+
+
+def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> None:
+    """Print the figures; raw text is prepared into `scratch` with the checkpoint's tokenizer."""
+    model, tokenizer, folder = read_model(ckpt, average)
+    config = settings_for(folder, model.seq_len, settings, scratch)
+    world = start(config)
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing has to be saved
+        signal.signal(number, signal.SIG_DFL)
+    data = open_dataset(config, world.on_main, training=False)
+    if data.tokenizer.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s"
+        )
+    shards, part = what_to_score(data)
+    length = config.data.seq_len
+    sequences = sum(shards.counts(length, config.data.stride))
+    if not sequences:
+        longest = max(shards.sizes)
+        raise DataError(
+            f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of"
+            f" data.input={config.data.input} has {longest}; nearest: {max(longest - 1, 1)}"
+        )
+    model.to(world.device)
+    figures = validate(world, model, shards, config, batch_layout(config, 1), tokenizer)
+    scored = min(sequences, config.run.eval_batches * config.data.global_batch)
+    print(
+        f"{folder}: {scored:,} of {sequences:,} sequences of {length} tokens,"
+        f" {part} of {config.data.input}"
+    )
+    for name, value in figures.items():
+        print(name, value)
+    world.close()
+
+
+def settings_for(folder: Path, context: int, settings: dict[str, Any], scratch: str) -> Config:
+    """The run's settings, with what was given on the command line."""
+    of_ckpt = {
+        "data.tokenizer": str(folder),
+        "run.dir": scratch,
+        "run.eval_every": 0,
+        "run.trackers": [],
+    }
+    config = resolve(
+        (str(folder), settings_of_run(folder, context)),
+        ("--ckpt", of_ckpt),
+        ("command line", settings),
+    )
+    if "data.input" not in settings and not (folder / "state.json").is_file():
+        raise UserError(
+            f"--data.input must be given: {folder} does not say what text it was trained on"
+        )
+    if config.data.seq_len > context:
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} exceeds the context of {folder};"
+            f" nearest: {context}"
+        )
+    return config
+
+
+def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
+    """The settings that a checkpoint was trained with, its data found where the run prepared it."""
+    if not (folder / "state.json").is_file():
+        return {"data.seq_len": context}
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    settings = flat(state["config"])
+    if settings["data.stride"] == settings["data.seq_len"]:
+        del settings["data.stride"]  # it followed, and goes on following a new seq_len
+    for name in OF_TRAINING:
+        del settings[f"data.{name}"]
+    prepared = folder.parent / "data"
+    held_out_of_streams = sorted(path.parent for path in prepared.glob("val/*/dataset.json"))
+    for place in (prepared, *held_out_of_streams):
+        if find_prepared(place):
+            settings["data.input"] = str(place)
+            break
+    return settings
+
+
+def what_to_score(data: Dataset) -> tuple[TokenShards, str]:
+    """What is held out, or the whole text where nothing is."""
+    held_out = data.val["val"]
+    if sum(held_out.sizes) > 0:
+        return held_out, "the held-out part"
+    return data.train, "all"

@@ -150,7 +150,7 @@ def _look_up(
         (tokens,) = source.read([sequence], length, stride)
         return title, tokens, source.documents_of(sequence, length, stride)
     assert isinstance(sequence, PackedSequence)
-    number, files = cache(source.reader.row_number), source.reader.sources
+    number, files = cache(source.reader.row_number), source.reader.files
     spans = [
         (files[span.file].name, number(span.file, span.row), span.start, span.stop)
         for span in sequence.spans
@@ -203,7 +203,7 @@ def find(config: Config, data: Dataset, text: str) -> None:
             for file, row, start, stop in sequence.spans:
                 tokens, where = (
                     sequence.tokens[start:stop],
-                    f"{source.reader.sources[file].name} row {row}",
+                    f"{source.reader.files[file].name} row {row}",
                 )
                 earlier, begin = ends.pop((name, file, row), (step, tokens[:0]))
                 if text in data.tokenizer.decode(

@@ -177,7 +177,7 @@ def _make_ready(
             )
         return {}
     streams: dict[str, dict[str, list[Any]]] = {
-        name: {"files": [*readers[name].sources], "parts": [*readers[name].parts(data.lanes)]}
+        name: {"files": [*readers[name].files], "parts": [*readers[name].parts(data.lanes)]}
         for name in raw
     }
     _refuse_changed(streams, folder / "streams.json")
@@ -189,7 +189,7 @@ def _make_ready(
             )
         packed = [
             file.name
-            for file in readers[name].sources
+            for file in readers[name].files
             if not file.name.endswith((".parquet", ".jsonl"))
         ]
         if packed:
@@ -259,7 +259,7 @@ def _check(
             options = specs[name].model_dump(mode="json", exclude={"input", "weight", "revision"})
             files = [
                 [file.name, file.size, file.mark if not file.path else ""]
-                for file in source.reader.sources
+                for file in source.reader.files
             ]
             marks.append(json.dumps([name, options, files, data.val_fraction]))
         else:

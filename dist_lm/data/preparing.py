@@ -139,7 +139,7 @@ class _Preparation:
             deque(pieces, maxlen=0)
         if not found.documents:
             where = f"{self.field}={self.spec.input!r}"
-            raise DataError(f"{where}: no document with text in {len(self.reader.sources)} files")
+            raise DataError(f"{where}: no document with text in {len(self.reader.files)} files")
         small = found.documents < SMALL
         if learns or small:
             self.say(
@@ -227,7 +227,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _listed(reader: Reader) -> list[dict[str, Any]]:
-    return [{"name": source.name, "bytes": source.size} for source in reader.sources]
+    return [{"name": source.name, "bytes": source.size} for source in reader.files]
 
 
 def _write_manifest(
@@ -504,7 +504,7 @@ class Progress:
 
     def __init__(self, verb: str, reader: Reader, say: Say, total: int | None = None):
         self.verb, self.total, self.say, self.begin = verb, total, say, time.monotonic()
-        self.ends = list(accumulate(source.size for source in reader.sources))
+        self.ends = list(accumulate(source.size for source in reader.files))
         self.terminal = sys.stdout.isatty() and say is print
         self.pause = 0.2 if self.terminal else 10.0
         self.due = self.begin + self.pause

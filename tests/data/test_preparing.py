@@ -286,7 +286,7 @@ def test_a_small_source_holds_out_its_tail_at_a_line_end(
     config = DataConfig(input=str(folder), tokenizer="byte", val_fraction=fraction)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_lm.data.formats.CHUNK", chunk)
+        patch.setattr("dist_lm.data.lines.CHUNK", chunk)
         if not whole:
             with pytest.raises(UserError, match="no document with text in"):
                 prepare_dataset(config, folder / "d", 1, said.append)

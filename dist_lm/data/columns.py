@@ -75,13 +75,7 @@ class Columns:
         for name, wanted in self.spec.filter.items():
             if row.get(name) != wanted:
                 raise FilteredError(f"{name}={row.get(name)!r} is not {wanted!r}")
-        if self.spec.template:
-            text = self._fill_template(row)
-        else:
-            text = row.get(self.spec.text_column)
-            if text is not None and not isinstance(text, str):
-                setting = self.setting(self.spec.text_column)
-                raise ValueError(f"{setting} holds {type(text).__name__}, not text")
+        text = self._fill_template(row) if self.spec.template else self._text_cell(row)
         if text:
             text.encode()  # raises over a lone surrogate
         return text
@@ -105,6 +99,13 @@ class Columns:
         raw = scalar.as_buffer()
         lines.check_length(len(raw))
         return str(raw, "utf-8")  # decoded here, because no one has checked the text of Parquet
+
+    def _text_cell(self, row: Mapping[str, Any]) -> str | None:
+        text = row.get(self.spec.text_column)
+        if text is not None and not isinstance(text, str):
+            setting = self.setting(self.spec.text_column)
+            raise ValueError(f"{setting} holds {type(text).__name__}, not text")
+        return text
 
     def _fill_template(self, row: Mapping[str, Any]) -> str:
         cells = {}

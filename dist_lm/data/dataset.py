@@ -17,15 +17,11 @@ from dist_lm.config import Config, DataConfig
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
+from dist_lm.data.holdout import document_hash, held_out
+from dist_lm.data.kept import keep_validation, learn_tokenizer
 from dist_lm.data.manifest import find_prepared
 from dist_lm.data.order import FOR_STREAM, hash_words
-from dist_lm.data.preparing import (
-    document_hash,
-    held_out,
-    keep_validation,
-    learn_tokenizer,
-    prepare_dataset,
-)
+from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import StreamSpec

@@ -80,7 +80,10 @@ class ShardCache:
         return copy.path
 
     def release(self, name: str) -> None:
-        """Allow others to delete the copy. Call it once for each `get`, after unmapping the file."""
+        """Allow others to delete the copy. Call it once for each `get`.
+
+        Whoever has mapped the file drops the mapping first.
+        """
         os.close(self.held[name].pop())
 
     def _copy(self, name: str, size: int, sha256: str) -> Copy:

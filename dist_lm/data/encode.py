@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_lm.data.tokenizer import SEPARATOR, Tokenizer
+from dist_lm.data.tokenizer import Tokenizer
 
 # A job is what a worker process encodes at once.
 JOB_CHARACTERS = 2**20
 JOB_PIECES = 2**13  # at most
 JOBS_AHEAD = 2  # of the writer, per worker
 
+SEPARATOR = b"\xff"  # between the texts of a job; it is in no UTF-8
 WORKER = "import sys; from dist_lm.data.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
 

@@ -17,13 +17,8 @@ from dist_lm.data.formats import Reader
 from dist_lm.data.holdout import SplitDocument, split_documents
 from dist_lm.data.manifest import find_prepared, read_manifest
 from dist_lm.data.progress import Progress, Say
-from dist_lm.data.tokenizer import (
-    Tokenizer,
-    cutter,
-    is_trained_spec,
-    load_tokenizer,
-    train_tokenizer,
-)
+from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
+from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
 from dist_lm.data.writer import (
     PROGRESS,
     SavedState,

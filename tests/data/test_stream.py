@@ -25,7 +25,7 @@ from dist_lm.data.mix import MixtureReader, merge_after
 from dist_lm.data.order import MixtureSchedule, period_of
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.stream import PackedSequence, Stream, StreamSpec, best_fit
-from dist_lm.data.tokenizer import train_tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 
 BYTES = train_tokenizer("byte", [])

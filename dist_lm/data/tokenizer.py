@@ -323,7 +323,7 @@ def _download(name: str) -> str:
     return file
 
 
-def _open(stored: str) -> Any:
+def _open(stored: str) -> tokenizers.Tokenizer:
     """A tokenizer that does only what ids need: they must be a function of the text."""
     tokenizer = tokenizers.Tokenizer.from_str(stored)
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text

@@ -17,7 +17,7 @@ from dist_lm.data.encode import TextPiece
 from dist_lm.data.formats import Reader
 from dist_lm.data.holdout import SplitDocument
 from dist_lm.data.manifest import FORMAT, MANIFEST
-from dist_lm.data.shards import write_shard
+from dist_lm.data.shard_file import write_shard
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_file, write_json
 

@@ -25,7 +25,8 @@ from dist_lm.data.holdout import document_hash, held_out
 from dist_lm.data.manifest import MANIFEST
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.progress import Progress
-from dist_lm.data.shards import TokenShards, map_shard
+from dist_lm.data.shard_file import map_shard
+from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights

@@ -24,7 +24,7 @@ from dist_lm.config import DataConfig
 from dist_lm.data.files import find_files
 from dist_lm.data.formats import Reader
 from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.tokenizer import train_tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -47,7 +47,8 @@ from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.mix import PreparedReader
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.sources import PreparedSource, StreamSource
-from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 
 T, BATCH, FILES, MB = 1024, 16, 8, 10**6

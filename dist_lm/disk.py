@@ -1,4 +1,8 @@
-"""disk."""
+"""Files that survive a crash.
+
+Invariant: a file has its name only when its content is on disk. It is written aside, fsynced and
+renamed, and then its folder is fsynced.
+"""
 
 import hashlib
 import json
@@ -7,23 +11,39 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-_CHUNK = 16 * 2**20
+_CHUNK = 16 * 2**20  # bytes hashed and written at once
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file that survives a crash; returns the sha256 of its content."""
+    aside = path.with_name(f"tmp-{path.name}")
+    _, sha256 = write_parts(aside, parts)
+    os.replace(aside, path)
+    sync_folder(path.parent)
+    return sha256
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that survives a crash."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_file(path, [text.encode()])
 
 
 def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, str]:
-    """Write, hash and fsync a file; its size and sha256."""
-    digest, size = hashlib.sha256(), 0
+    """Write, hash and fsync a file; returns its size and sha256."""
+    digest = hashlib.sha256()
+    size = 0
     with open(path, "wb", buffering=0) as file:
-        for whole in parts:
-            part = memoryview(whole)
-            for begin in range(
-                0, len(part), _CHUNK
-            ):  # hashing and writing leave Python alone while they work
-                chunk = part[begin : begin + _CHUNK]
+        for part in parts:
+            view = memoryview(part)
+            # Hashing and writing release the lock of Python while they work on a chunk.
+            for begin in range(0, len(view), _CHUNK):
+                chunk = view[begin : begin + _CHUNK]
                 digest.update(chunk)
                 size += len(chunk)
                 while chunk:
-                    chunk = chunk[file.write(chunk) :]
+                    written = file.write(chunk)
+                    chunk = chunk[written:]
         os.fsync(file.fileno())
     return size, digest.hexdigest()
 
@@ -37,25 +57,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write aside, fsync, rename, fsync the folder; the sha256 of what was written."""
-    aside = path.with_name(f"tmp-{path.name}")
-    _, sha256 = write_parts(aside, parts)
-    os.replace(aside, path)
-    sync_folder(path.parent)
-    return sha256
-
-
 def safetensors_head(tensors: Iterable[tuple[str, str, Sequence[int], int]], **more: Any) -> bytes:
-    """How a safetensors file begins: the name, type, shape and bytes of each tensor that follows."""
-    end = 0
+    """The beginning of a safetensors file, which the bytes of the tensors follow.
+
+    A tensor is given as its name, type, shape and number of bytes.
+    """
+    header = dict(more)
+    begin = 0
     for name, dtype, shape, size in tensors:
-        begin, end = end, end + size
-        more[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(more).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+        end = begin + size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])

@@ -7,7 +7,8 @@ from pathlib import Path
 from dist_lm.config import Config
 from dist_lm.data.manifest import find_prepared, read_manifest
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.optim import moments

@@ -17,7 +17,8 @@ import torch
 from dist_lm import generate
 from dist_lm.cli import read_flags
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError, run_entry
 from dist_lm.generate import GENERATE
 from dist_lm.model import hf

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.data.tokenizer import StreamDecoder, train_tokenizer
+from dist_lm.data.tokenizer import StreamDecoder
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights

@@ -14,7 +14,8 @@ from dist_lm.data.files import find_files
 from dist_lm.data.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.remote import is_remote
 from dist_lm.data.shards import TokenShards
-from dist_lm.data.tokenizer import Tokenizer, is_trained_spec
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import is_trained_spec
 from dist_lm.errors import UserError
 
 

@@ -1,4 +1,14 @@
-"""data.cache."""
+"""Local copies of prepared shards that lie at a URL, shared by all processes of a node.
+
+Invariants: a cache folder, half-written files included, never holds more than its limit, and `get`
+returns only a copy with the right hash.
+
+Files and locks:
+- A copy is in use while a process holds a shared lock (flock) on it.
+- A copy that is being written has its full size from the start, and its writer has it locked
+  exclusively. So a half-written file that is not locked was left by a crash.
+- The file `lock` guards deleting a copy and beginning one: one process at a time does either.
+"""
 
 import contextlib
 import errno
@@ -11,154 +21,224 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from dist_lm.data.remote import BLOCK, open_file
 from dist_lm.errors import DataError, UserError
 
-ROOM_WAIT = (
-    30.0  # seconds for other processes to let go of copies before a cache is called too small
-)
+# Seconds that other processes have to release copies, before the cache is called too small.
+ROOM_WAIT = 30.0
+ROOM_PAUSE = 0.05  # seconds between two looks for room
+DOWNLOADS = 2  # before a file with the wrong content is given up
+
+_COPY_NAME = re.compile(r"[0-9a-f]{16}-")
+
+
+class Copy(NamedTuple):
+    """A file of the far folder, and where its local copy is or will be."""
+
+    name: str
+    size: int
+    sha256: str
+    path: Path
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the copy is while it is being written."""
+        return self.path.with_name(f"tmp-{self.path.name}")
 
 
 class ShardCache:
-    """Local copies of files at a URL, for all processes of a node; one at a time a process deletes or begins a copy."""
+    """The local copies of one far folder. Any thread may call `get` and `release`."""
 
     def __init__(self, url: str, folder: Path, limit_bytes: int):
-        self.url, self.folder, self.limit = url.rstrip("/"), folder, limit_bytes
-        self.held: defaultdict[str, list[int]] = defaultdict(
-            list
-        )  # locked file descriptors, one for each `get`
-        self.checked: set[str] = set()  # copies whose hash this process has seen to be right
+        self.url = url.rstrip("/")
+        self.folder = folder
+        self.limit = limit_bytes
+        # Open and locked files by name, one for each `get`.
+        self.held: defaultdict[str, list[int]] = defaultdict(list)
+        # Names of copies that this process has checked against their hash.
+        self.checked: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             self._sweep()
 
     def get(self, name: str, size: int, sha256: str) -> Path:
-        """The copy of a file, in use until released; any thread may call."""
-        copy = f"{sha256[:16]}-{name}"
-        assert "/" not in copy, (
-            f"{copy}: the manifest's names are checked where it is read, and lead out of no folder"
-        )
-        path = self.folder / copy
+        """The copy of a file, in use until it is released."""
+        copy = self._copy(name, size, sha256)
         if size > self.limit:
-            self._refuse(name, size, size)
+            self._refuse(copy, needed=size)
         deadline = time.monotonic() + ROOM_WAIT
-        while (descriptor := self._take(path, size, sha256)) is None:
-            if (aside := self._begin(name, path, size, deadline)) is not None:
-                self._download(name, aside, path, size, sha256)
+        descriptor = self._take(copy)
+        while descriptor is None:
+            begun = self._begin(copy, deadline)
+            if begun is not None:
+                self._download(copy, begun)
+            descriptor = self._take(copy)
         os.utime(descriptor)
         self.held[name].append(descriptor)
-        return path
+        return copy.path
 
     def release(self, name: str) -> None:
-        """Let others delete the copy, once for each `get`; who still maps it drops the mapping first."""
+        """Allow others to delete the copy. Call it once for each `get`.
+
+        Whoever has mapped the file drops the mapping first.
+        """
         os.close(self.held[name].pop())
 
-    def _take(self, path: Path, size: int, sha256: str) -> int | None:
+    def _copy(self, name: str, size: int, sha256: str) -> Copy:
+        file_name = f"{sha256[:16]}-{name}"
+        assert "/" not in file_name, (
+            f"{file_name}: the manifest's names are checked where it is read, and lead out of no"
+            " folder"
+        )
+        return Copy(name, size, sha256, self.folder / file_name)
+
+    def _take(self, copy: Copy) -> int | None:
         """Lock a copy as in use, if there is a good one; a damaged one is deleted."""
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = os.open(copy.path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        good = _is_at(descriptor, path) and os.fstat(descriptor).st_size == size
-        if good and path.name not in self.checked:
-            with open(descriptor, "rb", closefd=False) as file:
-                good = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-        if good:
-            self.checked.add(path.name)
+        if self._is_good(copy, descriptor):
+            self.checked.add(copy.path.name)
             return descriptor
         with self._locked():
-            if _is_at(descriptor, path):  # not what another process has just put there
-                path.unlink()
+            # Another process may have put a good copy there in the meantime.
+            if _is_at(descriptor, copy.path):
+                copy.path.unlink()
         os.close(descriptor)
         return None
 
-    def _begin(self, name: str, path: Path, size: int, deadline: float) -> int | None:
-        """Make room and a locked file of that size to write to; None, after a wait, if it is to be looked for again."""
-        aside = path.with_name(f"tmp-{path.name}")
+    def _is_good(self, copy: Copy, descriptor: int) -> bool:
+        """Whether an open file is the copy, and whole. Its hash is checked once a process."""
+        if not _is_at(descriptor, copy.path) or os.fstat(descriptor).st_size != copy.size:
+            return False
+        if copy.path.name in self.checked:
+            return True
+        with open(descriptor, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == copy.sha256
+
+    def _begin(self, copy: Copy, deadline: float) -> int | None:
+        """Make room for a copy, and a locked file of its size to write to.
+
+        Returns None, after a wait, if the caller should look for the copy again: another process
+        has it or writes it, or there is no room yet.
+        """
         with self._locked():
             self._sweep()
-            if path.exists():
+            if copy.path.exists():
                 return None
-            is_begun, in_use = aside.exists(), 0
-            if not is_begun and not (in_use := self._make_room(size)):
-                descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                os.ftruncate(descriptor, size)
-                return descriptor
+            is_begun = copy.unfinished.exists()
+            bytes_in_use = 0
+            if not is_begun:
+                bytes_in_use = self._make_room(copy.size)
+                if not bytes_in_use:
+                    return _create_locked(copy.unfinished, copy.size)
         if is_begun:
-            with contextlib.suppress(FileNotFoundError), _open_locked(aside, fcntl.LOCK_SH):
-                pass  # its writer is done, or dead
+            _wait_for_writer(copy.unfinished)
         elif time.monotonic() > deadline:
-            self._refuse(name, size, in_use + size)
+            self._refuse(copy, needed=bytes_in_use + copy.size)
         else:
-            time.sleep(0.05)
+            time.sleep(ROOM_PAUSE)
         return None
 
-    def _download(self, name: str, descriptor: int, path: Path, size: int, sha256: str) -> None:
-        """Fill the file, check it and give it its name."""
-        aside, url = path.with_name(f"tmp-{path.name}"), f"{self.url}/{name}"
+    def _download(self, copy: Copy, descriptor: int) -> None:
+        """Fill the unfinished file, check it and give it its name."""
         try:
-            for _ in range(2):
-                digest, at = hashlib.sha256(), 0
-                with open_file(url) as file:
-                    while at <= size and (block := file.read(min(BLOCK, size + 1 - at))):
-                        digest.update(block)
-                        at += len(block)
-                        if at <= size:
-                            os.pwrite(descriptor, block, at - len(block))
-                if at == size and digest.hexdigest() == sha256:
-                    break
-            else:
-                found = (
-                    f"sha256 {digest.hexdigest()[:12]}, not {sha256[:12]}"
-                    if at == size
-                    else f"not {size} bytes"
-                )
-                raise DataError(
-                    f"{url}: {found}, twice; rule: as its manifest has it; prepare again"
-                )
+            self._fill(copy, descriptor)
             with self._locked():
-                os.replace(aside, path)
-            self.checked.add(path.name)
+                os.replace(copy.unfinished, copy.path)
+            self.checked.add(copy.path.name)
         except BaseException as error:
-            aside.unlink()
+            copy.unfinished.unlink()
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                limit = f"data.cache_gb={self.limit / 1e9:g}"
+                setting = f"data.cache_gb={self.limit / 1e9:g}"
                 raise UserError(
-                    f"{self.folder}: the disk is full before {limit} is; rule: it has that much"
+                    f"{self.folder}: the disk is full before {setting} is; rule: it has that much"
                 ) from error
             raise
         finally:
             os.close(descriptor)
 
+    def _fill(self, copy: Copy, descriptor: int) -> None:
+        """Write the far file's content; refuses it if it is wrong twice."""
+        url = f"{self.url}/{copy.name}"
+        fault = ""
+        for _ in range(DOWNLOADS):
+            size, sha256 = _write_content(url, descriptor, most=copy.size)
+            if size != copy.size:
+                fault = f"not {copy.size} bytes"
+            elif sha256 != copy.sha256:
+                fault = f"sha256 {sha256[:12]}, not {copy.sha256[:12]}"
+            else:
+                return
+        raise DataError(f"{url}: {fault}, twice; rule: as its manifest has it; prepare again")
+
     def _make_room(self, size: int) -> int:
-        """Delete what was used least recently until `size` more fits; else how much is in use. Under the lock."""
+        """Delete the least recently used copies until `size` more bytes fit. Under the lock.
+
+        Returns 0 if they fit, else how many bytes are in use.
+        """
         files = [(file, file.stat()) for file in self.folder.iterdir() if file.name != "lock"]
         total = sum(stat.st_size for _, stat in files)
         for file, stat in sorted(files, key=lambda entry: entry[1].st_mtime_ns):
             if total + size <= self.limit:
-                return 0
-            if re.match(r"[0-9a-f]{16}-", file.name) and _unlink_unused(file):
+                break
+            if _COPY_NAME.match(file.name) and _unlink_unused(file):
                 total -= stat.st_size
         return 0 if total + size <= self.limit else total
 
     def _sweep(self) -> None:
-        """Delete what a crash left half-written. Under the lock."""
+        """Delete the half-written files that a crash left. Under the lock."""
         for file in self.folder.glob("tmp-*"):
             _unlink_unused(file)
 
     def _locked(self) -> contextlib.AbstractContextManager[int]:
+        """Inside, no other process deletes or begins a copy."""
         return _open_locked(self.folder / "lock", fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
 
-    def _refuse(self, name: str, size: int, needed: int) -> NoReturn:
+    def _refuse(self, copy: Copy, needed: int) -> NoReturn:
         gigabytes = math.ceil(needed / 1e7) / 100
         raise UserError(
-            f"data.cache_gb={self.limit / 1e9:g} has no room for {name} of {size / 1e9:.3g} GB;"
-            f" rule: the shards in use at once fit; nearest: {gigabytes:g}"
+            f"data.cache_gb={self.limit / 1e9:g} has no room for {copy.name} of"
+            f" {copy.size / 1e9:.3g} GB; rule: the shards in use at once fit;"
+            f" nearest: {gigabytes:g}"
         )
+
+
+def _write_content(url: str, descriptor: int, most: int) -> tuple[int, str]:
+    """Copy a far file to the beginning of an open one; returns its size and sha256.
+
+    A file of more than `most` bytes is given up, and its size returned as greater than that.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    with open_file(url) as file:
+        while size <= most:
+            block = file.read(min(BLOCK, most + 1 - size))
+            if not block:
+                break
+            digest.update(block)
+            if size + len(block) <= most:
+                os.pwrite(descriptor, block, size)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _create_locked(path: Path, size: int) -> int:
+    """A new file of that size, open for writing and locked."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _wait_for_writer(path: Path) -> None:
+    """Wait until the process that writes a file is done, or dead."""
+    with contextlib.suppress(FileNotFoundError), _open_locked(path, fcntl.LOCK_SH):
+        pass
 
 
 @contextlib.contextmanager
@@ -173,6 +253,7 @@ def _open_locked(path: Path, how: int, flags: int = os.O_RDONLY) -> Iterator[int
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -180,7 +261,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _unlink_unused(file: Path) -> bool:
-    """Delete a file unless a process has it locked."""
+    """Delete a file unless a process has it locked; returns whether it is gone."""
     try:
         with _open_locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
             if _is_at(descriptor, file):

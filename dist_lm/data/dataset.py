@@ -22,17 +22,13 @@ from dist_lm.config import Config, DataConfig, SourceConfig
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
+from dist_lm.data.holdout import document_hash, held_out
+from dist_lm.data.kept import keep_validation, learn_tokenizer
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.manifest import find_prepared
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
-from dist_lm.data.preparing import (
-    document_hash,
-    held_out,
-    keep_validation,
-    learn_tokenizer,
-    prepare_dataset,
-)
+from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
@@ -334,7 +330,7 @@ class _Preparation:
             return {}
         streams: dict[str, dict[str, list[Any]]] = {}
         for name, reader in self._raw.items():
-            streams[name] = {"files": [*reader.sources], "parts": [*reader.parts(data.lanes)]}
+            streams[name] = {"files": [*reader.files], "parts": [*reader.parts(data.lanes)]}
         _refuse_changed(streams, self._folder / "streams.json")
         for name, reader in self._raw.items():
             self._describe(name, reader, len(streams[name]["parts"]))
@@ -396,7 +392,7 @@ class _Preparation:
                 f"{reader.spec.input} has {parts} parts, so {name} is read in as many lanes, not"
                 f" data.lanes={lanes}"
             )
-        names = [file.name for file in reader.sources]
+        names = [file.name for file in reader.files]
         read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]
         if read_again:
             self._say(

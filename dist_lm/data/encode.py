@@ -1,4 +1,8 @@
-"""data.encode."""
+"""Encode pieces of documents, in this process or in worker processes.
+
+Invariant: the pieces come back in their order, each with the tokens that its text has, whatever the
+number of processes.
+"""
 
 import contextlib
 import os
@@ -15,114 +19,162 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_lm.data.tokenizer import SEPARATOR, Tokenizer
+from dist_lm.data.tokenizer import Tokenizer
 
+# A job is what a worker process encodes at once.
+JOB_CHARACTERS = 2**20
+JOB_PIECES = 2**13  # at most
+JOBS_AHEAD = 2  # of the writer, per worker
 
-def serve(path: str, descriptor: int) -> None:
-    """A worker of preparing: texts come with SEPARATOR between them; how many tokens each has, and these, go back."""
-    tokenizer, pipe = Tokenizer.load(path), Connection(descriptor)
-    with contextlib.suppress(EOFError, OSError):  # the other end is closed, or its process is gone
-        while True:
-            ids = tokenizer.encode_batch(
-                [text.decode() for text in pipe.recv_bytes().split(SEPARATOR)]
-            )
-            pipe.send_bytes(np.array([len(i) for i in ids]).tobytes())
-            pipe.send_bytes(np.concatenate([np.array(i, tokenizer.dtype) for i in ids]).tobytes())
-
-
-JOB, JOB_PIECES = 2**20, 2**13  # characters, and texts at most, in one job of an encoding process
-
-
+SEPARATOR = b"\xff"  # between the texts of a job; it is in no UTF-8
 WORKER = "import sys; from dist_lm.data.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
 
 class TextPiece(NamedTuple):
-    """A stretch of a document, encoded at once; its place counts documents of the split and pieces of the document."""
+    """A stretch of a document that is encoded at once."""
 
     split: str
-    place: tuple[int, int]
-    source: int
+    place: tuple[int, int]  # number of the document in the split, and of the piece in the document
+    source: int  # number of the file in the source
     row: int
     text: str
-    last: bool
+    last: bool  # whether the document ends here
 
 
-def _jobs(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
+def encode_pieces(
+    pieces: Iterator[TextPiece], tokenizer: Tokenizer, folder: Path, processes: int
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
+    """Pieces with their tokens, in order. Workers load the tokenizer from `folder`."""
+    if processes == 1:
+        for piece in pieces:
+            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
+        return
+    jobs = _make_jobs(pieces)
+    pool = WorkerPool(folder, tokenizer.dtype, processes)
+    waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
+    try:
+        while True:
+            while len(waiting) < JOBS_AHEAD * processes:
+                job = next(jobs, None)
+                if job is None:
+                    break
+                waiting.append((job, pool.submit(job)))
+            if not waiting:
+                return
+            job, encoded = waiting.popleft()
+            yield from zip(job, encoded.result(), strict=True)
+    finally:
+        pool.close()
+
+
+def _make_jobs(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
     job: list[TextPiece] = []
     size = 0
     for piece in pieces:
         job.append(piece)
         size += len(piece.text)
-        if size >= JOB or len(job) >= JOB_PIECES:
+        if size >= JOB_CHARACTERS or len(job) >= JOB_PIECES:
             yield job
-            job, size = [], 0
+            job = []
+            size = 0
     if job:
         yield job
 
 
-def _encode(
-    pieces: Iterator[TextPiece], tokenizer: Tokenizer, folder: Path, processes: int
-) -> Iterator[tuple[TextPiece, np.ndarray]]:
-    """Pieces with their tokens, in order; texts go in jobs to worker processes, a few jobs ahead of the writer."""
-    if processes == 1:
-        for piece in pieces:
-            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
-        return
-    # Workers are plain subprocesses, each fed by a thread: nothing is pickled, the caller's main module is not imported
-    # again, a worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches the parent alone.
-    path = os.pathsep.join(
-        [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    environment = os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-P", "-c", WORKER, str(folder)]
-    workers: list[tuple[Connection, subprocess.Popen[bytes]]] = []
-    own = threading.local()
+class WorkerPool:
+    """Worker processes, each fed by a thread of its own.
 
-    def start() -> None:
-        here, there = Pipe()
+    Workers are plain subprocesses. So nothing is pickled, and the caller's main module is not
+    imported again. A worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches
+    only the parent.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, processes: int):
+        self.folder = folder  # holds the tokenizer
+        self.dtype = dtype  # of tokens
+        self.threads = ThreadPoolExecutor(processes, "encode")
+        self.of_thread = threading.local()  # `worker` is the one that this thread feeds
+        self.workers: list[Worker] = []
+
+    def submit(self, job: list[TextPiece]) -> Future[list[np.ndarray]]:
+        """Encode a job as soon as a worker is free."""
+        return self.threads.submit(self._encode, job)
+
+    def close(self) -> None:
+        """End all workers and threads, whatever they are doing."""
+        for worker in self.workers:
+            worker.process.kill()
+        self.threads.shutdown(cancel_futures=True)
+        # A thread may have started another worker in between; that one ends when its pipe closes.
+        for worker in self.workers:
+            worker.pipe.close()
+            worker.process.wait()
+
+    def _encode(self, job: list[TextPiece]) -> list[np.ndarray]:
+        # Not in the initializer of the thread pool, which would keep its errors to itself.
+        if not hasattr(self.of_thread, "worker"):
+            self.of_thread.worker = Worker(self.folder, self.dtype)
+            self.workers.append(self.of_thread.worker)
+        worker: Worker = self.of_thread.worker
+        return worker.encode(job)
+
+
+class Worker:
+    """One worker process, and the pipe to it."""
+
+    def __init__(self, folder: Path, dtype: np.dtype):
+        self.dtype = dtype
+        self.pipe, far_end = Pipe()
         try:
-            with there:
-                own.worker = subprocess.Popen(
-                    [*command, str(there.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    env=environment,
-                    pass_fds=[there.fileno()],
-                    process_group=0,
-                )
+            with far_end:
+                self.process = _start_worker(folder, far_end.fileno())
         except OSError as error:
-            here.close()
+            self.pipe.close()
             raise RuntimeError(f"an encoding process could not be started: {error}") from error
-        own.pipe = here
-        workers.append((own.pipe, own.worker))
 
-    def encode(job: list[TextPiece]) -> list[np.ndarray]:
-        if not hasattr(own, "pipe"):  # not the pool's initializer, which keeps its errors to itself
-            start()
+    def encode(self, job: list[TextPiece]) -> list[np.ndarray]:
+        """The tokens of each piece."""
+        texts = [piece.text.encode() for piece in job]
         try:
-            own.pipe.send_bytes(SEPARATOR.join(piece.text.encode() for piece in job))
-            sizes, tokens = (
-                np.frombuffer(own.pipe.recv_bytes(), kind) for kind in (np.int64, tokenizer.dtype)
-            )
+            self.pipe.send_bytes(SEPARATOR.join(texts))
+            sizes = np.frombuffer(self.pipe.recv_bytes(), np.int64)
+            tokens = np.frombuffer(self.pipe.recv_bytes(), self.dtype)
         except (EOFError, OSError) as error:
-            raise RuntimeError(
-                f"an encoding process ended with exit code {own.worker.wait()}"
-            ) from error
+            code = self.process.wait()
+            raise RuntimeError(f"an encoding process ended with exit code {code}") from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
 
-    pool, jobs = ThreadPoolExecutor(processes, "encode"), _jobs(pieces)
-    waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
-    try:
+
+def _start_worker(folder: Path, descriptor: int) -> subprocess.Popen[bytes]:
+    """Start a process that serves one end of a pipe."""
+    search_path = [str(Path(__file__).parents[2])]
+    if os.environ.get("PYTHONPATH"):
+        search_path.append(os.environ["PYTHONPATH"])
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(search_path),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", WORKER, str(folder), str(descriptor)],
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=[descriptor],
+        process_group=0,
+    )
+
+
+def serve(path: str, descriptor: int) -> None:
+    """Encode texts that come through a pipe until it closes. The worker's side of `Worker`.
+
+    Texts come with SEPARATOR between them. The number of tokens of each goes back, then the tokens.
+    """
+    tokenizer = Tokenizer.load(path)
+    pipe = Connection(descriptor)
+    # These errors mean that the other end is closed, or its process gone.
+    with contextlib.suppress(EOFError, OSError):
         while True:
-            while len(waiting) < 2 * processes and (job := next(jobs, None)) is not None:
-                waiting.append((job, pool.submit(encode, job)))
-            if not waiting:
-                return
-            job, future = waiting.popleft()
-            yield from zip(job, future.result(), strict=True)
-    finally:
-        for _, worker in workers:
-            worker.kill()
-        pool.shutdown(cancel_futures=True)
-        for pipe, worker in workers:  # one that was started in between ends with its pipe
-            pipe.close()
-            worker.wait()
+            texts = [text.decode() for text in pipe.recv_bytes().split(SEPARATOR)]
+            encoded = [np.array(ids, tokenizer.dtype) for ids in tokenizer.encode_batch(texts)]
+            sizes = np.array([len(ids) for ids in encoded])
+            pipe.send_bytes(sizes.tobytes())
+            pipe.send_bytes(np.concatenate(encoded).tobytes())

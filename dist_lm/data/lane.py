@@ -217,7 +217,7 @@ class _DocumentReader:
                 continue
             file = parts[number].file
             pieces = list(spec.tokenizer.pieces(kept, spec.reader.where(file, at)))
-            yield _Found(part + number, spec.reader.sources[file].name, at, pieces)
+            yield _Found(part + number, spec.reader.files[file].name, at, pieces)
 
     def _read_block(self) -> Iterator[Document]:
         """Read the next block and shuffle it; an empty one where the pass ends."""

@@ -1,4 +1,8 @@
-"""data.manifest."""
+"""The manifest of a prepared folder: which shards it has, and what they were made of.
+
+A prepared folder may come from a stranger. Its manifest is therefore checked where it is read, so
+that a name in it never leads out of the folder, and its numbers and hashes have the right form.
+"""
 
 import json
 import re
@@ -22,18 +26,12 @@ from dist_lm.data.remote import SMALL_FILE, exists, fetch_small, is_remote
 from dist_lm.errors import DataError, UserError
 
 MANIFEST = "dataset.json"
-
-
 FORMAT = 1
 
-
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-
+# Characters of a shard's file name. The cache puts some before it; a file system allows 255.
+_LONGEST_NAME = 200
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-_LONGEST_NAME = 200  # characters of a shard's file name; the cache puts some before it, and a file system allows 255
 
 
 def _check_file_name(name: str) -> str:
@@ -49,39 +47,35 @@ def _check_sha256(text: str) -> str:
 
 
 Count = Annotated[int, Field(ge=0, le=2**48)]
-
-
 FileName = Annotated[str, Field(max_length=_LONGEST_NAME), AfterValidator(_check_file_name)]
-
-
 Sha256 = Annotated[str, AfterValidator(_check_sha256)]
+Text = Annotated[str, Field(max_length=2**16)]  # short enough to be repeated in a message
+Setting = Text | int | float | bool | None
 
 
-Text = Annotated[str, Field(max_length=2**16)]  # what may be repeated in a message
-
-
-Value = Text | int | float | bool | None
-
-
-class _Checked(BaseModel):
-    """A part of a JSON file from outside; it may hold more than is read."""
+class CheckedModel(BaseModel):
+    """A part of a JSON file from outside. It may hold more fields than these, which are read."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class _ShardEntry(_Checked):
+class ShardEntry(CheckedModel):
+    """One shard of a split."""
+
     file: FileName
     tokens: Count
     bytes: Count
     sha256: Sha256
 
 
-class _Split(_Checked):
+class SplitEntry(CheckedModel):
+    """One split, and its shards in order."""
+
     documents: Count
     bytes: Count  # of text
     tokens: Count
-    unknown: Count
-    shards: Annotated[list[_ShardEntry], FailFast()]
+    unknown: Count  # tokens that stand for unknown text
+    shards: Annotated[list[ShardEntry], FailFast()]
 
     @model_validator(mode="after")
     def _check_sum(self) -> Self:
@@ -91,12 +85,16 @@ class _Split(_Checked):
         return self
 
 
-class _Splits(_Checked):
-    train: _Split
-    val: _Split
+class SplitEntries(CheckedModel):
+    """Both splits; one of them may have no shards."""
+
+    train: SplitEntry
+    val: SplitEntry
 
 
-class _TokenizerFacts(_Checked):
+class TokenizerEntry(CheckedModel):
+    """The tokenizer whose ids the shards hold."""
+
     name: Text
     sha256: Sha256
     vocab_size: Annotated[int, Field(ge=1, le=2**32)]
@@ -105,39 +103,46 @@ class _TokenizerFacts(_Checked):
     dtype: Literal["uint16", "uint32"]
 
 
-class _SourceEntry(_Checked):
+class SourceEntry(CheckedModel):
+    """One file of the text."""
+
     name: str
     bytes: Count
 
 
-class _Manifest(_Checked):
-    """What every reader of a manifest may rely on."""
+class Manifest(CheckedModel):
+    """What every reader of a manifest may rely on.
 
-    tokenizer: _TokenizerFacts
-    settings: dict[
-        str, Value | dict[str, Value]
-    ] = {}  # it was prepared with; a stream's kept validation has none
-    splits: _Splits
-    sources: Annotated[list[_SourceEntry], FailFast()]
+    `settings` are those that it was prepared with; a stream's kept validation has none.
+    """
+
+    tokenizer: TokenizerEntry
+    settings: dict[str, Setting | dict[str, Setting]] = {}
+    splits: SplitEntries
+    sources: Annotated[list[SourceEntry], FailFast()]
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first validation error as one short line: field, value, rule."""
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     rule = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing" or not field:
-        return f"{field}: {rule}".removeprefix(": ")
+    if not field:
+        return rule
+    if first["type"] == "missing":
+        return f"{field}: {rule}"
     return f"{field}={reprlib.repr(first['input'])}: {rule}"
 
 
 def find_prepared(path: str | Path) -> bool:
     """Whether a path or URL is a prepared folder."""
-    return exists(f"{path}/{MANIFEST}") if is_remote(str(path)) else Path(path, MANIFEST).is_file()
+    if is_remote(str(path)):
+        return exists(f"{path}/{MANIFEST}")
+    return Path(path, MANIFEST).is_file()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared folder or URL, checked: see `_Manifest`."""
+    """The manifest of a prepared folder or URL, checked: see `Manifest`."""
     file = f"{folder}/{MANIFEST}"
     try:
         content = fetch_small(file) if is_remote(file) else _read_small(Path(file))
@@ -151,24 +156,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, Mapping):
         raise DataError(f"{file}: not a manifest but a {type(manifest).__name__}; prepare again")
     if manifest.get("format") != FORMAT:
-        found = reprlib.repr(manifest.get("format"))
-        raise DataError(f"{file}: format {found} is not the format {FORMAT} of this version")
+        actual = reprlib.repr(manifest.get("format"))
+        raise DataError(f"{file}: format {actual} is not the format {FORMAT} of this version")
     try:
-        _Manifest.model_validate(manifest)
+        Manifest.model_validate(manifest)
     except ValidationError as error:
+        fault = first_fault(error)
         raise DataError(
-            f"{file}: not a manifest as it was written: {_first_fault(error)}; nearest: prepare again"
+            f"{file}: not a manifest as it was written: {fault}; nearest: prepare again"
         ) from error
     return manifest
 
 
 def _read_small(file: Path) -> bytes:
-    """A whole small file of this machine; a pipe or device, which might never end, is refused."""
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """A whole small file of this machine; refuses a pipe or device, which might never end."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise DataError(f"{file}: not a regular file")
-    if found.st_size > SMALL_FILE:
-        raise DataError(
-            f"{file}: larger than the {SMALL_FILE // 2**20} MB that such a file may have"
-        )
+    if status.st_size > SMALL_FILE:
+        limit = SMALL_FILE // 2**20
+        raise DataError(f"{file}: larger than the {limit} MB that such a file may have")
     return file.read_bytes()

@@ -114,7 +114,7 @@ class StreamedSequence(NamedTuple):
         return self.packed.tokens
 
     def documents(self) -> Sequence[DocumentSpan]:
-        files = {file.name: number for number, file in enumerate(self.reader.sources)}
+        files = {file.name: number for number, file in enumerate(self.reader.files)}
         row_number = cache(self.reader.row_number)  # it may read the file up to the row
         spans = []
         for span in self.packed.spans:

@@ -187,7 +187,7 @@ class StreamSource:
         options = reader.spec.model_dump(mode="json", exclude={"input", "weight", "revision"})
         # A file's mark is its time of change, which a copy need not have; a hub dataset's is its
         # commit.
-        files = [[file.name, file.size, "" if file.path else file.mark] for file in reader.sources]
+        files = [[file.name, file.size, "" if file.path else file.mark] for file in reader.files]
         return [json.dumps([self.spec.name, options, files, val_fraction])]
 
     def refuse_too_short(self, where: str) -> None:

@@ -1,7 +1,8 @@
-"""Tokenizers: char, byte, byte-level BPE trained on the corpus, or any tokenizer.json.
+"""Text to ids and back, with our own tokenizers or any tokenizer.json.
 
-Invariants: text that looks like a special token is encoded as plain text; the stored bytes of tokenizer.json are the
-tokenizer's identity (`sha256`); the pieces between two cuts encode to the very ids of the whole text.
+Invariants: text that looks like a special token is encoded as plain text. The stored bytes of
+tokenizer.json are the tokenizer's identity (`sha256`). The pieces between two cuts encode to the
+very ids of the whole text.
 """
 
 import codecs
@@ -9,122 +10,108 @@ import contextlib
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders
 
 from dist_lm.errors import DataError, UserError, did_you_mean
 
 EOT = "<|endoftext|>"
-UNK = "<|unk|>"
-EOT_NAMES = (
-    EOT,
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "[SEP]",
-)  # of foreign tokenizers that do not say
-SAMPLE_BYTES = 256 * 10**6  # text a BPE is trained on at most ...
-WORD_BYTES = (
-    6 * 10**6
-)  # ... and the distinct words in it: the trainer takes 120 bytes of memory for each of theirs
-CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
-SEPARATOR = b"\xff"  # is in no UTF-8
-LONGEST_WORD = (
-    4 * 2**20
-)  # characters without a place to cut before a document is refused (bounds memory)
+# End-of-text tokens of foreign tokenizers that do not name theirs.
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 
-# A cut is looked for before white space, or else before a sign, that follows something else: there a pre-tokenizer's
-# runs end whatever came before. Whether this one cuts there too is then tried on the text around it.
+CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
+# Characters without a place to cut, before a document is refused; this bounds memory.
+LONGEST_WORD = 4 * 2**20
+
+# Places that are tried as cuts: before white space, or else before a sign, that follows something
+# else. There the runs of a pre-tokenizer end, whatever came before. Whether this tokenizer cuts
+# there too is then tried on the text around the place.
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
-_OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
-_WORD = re.compile(rb"\w+|[^\w\s]+")
-_LONG_WORD = re.compile(r"\S{1000}")
-# GPT-2's printable stand-ins for the 256 bytes (Radford et al. 2019, encoder.py, bytes_to_unicode)
-_PLAIN = [
-    *range(ord("!"), ord("~") + 1),
-    *range(ord("¡"), ord("¬") + 1),
-    *range(ord("®"), ord("ÿ") + 1),
-]
-BYTE_OF = {chr(b): b for b in _PLAIN}
-BYTE_OF |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+_NEARBY = 2**14  # characters before the limit that are searched before all the others
+_MOST_TRIED = 256  # of the places found in one search
+
+# In decoders of sentencepiece and WordPiece: marks in tokens, and the text that they stand for.
+_MARKS = {"▁": " ", "##": ""}
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
+
+
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes.
+
+    Source: Radford et al. 2019, encoder.py, bytes_to_unicode.
+    """
+    plain = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in plain]
+    byte_of = {chr(byte): byte for byte in plain}
+    for n, byte in enumerate(others):
+        byte_of[chr(256 + n)] = byte
+    return byte_of
+
+
+BYTE_OF = _printable_bytes()
 
 
 class Tokenizer:
-    """Text to ids and back; frozen. `eot` ends a document, `unk` (None if there is none) stands for unknown text."""
+    """Text to ids and back; frozen.
+
+    - `stored`: the text of tokenizer.json
+    - `vocabulary`: id of each token; `vocab_size` is the greatest of them plus 1
+    - `dtype`: in which ids are stored
+    - `eot`, `eot_token`: end of text, which ends a document
+    - `unk`, `unk_token`: stands for unknown text; None if there is none
+    - `special`: the ids that stand for no text
+    - `atomic`: each character or byte is one id, so that any place is a cut
+    """
 
     def __init__(self, stored: str, eot_token: str | None = EOT):
-        self._tokenizer = tokenizers.Tokenizer.from_str(stored)
-        self._tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        if getattr(self._tokenizer.model, "dropout", None):
-            self._tokenizer.model.dropout = None  # ids must be a function of the text
+        self._tokenizer = _open(stored)
         self.stored = stored
         self.vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values()) + 1
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-        self.eot_token = next(
-            (name for name in (eot_token, *EOT_NAMES) if name in self.vocabulary), ""
-        )
-        if not self.eot_token:
-            raise DataError(
-                "no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token"
-            )
+        self.eot_token = self._find_eot(eot_token)
         self.eot = self.vocabulary[self.eot_token]
+
         content = json.loads(stored)
-        model, added, decoder = (
-            content["model"],
-            content["added_tokens"],
-            json.dumps(content["decoder"]),
-        )
-        unk_id = model.get("unk_id")  # of Unigram; the other models name it
+        model = content["model"]
+        added = content["added_tokens"]
+        unk_id = model.get("unk_id")  # of Unigram; the other models name the token
         self.unk_token = model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
         self.unk = self.vocabulary.get(self.unk_token or "")
         self.byte_level = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
-        self._marks = [
-            (mark, text)
-            for mark, text in (("▁", " "), ("##", ""))
-            if json.dumps(mark)[1:-1] in decoder
-        ]
+        decoder = json.dumps(content["decoder"])
+        self._marks: dict[str, str] = {}
+        for mark, text in _MARKS.items():
+            if json.dumps(mark)[1:-1] in decoder:
+                self._marks[mark] = text
         special = {token["id"]: token["content"] for token in added if token["special"]}
         self.special = set(special)
-        # Some models (Unigram, WordLevel) find a special token in text all the same: it is then spelled in two parts.
         self._spelled: dict[int, list[int]] = {}
-        found = {i: name for i, name in special.items() if i != self.unk and i in self.encode(name)}
-        self._spelled = {
-            i: self.encode(name[:1]) + self.encode(name[1:]) for i, name in found.items()
-        }
-        # One id a character or byte, so that any place is a cut.
-        plain = content["normalizer"] is None and len(special) == len(added)
-        self.atomic = plain and model["type"] == "BPE" and not model["merges"]
+        self._spelled = self._spell_special(special)
+        is_plain = content["normalizer"] is None and len(special) == len(added)
+        self.atomic = is_plain and model["type"] == "BPE" and not model["merges"]
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a tokenizer.json, or a folder that holds one (and perhaps a tokenizer_config.json)."""
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        config = file.with_name("tokenizer_config.json")
+        """From a tokenizer.json, or a folder with one (and perhaps a tokenizer_config.json)."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
         try:
-            named = (
-                json.loads(config.read_text(encoding="utf-8")).get("eos_token")
-                if config.is_file()
-                else None
-            )
-            return cls(
-                file.read_text(encoding="utf-8"),
-                named["content"] if isinstance(named, dict) else named,
-            )
+            eot_token = _eos_token(file.with_name("tokenizer_config.json"))
+            return cls(file.read_text(encoding="utf-8"), eot_token)
         except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(
-                f"{file}: not a usable tokenizer ({' '.join(str(error).split())})"
-            ) from error
+            reason = " ".join(str(error).split())
+            raise DataError(f"{file}: not a usable tokenizer ({reason})") from error
 
     @cached_property
     def text_tokens(self) -> dict[int, str]:
@@ -133,17 +120,21 @@ class Tokenizer:
 
     @cached_property
     def sha256(self) -> str:
+        """The hash of tokenizer.json, by which tokenizers are compared."""
         return hashlib.sha256(self.stored.encode()).hexdigest()
 
     def files(self) -> dict[str, str]:
-        """tokenizer.json, and the tokenizer_config.json that makes AutoTokenizer load it as it is, by name."""
+        """The texts of tokenizer.json and tokenizer_config.json, by file name.
+
+        The second makes AutoTokenizer load the first as it is.
+        """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "eos_token": self.eot_token,
         }
-        config |= {"eos_token": self.eot_token} | (
-            {"unk_token": self.unk_token} if self.unk is not None else {}
-        )
+        if self.unk is not None:
+            config["unk_token"] = self.unk_token
         return {
             "tokenizer.json": self.stored,
             "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
@@ -163,12 +154,9 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # Even of one text faster than encode(), which also follows each token's place in the text.
+        # For one text too this is faster than encode(), which also tracks each token's place.
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._spell(encoding.ids) for encoding in encodings]
-
-    def _spell(self, ids: list[int]) -> list[int]:
-        return [j for i in ids for j in self._spelled.get(i, (i,))] if self._spelled else ids
+        return [self._replace_special(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -181,206 +169,176 @@ class Tokenizer:
         return sizes
 
     def bytes_of(self, token: str) -> bytes:
+        """The bytes of UTF-8 text that a token stands for."""
         if self.byte_level and all(c in BYTE_OF for c in token):
             return bytes(BYTE_OF[c] for c in token)
-        if re.fullmatch("<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
+        if _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
-        for mark, text in self._marks:
+        for mark, text in self._marks.items():
             token = token.replace(mark, text)
         return token.encode()
 
-    def cut(self, text: str, limit: int) -> int:
-        """The last place in text[1:limit + 1] where cutting leaves the ids as they are; 0 where there is none."""
-        if self.atomic:
-            return limit
-        if self._tokenizer.pre_tokenizer is None:
-            return 0
-        for breaks in _BREAKS:
-            for start in (max(0, limit - 2**14), 0):
-                places = [match.start() for match in breaks.finditer(text, start, limit)]
-                found = next(
-                    (place for place in reversed(places[-256:]) if self._cuts_at(text, place)), 0
-                )
-                if found:
-                    return found
-        return 0
-
-    def _cuts_at(self, text: str, place: int) -> bool:
-        left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
-        return all(
-            parts(left) + parts(right) == parts(left + right)
-            for parts in (self._words, self.encode)
-        )
-
-    def _words(self, text: str) -> list[str]:
-        text = (
-            self._tokenizer.normalizer.normalize_str(text) if self._tokenizer.normalizer else text
-        )
-        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
-
     def pieces(self, chunks: Iterable[str], where: str, size: int = 2**20) -> Iterator[str]:
-        """One document's text in pieces of at most about `size` characters that encode as the whole does."""
-        waiting, limit = "", size
+        """One document's text in pieces that encode as the whole does.
+
+        A piece has at most about `size` characters. `where` is the document's place, for messages.
+        """
+        waiting = ""
+        limit = size
         for chunk in chunks:
             waiting += chunk
             while len(waiting) >= limit + CONTEXT:
                 place = self.cut(waiting, limit)
                 if place:
                     yield waiting[:place]
-                    waiting, limit = waiting[place:], size
-                elif limit >= LONGEST_WORD:
-                    said = f"{where}: the tokenizer cuts nowhere in {limit:,} characters; rule: it must within that"
-                    raise DataError(said)
-                else:
+                    waiting = waiting[place:]
+                    limit = size
+                elif limit < LONGEST_WORD:
                     limit *= 2
+                else:
+                    raise DataError(
+                        f"{where}: the tokenizer cuts nowhere in {limit:,} characters; rule: it"
+                        " must within that"
+                    )
         if waiting:
             yield waiting
 
+    def cut(self, text: str, limit: int) -> int:
+        """The last place in text[1:limit + 1] where cutting leaves the ids as they are.
+
+        Returns 0 if there is none.
+        """
+        if self.atomic:
+            return limit
+        if self._tokenizer.pre_tokenizer is None:
+            return 0
+        for breaks in _BREAKS:
+            for start in (max(0, limit - _NEARBY), 0):
+                places = [match.start() for match in breaks.finditer(text, start, limit)]
+                for place in reversed(places[-_MOST_TRIED:]):
+                    if place and self._cuts_at(text, place):
+                        return place
+        return 0
+
+    def _cuts_at(self, text: str, place: int) -> bool:
+        """Whether the text around a place is split and encoded the same with a cut there."""
+        left = text[max(0, place - CONTEXT) : place]
+        right = text[place : place + CONTEXT]
+        if self._words(left) + self._words(right) != self._words(left + right):
+            return False
+        return self.encode(left) + self.encode(right) == self.encode(left + right)
+
+    def _words(self, text: str) -> list[str]:
+        """The parts that the tokenizer encodes one by one."""
+        if self._tokenizer.normalizer:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+    def _find_eot(self, eot_token: str | None) -> str:
+        for name in (eot_token, *EOT_NAMES):
+            if name in self.vocabulary:
+                return name
+        raise DataError(
+            "no end-of-text token; nearest: a tokenizer_config.json that names one as eos_token"
+        )
+
+    def _spell_special(self, special: dict[int, str]) -> dict[int, list[int]]:
+        """The ids that text gets instead of a special token.
+
+        Some models (Unigram, WordLevel) find a special token in text although they are told not
+        to. The token's text is then encoded in two parts.
+        """
+        spelled = {}
+        for i, name in special.items():
+            if i != self.unk and i in self.encode(name):
+                spelled[i] = self.encode(name[:1]) + self.encode(name[1:])
+        return spelled
+
+    def _replace_special(self, ids: list[int]) -> list[int]:
+        if not self._spelled:
+            return ids
+        replaced: list[int] = []
+        for i in ids:
+            replaced += self._spelled.get(i, (i,))
+        return replaced
+
 
 class StreamDecoder:
-    """Ids to text as they come: `push` gives only whole characters, `flush` what is left at the end."""
+    """Ids to text as they come: `push` returns only whole characters, `flush` what is left."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []
-        self._shown = 0  # characters of their text
+        self._ids: list[int] = []  # all so far, where a token's text depends on others
+        self._shown = 0  # characters of their text that were returned
 
     def push(self, token_id: int) -> str:
         if self._tokenizer.byte_level or self._tokenizer.atomic:
-            return self._utf8.decode(
-                self._tokenizer.bytes_of(self._tokenizer.text_tokens.get(token_id, ""))
-            )
-        self._ids.append(
-            token_id
-        )  # a decoder may treat the first token apart, so all are decoded again
-        return self._new(
-            self._tokenizer.decode(self._ids).rstrip("\ufffd")
-        )  # perhaps the first bytes of a character
+            token = self._tokenizer.text_tokens.get(token_id, "")
+            return self._utf8.decode(self._tokenizer.bytes_of(token))
+        # A decoder may treat the first token apart, so all of them are decoded again.
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids)
+        # At the end there may be the first bytes of a character.
+        return self._new(text.rstrip("\ufffd"))
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True) + self._new(self._tokenizer.decode(self._ids))
 
     def _new(self, text: str) -> str:
-        shown, self._shown = self._shown, max(self._shown, len(text))
+        """The part of the text that was not returned before."""
+        shown = self._shown
+        self._shown = max(shown, len(text))
         return text[shown:]
 
 
-def is_trained_spec(spec: str) -> bool:
-    """Whether `data.tokenizer` is made from the corpus (char, byte, bpe:N) rather than loaded; checks N."""
-    if spec in ("char", "byte"):
-        return True
-    if not spec.startswith("bpe:"):
-        return False
-    size = int(spec[4:]) if spec[4:].isascii() and spec[4:].isdigit() else 0
-    if size < 257:
-        raise UserError(
-            f"data.tokenizer={spec!r}: bpe:N must have at least 256 bytes and {EOT}; nearest: bpe:257"
-        )
-    return True
-
-
-def train_tokenizer(spec: str, pieces: Iterable[str]) -> Tokenizer:
-    """Make `char`, `byte` or `bpe:N`; the same from the same pieces, whatever the machine."""
-    assert is_trained_spec(spec), f"{spec} is not made from a corpus"
-    if spec == "char":
-        characters: set[str] = set()
-        for piece in pieces:
-            characters.update(piece)
-        alphabet = sorted(characters)
-        model = models.BPE({c: i for i, c in enumerate([*alphabet, UNK])}, [], unk_token=UNK)
-        return _assemble(model, None, decoders.Fuse(), [UNK, EOT])
-    if spec == "byte":
-        return _assemble(models.BPE(BYTE_OF, []), *_byte_level(), [EOT])
-    skeleton = tokenizers.Tokenizer(models.BPE())
-    skeleton.pre_tokenizer, skeleton.decoder = _byte_level()
-    trainer = trainers.BpeTrainer(
-        vocab_size=int(spec[4:]),
-        special_tokens=[EOT],
-        initial_alphabet=list(BYTE_OF),
-        show_progress=False,
-    )
-    skeleton.train_from_iterator(few_words(sample(pieces)), trainer)
-    return Tokenizer(skeleton.to_str(pretty=True), EOT)
-
-
-def cutter(spec: str) -> Tokenizer:
-    """A tokenizer that cuts as the one that `spec` will become does."""
-    tokenizer = train_tokenizer("char" if spec == "char" else "byte", [])
-    tokenizer.atomic = not spec.startswith("bpe:")
-    return tokenizer
-
-
-def sample(pieces: Iterable[str], most: int = SAMPLE_BYTES) -> list[tuple[int, bytes]]:
-    """Pieces in the order of a hash of their text: all of them if they fit, else those below a falling threshold."""
-    kept: list[tuple[int, bytes]] = []
-    threshold, size = 2**64, 0
-    for piece in pieces:
-        data = piece.encode()
-        rank = int.from_bytes(
-            hashlib.blake2b(data, digest_size=8, person=b"sample").digest(), "little"
-        )
-        if rank < threshold:
-            kept.append((rank, data))
-            size += len(data) + _OVERHEAD
-        while size > most:
-            threshold //= 2
-            kept = [(rank, data) for rank, data in kept if rank < threshold]
-            size = sum(len(data) + _OVERHEAD for _, data in kept)
-    return sorted(kept)
-
-
-def few_words(kept: list[tuple[int, bytes]], most: int = WORD_BYTES) -> Iterator[str]:
-    """The sample's texts, up to a size of their distinct words, which is what the trainer's memory follows."""
-    seen = bytearray(2**24)  # by a hash; one taken for another only lets a little more in
-    kept.reverse()
-    while kept:
-        text = kept.pop()[1].decode()
-        for part in (text[at : at + 2**16] for at in range(0, len(text), 2**16)):
-            for word in set(_WORD.findall(b" ".join(set(part.encode().split())))):
-                place = zlib.crc32(word) % len(seen)
-                most -= 0 if seen[place] else len(word)
-                seen[place] = 1
-            yield _LONG_WORD.sub(
-                r"\g<0>\n", part
-            )  # the trainer takes forever over long words (squared)
-            if most <= 0:
-                return kept.clear()
-
-
 def load_tokenizer(spec: str) -> Tokenizer:
-    """A local tokenizer.json, a folder with one, or a hub name."""
+    """From a local tokenizer.json, a folder with one, or the hub."""
     if Path(spec).exists():
         return Tokenizer.load(spec)
     hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+" if hint else r"[\w.-]+(/[\w.-]+)?", spec):
-        import huggingface_hub  # slow, and needed for hub names only
-
+    # A name near char or byte is rather a slip than one of the few hub names without an owner.
+    hub_name = r"[\w.-]+/[\w.-]+" if hint else r"[\w.-]+(/[\w.-]+)?"
+    if re.fullmatch(hub_name, spec):
         try:
-            file = huggingface_hub.hf_hub_download(spec, "tokenizer.json")
-            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
-                huggingface_hub.hf_hub_download(spec, "tokenizer_config.json")  # lands beside it
+            file = _download(spec)
         except (OSError, ValueError) as error:
             hint = f"; the hub gave none either ({type(error).__name__}){hint}"
         else:
             return Tokenizer.load(file)
     raise UserError(
-        f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one{hint}"
+        f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one"
+        f"{hint}"
     )
 
 
-def _assemble(
-    model: models.Model, pre_tokenizer: Any, decoder: Any, special: list[str]
-) -> Tokenizer:
-    tokenizer = tokenizers.Tokenizer(model)
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoder
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
-    return Tokenizer(tokenizer.to_str(pretty=True), EOT)
+def _download(name: str) -> str:
+    """The path of a hub tokenizer's tokenizer.json, with its tokenizer_config.json beside it."""
+    import huggingface_hub  # slow, and needed for hub names only
+
+    file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
+    with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+        huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
+    return file
 
 
-def _byte_level() -> tuple[Any, Any]:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True), decoders.ByteLevel()
+def _open(stored: str) -> tokenizers.Tokenizer:
+    """A tokenizer that does only what ids need: they must be a function of the text."""
+    tokenizer = tokenizers.Tokenizer.from_str(stored)
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _eos_token(config_file: Path) -> str | None:
+    """The end-of-text token that a tokenizer_config.json names, if there is one."""
+    if not config_file.is_file():
+        return None
+    token = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token")
+    if isinstance(token, dict):
+        token = token["content"]
+    name: str | None = token
+    return name

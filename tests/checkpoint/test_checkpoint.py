@@ -30,7 +30,8 @@ from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folder
 from dist_lm.checkpoint.load import read_model, read_weights, restore
 from dist_lm.checkpoint.save import OwnedSlice, Saver
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
-from dist_lm.data.tokenizer import Tokenizer, train_tokenizer
+from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT

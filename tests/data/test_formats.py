@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import DataConfig, SourceConfig
-from dist_lm.data import formats as sources
-from dist_lm.data import remote
+from dist_lm.data import lines, remote
 from dist_lm.data.files import TextFile, find_files
 from dist_lm.data.formats import Reader
+from dist_lm.data.json_rows import JsonArray
 from dist_lm.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
@@ -68,7 +68,7 @@ def test_a_separator_ends_documents_wherever_chunks_end(
     path.write_bytes(text.encode())
     expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(lines, "CHUNK", chunk)
         assert [(row, text) for _, row, text in read(path, separator="<|>")] == expected
 
 
@@ -87,7 +87,7 @@ def test_rows_come_back_from_every_format(
     )
     expected = [(row, text) for row, text in enumerate(rows, 1) if text and not text.isspace()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(lines, "CHUNK", chunk)
         for name in ("r.jsonl", "r.json", "r.parquet"):
             skipped: Counter[str] = Counter()
             assert [(row, text) for _, row, text in read(folder / name, skipped)] == expected, name
@@ -362,8 +362,8 @@ def bad_files(folder: Path) -> dict[str, str]:
 def test_bad_input_is_refused_by_file_and_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "LONGEST_ROW", 2000)
-    monkeypatch.setattr(sources, "CHUNK", 64)
+    monkeypatch.setattr(lines, "LONGEST_ROW", 2000)
+    monkeypatch.setattr(lines, "CHUNK", 64)
     for name, message in bad_files(tmp_path).items():
         with pytest.raises(UserError, match=f"^{tmp_path}/{name}: .*{message}") as raised:
             texts(tmp_path / name, separator="#")
@@ -416,7 +416,7 @@ def read_skipping(path: Path, start: int = 0) -> tuple[list[tuple[int, str]], Co
 def test_a_bad_value_of_an_array_costs_no_other(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "LONGEST_ROW", 8000)
+    monkeypatch.setattr(lines, "LONGEST_ROW", 8000)
     rows = [b'{"text": "row %d"}' % n for n in range(1, 101)]
     rows[10] = BAD_VALUES[name]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
@@ -455,8 +455,8 @@ def test_documents_and_bad_rows_of_an_array_are_its_rows(
         rows.append(value)
     path = as_array(rows, tmp_path_factory.getbasetemp() / "damaged.json", gap)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
-        patch.setattr(sources, "LONGEST_ROW", 8000)
+        patch.setattr(lines, "CHUNK", chunk)
+        patch.setattr(lines, "LONGEST_ROW", 8000)
         documents, skipped = read_skipping(path)
     assert documents == expected
     assert skipped == ({"bad rows": len(rows) - len(expected)} if len(rows) > len(expected) else {})
@@ -466,8 +466,8 @@ def test_documents_and_bad_rows_of_an_array_are_its_rows(
 def test_an_array_that_is_cut_off_loses_its_rest(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "CHUNK", chunk)
-    monkeypatch.setattr(sources, "LONGEST_ROW", 100)
+    monkeypatch.setattr(lines, "CHUNK", chunk)
+    monkeypatch.setattr(lines, "LONGEST_ROW", 100)
     path = tmp_path / "a.json"
     for content, documents, skipped in [
         (b'[{"text": "a"}, {"text": "b', [(1, "a")], {}),
@@ -484,7 +484,7 @@ def test_an_array_that_is_cut_off_loses_its_rest(
 
 
 def test_a_value_too_long_is_passed_without_being_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST_ROW", 2**20)
+    monkeypatch.setattr(lines, "LONGEST_ROW", 2**20)
     taken = 0
 
     def chunks() -> Iterator[str]:
@@ -495,7 +495,7 @@ def test_a_value_too_long_is_passed_without_being_held(monkeypatch: pytest.Monke
             yield 'x\\"' * 2**14
         yield '"}, {"text": "ok"}]'
 
-    values = sources._JsonArray(chunks())
+    values = JsonArray(chunks())
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="^longer than"):

@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 
 from dist_lm import prepare
 from dist_lm.config import DataConfig, SourceConfig
-from dist_lm.data import encode, preparing
+from dist_lm.data import encode, preparing, writer
 from dist_lm.data import tokenizer as text
 from dist_lm.data.files import TextFile
 from dist_lm.data.formats import Reader
+from dist_lm.data.holdout import document_hash, held_out
 from dist_lm.data.manifest import MANIFEST
-from dist_lm.data.preparing import document_hash, held_out, prepare_dataset
-from dist_lm.data.shards import TokenShards, map_shard
+from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.progress import Progress
+from dist_lm.data.shard_file import map_shard
+from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 
@@ -62,7 +65,7 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(writer, "SHARD_TOKENS", 300)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -99,7 +102,7 @@ def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
         manifest["tokenizer"]["sha256"] == loaded.sha256
         and manifest["tokenizer"]["eot"] == loaded.eot
     )
-    assert not (tmp_path / "d" / preparing.PROGRESS).exists()
+    assert not (tmp_path / "d" / writer.PROGRESS).exists()
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -107,7 +110,7 @@ def test_any_number_of_processes_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 200)
-    monkeypatch.setattr(encode, "JOB", 100)  # many more jobs than processes
+    monkeypatch.setattr(encode, "JOB_CHARACTERS", 100)  # many more jobs than processes
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="bpe:300")
     for processes in (1, 3):
         prepare_dataset(config, tmp_path / str(processes), processes, quiet)
@@ -162,8 +165,8 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
 
                 return call
 
-            patch.setattr(preparing, "write_shard", stop_or(preparing.write_shard))
-            patch.setattr(preparing, "write_json", stop_or(preparing.write_json))
+            patch.setattr(writer, "write_shard", stop_or(writer.write_shard))
+            patch.setattr(writer, "write_json", stop_or(writer.write_json))
             try:
                 prepare_dataset(config, folder / "parts", 1, quiet)
                 break
@@ -179,19 +182,19 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
     write_documents(tmp_path / "a.jsonl", 130)
     config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
     prepare_dataset(config, tmp_path / "whole", 1, quiet)
-    real = preparing.write_json
+    real = writer.write_json
 
     def write(path: Path, content: Any) -> None:
         if path.name == MANIFEST:
             raise KilledError
         real(path, content)
 
-    monkeypatch.setattr(preparing, "write_json", write)
+    monkeypatch.setattr(writer, "write_json", write)
     with pytest.raises(KilledError):
         prepare_dataset(config, tmp_path / "parts", 1, quiet)
-    monkeypatch.setattr(preparing, "write_json", real)
+    monkeypatch.setattr(writer, "write_json", real)
     monkeypatch.setattr(
-        preparing, "write_shard", lambda *_: pytest.fail("a finished shard is written again")
+        writer, "write_shard", lambda *_: pytest.fail("a finished shard is written again")
     )
     prepare_dataset(config, tmp_path / "parts", 1, quiet)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
@@ -200,8 +203,9 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
-        "import sys; from dist_lm.data import preparing as data; from dist_lm.config import DataConfig; data.SHARD_TOKENS = 20000;"
-        "data.JOB = 2000; data.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
+        "import sys; from dist_lm.data import encode, preparing, writer;"
+        "from dist_lm.config import DataConfig; writer.SHARD_TOKENS = 20000; encode.JOB_CHARACTERS = 2000;"
+        "preparing.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -237,7 +241,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 100)
-    monkeypatch.setattr(encode, "JOB", 100)
+    monkeypatch.setattr(encode, "JOB_CHARACTERS", 100)
     monkeypatch.setattr(encode, "WORKER", "import sys; sys.exit(3)")
     with pytest.raises(RuntimeError, match="an encoding process ended with exit code 3"):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
@@ -286,7 +290,7 @@ def test_a_small_source_holds_out_its_tail_at_a_line_end(
     config = DataConfig(input=str(folder), tokenizer="byte", val_fraction=fraction)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_lm.data.formats.CHUNK", chunk)
+        patch.setattr("dist_lm.data.lines.CHUNK", chunk)
         if not whole:
             with pytest.raises(UserError, match="no document with text in"):
                 prepare_dataset(config, folder / "d", 1, said.append)
@@ -374,7 +378,7 @@ def test_text_that_changed_in_between_is_refused(
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 20)
     config = DataConfig(input=str(tmp_path), tokenizer="byte")
-    monkeypatch.setattr(preparing, "write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr(writer, "write_shard", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_dataset(config, tmp_path / "d", 1, quiet)
     write_documents(tmp_path / "a.jsonl", 21)
@@ -405,9 +409,7 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     said: list[str] = []
     sources = [TextFile("a", "a", 2_000_000), TextFile("b", "b", 6_000_000)]
-    progress = preparing.Progress(
-        "prepared", Reader(SourceConfig(input="ab"), sources), said.append
-    )
+    progress = Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
     progress.documents = 1
     for now, more, source in (
         (5, 500_000, 0),
@@ -433,7 +435,7 @@ def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader(
         SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)]
     )
-    progress = preparing.Progress("prepared", reader, said.append)
+    progress = Progress("prepared", reader, said.append)
     clock[0] = 10.0
     progress.add(1_000_000, 1)
     assert said == ["prepared 0 documents, 1.0 MB, 0.10 MB/s, about 10 s left"]

@@ -516,8 +516,8 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
         [],
     )
 
-    def look(self: ShardCache, *wanted: Any) -> int | None:
-        found = take(self, *wanted)
+    def look(self: ShardCache, copy: Any) -> int | None:
+        found = take(self, copy)
         looks.append(found)
         if len(looks) == 1:
             ShardCache(cache.url, cache.folder, cache.limit).get(*shards["0"])
@@ -552,7 +552,7 @@ def test_deleting_and_beginning_wait_for_the_lock(
     cache.release("0")
     with monkeypatch.context() as patch:
         patch.setattr(fcntl, "flock", delete_first)
-        assert cache._take(path, *shards["0"][1:]) is None
+        assert cache._take(cache._copy(*shards["0"])) is None
     assert cache.get(*shards["0"]).is_file()
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared
-from dist_lm.data.shards import TokenShards, map_shard, verify, write_shard
+from dist_lm.data.shard_file import map_shard, write_shard
+from dist_lm.data.shards import TokenShards, verify
 from dist_lm.disk import write_file, write_json
 from dist_lm.errors import UserError
 

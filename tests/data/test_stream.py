@@ -28,7 +28,7 @@ from dist_lm.data.order import MixtureSchedule, period_of
 from dist_lm.data.packing import PackedSequence, best_fit
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.stream import Dealt, Stream
-from dist_lm.data.tokenizer import train_tokenizer
+from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 
 BYTES = train_tokenizer("byte", [])

@@ -17,16 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dist_lm.data import tokenizer as text_module
-from dist_lm.data.encode import serve
-from dist_lm.data.tokenizer import (
-    EOT,
-    SEPARATOR,
+from dist_lm.data.encode import SEPARATOR, serve
+from dist_lm.data.tokenizer import EOT, StreamDecoder, Tokenizer, load_tokenizer
+from dist_lm.data.tokenizer_training import (
     UNK,
-    StreamDecoder,
-    Tokenizer,
     few_words,
     is_trained_spec,
-    load_tokenizer,
     sample,
     train_tokenizer,
 )

@@ -1,0 +1,119 @@
+"""What a stream keeps on disk: its tokenizer, and its first held-out documents as shards."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dist_lm.config import DataConfig
+from dist_lm.data.formats import Reader
+from dist_lm.data.holdout import SplitDocument, document_hash, held_out
+from dist_lm.data.preparing import read_beginning
+from dist_lm.data.progress import Progress, Say
+from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
+from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
+from dist_lm.data.writer import SplitWriter, write_manifest, write_tokenizer
+from dist_lm.disk import write_json
+from dist_lm.errors import DataError
+
+# Bytes of text at the beginning of each source, from which a stream's tokenizer is learned.
+LEARNED_BYTES = 2**26
+LOOKED_AT = 1000  # documents among which a stream must have one for validation
+
+
+def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: Say) -> None:
+    """Make the tokenizer of several sources or of streams, unless it is there.
+
+    If it is to be learned, it is learned from the beginning of each source.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    if is_trained_spec(data.tokenizer):
+        tokenizer = train_tokenizer(data.tokenizer, _read_beginnings(data, readers, say))
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder, tokenizer)
+
+
+def keep_validation(
+    data: DataConfig,
+    reader: Reader,
+    tokenizer: Tokenizer,
+    folder: Path,
+    wanted: int,
+    say: Say,
+    *,
+    whole: bool = False,
+) -> list[int]:
+    """Write the first held-out documents of a source as shards of at least `wanted` tokens.
+
+    `whole`: all its documents are for validation. Returns their hashes, which are kept beside them.
+    """
+    hashes_file = folder / "documents.json"
+    if hashes_file.is_file():
+        return list(json.loads(hashes_file.read_bytes()))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    writer = SplitWriter(folder, "val", tokenizer, {"splits": {}})
+    val_fraction = 1.0 if whole else data.val_fraction
+    seen = Progress("looked for validation in", reader, say)
+    hashes = _write_first_held_out(reader, writer, val_fraction, wanted, seen)
+    if not hashes:
+        raise DataError(
+            f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents}"
+            f" documents of {reader.spec.input}; rule: a stream's first held-out documents validate"
+            " it; nearest: prepare it, a larger data.val_fraction, a source in data.validation, or"
+            " run.eval_every=0"
+        )
+    splits = {
+        "train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []},
+        "val": writer.close(),
+    }
+    write_tokenizer(folder, tokenizer)
+    write_manifest(folder, data, tokenizer, reader, splits, {})
+    write_json(hashes_file, hashes)
+    say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.input} are kept for validation")
+    return hashes
+
+
+def _read_beginnings(data: DataConfig, readers: list[Reader], say: Say) -> Iterator[str]:
+    """The beginning of each source, in pieces."""
+    tokenizer = cutter(data.tokenizer)
+    for reader in readers:
+        seen = Progress("read for the tokenizer", reader, say)
+        yield from read_beginning(reader, tokenizer, seen, size=LEARNED_BYTES)
+        say(
+            f"{data.tokenizer} learns from {seen.documents:,} documents, {seen.bytes:,} bytes of"
+            f" text in {reader.spec.input}"
+        )
+
+
+def _write_first_held_out(
+    reader: Reader, writer: SplitWriter, val_fraction: float, wanted: int, seen: Progress
+) -> list[int]:
+    """Write held-out documents until there are enough tokens; returns their hashes.
+
+    Gives up if the first LOOKED_AT documents have none.
+    """
+    tokenizer = writer.tokenizer
+    hashes: list[int] = []
+    tokens = 0
+    for source, row, stretches in reader.documents(Counter()):
+        seen.documents += 1
+        number, texts = document_hash(stretches)
+        if held_out(number, val_fraction):
+            for piece in writer.cut(reader, SplitDocument(writer.split, source, row, texts)):
+                ids = np.array(tokenizer.encode(piece.text), tokenizer.dtype)
+                writer.add(piece, ids)
+                tokens += len(ids)
+            hashes.append(number)
+        elif not hashes and seen.documents >= LOOKED_AT:
+            break
+        seen.add(0, source)
+        if tokens >= wanted:
+            break
+    return hashes

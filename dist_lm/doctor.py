@@ -61,7 +61,6 @@ from typing import Any
 
 import torch
 
-from dist_lm import __version__
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.checkpoint.load import tokenizer_hash
 from dist_lm.data.files import find_files
@@ -70,6 +69,7 @@ from dist_lm.data.remote import is_remote
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer, is_trained_spec
 from dist_lm.errors import in_a_line
+from dist_lm.provenance import version_and_hash
 from dist_lm.runtime.start import start
 from dist_lm.runtime.world import Runtime
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of, vocabulary
@@ -235,12 +235,9 @@ def devices(ranks: Ranks) -> Found:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What this rank's machine and software are."""
-    code = hashlib.sha256(
-        b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
-    )
     versions = {
         "python": platform.python_version(),
-        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
+        "dist_lm": version_and_hash(),
     }
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -310,20 +307,20 @@ def memory(ranks: Ranks) -> Found:
     on_gpu, host = bool(smallest["device_memory"]), smallest["host"]
     free = smallest["device_memory"] or smallest["memory"]
     text = f"{_gb(free)} free on {host}"
-    zero = ranks.runtime.settings["zero_optimization"] if ranks.runtime.settings else {"stage": 0}
+    strategy = ranks.runtime.engine.strategy
     try:
         vocab_size = vocabulary(ranks.config)
     except UserError:
         return text, False
-    if on_gpu and "offload_optimizer" in zero:
+    if on_gpu and strategy.optimizer_device != "none":
         return text, False
     weights = 4 * parameters(ranks.config, vocab_size)
     divided = weights + checkpoint_bytes(ranks.config, vocab_size)  # gradients; weights and moments
     on_each = (
-        weights if zero["stage"] in (1, 2) else 0
+        weights if strategy.stage in (1, 2) else 0
     )  # there the optimizer has copies of its share
     processes = 1 if on_gpu else sum(fact["host"] == host for fact in ranks.facts)
-    least = processes * (on_each + divided / (ranks.world if zero["stage"] else 1))
+    least = processes * (on_each + divided / (ranks.world if strategy.stage else 1))
     text += f", weights, gradients and moments take {_gb(least)}"
     if least > free:
         raise UserError(text)

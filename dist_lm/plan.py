@@ -31,7 +31,7 @@ from dist_lm.metrics import peak_flops
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, parameter_shapes
 from dist_lm.optim import moments
-from dist_lm.runtime.zero import (
+from dist_lm.runtime.strategy import (
     BUCKET,
     LAUNCH_FILES,
     Strategy,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dist_lm.cli import read_yaml, resolve, split_arguments
-from dist_lm.config import Config
+from dist_lm.config import Config, total_steps
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.manifest import MANIFEST, find_prepared
@@ -63,9 +63,7 @@ def main(argv: list[str]) -> None:
         find(config, data, given["find"][0])
         return
     batch = config.data.global_batch
-    steps = config.run.steps or (
-        config.run.epochs and data.sequences and -(-config.run.epochs * data.sequences // batch)
-    )
+    steps = total_steps(config, data.sequences)
     step = _number(given, "step", 1, steps or sys.maxsize)
     world = _number(given, "world", 1, batch) if "world" in given else 1
     rank = _number(given, "rank", 0, world - 1) if "rank" in given else None

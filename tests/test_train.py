@@ -260,7 +260,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
     train(run, *common)
-    unbuildable = "import runpy; from dist_lm.runtime import world; world.Runtime.prepare = None; "
+    unbuildable = "import runpy; from dist_lm.runtime import engine; engine.Engine.prepare = None; "
     script = (
         unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')",
         "--run.dir",

@@ -104,7 +104,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. What it says can be used as it is: types, names and hashes have been checked."""
     path = folder / "manifest.json"
-    manifest = _read_json(path, _LARGEST_MANIFEST)
+    manifest = read_json(path, _LARGEST_MANIFEST)
     if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
         raise _damaged(path, f"is not of format {_FORMAT}")
     if not _is_count(manifest.get("step")):
@@ -151,11 +151,6 @@ def _printable(name: str) -> str:
     return name if FILE_NAME.fullmatch(name) and len(name) <= 255 else ascii(name[:255])
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Everything of a step that is not a tensor."""
-    return _read_json(folder / "state.json")
-
-
 def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     """The folder of the model that `name` means: a run (its newest valid step), a step, a transformers folder or a hub
     name."""
@@ -198,7 +193,7 @@ def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> Non
             say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
 
 
-def _read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
     """A JSON object of a checkpoint. Whatever lies there instead is refused with a UserError, after bounded work."""
     try:
         with _open_regular(path) as file:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lm.checkpoint.folder import _read_json, locate
+from dist_lm.checkpoint.folder import locate, read_json
 from dist_lm.checkpoint.save import OwnedSlice
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from dist_lm.model.gpt import GPT
 
 def read_description(folder: Path) -> ModelSpec:
     """The network of a folder, from its config.json."""
-    return hf.from_config_json(_read_json(folder / "config.json"))
+    return hf.from_config_json(read_json(folder / "config.json"))
 
 
 def tokenizer_hash(folder: Path) -> str | None:

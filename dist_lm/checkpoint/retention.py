@@ -4,7 +4,8 @@ import itertools
 import math
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import _warn, read_state, remove, step_folders, step_of, verify
+from dist_lm.checkpoint.folder import _warn, remove, step_folders, step_of, verify
+from dist_lm.checkpoint.state import read_state
 from dist_lm.errors import UserError
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_lm import train as train_module
+from dist_lm import loop, resume
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.checkpoint.load import read_model
 from dist_lm.checkpoint.save import Saver
@@ -23,8 +23,9 @@ from dist_lm.cli import load, resolve
 from dist_lm.errors import UserError
 from dist_lm.metrics import Metrics
 from dist_lm.runtime import start as runtime_start
-from dist_lm.runtime.world import Runtime
-from dist_lm.runtime.zero import Strategy, choose_strategy, only_builder, refuse_combinations
+from dist_lm.runtime.async_io import only_builder
+from dist_lm.runtime.engine import Engine
+from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 
@@ -170,7 +171,7 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
     for after, world in worlds.items():
         for before in worlds:
             shutil.copytree(tmp_path / before, tmp_path / f"{before}-{after}")
-        code = f"from tests import test_zero; test_zero.go_on({str(tmp_path)!r}, {list(worlds)}, {after!r}, {common})"
+        code = f"from tests.runtime import test_zero; test_zero.go_on({str(tmp_path)!r}, {list(worlds)}, {after!r}, {common})"
         got, output = finish(start_ranks(world, "-c", code))
         assert got == 0, output
         for before in worlds:
@@ -185,10 +186,10 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
     run = None
     for strategy in before:
         config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], {}, "")
-        place = train_module.find_place(runtime, config, [])
+        place = resume.find_resume_point(runtime, config, [])
         assert place and place.folder
         if run is None:
-            run = train_module.build(runtime, config, place)
+            run = resume.build(runtime, config, place)
         else:
             run.config, run.saver = config, Saver(Path(config.run.dir), runtime.background)
             run.metrics = Metrics(
@@ -200,8 +201,8 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
                 is_main=runtime.is_main,
                 track=None,
             )
-            train_module.put(run, place)
-        train_module.train(run)
+            resume.restore_or_init(run, place)
+        loop.train(run)
         run.metrics.close()
     runtime.close()
 
@@ -404,7 +405,11 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(
     )
     launch = () if strategy == "ddp" else ("--launch", strategy)
     ranks = start_ranks(
-        2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch
+        2,
+        "-c",
+        "from tests.runtime import test_zero; test_zero.train_with_a_nan()",
+        *config,
+        *launch,
     )
     _, output = finish(ranks)
     assert [rank.returncode for rank in ranks] == [76, 76], output
@@ -416,22 +421,23 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(
 
 def train_with_a_nan() -> None:
     """As a rank: train.py, but for one number of one gradient."""
-    update, updates = Runtime.update, 0
+    update = Engine.update
+    updates = 0
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         grad.view(-1)[7] = torch.nan
         return grad
 
-    def update_counted(runtime: Runtime, clip: float) -> torch.Tensor:
+    def update_counted(engine: Engine) -> torch.Tensor:
         nonlocal updates
         updates += 1
-        norm = update(runtime, clip)
-        if updates == 3 and runtime.rank == 1:
-            runtime.bare.blocks[1].ffn.up.weight.register_hook(spoil)
+        norm = update(engine)
+        if updates == 3 and engine.rank == 1:
+            engine.bare.blocks[1].ffn.up.weight.register_hook(spoil)
         return norm
 
-    Runtime.update = update_counted
+    Engine.update = update_counted
     runpy.run_path("dist_lm/train.py", run_name="__main__")
 
 

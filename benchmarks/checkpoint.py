@@ -71,7 +71,7 @@ def main(strategy: str) -> None:
     def slowest(seconds: float) -> float:
         return max(runtime.channel.gather(seconds))
 
-    staged = run.saver._memory  # what this rank copied in the save just made
+    staged = run.saver.memory  # what this rank copied in the save just made
     source, stalls, copies, saves, disk, extra = (
         torch.empty_like(staged).fill_(1),
         [],

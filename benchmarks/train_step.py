@@ -58,7 +58,7 @@ def ours(config: Config) -> list[float]:
 
     loop.record_step = timed
     try:
-        loop.run_to_end(config, {}, Attempt(Path(config.run.dir)))
+        loop.run_to_end(config, Attempt(Path(config.run.dir)))
     finally:
         loop.record_step = record_step
     return times

@@ -1,14 +1,14 @@
 """The training loop, from a run's start to its end.
 
-One step, in order: agree on stopping, evaluate, save, set the rate, micro-batches, update, record the figures. The
-batch of a step is a function of (seed, step). Everything else that a run carries along is in TrainState, the weights
-and the optimizer's tensors.
+One step, in order: agree on stopping, evaluate, save, set the rate, micro-batches, update, record
+the figures. The batch of a step is a function of (seed, step). Everything else that a run carries
+along is in TrainState, the weights and the optimizer's tensors.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,9 @@ SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself
 
 @dataclass
 class Pending:
-    """Figures of a step that are still on the device. Reading them is the one host sync, one step late."""
+    """Figures of a step that are still on the device. Reading them is the one host sync, one step
+    late.
+    """
 
     step: int
     lr: float
@@ -48,15 +50,22 @@ class Pending:
     shares: dict[str, float]  # of a mixture
 
 
-def run_to_end(config: Config, flags: Mapping[str, list[str]], attempt: Attempt) -> str:
-    """Meet the other ranks, train, and leave together. Returns why the run stopped early, or nothing. All ranks."""
-    launch_flags = flags.get("launch")
-    launch = launch_flags[0] if launch_flags else None
+def run_to_end(
+    config: Config,
+    attempt: Attempt,
+    launch: str | None = None,
+    allow_change: Sequence[str] = (),
+) -> str:
+    """Meet the other ranks, train, and leave together. All ranks.
+
+    `launch` names a strategy, and `allow_change` settings that a resumed run may change. Returns
+    why the run stopped early, or nothing.
+    """
     runtime = start(config, launch, attempt)
     reason = ""
     try:
         hold_folder(runtime)
-        point = find_resume_point(runtime, config, flags.get("allow_change", []))
+        point = find_resume_point(runtime, config, allow_change)
         if point:
             run = build(runtime, config, point)
             describe(run)
@@ -73,7 +82,7 @@ def run_to_end(config: Config, flags: Mapping[str, list[str]], attempt: Attempt)
 
 
 def _train_and_keep(run: Run) -> str:
-    """Train. If the run ends with an error, the checkpoint that is being written is still completed. All ranks."""
+    """Train; after an error still complete the checkpoint that is being written. All ranks."""
     try:
         return train(run)
     except UserError:
@@ -84,17 +93,14 @@ def _train_and_keep(run: Run) -> str:
 
 
 def train(run: Run) -> str:
-    """The loop. All ranks run every paragraph, with the same outcome on each. Returns why it stopped early, or ""."""
+    """The loop. All ranks run it, with one outcome; returns why it stopped early, or nothing."""
     config, runtime, state = run.config, run.runtime, run.state
-    # All ranks: agree on the first step. A signal may have come during start-up.
+    # All ranks: the first batch, and what they must agree on before its step.
     batches = training_batches(run)
     run.batches = batches
     batch = batches.take()
-    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
-    targets, stop, is_lost = runtime.sum(runtime.with_stop(batch.targets))
-    runtime.refuse_lost_folder(float(is_lost))
+    targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
-    is_stopping = bool(stop)
     pending: Pending | None = None
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
@@ -106,7 +112,8 @@ def train(run: Run) -> str:
         is_evaluating = has_moved and due(state.step, config.run.eval_every, at_the_end=has_ended)
         is_saving = has_moved and (is_leaving or due(state.step, config.run.save_every))
 
-        # All ranks: record what is pending first, so that no NaN is ever saved. Rank 0 writes samples and the curve.
+        # All ranks: record what is pending first, so that no NaN is ever saved. Rank 0 writes
+        # samples and the curve.
         if pending and (is_evaluating or is_saving or is_leaving):
             is_stopping |= record_step(run, pending)
             pending = None
@@ -125,8 +132,8 @@ def train(run: Run) -> str:
         loss_sum = add_gradients(run, batch, targets)
         norm = runtime.engine.update()
 
-        # All ranks: one small sum carries all that they must agree on. Its flags are read one step late, with the
-        # figures.
+        # All ranks: one small sum carries all that they must agree on. Its flags are read one step
+        # late, with the figures.
         waiting = time.monotonic()
         next_batch = batches.take()
         seconds_waiting = time.monotonic() - waiting
@@ -136,20 +143,17 @@ def train(run: Run) -> str:
         # All ranks: read the figures of the step before, and keep those of this step.
         if pending:
             is_stopping = record_step(run, pending)
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        state.advance(batch.after)
         pending = Pending(
-            step=state.step + 1,
+            step=state.step,
             lr=lr,
-            loss_norm_targets_flags=torch.stack(
-                [loss_sum / targets, norm.double(), targets, stop, is_lost]
-            ),
+            loss_norm_targets_flags=figures,
             batch_hash=sum_of_hashes(run, batch),
             seconds=time.monotonic() - started,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
-        state.step += 1
-        state.val_loss = None
-        state.streams = batch.after
         batch = next_batch
         targets = next_targets
         profiler.step()
@@ -161,10 +165,23 @@ def train(run: Run) -> str:
     return runtime.why_stopped
 
 
+def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
+    """The targets of the first global batch, and whether a rank was told to stop during start-up.
+
+    All ranks.
+    """
+    runtime = run.runtime
+    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
+    targets, stop, is_lost = runtime.sum(runtime.with_stop(batch.targets))
+    runtime.refuse_lost_folder(float(is_lost))
+    return targets, bool(stop)
+
+
 def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
     """Forward and backward of this rank's micro-batches; the sum of its losses. All ranks.
 
-    The loss is the sum over the global batch divided by its number of targets, however the batch is cut up.
+    The loss is the sum over the global batch divided by its number of targets, however the batch is
+    cut up.
     """
     engine = run.runtime.engine
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.runtime.device)
@@ -207,8 +224,10 @@ def record_step(run: Run, pending: Pending) -> bool:
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()
             raise DivergedError(
-                f"diverged at step {pending.step}: loss={loss}, grad_norm={norm}, optim.lr={pending.lr}; no later step"
-                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up or optim.clip",
+                f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
+                f" optim.lr={pending.lr}; no later step"
+                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up"
+                " or optim.clip",
             )
         state.skipped_updates += 1
     state.tokens += int(targets)
@@ -235,7 +254,9 @@ def record_step(run: Run, pending: Pending) -> bool:
 
 
 def evaluate(run: Run) -> None:
-    """Held-out figures, and samples in which a reader sees the text become coherent. All ranks, in step."""
+    """Held-out figures, and samples in which a reader sees the text become coherent. All ranks, in
+    step.
+    """
     with run.metrics.pause():
         losses = []
         for name in run.data.val:
@@ -262,7 +283,8 @@ def _evaluate_set(run: Run, name: str, label: str) -> float:
 
 
 def write_samples(run: Run, val_loss: float) -> None:
-    """Continue the sample prompt at each temperature, and add the texts to samples.md. All ranks; rank 0 writes.
+    """Continue the sample prompt at each temperature, and add the texts to samples.md. All ranks;
+    rank 0 writes.
 
     The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
     """
@@ -283,7 +305,7 @@ def write_samples(run: Run, val_loss: float) -> None:
 
 
 def save(run: Run, last: bool) -> None:
-    """Begin a checkpoint, which is written beside training. The last one is waited for. All ranks."""
+    """Begin a checkpoint, which is written beside training; wait for the last one. All ranks."""
     config, runtime, tokenizer = run.config, run.runtime, run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))

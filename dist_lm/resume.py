@@ -1,13 +1,13 @@
 """What happens before the loop: where a run stands, building model and optimizer, and filling them.
 
-A run folder says itself where its run stands, so the same command starts a run and resumes it. That is found out before
-anything is built: a run that is finished ends at once.
+A run folder says itself where its run stands, so the same command starts a run and resumes it. That
+is found out before anything is built: a run that is finished ends at once.
 """
 
 import gc
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ class Run:
 # --- where the run stands
 
 
-def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> ResumePoint | None:
+def find_resume_point(
+    runtime: Runtime, config: Config, allowed: Sequence[str]
+) -> ResumePoint | None:
     """Where the run stands; None if nothing is left to do, after saying so. All ranks.
 
     `allowed` names settings that may differ from those of the checkpoint.
@@ -83,7 +85,8 @@ def find_resume_point(runtime: Runtime, config: Config, allowed: list[str]) -> R
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(
-            f"{Path(config.run.dir)} is finished at step {facts['step']}; to go on raise run.steps={steps} or run.stop_after,"
+            f"{Path(config.run.dir)} is finished at step {facts['step']}; to go on raise"
+            f" run.steps={steps} or run.stop_after,"
             " to start anew choose another run.dir"
         )
         return None
@@ -96,7 +99,8 @@ def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
     if config.run.resume == "never":
         if (run_dir / "metrics.jsonl").exists() or step_folders(run_dir):
             raise UserError(
-                f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or run.resume=auto"
+                f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
+                " run.resume=auto"
             )
         return None
     if config.run.resume != "auto":
@@ -120,9 +124,15 @@ def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> i
 
 
 def refuse_other_mathematics(
-    runtime: Runtime, config: Config, data: Dataset, facts: Mapping[str, Any], allowed: list[str]
+    runtime: Runtime,
+    config: Config,
+    data: Dataset,
+    facts: Mapping[str, Any],
+    allowed: Sequence[str],
 ) -> None:
-    """A resumed run keeps the settings it was started with, except those that do not touch its mathematics."""
+    """A resumed run keeps the settings it was started with, except those that do not touch its
+    mathematics.
+    """
     old = {_DATA: facts["data"]}
     for section, fields in facts["config"].items():
         for name, value in fields.items():
@@ -132,14 +142,16 @@ def refuse_other_mathematics(
     for name in ("run.steps", "run.epochs"):
         if name in changed and _grows(old[name], new[name]):
             runtime.say(
-                f"{name} grows from {old[name]} to {new[name]}: from here on the schedule is that of the longer run"
+                f"{name} grows from {old[name]} to {new[name]}: from here on the schedule is that"
+                " of the longer run"
             )
             changed.remove(name)
     refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
     if refused:
         both = ", ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in refused)
         raise UserError(
-            f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed run keeps its"
+            f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed"
+            " run keeps its"
             f" mathematics; choose another run.dir, or --allow_change {refused[0]}"
         )
 
@@ -226,7 +238,9 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def start_from(run: Run, name: str) -> None:
-    """Take only the weights of a checkpoint or transformers folder. Refuses another model or tokenizer."""
+    """Take only the weights of a checkpoint or transformers folder. Refuses another model or
+    tokenizer.
+    """
     config, tokenizer = run.config, run.data.tokenizer
     folder = locate(name)
     described = read_description(folder)
@@ -243,12 +257,14 @@ def start_from(run: Run, name: str) -> None:
     is_same_size = tokenizer.vocab_size == described.vocab_size
     if not is_same_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
         raise UserError(
-            f"run.init_from={name} was trained with another tokenizer ({described.vocab_size} tokens) than data.input="
+            f"run.init_from={name} was trained with another tokenizer ({described.vocab_size}"
+            " tokens) than data.input="
             f"{config.data.input} ({tokenizer.vocab_size}); nearest: data.tokenizer={folder}"
         )
     if described.seq_len < config.data.seq_len and config.model.positions == "learned":
         raise UserError(
-            f"data.seq_len={config.data.seq_len} exceeds the context of run.init_from; nearest: {described.seq_len}"
+            f"data.seq_len={config.data.seq_len} exceeds the context of run.init_from; nearest:"
+            f" {described.seq_len}"
         )
     spec = config.model_spec(described.vocab_size)
     restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
@@ -258,12 +274,15 @@ def start_from(run: Run, name: str) -> None:
 
 
 def describe(run: Run) -> None:
-    """Print what is about to happen, and write the resolved settings into the run folder. Rank 0 does both."""
+    """Print what is about to happen, and write the resolved settings into the run folder. Rank 0
+    does both.
+    """
     config, runtime, layout = run.config, run.runtime, run.layout
     _describe_size(run)
     _describe_sources(run)
     runtime.say(
-        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type}, {config.run.precision}; each"
+        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type},"
+        f" {config.run.precision}; each"
         f" step {layout.accumulation} x {layout.micro_batch} sequences a process"
     )
     if layout.filler_percent > 0:
@@ -273,7 +292,8 @@ def describe(run: Run) -> None:
         )
     if run.steps and config.optim.warmup_steps > run.steps:
         runtime.say(
-            f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of {run.steps} steps"
+            f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
+            f" {run.steps} steps"
         )
     if hf.family(config.model) is None:
         runtime.say(
@@ -291,7 +311,8 @@ def _describe_size(run: Run) -> None:
     parameters = sum(math.prod(shape) for shape in shapes.values())
     length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
     run.runtime.say(
-        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens; {run.layout.tokens_per_step:,} tokens a"
+        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
+        f" {run.layout.tokens_per_step:,} tokens a"
         f" step, {length}"
     )
 
@@ -302,8 +323,10 @@ def _describe_sources(run: Run) -> None:
     batch = config.data.global_batch
     if data.sequences and run.steps:
         say(
-            f"{data.sequences:,} sequences to train on, for {run.steps * batch / data.sequences:.2f} epochs;"
-            f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends of shards are"
+            f"{data.sequences:,} sequences to train on, for"
+            f" {run.steps * batch / data.sequences:.2f} epochs;"
+            f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends"
+            " of shards are"
             " left out"
         )
     if data.sequences is not None:
@@ -314,6 +337,7 @@ def _describe_sources(run: Run) -> None:
             kind = f"{len(source.parts):,} parts in {source.lanes} lanes"
             if source.lanes < run.runtime.world_size:
                 say(
-                    f"warning: {name} has {source.lanes} lanes, fewer than the {run.runtime.world_size} processes"
+                    f"warning: {name} has {source.lanes} lanes, fewer than the"
+                    f" {run.runtime.world_size} processes"
                 )
         say(f"source {name}: {kind}; weight {config.data.named_sources()[name].weight}")

@@ -1,8 +1,10 @@
-"""Train a GPT: `accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]`, torchrun or python.
+"""Train a GPT: `accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]`,
+torchrun or python.
 
-This file is only the command. It reads the command line and listens to signals, and only then imports the loop, because
-torch takes seconds to import: a typing mistake is answered at once, and a signal during the import is not lost. Running
-the same command again goes on where the run folder stands.
+This file is only the command. It reads the command line and listens to signals, and only then
+imports the loop, because torch takes seconds to import: a typing mistake is answered at once, and a
+signal during the import is not lost. Running the same command again goes on where the run folder
+stands.
 """
 
 from dist_lm.errors import run_entry
@@ -24,7 +26,16 @@ def main(argv: list[str]) -> None:
     # Slow: torch and accelerate take seconds. From here on signals are heard.
     from dist_lm.loop import run_to_end
 
-    attempt.run(lambda: run_to_end(config, flags, attempt))
+    launch = flags.get("launch", [])
+    allow_change = flags.get("allow_change", [])
+    attempt.run(
+        lambda: run_to_end(
+            config,
+            attempt,
+            launch=launch[0] if launch else None,
+            allow_change=allow_change,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """state.json: everything of a step that is not a tensor.
 
-It is composed here and read here. A run goes on from it, and `show` and `score` read the config and the data's identity.
+It is composed here and read here. A run goes on from it, and `show` and `score` read the config and
+the data's identity.
 """
 
 from collections.abc import Mapping
@@ -26,6 +27,12 @@ class TrainState:
     val_loss: float | None = None  # of the evaluation at this step, if there was one
     streams: dict[str, Any] = field(default_factory=dict)  # where this rank's raw sources stand
 
+    def advance(self, streams: dict[str, Any]) -> None:
+        """An update was made; the raw sources stand at `streams` now."""
+        self.step += 1
+        self.val_loss = None
+        self.streams = streams
+
     @classmethod
     def restored(cls, facts: Mapping[str, Any]) -> "TrainState":
         """The state of a run that goes on from these facts."""
@@ -46,7 +53,7 @@ def compose_state(
     config: Config,
     data_identity: str,
 ) -> dict[str, Any]:
-    """The content of state.json. `streams` are those of all ranks; `state` has this rank's alone."""
+    """The content of state.json. `streams` are of all ranks; `state` has only this rank's."""
     return {
         **asdict(state),
         "streams": streams,

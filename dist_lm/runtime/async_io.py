@@ -26,11 +26,13 @@ def build_async_io() -> None:
     builder = AsyncIOBuilder()
     if torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
         raise UserError(
-            "zero3-nvme compiles an extension; rule: the CUDA toolkit is installed; nearest: zero3-offload"
+            "zero3-nvme compiles an extension; rule: the CUDA toolkit is installed; nearest:"
+            " zero3-offload"
         )
     if not builder.is_compatible(verbose=False):
         raise UserError(
-            "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt install libaio-dev;"
+            "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt"
+            " install libaio-dev;"
             " nearest: zero3-offload"
         )
     # DeepSpeed builds the second with the first.
@@ -56,7 +58,8 @@ def only_builder(folders: Sequence[Path], wait_seconds: float = 900.0) -> Iterat
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        # torch's own locks outlive a builder that was killed, and every later start would wait for them for ever.
+        # torch's own locks outlive a builder that was killed, and every later start would wait for
+        # them for ever.
         for folder in folders:
             (folder / "lock").unlink(missing_ok=True)
         yield

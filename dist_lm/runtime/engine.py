@@ -1,8 +1,8 @@
 """The engine: how one training step is spread over the ranks.
 
-`Engine` has the methods that the loop calls. `ReplicatedEngine` is for one process alone and for DDP, where every rank
-holds all weights; `zero.ZeroEngine` is for DeepSpeed's ZeRO, where each rank holds a slice. The loss curve is the same
-under both. Methods marked "all ranks" are collectives.
+`Engine` has the methods that the loop calls. `ReplicatedEngine` is for one process alone and for
+DDP, where every rank holds all weights; `zero.ZeroEngine` is for DeepSpeed's ZeRO, where each rank
+holds a slice. The loss curve is the same under both. Methods marked "all ranks" are collectives.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.save import OwnedSlice
+from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config
 from dist_lm.optim import create_state
 from dist_lm.runtime.strategy import Strategy
@@ -28,7 +28,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
 
 
 class Engine(ABC):
-    """A model and its optimizer on this rank, and the operations whose meaning depends on the strategy.
+    """A model and its optimizer on this rank, and the operations whose meaning depends on the
+    strategy.
 
     They come with prepare(); before it an engine only has its settings.
     """
@@ -60,9 +61,11 @@ class Engine(ABC):
         shapes: Shapes,
         channel: Channel,
     ) -> None:
-        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All ranks.
+        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All
+        ranks.
 
-        Afterwards the optimizer's state exists and is all zero. The weights are still those the model was built with.
+        Afterwards the optimizer's state exists and is all zero. The weights are still those the
+        model was built with.
         """
         self.bare = model
         self.optimizer = optimizer
@@ -100,22 +103,29 @@ class Engine(ABC):
 
     @abstractmethod
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Surrounds forward and backward of a micro-batch: autocast; gradients are exchanged only in the last one."""
+        """Surrounds forward and backward of a micro-batch: autocast; gradients are exchanged only
+        in the last one.
+        """
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast arithmetic."""
+        """bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast
+        arithmetic.
+        """
         precision = self.config.run.precision
         if precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(
             self.device.type,
             dtype=_AUTOCAST[precision],
-            # Under ZeRO-3 the cache would keep a whole bf16 copy of weights that are held in slices.
+            # Under ZeRO-3 the cache would keep a whole bf16 copy of weights that are held in
+            # slices.
             cache_enabled=self.strategy.stage < 3,
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradient. Ranks are averaged later, so the loss is multiplied by their number first."""
+        """Add this loss's gradient. Ranks are averaged later, so the loss is multiplied by their
+        number first.
+        """
         with torch.autocast(self.device.type, enabled=False):
             self._backward(loss * self.world_size)
 
@@ -144,7 +154,9 @@ class Engine(ABC):
 
     @abstractmethod
     def opened(self) -> Iterator[Sequence[int]]:
-        """Turns in which the optimizer's tensors can be worked on; their numbers, each in one turn. All ranks."""
+        """Turns in which the optimizer's tensors can be worked on; their numbers, each in one turn.
+        All ranks.
+        """
 
     @abstractmethod
     def owned(self) -> Iterator[OwnedSlice]:
@@ -189,7 +201,9 @@ class Engine(ABC):
 
 
 class ReplicatedEngine(Engine):
-    """One process alone, or DDP: every rank holds all weights, all gradients and all of the optimizer's state."""
+    """One process alone, or DDP: every rank holds all weights, all gradients and all of the
+    optimizer's state.
+    """
 
     def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy):
         super().__init__(accelerator, config, strategy)
@@ -210,8 +224,9 @@ class ReplicatedEngine(Engine):
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
         """Two backward passes of a zero loss. All ranks.
 
-        DDP reorders its gradient buckets after the first backward, which changes the order of sums in a ring of more
-        than two ranks. It happens before step 1, so that a resumed run is bit-identical to an undisturbed one.
+        DDP reorders its gradient buckets after the first backward, which changes the order of sums
+        in a ring of more than two ranks. It happens before step 1, so that a resumed run is
+        bit-identical to an undisturbed one.
         """
         if self.world_size == 1:
             return

@@ -1,7 +1,9 @@
-"""How a process joins the others: start() checks what can be checked alone, meets the other ranks and compares.
+"""How a process joins the others: start() checks what can be checked alone, meets the other ranks
+and compares.
 
-Silent degradation is the worst failure of this stack: one process where eight were asked for, or ranks with different
-code or data. So start() proves the world with an exchange and refuses whatever differs.
+Silent degradation is the worst failure of this stack: one process where eight were asked for, or
+ranks with different code or data. So start() proves the world with an exchange and refuses whatever
+differs.
 """
 
 import hashlib
@@ -42,10 +44,12 @@ def start(
     attempt: Attempt | None = None,
     examining: bool = False,
 ) -> Runtime:
-    """Join the other processes, and check that they are the ones asked for and see the same as this one. All ranks.
+    """Join the other processes, and check that they are the ones asked for and see the same as this
+    one. All ranks.
 
-    `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The doctor sets
-    `examining`, because it reports itself what differs between ranks and which are missing.
+    `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The
+    doctor sets `examining`, because it reports itself what differs between ranks and which are
+    missing.
     """
     refuse_silent_single()
     _refuse_unsafe_loading()
@@ -95,8 +99,10 @@ def refuse_silent_single() -> None:
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
         raise UserError(
-            "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
-            " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
+            "accelerate started one process although more were asked for (without a GPU it ignores"
+            " --num_processes);"
+            " use: accelerate launch --config_file launch/ddp.yaml --num_processes N"
+            " dist_lm/train.py"
         )
 
 
@@ -117,7 +123,8 @@ def _refuse_missing_trackers(names: tuple[str, ...]) -> None:
             )
         if name not in [str(tracker) for tracker in get_available_trackers()]:
             raise UserError(
-                f"run.trackers={name} is not installed; rule: pip install {name}; nearest: tensorboard"
+                f"run.trackers={name} is not installed; rule: pip install {name}; nearest:"
+                " tensorboard"
             )
 
 
@@ -125,7 +132,8 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
     """DeepSpeed's settings. Refuses what ZeRO cannot do."""
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
-            f"--launch {launch} needs ranks that a launcher started; nearest: torchrun --nproc-per-node 1"
+            f"--launch {launch} needs ranks that a launcher started; nearest: torchrun"
+            " --nproc-per-node 1"
             f" dist_lm/train.py --launch {launch} ..."
         )
     refuse_combinations(strategy, config)
@@ -154,7 +162,8 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     try:
         return Accelerator(
             cpu=not has_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
-            # Autocast is ours, see Engine.autocast(). This also overrides ACCELERATE_MIXED_PRECISION.
+            # Autocast is ours, see Engine.autocast(). This also overrides
+            # ACCELERATE_MIXED_PRECISION.
             mixed_precision="no",
             gradient_accumulation_steps=accumulation,
             deepspeed_plugin=plugin,
@@ -170,12 +179,18 @@ def _why_not_met(error: Exception, seconds: float) -> str:
     """The meaning of the store's own message, which has many lines."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
-        return f"port {where} is in use by another process; rule: a free one; leave it out to have one chosen"
+        return (
+            f"port {where} is in use by another process; rule: a free one; leave it out to have one"
+            " chosen"
+        )
     joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
     who = "not all processes"
     if joined:
         who = f"only {joined[1]} of {joined[2]} processes"
-    return f"{who} met at {where} within {seconds:g} s; is every node up, and can it reach that host? ({error})"
+    return (
+        f"{who} met at {where} within {seconds:g} s; is every node up, and can it reach that host?"
+        f" ({error})"
+    )
 
 
 # --- what the ranks compare
@@ -202,7 +217,8 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
             if facts[name] != first_facts[name]:
                 kind_of_error = DataError if name.startswith("data.") else UserError
                 raise kind_of_error(
-                    f"rank {rank} on {host} has {name} {facts[name]}, rank 0 on {first_host} has {first_facts[name]};"
+                    f"rank {rank} on {host} has {name} {facts[name]}, rank 0 on {first_host} has"
+                    f" {first_facts[name]};"
                     " rule: the same on every node"
                 )
 
@@ -240,12 +256,13 @@ def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
     if not torch.cuda.is_available():
         # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead.
         torch.set_num_threads(threads)
-        # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next step, instead of
-        # giving their pages back and fetching them again each time.
+        # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next
+        # step, instead of giving their pages back and fetching them again each time.
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)
     elif torch.cuda.device_count() > local_world:
         runtime.say(
-            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
+            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some"
+            " stay idle; start one"
             " process per GPU, e.g. with torchrun --nproc_per_node"
         )
 

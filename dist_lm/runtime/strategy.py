@@ -1,7 +1,8 @@
 """How a run is spread over processes: one alone, DDP, or DeepSpeed's ZeRO with its offload.
 
-A file of launch/ names the strategy; it decides speed and memory, never the mathematics. Neither torch nor DeepSpeed
-is imported here, because the plan asks for strategies on machines that have no ranks.
+A file of launch/ names the strategy; it decides speed and memory, never the mathematics. Neither
+torch nor DeepSpeed is imported here, because the plan asks for strategies on machines that have no
+ranks.
 """
 
 import os
@@ -18,7 +19,8 @@ from dist_lm.errors import UserError, did_you_mean
 
 LAUNCH_FILES = Path(__file__).parents[2] / "launch"
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at once
-# ZeRO works on slices of parameters. An elementwise optimizer can do so too, and Muon collects its matrices.
+# ZeRO works on slices of parameters. An elementwise optimizer can do so too, and Muon collects its
+# matrices.
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
 # All that a launch file tells about DeepSpeed.
 _KEYS = (
@@ -55,7 +57,9 @@ class Strategy:
 
 
 def choose_strategy(launch: str | None) -> Strategy:
-    """The strategy of `accelerate launch`, else of --launch. Refuses a contradiction between the two."""
+    """The strategy of `accelerate launch`, else of --launch. Refuses a contradiction between the
+    two.
+    """
     given = _from_environment()
     if launch is None:
         return given
@@ -64,7 +68,8 @@ def choose_strategy(launch: str | None) -> Strategy:
     comparable = replace(wanted, nvme_path=given.nvme_path)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and comparable != given:
         raise UserError(
-            f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one of the two; leave"
+            f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one"
+            " of the two; leave"
             " out --launch, or give that file to --config_file"
         )
     return wanted
@@ -76,18 +81,21 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
     optimizer = config.optim.name
     if config.run.precision == "fp16":
         raise UserError(
-            f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients before it unscales them;"
+            f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients"
+            " before it unscales them;"
             " rule: fp16 with one process or DDP; nearest: bf16"
         )
     if optimizer not in OPTIMIZERS:
         raise UserError(
-            f"optim.name={optimizer} is not available under {name}: it keeps statistics of whole matrices, which ZeRO"
+            f"optim.name={optimizer} is not available under {name}: it keeps statistics of whole"
+            " matrices, which ZeRO"
             f" cuts to pieces; rule: one of {', '.join(OPTIMIZERS)}; nearest: adamw"
         )
     is_offloaded = strategy.optimizer_device != "none" or strategy.param_device != "none"
     if optimizer != "adamw" and is_offloaded:
         raise UserError(
-            f"optim.name={optimizer} is not available under {name}: only AdamW was tried with offload; nearest: adamw"
+            f"optim.name={optimizer} is not available under {name}: only AdamW was tried with"
+            " offload; nearest: adamw"
         )
 
 
@@ -102,7 +110,8 @@ def _from_environment() -> Strategy:
             given[key] = value
     if given.get("config_file", "none") != "none":
         raise UserError(
-            "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the launch file, as in"
+            "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the"
+            " launch file, as in"
             " launch/zero3-offload.yaml"
         )
     return _of_deepspeed(given)
@@ -120,12 +129,13 @@ def _from_file(launch: str) -> Strategy:
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         names = [file.stem for file in sorted(LAUNCH_FILES.glob("*.yaml"))]
         raise UserError(
-            f"--launch {launch}: no readable launch file; rule: one of {', '.join(names)}, or a path"
-            + did_you_mean(launch, names)
+            f"--launch {launch}: no readable launch file; rule: one of {', '.join(names)}, or a"
+            " path" + did_you_mean(launch, names)
         ) from error
     if kind not in _KINDS:
         raise UserError(
-            f"{path}: distributed_type={kind} must be one of {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}"
+            f"{path}: distributed_type={kind} must be one of"
+            f" {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}"
         )
     for key in set(deepspeed) - set(_KEYS):
         raise UserError(

@@ -1,7 +1,7 @@
 """The runtime: who this process is among the ranks, and what the ranks must agree on.
 
-Nothing is ever unpickled from a peer: agreements are tensors, and JSON in byte tensors. How a step is spread over the
-ranks is the engine's matter. Methods marked "all ranks" are collectives.
+Nothing is ever unpickled from a peer: agreements are tensors, and JSON in byte tensors. How a step
+is spread over the ranks is the engine's matter. Methods marked "all ranks" are collectives.
 """
 
 import contextlib
@@ -77,7 +77,9 @@ class Runtime:
         return tensor
 
     def with_stop(self, number: int) -> Tensor:
-        """What this rank adds to a sum: a number, whether it was told to stop, whether it lost the run folder."""
+        """What this rank adds to a sum: a number, whether it was told to stop, whether it lost the
+        run folder.
+        """
         is_lost = bool(self.attempt.lock.lost)
         return torch.tensor(
             [number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device
@@ -89,10 +91,13 @@ class Runtime:
         return self.stop.reason or "another rank was told to stop"
 
     def refuse_lost_folder(self, is_lost: float) -> None:
-        """Raise if rank 0 no longer holds the run folder. All ranks, with the sum that they agreed on."""
+        """Raise if rank 0 no longer holds the run folder. All ranks, with the sum that they agreed
+        on.
+        """
         if is_lost:
             raise UserError(
-                f"run.dir={self.attempt.folder} is no longer this run's ({self.attempt.lock.look()}); rule: one run a"
+                f"run.dir={self.attempt.folder} is no longer this run's"
+                f" ({self.attempt.lock.look()}); rule: one run a"
                 " folder; this run ends and writes nothing more there"
             )
 
@@ -101,9 +106,11 @@ class Runtime:
         self.sum(torch.zeros(1, device=self.device))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Rank 0 does the work, however long it takes; every rank gets its JSON result or its UserError. All ranks.
+        """Rank 0 does the work, however long it takes; every rank gets its JSON result or its
+        UserError. All ranks.
 
-        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective waits past the timeout.
+        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective waits
+        past the timeout.
         """
         outcome: dict[str, Any] = {}
         worker: threading.Thread | None = None
@@ -147,12 +154,16 @@ class Runtime:
     # --- the world outside
 
     def say(self, text: str) -> None:
-        """One line from rank 0, on stderr: standard output belongs to what a command prints as its result."""
+        """One line from rank 0, on stderr: standard output belongs to what a command prints as its
+        result.
+        """
         if self.is_main:
             console.say(text, channel="stderr")
 
     def profiler(self, steps: int, trace: Path) -> Any:
-        """A torch profiler that writes a trace of `steps` steps after two of warm-up; inert for 0. Rank 0 writes."""
+        """A torch profiler that writes a trace of `steps` steps after two of warm-up; inert for 0.
+        Rank 0 writes.
+        """
         if not steps:
             return SimpleNamespace(step=lambda: None, stop=lambda: None)
 
@@ -166,7 +177,9 @@ class Runtime:
         return profiler
 
     def start_trackers(self, config: Config) -> None:
-        """TensorBoard and others through Accelerate, which works on rank 0 alone. A failing one never stops a run."""
+        """TensorBoard and others through Accelerate, which works on rank 0 alone. A failing one
+        never stops a run.
+        """
         name = os.path.basename(os.path.normpath(config.run.dir))
         # TensorBoard refuses nested values.
         settings = {key: str(value) for key, value in config.flat().items()}
@@ -190,7 +203,9 @@ class Runtime:
             self.end_at_once(self.watch.explain(error))
 
     def end_at_once(self, reason: str) -> None:
-        """End the process. Others may be gone, so neither collectives nor destructors wait for them."""
+        """End the process. Others may be gone, so neither collectives nor destructors wait for
+        them.
+        """
 
         def record() -> None:
             if not self.is_main:
@@ -214,8 +229,9 @@ class Runtime:
         if self.watch:
             self.watch.close()
         last_sum = self.sum(torch.zeros(1, device=self.device))
-        # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. A thread that frees
-        # a tensor while Python shuts down aborts the process ("terminate called without an active exception").
+        # gloo's threads end only with the last reference to the group, which DDP's wrapper holds. A
+        # thread that frees a tensor while Python shuts down aborts the process ("terminate called
+        # without an active exception").
         self.engine.release()
         self.background.group = None
         self.reading.group = None

@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO as an engine: each rank holds a slice of the optimizer's state, under ZeRO-3 also of the weights.
+"""DeepSpeed's ZeRO as an engine: each rank holds a slice of the optimizer's state, under ZeRO-3
+also of the weights.
 
-The launch file only chooses stage and offload; batch, clipping and precision come from the run's config, and what
-DeepSpeed made of them is read back. deepspeed is imported inside functions: it is an optional package, slow to import,
-and one process or DDP must do without it.
+The launch file only chooses stage and offload; batch, clipping and precision come from the run's
+config, and what DeepSpeed made of them is read back. deepspeed is imported inside functions: it is
+an optional package, slow to import, and one process or DDP must do without it.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.save import OwnedSlice
+from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import BatchLayout, Config
 from dist_lm.errors import UserError
 from dist_lm.optim import MatrixSlice, Muon
@@ -45,8 +46,8 @@ class _Place:
 class ZeroEngine(Engine):
     """A DeepSpeed engine with ZeRO stage 1, 2 or 3.
 
-    The optimizer works on flat pieces: for each of its groups one fp32 tensor with this rank's slices of the group's
-    parameters. Under stage 3 a group may have several.
+    The optimizer works on flat pieces: for each of its groups one fp32 tensor with this rank's
+    slices of the group's parameters. Under stage 3 a group may have several.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class ZeroEngine(Engine):
             return
         import deepspeed
 
-        # Whole parameters that were cut up must go back to the system: as holes in the heap they nearly doubled the
-        # peak.
+        # Whole parameters that were cut up must go back to the system: as holes in the heap they
+        # nearly doubled the peak.
         tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
-        # No dtype: given one, DeepSpeed 0.19 takes fp16 or bf16 whatever it is. Without it the settings decide: fp32.
+        # No dtype: given one, DeepSpeed 0.19 takes fp16 or bf16 whatever it is. Without it the
+        # settings decide: fp32.
         with deepspeed.zero.Init(config_dict_or_path=dict(self.settings)):
             yield
         # where glibc's own adjustment ends
@@ -149,7 +151,9 @@ class ZeroEngine(Engine):
     # --- what this rank holds
 
     def opened(self) -> Iterator[Sequence[int]]:
-        """ZeRO-3 shows the optimizer a piece only during its update, and what lies on NVMe is in memory only then."""
+        """ZeRO-3 shows the optimizer a piece only during its update, and what lies on NVMe is in
+        memory only then.
+        """
         flats = self._flats()
         if self.stage < 3:
             yield range(len(flats))
@@ -227,7 +231,9 @@ class ZeroEngine(Engine):
         )
 
     def _matrix_slices(self, shapes: Shapes, channel: Channel) -> dict[Tensor, list[MatrixSlice]]:
-        """For each flat piece the slices in it, for an optimizer that needs whole matrices. All ranks."""
+        """For each flat piece the slices in it, for an optimizer that needs whole matrices. All
+        ranks.
+        """
         places = {place.name: place for place in self._places()}
         sizes = [[place.name, place.size] for place in places.values()]
         lengths = {name: [0] * self.world_size for name in shapes}
@@ -248,7 +254,9 @@ class ZeroEngine(Engine):
 
 
 def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> dict[str, Any]:
-    """DeepSpeed's settings: stage and offload from the strategy, everything else from the run's config."""
+    """DeepSpeed's settings: stage and offload from the strategy, everything else from the run's
+    config.
+    """
     zero: dict[str, Any] = {
         "stage": strategy.stage,
         "reduce_bucket_size": BUCKET,
@@ -283,7 +291,9 @@ def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> di
 
 
 def _nvme_folder(strategy: Strategy, config: Config) -> str:
-    """A folder of this run alone: DeepSpeed's files have fixed names, and two runs would overwrite each other's."""
+    """A folder of this run alone: DeepSpeed's files have fixed names, and two runs would overwrite
+    each other's.
+    """
     path = os.path.abspath(config.run.dir)
     name = hashlib.sha256(path.encode()).hexdigest()[:12]
     return os.path.join(strategy.nvme_path, f"dist_lm-{name}")
@@ -305,9 +315,11 @@ def deepspeed_plugin(settings: dict[str, Any]) -> Any:
 
     if "nvme" in str(settings["zero_optimization"]):
         build_async_io()
-    # Accelerate refuses settings given here beside those of its own file, which names the strategy. Both are ours.
+    # Accelerate refuses settings given here beside those of its own file, which names the strategy.
+    # Both are ours.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # DeepSpeed's reduction in shared memory is compiled at its first use, sums in another order, and is not needed.
+    # DeepSpeed's reduction in shared memory is compiled at its first use, sums in another order,
+    # and is not needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
 

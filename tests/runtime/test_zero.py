@@ -1,4 +1,6 @@
-"""ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from and to anything."""
+"""ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from
+and to anything.
+"""
 
 import ctypes.util
 import json
@@ -64,7 +66,9 @@ def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int
 def test_the_curve_does_not_know_the_strategy(
     prepared: Path, tmp_path: Path, one_process: Path, strategy: str, world: int
 ) -> None:
-    """With dropout and accumulation, evaluations and samples in between; DeepSpeed says which engine it is."""
+    """With dropout and accumulation, evaluations and samples in between; DeepSpeed says which
+    engine it is.
+    """
     spread(tmp_path / "run", strategy, world, *tiny(prepared, *CURVE), "--data.micro_batch", "2")
     assert_same_curve(tmp_path / "run", one_process, 1e-5)
     assert [e["val_loss"] for e in evaluations(tmp_path / "run")] == pytest.approx(
@@ -162,7 +166,9 @@ def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> None:
-    """One save under each of DDP and ZeRO-1, 2, 3; ranks started once under each continue all four, one by one."""
+    """One save under each of DDP and ZeRO-1, 2, 3; ranks started once under each continue all four,
+    one by one.
+    """
     common = tiny(prepared, "--run.steps", "8")
     train(tmp_path / "one", *common)
     worlds = {"ddp": 2, "zero1": 3, "zero2": 2, "zero3": 3}
@@ -171,7 +177,8 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
     for after, world in worlds.items():
         for before in worlds:
             shutil.copytree(tmp_path / before, tmp_path / f"{before}-{after}")
-        code = f"from tests.runtime import test_zero; test_zero.go_on({str(tmp_path)!r}, {list(worlds)}, {after!r}, {common})"
+        arguments = f"{str(tmp_path)!r}, {list(worlds)}, {after!r}, {common}"
+        code = f"from tests.runtime import test_zero; test_zero.go_on({arguments})"
         got, output = finish(start_ranks(world, "-c", code))
         assert got == 0, output
         for before in worlds:
@@ -180,7 +187,9 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
 
 
 def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None:
-    """As a rank under `after`: finish each of the runs in turn, with one engine that takes over their checkpoints."""
+    """As a rank under `after`: finish each of the runs in turn, with one engine that takes over
+    their checkpoints.
+    """
     config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], {}, "")
     runtime = runtime_start.start(config, after if after.startswith("zero") else None)
     run = None
@@ -250,12 +259,16 @@ def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
 def test_one_process_builds_and_a_killed_one_blocks_nobody(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is removed."""
+    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is
+    removed.
+    """
     monkeypatch.setenv("RANK", "0")
     code = (  # without dist_lm, whose import takes longer than all the rest
         "import fcntl, os, sys, time\n"
-        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX); file.write(str(os.getpid()))\n"
-        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True); time.sleep(600)"
+        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        " file.write(str(os.getpid()))\n"
+        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True);"
+        " time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(
@@ -304,7 +317,9 @@ def test_resumed_in_place_it_is_bit_identical(
 
 @pytest.mark.slow
 def test_the_average_of_the_weights(prepared: Path, tmp_path: Path) -> None:
-    """The same under every strategy; evaluated beside the weights, read by generate and score when asked."""
+    """The same under every strategy; evaluated beside the weights, read by generate and score when
+    asked.
+    """
     common = tiny(
         prepared,
         "--run.ema",
@@ -397,7 +412,9 @@ def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Pat
 def test_a_gradient_that_is_not_finite_stops_all_ranks(
     prepared: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is nobody's checkpoint."""
+    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is
+    nobody's checkpoint.
+    """
     config = (
         "--run.dir",
         str(tmp_path / "run"),
@@ -469,13 +486,19 @@ def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.Mo
     assert choose_strategy(str(ROOT / "launch/zero3.yaml")) == found["zero3"] == Strategy(stage=3)
     assert found["zero3-nvme"].nvme_path == "/tmp"
     path = tmp_path / "mine.yaml"
-    for text, message in {
+    deepspeed = "distributed_type: DEEPSPEED\ndeepspeed_config:"
+    refusals = {
         "distributed_type: FSDP": "distributed_type=FSDP must be one of NO, MULTI_CPU",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_clipping: 3}": "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}": "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
-        "distributed_type: DEEPSPEED\ndeepspeed_config:": "zero_stage=none of the launch file must be 1, 2 or 3",
+        f"{deepspeed} {{zero_stage: 2, gradient_clipping: 3}}": (
+            "deepspeed_config.gradient_clipping is not read; rule: only zero_stage"
+        ),
+        f"{deepspeed} {{zero_stage: 4}}": (
+            "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2"
+        ),
+        deepspeed: "zero_stage=none of the launch file must be 1, 2 or 3",
         "": "no readable launch file; rule: one of ddp",
-    }.items():
+    }
+    for text, message in refusals.items():
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             choose_strategy(str(path))

@@ -18,8 +18,9 @@ _OUR_SCRIPTS = "DIST_LM_ATTEMPT"  # slurm/train.sh and launch/*.sh
 
 
 def die_with_launcher() -> None:
-    """If a launcher started us and vanishes (SIGKILL), end within seconds instead of training on as
-    an orphan.
+    """If a launcher started us and vanishes (SIGKILL), end within seconds.
+
+    Otherwise this process would train on as an orphan.
     """
     if not _is_set(_TORCHRUN, _ACCELERATE, _OUR_SCRIPTS):
         return

@@ -37,11 +37,11 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """This run's hold on its folder. Rank 0 takes and releases it; the other ranks only know what
-    is in the file.
+    """This run's hold on its folder.
 
-    The thread that touches the file refers to this object. Keep the runtime out of it: a thread
-    whose end frees the runtime's tensors may abort Python's exit.
+    Rank 0 takes and releases it; the other ranks only know what is in the file. The thread that
+    touches the file refers to this object. Keep the runtime out of it: a thread whose end frees the
+    runtime's tensors may abort Python's exit.
     """
 
     def __init__(self, folder: Path):
@@ -70,8 +70,7 @@ class RunLock:
         except OSError as error:
             raise RetryableError(
                 f"run.dir={self.path.parent}: {error.filename or self.path}: {error.strerror};"
-                " rule: a folder that can"
-                " be written",
+                " rule: a folder that can be written",
             ) from error
         self.text = text
         self._descriptor = descriptor
@@ -94,8 +93,7 @@ class RunLock:
             if time.monotonic() - asked > STALE_SECONDS:  # network file systems may take a while
                 raise UserError(
                     f"run.dir={folder} on {socket.gethostname()} is not the folder that rank 0"
-                    " sees; rule:"
-                    " one that all nodes share"
+                    " sees; rule: one that all nodes share"
                 )
             if folder.exists():
                 os.listdir(folder)  # makes an NFS client ask its server again
@@ -120,11 +118,10 @@ class RunLock:
 
     @property
     def lost(self) -> str:
-        """Why the folder is no longer ours, or nothing, cheap enough for every step. Only rank 0
-        knows.
+        """Why the folder is no longer ours, or nothing, cheap enough for every step.
 
-        It is what the thread saw. If the thread has not looked for long, this process was stopped,
-        and we look here.
+        Only rank 0 knows. It is what the thread saw. If the thread has not looked for long, this
+        process was stopped, and we look here.
         """
         if self._descriptor is None:
             return ""
@@ -133,8 +130,9 @@ class RunLock:
         return self._why_lost
 
     def is_anothers(self) -> bool:
-        """Whether a run other than ours lives in the folder. Any process; waits where only a touch
-        can tell.
+        """Whether a run other than ours lives in the folder.
+
+        Any process; waits where only a touch can tell.
         """
         if self.text:
             return bool(self.look())
@@ -149,8 +147,9 @@ class RunLock:
         return state in ("alive", "stopped")
 
     def release(self) -> None:
-        """Delete the file if it is still ours. Any rank may call this; only the one that took the
-        lock does it.
+        """Delete the file if it is still ours.
+
+        Any rank may call this; only the one that took the lock does it.
         """
         if self._descriptor is None:
             return
@@ -199,19 +198,18 @@ class RunLock:
         if state == "stopped":
             return (
                 f"run.dir={self.path.parent} is in use by another run whose process is stopped or"
-                " unreachable"
-                f" ({holder.text}); rule: one run a folder; end that process, or delete {self.path}"
-                " if it is lost"
+                f" unreachable ({holder.text}); rule: one run a folder; end that process, or delete"
+                f" {self.path} if it is lost"
             )
         return (
             f"run.dir={self.path.parent} is in use by another run ({holder.text}); rule: one run a"
-            " folder; choose"
-            " another run.dir or end that run"
+            " folder; choose another run.dir or end that run"
         )
 
     def _create(self, text: str) -> int | None:
-        """Make the file, which appears with its text and its flock at once; None if another start
-        was quicker.
+        """Make the file; None if another start was quicker.
+
+        It appears with its text and its flock at once.
         """
         aside = self.path.with_name(f".run.lock.{secrets.token_hex(4)}")
         try:
@@ -270,8 +268,9 @@ class Holder:
         return "alive" if self._is_touched else "unknown"
 
     def remove(self) -> None:
-        """Delete the file of a dead run. If another start was quicker, the path leads to another
-        file, which stays.
+        """Delete the file of a dead run.
+
+        If another start was quicker, the path leads to another file, which stays.
         """
         with contextlib.suppress(FileNotFoundError, BlockingIOError), open(self.path, "r+") as file:
             _flock(file.fileno())
@@ -306,8 +305,9 @@ class Holder:
 
 
 def _write_new(path: Path, text: str) -> int:
-    """Create a file with this text and our flock; its descriptor. Raises FileExistsError if there
-    is one.
+    """Create a file with this text and our flock; its descriptor.
+
+    Raises FileExistsError if there is one.
     """
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:

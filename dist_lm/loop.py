@@ -37,8 +37,9 @@ SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself
 
 @dataclass
 class Pending:
-    """Figures of a step that are still on the device. Reading them is the one host sync, one step
-    late.
+    """Figures of a step that are still on the device.
+
+    Reading them is the one host sync, one step late.
     """
 
     step: int
@@ -94,7 +95,9 @@ def _train_and_keep(run: Run) -> str:
 
 def train(run: Run) -> str:
     """The loop. All ranks run it, with one outcome; returns why it stopped early, or nothing."""
-    config, runtime, state = run.config, run.runtime, run.state
+    config = run.config
+    runtime = run.runtime
+    state = run.state
     # All ranks: the first batch, and what they must agree on before its step.
     batches = training_batches(run)
     run.batches = batches
@@ -217,7 +220,9 @@ def record_step(run: Run, pending: Pending) -> bool:
 
     Returns whether some rank was told to stop.
     """
-    runtime, state, scaler = run.runtime, run.state, run.runtime.engine.scaler
+    runtime = run.runtime
+    state = run.state
+    scaler = runtime.engine.scaler
     loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.tolist()
     runtime.refuse_lost_folder(is_lost)
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -225,9 +230,8 @@ def record_step(run: Run, pending: Pending) -> bool:
             run.metrics.close()
             raise DivergedError(
                 f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
-                f" optim.lr={pending.lr}; no later step"
-                " was saved; rule: finite on every rank; try a smaller optim.lr, a longer warm-up"
-                " or optim.clip",
+                f" optim.lr={pending.lr}; no later step was saved; rule: finite on every rank; try"
+                " a smaller optim.lr, a longer warm-up or optim.clip",
             )
         state.skipped_updates += 1
     state.tokens += int(targets)
@@ -254,8 +258,9 @@ def record_step(run: Run, pending: Pending) -> bool:
 
 
 def evaluate(run: Run) -> None:
-    """Held-out figures, and samples in which a reader sees the text become coherent. All ranks, in
-    step.
+    """Held-out figures, and samples in which a reader sees the text become coherent.
+
+    All ranks, in step.
     """
     with run.metrics.pause():
         losses = []
@@ -283,12 +288,12 @@ def _evaluate_set(run: Run, name: str, label: str) -> float:
 
 
 def write_samples(run: Run, val_loss: float) -> None:
-    """Continue the sample prompt at each temperature, and add the texts to samples.md. All ranks;
-    rank 0 writes.
+    """Continue the sample prompt at each temperature, for samples.md. All ranks; rank 0 writes.
 
     The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
     """
-    tokenizer, prompt = run.data.tokenizer, run.config.run.sample_prompt
+    tokenizer = run.data.tokenizer
+    prompt = run.config.run.sample_prompt
     prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eot]
     rows = len(SAMPLE_TEMPERATURES)
     settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
@@ -306,7 +311,9 @@ def write_samples(run: Run, val_loss: float) -> None:
 
 def save(run: Run, last: bool) -> None:
     """Begin a checkpoint, which is written beside training; wait for the last one. All ranks."""
-    config, runtime, tokenizer = run.config, run.runtime, run.data.tokenizer
+    config = run.config
+    runtime = run.runtime
+    tokenizer = run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))
     _say_left_out(runtime, streams)

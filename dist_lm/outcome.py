@@ -38,8 +38,7 @@ TRAIN_FLAGS = {
 
 
 class Stop:
-    """Whether this process was told to stop: by a signal, or by the clock where its job ends
-    (DIST_LM_STOP_AT).
+    """Whether this process was told to stop: by a signal, or by the clock (DIST_LM_STOP_AT).
 
     SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C
     stops at once.
@@ -80,8 +79,9 @@ def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
 
 
 class Attempt:
-    """One start of a run. A launcher gives its number; without one it is the number of the last
-    attempt plus one.
+    """One start of a run.
+
+    A launcher gives its number; without one it is the number of the last attempt plus one.
     """
 
     def __init__(self, folder: Path, number: int | None = None):
@@ -167,8 +167,9 @@ class Attempt:
         os.replace(aside, self.folder / name)
 
     def run(self, work: Callable[[], str]) -> None:
-        """Do the work, which returns why it stopped early, or "". Record how it ended, and exit
-        accordingly.
+        """Do the work, record how it ended, and exit accordingly.
+
+        The work returns why it stopped early, or "".
         """
         try:
             reason = work()

@@ -86,8 +86,7 @@ def find_resume_point(
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(
             f"{Path(config.run.dir)} is finished at step {facts['step']}; to go on raise"
-            f" run.steps={steps} or run.stop_after,"
-            " to start anew choose another run.dir"
+            f" run.steps={steps} or run.stop_after, to start anew choose another run.dir"
         )
         return None
     return ResumePoint(data, steps, folder=Path(chosen), facts=facts)
@@ -130,8 +129,9 @@ def refuse_other_mathematics(
     facts: Mapping[str, Any],
     allowed: Sequence[str],
 ) -> None:
-    """A resumed run keeps the settings it was started with, except those that do not touch its
-    mathematics.
+    """Refuse settings with which the resumed run would be another one.
+
+    Only settings that do not touch its mathematics may differ from those it was started with.
     """
     old = {_DATA: facts["data"]}
     for section, fields in facts["config"].items():
@@ -151,8 +151,7 @@ def refuse_other_mathematics(
         both = ", ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in refused)
         raise UserError(
             f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed"
-            " run keeps its"
-            f" mathematics; choose another run.dir, or --allow_change {refused[0]}"
+            f" run keeps its mathematics; choose another run.dir, or --allow_change {refused[0]}"
         )
 
 
@@ -215,7 +214,8 @@ def restore_or_init(run: Run, point: ResumePoint) -> None:
 
 def _init(run: Run) -> None:
     """Weights of run.init_from, or new ones. All ranks."""
-    config, engine = run.config, run.runtime.engine
+    config = run.config
+    engine = run.runtime.engine
     if config.run.init_from:
         run.runtime.together(lambda: start_from(run, config.run.init_from or ""))
     else:
@@ -227,7 +227,8 @@ def _init(run: Run) -> None:
 
 def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
     """Everything as the checkpoint has it. All ranks."""
-    runtime, engine = run.runtime, run.runtime.engine
+    runtime = run.runtime
+    engine = runtime.engine
     spec = run.config.model_spec(run.data.tokenizer.vocab_size)
     runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
     engine.spread()
@@ -238,10 +239,12 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def start_from(run: Run, name: str) -> None:
-    """Take only the weights of a checkpoint or transformers folder. Refuses another model or
-    tokenizer.
+    """Take only the weights of a checkpoint or transformers folder.
+
+    Refuses another model or tokenizer.
     """
-    config, tokenizer = run.config, run.data.tokenizer
+    config = run.config
+    tokenizer = run.data.tokenizer
     folder = locate(name)
     described = read_description(folder)
     ours = config.model.model_dump()
@@ -258,8 +261,8 @@ def start_from(run: Run, name: str) -> None:
     if not is_same_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
         raise UserError(
             f"run.init_from={name} was trained with another tokenizer ({described.vocab_size}"
-            " tokens) than data.input="
-            f"{config.data.input} ({tokenizer.vocab_size}); nearest: data.tokenizer={folder}"
+            f" tokens) than data.input={config.data.input} ({tokenizer.vocab_size}); nearest:"
+            f" data.tokenizer={folder}"
         )
     if described.seq_len < config.data.seq_len and config.model.positions == "learned":
         raise UserError(
@@ -274,16 +277,19 @@ def start_from(run: Run, name: str) -> None:
 
 
 def describe(run: Run) -> None:
-    """Print what is about to happen, and write the resolved settings into the run folder. Rank 0
-    does both.
+    """Print what is about to happen, and write the resolved settings into the run folder.
+
+    Rank 0 does both.
     """
-    config, runtime, layout = run.config, run.runtime, run.layout
+    config = run.config
+    runtime = run.runtime
+    layout = run.layout
     _describe_size(run)
     _describe_sources(run)
     runtime.say(
         f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type},"
-        f" {config.run.precision}; each"
-        f" step {layout.accumulation} x {layout.micro_batch} sequences a process"
+        f" {config.run.precision}; each step {layout.accumulation} x {layout.micro_batch} sequences"
+        " a process"
     )
     if layout.filler_percent > 0:
         runtime.say(
@@ -306,28 +312,29 @@ def describe(run: Run) -> None:
 
 def _describe_size(run: Run) -> None:
     """How large model, step and run are."""
-    config, data = run.config, run.data
+    config = run.config
+    data = run.data
     shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
     parameters = sum(math.prod(shape) for shape in shapes.values())
     length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
     run.runtime.say(
         f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
-        f" {run.layout.tokens_per_step:,} tokens a"
-        f" step, {length}"
+        f" {run.layout.tokens_per_step:,} tokens a step, {length}"
     )
 
 
 def _describe_sources(run: Run) -> None:
     """How much text there is, and of which streams it comes."""
-    config, data, say = run.config, run.data, run.runtime.say
+    config = run.config
+    data = run.data
+    say = run.runtime.say
     batch = config.data.global_batch
     if data.sequences and run.steps:
         say(
             f"{data.sequences:,} sequences to train on, for"
             f" {run.steps * batch / data.sequences:.2f} epochs;"
             f" {data.train.tail_tokens(config.data.seq_len, config.data.stride)} tokens at the ends"
-            " of shards are"
-            " left out"
+            " of shards are left out"
         )
     if data.sequences is not None:
         return

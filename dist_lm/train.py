@@ -1,10 +1,9 @@
-"""Train a GPT: `accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]`,
-torchrun or python.
+"""Train a GPT: `accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]`.
 
-This file is only the command. It reads the command line and listens to signals, and only then
-imports the loop, because torch takes seconds to import: a typing mistake is answered at once, and a
-signal during the import is not lost. Running the same command again goes on where the run folder
-stands.
+torchrun and plain python start it too. This file is only the command. It reads the command line and
+listens to signals, and only then imports the loop, because torch takes seconds to import: a typing
+mistake is answered at once, and a signal during the import is not lost. Running the same command
+again goes on where the run folder stands.
 """
 
 from dist_lm.errors import run_entry

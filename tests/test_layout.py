@@ -99,6 +99,22 @@ def test_transformers_is_for_tests_only() -> None:
     ] == []
 
 
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        ("dist_lm.train", {"torch", "numpy", "pydantic"}),  # die_with_launcher() comes first
+        ("dist_lm.outcome", {"torch", "numpy"}),
+        ("dist_lm.runtime.strategy", {"torch", "deepspeed"}),
+    ],
+)
+def test_slow_packages_come_late(module: str, slow: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not slow & set(done.stdout.split())
+
+
 def test_names_shadow_nothing() -> None:
     """`accelerate launch dist_lm/train.py` puts dist_lm/ first on sys.path."""
     installed = {name.lower() for name in importlib.metadata.packages_distributions()}

@@ -47,8 +47,9 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over. Refuses if there
-    are only bad ones.
+    """The newest checkpoint that verifies, and why newer ones were passed over.
+
+    Refuses if there are only bad ones.
     """
     passed_over: list[str] = []
     for folder in reversed(step_folders(run_dir)):
@@ -60,8 +61,7 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     if passed_over:
         raise CheckpointError(
             f"run.dir={run_dir} holds no valid checkpoint: {passed_over[0]}; rule: never restart"
-            " silently at step 0;"
-            " choose another run.dir, or remove the damaged folders",
+            " silently at step 0; choose another run.dir, or remove the damaged folders",
         )
     return None, []
 
@@ -125,8 +125,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Its types, names and hashes have been checked, so it can be
-    used as it is.
+    """The manifest of a checkpoint.
+
+    Its types, names and hashes have been checked, so it can be used as it is.
     """
     path = folder / "manifest.json"
     manifest = read_json(path, _LARGEST_MANIFEST)
@@ -186,8 +187,9 @@ def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
 
 
 def _open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading. Refuses pipes and devices, where opening or reading may wait for
-    ever.
+    """Open a file for reading.
+
+    Refuses pipes and devices, where opening or reading may wait for ever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -228,8 +230,9 @@ def remove(folder: Path) -> None:
 
 
 def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
-    """Rename the steps after `step`. Going back to it starts another trajectory, which must not
-    resume the old one.
+    """Rename the steps after `step`.
+
+    Going back to it starts another trajectory, which must not resume the old one.
     """
     for folder in step_folders(run_dir):
         if step_of(folder) > step:

@@ -1,5 +1,4 @@
-"""Which tensor of a checkpoint lies in which file, which rank writes the file, and whose pieces
-make up the tensor.
+"""The plan of a checkpoint: which tensor lies in which file, who writes it, of whose pieces.
 
 The files follow from the config alone, so any number of ranks under any strategy makes the same
 ones. Who writes what follows from sizes and from what each rank owns; every rank computes the same
@@ -32,8 +31,7 @@ _Holders = Mapping[tuple[str, str], "list[OwnedRange]"]
 
 @dataclass(frozen=True)
 class OwnedSlice:
-    """Elements [start, stop) of a flattened parameter that this rank's optimizer works on, with its
-    state for them.
+    """Elements [start, stop) of a flattened parameter that this rank's optimizer works on.
 
     With one process or DDP every rank owns all of everything; under ZeRO each element is owned by
     one rank.
@@ -56,8 +54,9 @@ class OwnedSlice:
         state: Mapping[str, Tensor],
         at: int = 0,
     ) -> "OwnedSlice":
-        """The `size` elements from element `at` on of a tensor that an optimizer works on and has
-        this state for.
+        """`size` elements, from its element `at` on, of a tensor that an optimizer works on.
+
+        `state` is the optimizer's for the whole tensor.
         """
         same_shape = {}
         extra = {}
@@ -94,9 +93,7 @@ class PlannedTensor:
 
 
 def plan_tensors(spec: ModelSpec, facts_by_rank: list[list[SliceFacts]]) -> list[PlannedTensor]:
-    """All tensors in the order of the files: the weights, then what the optimizer keeps for each
-    parameter.
-    """
+    """All tensors in the order of the files: the weights, then the optimizer's by parameter."""
     state_keys: dict[str, set[str]] = defaultdict(set)
     extra_shapes: dict[str, dict[str, list[int]]] = defaultdict(dict)
     holders: dict[tuple[str, str], list[OwnedRange]] = defaultdict(list)

@@ -1,5 +1,4 @@
-"""Reading a checkpoint or a transformers folder back: its network, its weights, and all that a run
-needs to go on.
+"""Reading checkpoints and transformers folders: network, weights, and what a run goes on from.
 
 Only safetensors and JSON are read. Tensors are found by name over all files, so it does not matter
 how they were divided among them.
@@ -41,9 +40,7 @@ def tokenizer_hash(folder: Path) -> str | None:
 
 
 def read_weights(folder: Path, spec: ModelSpec, average: bool = False) -> dict[str, Tensor]:
-    """The weights by our parameter names, on CPU; or the moving average of them, which the run kept
-    beside.
-    """
+    """The weights by our parameter names, on CPU; or the moving average that the run kept."""
     if not average:
         with _open_tensors(folder, ["model"]) as get:
             return hf.import_tensors(spec, get)
@@ -73,10 +70,10 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
 
 @torch.no_grad()
 def restore(folder: Path, spec: ModelSpec, owned: Iterable[OwnedSlice], optimizer: bool) -> None:
-    """Fill what this rank owns, reading little more of the files than that. With `optimizer` its
-    tensors too.
+    """Fill what this rank owns, reading little more of the files than that.
 
-    If the folder's context is longer than `spec.seq_len`, the part beyond is left out.
+    With `optimizer` its tensors too. If the folder's context is longer than `spec.seq_len`, the
+    part beyond is left out.
     """
     in_folder = replace(spec, seq_len=read_description(folder).seq_len)
     entries: dict[str, list[hf.Entry]] = {}

@@ -10,13 +10,13 @@ from dist_lm.errors import UserError
 
 
 class Retention:
-    """Decides which steps of a run stay, and deletes the others. Rank 0 uses it, in the saver's
-    thread.
+    """Decides which steps of a run stay, and deletes the others.
 
-    The newest `keep_last` stay, the best by validation loss, every multiple of `keep_every`, and
-    always the step that was just saved. Only valid steps count: those that this process saved or
-    verified. A step of an earlier start is verified when its turn comes, once. A damaged step may
-    be readable later and a link may lead anywhere, so neither counts, is deleted or is renamed.
+    Rank 0 uses it, in the saver's thread. The newest `keep_last` stay, the best by validation loss,
+    every multiple of `keep_every`, and always the step that was just saved. Only valid steps count:
+    those that this process saved or verified. A step of an earlier start is verified when its turn
+    comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
+    counts, is deleted or is renamed.
     """
 
     def __init__(self, run_dir: Path, keep_last: int, keep_every: int):
@@ -30,8 +30,9 @@ class Retention:
         self._valid[folder] = True
 
     def prune(self, saved: Path) -> None:
-        """Delete what need not stay, now that `saved` is written. What cannot be deleted is only
-        worth a warning.
+        """Delete what need not stay, now that `saved` is written.
+
+        What cannot be deleted is only worth a warning.
         """
         self.trust(saved)
         try:
@@ -63,8 +64,9 @@ class Retention:
         return [folder for folder in losses if folder not in staying and self._is_valid(folder)]
 
     def _losses(self) -> dict[Path, float]:
-        """The validation loss of each step folder whose state can be read; infinite where there was
-        no evaluation.
+        """The validation loss of each step folder whose state can be read.
+
+        It is infinite where there was no evaluation.
         """
         losses = {}
         for folder in step_folders(self.run_dir):
@@ -78,8 +80,9 @@ class Retention:
         return losses
 
     def _first_valid(self, folders: Iterable[Path], count: int) -> list[Path]:
-        """The first valid ones. It looks at no more folders than it must, because a look may read
-        all of a folder.
+        """The first valid ones.
+
+        It looks at no more folders than it must, because a look may read all of a folder.
         """
         found: list[Path] = []
         for folder in folders:
@@ -90,8 +93,9 @@ class Retention:
         return found
 
     def _is_valid(self, folder: Path) -> bool:
-        """Whether this process saved or verified the folder. The first look at an older one reads
-        all of it.
+        """Whether this process saved or verified the folder.
+
+        The first look at an older one reads all of it.
         """
         if folder not in self._valid:
             try:

@@ -110,9 +110,7 @@ class Saver:
             self._error = error
 
     def _stage(self, owned: Iterable[OwnedSlice]) -> dict[int, Tensor]:
-        """This rank's pieces in host memory that training does not touch, by the numbers of their
-        tensors.
-        """
+        """Copy this rank's pieces to host memory that training does not touch, by tensor number."""
         pieces_by_parameter = self._pieces_of_this_rank()
         elements = 0
         for pieces in pieces_by_parameter.values():
@@ -150,9 +148,7 @@ class Saver:
 
 
 def _values(part: OwnedSlice, key: str, piece: OwnedRange) -> Tensor:
-    """The elements of a piece: of the weight for an empty key, else of that tensor of the
-    optimizer's.
-    """
+    """The elements of a piece: of the weight if the key is empty, else of an optimizer's tensor."""
     if key in part.extra:
         values = part.extra[key].reshape(-1)
     else:

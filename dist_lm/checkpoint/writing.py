@@ -74,8 +74,7 @@ class CheckpointWriter:
                     shutil.rmtree(self.aside, ignore_errors=True)
                 raise error_with_code(
                     f"checkpoint of step {self.step} was not written: rank {rank}: {part['error']};"
-                    " older checkpoints are"
-                    " untouched",
+                    " older checkpoints are untouched",
                     part["code"],
                 )
         written: Written = {}
@@ -120,8 +119,9 @@ class CheckpointWriter:
         return sends
 
     def _write_files(self) -> Written:
-        """Write this rank's files. After a failure the pieces that were sent for the others are
-        still received.
+        """Write this rank's files.
+
+        After a failure the pieces that were sent for the others are still received.
         """
         written: Written = {}
         failure = None

@@ -32,8 +32,7 @@ def build_async_io() -> None:
     if not builder.is_compatible(verbose=False):
         raise UserError(
             "DeepSpeed's async I/O cannot be built here; rule: zero3-nvme needs libaio, e.g. apt"
-            " install libaio-dev;"
-            " nearest: zero3-offload"
+            " install libaio-dev; nearest: zero3-offload"
         )
     # DeepSpeed builds the second with the first.
     names = (builder.name, "pin_memory")

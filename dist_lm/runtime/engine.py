@@ -28,8 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
 
 
 class Engine(ABC):
-    """A model and its optimizer on this rank, and the operations whose meaning depends on the
-    strategy.
+    """A model and its optimizer, and the operations whose meaning depends on the strategy.
 
     They come with prepare(); before it an engine only has its settings.
     """
@@ -61,11 +60,10 @@ class Engine(ABC):
         shapes: Shapes,
         channel: Channel,
     ) -> None:
-        """Move, compile and wrap the model; the optimizer keeps working on the same parameters. All
-        ranks.
+        """Move, compile and wrap the model; the optimizer keeps working on the same parameters.
 
-        Afterwards the optimizer's state exists and is all zero. The weights are still those the
-        model was built with.
+        All ranks. Afterwards the optimizer's state exists and is all zero. The weights are still
+        those the model was built with.
         """
         self.bare = model
         self.optimizer = optimizer
@@ -103,12 +101,15 @@ class Engine(ABC):
 
     @abstractmethod
     def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Surrounds forward and backward of a micro-batch: autocast; gradients are exchanged only
-        in the last one.
+        """Surrounds forward and backward of a micro-batch, with autocast.
+
+        Gradients are exchanged only in the last one.
         """
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast
+        """Arithmetic in the run's precision.
+
+        bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast
         arithmetic.
         """
         precision = self.config.run.precision
@@ -123,8 +124,9 @@ class Engine(ABC):
         )
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradient. Ranks are averaged later, so the loss is multiplied by their
-        number first.
+        """Add this loss's gradient.
+
+        Ranks are averaged later, so the loss is multiplied by their number first.
         """
         with torch.autocast(self.device.type, enabled=False):
             self._backward(loss * self.world_size)
@@ -154,8 +156,9 @@ class Engine(ABC):
 
     @abstractmethod
     def opened(self) -> Iterator[Sequence[int]]:
-        """Turns in which the optimizer's tensors can be worked on; their numbers, each in one turn.
-        All ranks.
+        """Turns in which the optimizer's tensors can be worked on. All ranks.
+
+        A turn has the numbers of its tensors; each tensor has one turn.
         """
 
     @abstractmethod
@@ -201,8 +204,9 @@ class Engine(ABC):
 
 
 class ReplicatedEngine(Engine):
-    """One process alone, or DDP: every rank holds all weights, all gradients and all of the
-    optimizer's state.
+    """One process alone, or DDP.
+
+    Every rank holds all weights, all gradients and all of the optimizer's state.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy):

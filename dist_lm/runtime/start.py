@@ -1,8 +1,8 @@
-"""How a process joins the others: start() checks what can be checked alone, meets the other ranks
-and compares.
+"""How a process joins the others.
 
-Silent degradation is the worst failure of this stack: one process where eight were asked for, or
-ranks with different code or data. So start() proves the world with an exchange and refuses whatever
+start() checks what one process can check alone, meets the other ranks, and compares. Silent
+degradation is the worst failure of this stack: one process where eight were asked for, or ranks
+with different code or data. So start() proves the world with an exchange and refuses whatever
 differs.
 """
 
@@ -44,8 +44,7 @@ def start(
     attempt: Attempt | None = None,
     examining: bool = False,
 ) -> Runtime:
-    """Join the other processes, and check that they are the ones asked for and see the same as this
-    one. All ranks.
+    """Join the other processes, and check that they are as many and see the same. All ranks.
 
     `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The
     doctor sets `examining`, because it reports itself what differs between ranks and which are
@@ -100,9 +99,8 @@ def refuse_silent_single() -> None:
     ):
         raise UserError(
             "accelerate started one process although more were asked for (without a GPU it ignores"
-            " --num_processes);"
-            " use: accelerate launch --config_file launch/ddp.yaml --num_processes N"
-            " dist_lm/train.py"
+            " --num_processes); use: accelerate launch --config_file launch/ddp.yaml"
+            " --num_processes N dist_lm/train.py"
         )
 
 
@@ -133,8 +131,7 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
     if "LOCAL_RANK" not in os.environ:
         raise UserError(
             f"--launch {launch} needs ranks that a launcher started; nearest: torchrun"
-            " --nproc-per-node 1"
-            f" dist_lm/train.py --launch {launch} ..."
+            f" --nproc-per-node 1 dist_lm/train.py --launch {launch} ..."
         )
     refuse_combinations(strategy, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -218,8 +215,7 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
                 kind_of_error = DataError if name.startswith("data.") else UserError
                 raise kind_of_error(
                     f"rank {rank} on {host} has {name} {facts[name]}, rank 0 on {first_host} has"
-                    f" {first_facts[name]};"
-                    " rule: the same on every node"
+                    f" {first_facts[name]}; rule: the same on every node"
                 )
 
 
@@ -262,8 +258,7 @@ def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
     elif torch.cuda.device_count() > local_world:
         runtime.say(
             f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some"
-            " stay idle; start one"
-            " process per GPU, e.g. with torchrun --nproc_per_node"
+            " stay idle; start one process per GPU, e.g. with torchrun --nproc_per_node"
         )
 
 

@@ -57,8 +57,9 @@ class Strategy:
 
 
 def choose_strategy(launch: str | None) -> Strategy:
-    """The strategy of `accelerate launch`, else of --launch. Refuses a contradiction between the
-    two.
+    """The strategy of `accelerate launch`, else of --launch.
+
+    Refuses a contradiction between the two.
     """
     given = _from_environment()
     if launch is None:
@@ -69,8 +70,7 @@ def choose_strategy(launch: str | None) -> Strategy:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and comparable != given:
         raise UserError(
             f"--launch {launch} is not what accelerate launch started ({given.name(2)}); rule: one"
-            " of the two; leave"
-            " out --launch, or give that file to --config_file"
+            " of the two; leave out --launch, or give that file to --config_file"
         )
     return wanted
 
@@ -82,14 +82,13 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
     if config.run.precision == "fp16":
         raise UserError(
             f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients"
-            " before it unscales them;"
-            " rule: fp16 with one process or DDP; nearest: bf16"
+            " before it unscales them; rule: fp16 with one process or DDP; nearest: bf16"
         )
     if optimizer not in OPTIMIZERS:
         raise UserError(
             f"optim.name={optimizer} is not available under {name}: it keeps statistics of whole"
-            " matrices, which ZeRO"
-            f" cuts to pieces; rule: one of {', '.join(OPTIMIZERS)}; nearest: adamw"
+            f" matrices, which ZeRO cuts to pieces; rule: one of {', '.join(OPTIMIZERS)}; nearest:"
+            " adamw"
         )
     is_offloaded = strategy.optimizer_device != "none" or strategy.param_device != "none"
     if optimizer != "adamw" and is_offloaded:
@@ -111,8 +110,7 @@ def _from_environment() -> Strategy:
     if given.get("config_file", "none") != "none":
         raise UserError(
             "deepspeed_config_file is not read; rule: zero_stage and offload devices inside the"
-            " launch file, as in"
-            " launch/zero3-offload.yaml"
+            " launch file, as in launch/zero3-offload.yaml"
         )
     return _of_deepspeed(given)
 
@@ -139,8 +137,8 @@ def _from_file(launch: str) -> Strategy:
         )
     for key in set(deepspeed) - set(_KEYS):
         raise UserError(
-            f"{path}: deepspeed_config.{key} is not read; rule: only {', '.join(_KEYS)}"
-            f"{did_you_mean(key, _KEYS)}"
+            f"{path}: deepspeed_config.{key} is not read; rule: only"
+            f" {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
         )
     if kind != "DEEPSPEED":
         return Strategy()

@@ -1,11 +1,11 @@
-"""The watchdog names the rank that vanished: each rank tells rank 0's store regularly that it lives
-and how far it is.
+"""The watchdog names the rank that vanished.
 
-gloo notices a stopped process or a cut link only at its timeout, and NCCL aborts without a word
-about which rank was missing. Rank 0 listens to all ranks and they listen to it, so a beat costs the
-store one message a rank. There are two threads: the one that talks to the store hangs as long as
-the network does, and the one that judges must not hang. torch.distributed is used for its TCPStore
-alone; nothing here is a collective.
+Each rank tells rank 0's store regularly that it lives and how far it is. gloo notices a stopped
+process or a cut link only at its timeout, and NCCL aborts without a word about which rank was
+missing. Rank 0 listens to all ranks and they listen to it, so a beat costs the store one message a
+rank. There are two threads: the one that talks to the store hangs as long as the network does, and
+the one that judges must not hang. torch.distributed is used for its TCPStore alone; nothing here is
+a collective.
 """
 
 import json
@@ -44,10 +44,9 @@ class Message:
 
 
 class Watchdog:
-    """Calls `lost(report)`, from a thread, when a rank was not heard of for most of `timeout`
-    seconds.
+    """Calls `lost(report)` when a rank was not heard of for most of `timeout` seconds.
 
-    `lost` must end the process.
+    The call comes from a thread. `lost` must end the process.
     """
 
     def __init__(
@@ -93,8 +92,10 @@ class Watchdog:
             thread.start()
 
     def close(self) -> None:
-        """A thread that is inside the store, or frees tensors, while Python shuts down would abort
-        the process.
+        """Stop watching.
+
+        A thread that is inside the store, or frees tensors, while Python shuts down would abort the
+        process.
         """
         self._closed.set()
         for thread in self._threads:

@@ -77,9 +77,7 @@ class Runtime:
         return tensor
 
     def with_stop(self, number: int) -> Tensor:
-        """What this rank adds to a sum: a number, whether it was told to stop, whether it lost the
-        run folder.
-        """
+        """This rank's part of a sum: a number, was it told to stop, did it lose the run folder."""
         is_lost = bool(self.attempt.lock.lost)
         return torch.tensor(
             [number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device
@@ -91,14 +89,15 @@ class Runtime:
         return self.stop.reason or "another rank was told to stop"
 
     def refuse_lost_folder(self, is_lost: float) -> None:
-        """Raise if rank 0 no longer holds the run folder. All ranks, with the sum that they agreed
-        on.
+        """Raise if rank 0 no longer holds the run folder.
+
+        All ranks, with the sum that they agreed on.
         """
         if is_lost:
             raise UserError(
                 f"run.dir={self.attempt.folder} is no longer this run's"
-                f" ({self.attempt.lock.look()}); rule: one run a"
-                " folder; this run ends and writes nothing more there"
+                f" ({self.attempt.lock.look()}); rule: one run a folder; this run ends and writes"
+                " nothing more there"
             )
 
     def barrier(self) -> None:
@@ -106,11 +105,10 @@ class Runtime:
         self.sum(torch.zeros(1, device=self.device))
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """Rank 0 does the work, however long it takes; every rank gets its JSON result or its
-        UserError. All ranks.
+        """Rank 0 does the work; every rank gets its JSON result or its UserError. All ranks.
 
-        Rank 0 works in a thread while all ranks keep reducing a flag, so that no collective waits
-        past the timeout.
+        The work may take long: Rank 0 works in a thread while all ranks keep reducing a flag, so
+        that no collective waits past the timeout.
         """
         outcome: dict[str, Any] = {}
         worker: threading.Thread | None = None
@@ -154,15 +152,17 @@ class Runtime:
     # --- the world outside
 
     def say(self, text: str) -> None:
-        """One line from rank 0, on stderr: standard output belongs to what a command prints as its
-        result.
+        """Print one line on stderr. Rank 0.
+
+        Standard output is for what a command prints as its result.
         """
         if self.is_main:
             console.say(text, channel="stderr")
 
     def profiler(self, steps: int, trace: Path) -> Any:
-        """A torch profiler that writes a trace of `steps` steps after two of warm-up; inert for 0.
-        Rank 0 writes.
+        """A torch profiler that traces `steps` steps after two of warm-up. Rank 0 writes the file.
+
+        For 0 steps it does nothing.
         """
         if not steps:
             return SimpleNamespace(step=lambda: None, stop=lambda: None)
@@ -177,8 +177,9 @@ class Runtime:
         return profiler
 
     def start_trackers(self, config: Config) -> None:
-        """TensorBoard and others through Accelerate, which works on rank 0 alone. A failing one
-        never stops a run.
+        """TensorBoard and others through Accelerate, which works on rank 0 alone.
+
+        A failing one never stops a run.
         """
         name = os.path.basename(os.path.normpath(config.run.dir))
         # TensorBoard refuses nested values.
@@ -203,8 +204,9 @@ class Runtime:
             self.end_at_once(self.watch.explain(error))
 
     def end_at_once(self, reason: str) -> None:
-        """End the process. Others may be gone, so neither collectives nor destructors wait for
-        them.
+        """End the process.
+
+        Others may be gone, so neither collectives nor destructors wait for them.
         """
 
         def record() -> None:

@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO as an engine: each rank holds a slice of the optimizer's state, under ZeRO-3
-also of the weights.
+"""DeepSpeed's ZeRO as an engine.
 
-The launch file only chooses stage and offload; batch, clipping and precision come from the run's
-config, and what DeepSpeed made of them is read back. deepspeed is imported inside functions: it is
-an optional package, slow to import, and one process or DDP must do without it.
+Each rank holds a slice of the optimizer's state, under ZeRO-3 also of the weights. The launch file
+only chooses stage and offload; batch, clipping and precision come from the run's config, and what
+DeepSpeed made of them is read back. deepspeed is imported inside functions: it is an optional
+package, slow to import, and one process or DDP must do without it.
 """
 
 import contextlib
@@ -151,7 +151,9 @@ class ZeroEngine(Engine):
     # --- what this rank holds
 
     def opened(self) -> Iterator[Sequence[int]]:
-        """ZeRO-3 shows the optimizer a piece only during its update, and what lies on NVMe is in
+        """Under ZeRO-3 a turn for each flat piece, else one turn.
+
+        ZeRO-3 shows the optimizer a piece only during its update, and what lies on NVMe is in
         memory only then.
         """
         flats = self._flats()
@@ -231,8 +233,9 @@ class ZeroEngine(Engine):
         )
 
     def _matrix_slices(self, shapes: Shapes, channel: Channel) -> dict[Tensor, list[MatrixSlice]]:
-        """For each flat piece the slices in it, for an optimizer that needs whole matrices. All
-        ranks.
+        """For each flat piece the slices in it, for an optimizer that needs whole matrices.
+
+        All ranks.
         """
         places = {place.name: place for place in self._places()}
         sizes = [[place.name, place.size] for place in places.values()]
@@ -254,9 +257,7 @@ class ZeroEngine(Engine):
 
 
 def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> dict[str, Any]:
-    """DeepSpeed's settings: stage and offload from the strategy, everything else from the run's
-    config.
-    """
+    """DeepSpeed's settings, from the strategy and the run's config."""
     zero: dict[str, Any] = {
         "stage": strategy.stage,
         "reduce_bucket_size": BUCKET,
@@ -291,8 +292,9 @@ def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> di
 
 
 def _nvme_folder(strategy: Strategy, config: Config) -> str:
-    """A folder of this run alone: DeepSpeed's files have fixed names, and two runs would overwrite
-    each other's.
+    """A folder of this run alone.
+
+    DeepSpeed's files have fixed names, so two runs would overwrite each other's.
     """
     path = os.path.abspath(config.run.dir)
     name = hashlib.sha256(path.encode()).hexdigest()[:12]

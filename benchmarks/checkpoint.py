@@ -20,7 +20,7 @@ import psutil
 import torch
 from memory import forget_peak, resident
 
-from dist_lm import train
+from dist_lm import loop, resume
 from dist_lm.cli import resolve
 from dist_lm.runtime.start import start
 
@@ -50,11 +50,11 @@ def main(strategy: str) -> None:
     }
     config = resolve(("benchmark", settings))
     runtime = start(config, strategy if strategy.startswith("zero") else None)
-    place = train.find_place(runtime, config, [])
+    place = resume.find_resume_point(runtime, config, [])
     assert place, f"{folder} is finished"
-    run = train.build(runtime, config, place)
-    train.describe(run)
-    train.train(run)
+    run = resume.build(runtime, config, place)
+    resume.describe(run)
+    loop.train(run)
     if steps:  # a step's line is written before the checkpoint that follows it
         seconds = (folder / "metrics.jsonl").stat().st_mtime - psutil.Process().create_time()
         runtime.say(
@@ -71,7 +71,7 @@ def main(strategy: str) -> None:
     def slowest(seconds: float) -> float:
         return max(runtime.channel.gather(seconds))
 
-    staged = run.saver._memory  # what this rank copied in the save just made
+    staged = run.saver.memory  # what this rank copied in the save just made
     source, stalls, copies, saves, disk, extra = (
         torch.empty_like(staged).fill_(1),
         [],
@@ -90,7 +90,7 @@ def main(strategy: str) -> None:
         forget_peak()
         runtime.barrier()
         began = time.monotonic()
-        train.save(run, last=False)
+        loop.save(run, last=False)
         stalls.append(slowest(time.monotonic() - began))
         run.saver.finish()
         saves.append(slowest(time.monotonic() - began))

@@ -31,7 +31,7 @@ def main(recipe: str) -> None:
     allowed = sum(sizes) / runtime.world_size + max(sizes)
     idle = resident("VmRSS")
     forget_peak()
-    with runtime.construction():
+    with runtime.engine.construction():
         model = GPT(ModelSpec(config.model, VOCABULARY, CONTEXT))
     built = resident("VmHWM") - idle
     figures = runtime.channel.gather(built)
@@ -48,7 +48,7 @@ def main(recipe: str) -> None:
     )
     optimizer = make_optimizer(model, config.optim, config.run.precision)
     forget_peak()
-    runtime.prepare(model, optimizer, shapes, config)
+    runtime.engine.prepare(model, optimizer, shapes, runtime.channel)
     figures = runtime.channel.gather([resident("VmHWM") - idle, resident("VmRSS") - idle])
     runtime.say(
         json.dumps(

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dist_lm import train
+from dist_lm import loop, resume
 from dist_lm.cli import resolve
 from dist_lm.config import Config, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
@@ -27,7 +27,7 @@ from dist_lm.model import hf
 from dist_lm.planning.memory import memory
 from dist_lm.runtime import zero
 from dist_lm.runtime.start import start
-from dist_lm.runtime.zero import choose_strategy
+from dist_lm.runtime.strategy import choose_strategy
 from dist_lm.size import vocabulary
 
 STEPS, PROCESSES = 3, 2
@@ -70,19 +70,19 @@ def measure(strategy: str, size: str, folder: str) -> None:
     config, before_saving = settings(strategy, size, folder), []
     runtime = start(config, strategy)
     Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-    place = train.find_place(runtime, config, [])
+    place = resume.find_resume_point(runtime, config, [])
     assert place, f"{config.run.dir} is finished"
-    run = train.build(runtime, config, place)
+    run = resume.build(runtime, config, place)
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:  # building under ZeRO-3 has set others
-        zero._tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
-    save = train.save
+        zero.tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
+    save = loop.save
 
-    def save_and_note(run: train.Run, last: bool) -> None:
+    def save_and_note(run: resume.Run, last: bool) -> None:
         before_saving.append(resident("VmHWM"))
         save(run, last)
 
-    train.save = save_and_note
-    train.train(run)
+    loop.save = save_and_note
+    loop.train(run)
     taken = runtime.channel.gather([before_saving[0], resident("VmHWM")])
     if runtime.is_main:
         steps, whole = (max(figures) for figures in zip(*taken, strict=True))

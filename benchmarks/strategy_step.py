@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dist_lm import train
+from dist_lm import loop, resume
 from dist_lm.cli import resolve
 from dist_lm.config import Config
 from dist_lm.metrics import read_metrics
@@ -40,27 +40,27 @@ def main(strategy: str) -> None:
         )
     )
     runtime = start(config, strategy if strategy.startswith("zero") else None)
-    place = train.find_place(runtime, config, [])
+    place = resume.find_resume_point(runtime, config, [])
     assert place, f"{folder} is finished"
-    run = train.build(runtime, config, place)
-    batch = train.training_batches(run).take()
+    run = resume.build(runtime, config, place)
+    batch = loop.training_batches(run).take()
     targets = runtime.sum(torch.tensor(float(batch.targets)))
     bare: list[float] = []
     for n in range(1, ROUNDS + 1):
         run.config = Config(
             **{**config.__dict__, "run": config.run.model_copy(update={"stop_after": n * STEPS})}
         )
-        train.train(run)
+        loop.train(run)
         for step in range(STEPS):
             began = time.monotonic()
-            loss = runtime.model(batch.micros[0].tokens_BT, batch.micros[0].targets_BT)
+            loss = runtime.engine.model(batch.micros[0].tokens_BT, batch.micros[0].targets_BT)
             scaled = loss / targets.float() * runtime.world_size
-            if runtime.engine:
-                runtime.model.backward(scaled)
-                runtime.model.step()
+            if runtime.engine.strategy.stage:
+                runtime.engine.model.backward(scaled)
+                runtime.engine.model.step()
             else:
                 scaled.backward()
-                torch.nn.utils.clip_grad_norm_(runtime.parameters, config.optim.clip)
+                torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.clip)
                 run.optimizer.step()
                 run.optimizer.zero_grad()
             loss.item()

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dist_lm import train
+from dist_lm import loop
 from dist_lm.cli import resolve
 from dist_lm.config import Config, DataConfig, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.outcome import Attempt
+from dist_lm.resume import Run
 
 SIZES = {  # layers, heads, width, seq_len, batch, steps a round
     "4 layers, 128 wide, T 256, batch 8, vocabulary 2048": (4, 4, 128, 256, 8, 25),
@@ -49,17 +50,17 @@ def loop_of(step: Callable[[], None], steps: int) -> list[float]:
 def ours(config: Config) -> list[float]:
     """When each step's figures were read, in one run of train.py's main()."""
     times: list[float] = []
-    settle = train.settle
+    record_step = loop.record_step
 
-    def timed(run: train.Run, pending: train.Pending) -> bool:
+    def timed(run: Run, pending: loop.Pending) -> bool:
         times.append(time.monotonic())
-        return settle(run, pending)
+        return record_step(run, pending)
 
-    train.settle = timed
+    loop.record_step = timed
     try:
-        train.main(config, {}, Attempt(Path(config.run.dir)))
+        loop.run_to_end(config, Attempt(Path(config.run.dir)))
     finally:
-        train.settle = settle
+        loop.record_step = record_step
     return times
 
 

@@ -502,6 +502,16 @@ class BatchLayout:
     filler_percent: float
 
 
+def total_steps(config: Config, sequences: int | None) -> int | None:
+    """Updates of the whole run. None where epochs are asked for and only the data says when they end."""
+    if config.run.steps:
+        return config.run.steps
+    if not sequences:
+        return None
+    positions = (config.run.epochs or 0) * sequences
+    return -(-positions // config.data.global_batch)
+
+
 def batch_layout(config: Config, world_size: int) -> BatchLayout:
     """Derive a rank's work in a step; refuses only a world larger than the global batch."""
     batch = config.data.global_batch

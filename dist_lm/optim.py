@@ -152,6 +152,10 @@ def _is_matrix_of_block(parameter: str) -> bool:
     )
 
 
+# Takes a part for each rank and how much comes from each; returns what came.
+Exchange = Callable[[list[Tensor], list[int]], list[Tensor]]
+
+
 @dataclass(frozen=True)
 class MatrixSlice:
     """What a rank's flat tensor holds of a matrix, and how many elements each rank does, in rank order."""
@@ -195,14 +199,6 @@ class Muon(torch.optim.Optimizer):
     is collected by one rank, orthogonalised there, and the update handed back by the same `exchange`.
     """
 
-    rank: int
-    slices: dict[
-        Tensor, list["MatrixSlice"]
-    ]  # by flat tensor, the same matrices in the same order on all ranks
-    exchange: Callable[
-        [list[Tensor], list[int]], list[Tensor]
-    ]  # a part for each rank, how much comes from each
-
     def __init__(
         self,
         groups: list[dict[str, Any]],
@@ -212,7 +208,18 @@ class Muon(torch.optim.Optimizer):
         ns_dtype: torch.dtype,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self.ns_dtype, self.slices = ns_dtype, {}
+        self.ns_dtype = ns_dtype
+        self.rank = 0
+        self.slices: dict[Tensor, list[MatrixSlice]] = {}
+        self.exchange: Exchange | None = None
+
+    def share_matrices(
+        self, rank: int, slices: dict[Tensor, list[MatrixSlice]], exchange: Exchange
+    ) -> None:
+        """Work on slices of matrices. `slices` names the same matrices in the same order on all ranks."""
+        self.rank = rank
+        self.slices = slices
+        self.exchange = exchange
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -227,6 +234,7 @@ class Muon(torch.optim.Optimizer):
             step(group)
 
     def _muon_sliced(self, group: dict[str, Any]) -> None:
+        assert self.exchange, "share_matrices() gives slices and exchange together"
         for flat, grad in zip(*_with_grad(group), strict=True):
             momentum = _state(self, flat, "momentum_buffer")
             momentum.lerp_(grad, 1 - MUON_MOMENTUM)

@@ -1,15 +1,16 @@
 """How a run ended, and whether to start it again: RUN/outcome.json.
 
-torchrun flattens every exit code to 1, so a launcher reads the file: `class`, the newest saved `step`, the `reason`,
-the number of the `attempt`, and how many `failures` in a row there were without a new step. Launch scripts ask
-`python -m dist_lm.outcome before|after ...`. Neither torch nor numpy is imported here, so that signals are heard from
-before they are, and that a typing mistake is answered at once.
+torchrun flattens every exit code to 1, so a launcher reads the file: `class`, the newest saved
+`step`, the `reason`, the number of the `attempt`, and how many `failures` in a row there were
+without a new step. Launch scripts ask `python -m dist_lm.outcome before|after ...`. Neither torch
+nor numpy is imported here, so that signals are heard from before they are, and that a typing
+mistake is answered at once.
 
-The file belongs to the run that holds the folder's lock, which is released after the ending is recorded. A start that
-fails before it has the lock records too, unless another run lives in the folder. A start that was refused because of
-that other run, or lost the folder to it, leaves the file alone. Its ending goes to a file of its own,
-RUN/.refused-ID.json, where ID is the DIST_LM_START_ID of its launch script. `after` of that script reads the file and
-deletes it.
+The file belongs to the run that holds the folder's lock, which is released after the ending is
+recorded. A start that fails before it has the lock records too, unless another run lives in the
+folder. A start that was refused because of that other run, or lost the folder to it, leaves the
+file alone. Its ending goes to a file of its own, RUN/.refused-ID.json, where ID is the
+DIST_LM_START_ID of its launch script. `after` of that script reads the file and deletes it.
 """
 
 import contextlib
@@ -56,19 +57,18 @@ TRAIN = Command(
 
 
 class Stop:
-    """Whether this process was told to stop: by a signal, or by the clock where its job ends (DIST_LM_STOP_AT).
+    """Whether this process was told to stop: by a signal, or by the clock (DIST_LM_STOP_AT).
 
-    SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C stops at once.
+    SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C
+    stops at once.
     """
 
     def __init__(self) -> None:
         self.reason = ""
-        at = float(
-            os.environ.get("DIST_LM_STOP_AT") or "inf"
-        )  # seconds since 1970, by the scheduler's clock
-        self._deadline = (
-            time.monotonic() + at - time.time()
-        )  # later changes of our clock do not matter
+        # The variable has seconds since 1970, by the scheduler's clock. Later changes of our clock
+        # do not matter.
+        stop_at = float(os.environ.get("DIST_LM_STOP_AT") or "inf")
+        self._deadline = time.monotonic() + stop_at - time.time()
 
     def listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -78,7 +78,7 @@ class Stop:
         if number == signal.SIGINT and self.reason:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
-        if os.environ.get("RANK", "0") == "0":  # not print(): a handler may interrupt a print
+        if _rank() == 0:  # not print(): a handler may interrupt a print
             os.write(2, f"{self.reason}: stopping at the next step, with a checkpoint\n".encode())
 
     @property
@@ -89,23 +89,30 @@ class Stop:
 
 
 def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
+    """How a run ended; empty if there is no readable file."""
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 class Attempt:
-    """One start of a run. A launcher gives its number; without one it is the last one's and one more."""
+    """One start of a run.
+
+    A launcher gives its number; without one it is the number of the last attempt plus one.
+    """
 
     def __init__(self, folder: Path, number: int | None = None):
-        self.folder, self.before, self.stop = folder, read(folder), Stop()
+        self.folder = folder
+        self.before = read(folder)  # how the last attempt ended
+        self.stop = Stop()
         self.lock = RunLock(folder)  # taken once the ranks have met
         start_id = os.environ.get("DIST_LM_START_ID", "")
-        self.refusal = (
-            f".refused-{re.sub(r'[^A-Za-z0-9._-]', '_', start_id)}.json" if start_id else ""
-        )
+        self.refusal = ""  # name of the file for our launch script, if one started us
+        if start_id:
+            printable_id = re.sub(r"[^A-Za-z0-9._-]", "_", start_id)
+            self.refusal = f".refused-{printable_id}.json"
         self.number = number or int(
             os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1
         )
@@ -116,7 +123,9 @@ class Attempt:
 
     def read_refusal(self) -> dict[str, Any]:
         """How this start ended, where another run has the folder."""
-        return read(self.folder, self.refusal) if self.refusal else {}
+        if not self.refusal:
+            return {}
+        return read(self.folder, self.refusal)
 
     def forget_refusal(self) -> None:
         """Delete the file, and the folder if it was made for that file alone."""
@@ -125,64 +134,68 @@ class Attempt:
             self.folder.rmdir()
 
     def record(self, kind: str, reason: str) -> dict[str, Any]:
-        """Write the ending, unless another run has the folder: then only our launch script is told.
+        """Write the ending. If another run has the folder, write it only for our launch script.
 
-        One process at a time; a later one of the same attempt replaces it.
+        One process at a time may do so; a later one of the same attempt replaces it.
         """
-        saved = [
-            int(file.parent.name[5:])
-            for file in self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")
-        ]
-        step, failures = max(saved, default=0), self.before.get("failures", 0)
-        if step != self.before.get("step", 0):
-            failures = 0
-        too_short = (
-            kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
-        )
-        if kind == "retryable" or (too_short and step == self.before.get("step", 0)):
-            failures += 1  # being preempted is nobody's fault; a job too short for one new step is
+        step = self._newest_step()
         outcome = {
             "class": kind,
             "step": step,
             "reason": reason,
             "attempt": self.number,
-            "failures": failures,
+            "failures": self._count_failures(kind, reason, step),
         }
         name = "outcome.json"
         try:
             if self.lock.is_anothers():
                 name = self.refusal
             if name:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
-                aside.write_text(json.dumps(outcome) + "\n", encoding="utf-8")
-                os.replace(aside, self.folder / name)
+                self._write(name, json.dumps(outcome) + "\n")
         except OSError as error:  # a full disk must not change how a run ends
             print(f"warning: {self.folder}/{name} could not be written: {error}", file=sys.stderr)
         return outcome
 
+    def _newest_step(self) -> int:
+        """The newest step that was saved, or 0."""
+        manifests = self.folder.glob("step-" + "[0-9]" * 8 + "/manifest.json")
+        steps = [int(manifest.parent.name.removeprefix("step-")) for manifest in manifests]
+        return max(steps, default=0)
+
+    def _count_failures(self, kind: str, reason: str, step: int) -> int:
+        """Failures in a row without a new step, this attempt included.
+
+        Being preempted is no failure. A job that is too short for one new step is one.
+        """
+        step_before = self.before.get("step", 0)
+        failures: int = self.before.get("failures", 0)
+        if step != step_before:
+            failures = 0
+        ended_by_clock = (
+            kind == "preempted" and "SIGTERM" not in reason and os.environ.get("DIST_LM_STOP_AT")
+        )
+        if kind == "retryable" or (ended_by_clock and step == step_before):
+            failures += 1
+        return failures
+
+    def _write(self, name: str, text: str) -> None:
+        """Write aside and rename, so that nobody reads half a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, self.folder / name)
+
     def run(self, work: Callable[[], str]) -> None:
-        """Do the work, whose result is why it stopped early, or ""; record how it ended, and exit accordingly."""
-        rank = int(os.environ.get("RANK", "0"))
+        """Do the work, record how it ended, and exit accordingly.
+
+        The work returns why it stopped early, or "".
+        """
         try:
             reason = work()
-            if rank == 0:
+            if _rank() == 0:
                 self.record("preempted" if reason else "done", reason)
         except UserError as error:
-            # Rank 0 speaks for all, unless this rank is alone with its error. Where another run has the folder, each
-            # rank tells the launch script of its own node.
-            patience = time.monotonic() + 5
-            while (
-                rank
-                and not self.is_recorded
-                and not self.lock.is_anothers()
-                and time.monotonic() < patience
-            ):
-                time.sleep(0.1)
-            if rank == 0 or not self.is_recorded:
-                self.record(kind(error.code), str(error))
-                if rank and not self.lock.is_anothers():
-                    print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+            self._record_refusal(error)
             raise
         except KeyboardInterrupt:
             self.record("preempted", "stopped at once")
@@ -190,20 +203,43 @@ class Attempt:
             os._exit(130)  # at once: nothing waits for peers
         except Exception as error:
             traceback.print_exc()
-            if rank == 0 or not self.is_recorded:
-                self.record(
-                    "retryable", f"rank {rank} on {socket.gethostname()}: {in_a_line(error)}"
-                )
+            if _rank() == 0 or not self.is_recorded:
+                where = f"rank {_rank()} on {socket.gethostname()}"
+                self.record("retryable", f"{where}: {in_a_line(error)}")
             self.lock.release()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(
-                CODES["retryable"]
-            )  # not through destructors, which may wait for a peer that is gone
+            # Not through destructors, which may wait for a peer that is gone.
+            os._exit(CODES["retryable"])
         finally:
             self.lock.release()
         if reason:
             sys.exit(CODES["preempted"])
+
+    def _record_refusal(self, error: UserError) -> None:
+        """Record a UserError. Rank 0 speaks for all, unless this rank is alone with its error.
+
+        Where another run has the folder, each rank tells the launch script of its own node.
+        """
+        rank = _rank()
+        if rank:
+            self._wait_for_record(seconds=5)
+        if rank == 0 or not self.is_recorded:
+            self.record(kind(error.code), str(error))
+            if rank and not self.lock.is_anothers():
+                print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+
+    def _wait_for_record(self, seconds: float) -> None:
+        """Give rank 0 time to record the ending, unless another run has the folder."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.is_recorded or self.lock.is_anothers():
+                return
+            time.sleep(0.1)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def main(argv: list[str]) -> None:

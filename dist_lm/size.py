@@ -4,7 +4,7 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from dist_lm.config import Config
+from dist_lm.config import Config, total_steps
 from dist_lm.data.manifest import find_prepared, read_manifest
 from dist_lm.data.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
@@ -42,17 +42,18 @@ def vocabulary(config: Config) -> int:
 
 
 def steps_of(config: Config) -> int:
-    if config.run.steps:
-        return config.run.steps
-    if not find_prepared(config.data.input):
+    """Updates of the whole run, without reading text."""
+    sequences = None
+    if not config.run.steps and find_prepared(config.data.input):
+        shards = TokenShards(config.data.input, "train")
+        sequences = sum(shards.counts(config.data.seq_len, config.data.stride or 1))
+    steps = total_steps(config, sequences)
+    if steps is None:
         raise UserError(
             f"run.epochs={config.run.epochs} of data.input={config.data.input} is of unknown length; rule: a prepared"
             " folder, or run.steps"
         )
-    sequences = sum(
-        TokenShards(config.data.input, "train").counts(config.data.seq_len, config.data.stride or 1)
-    )
-    return -(-(config.run.epochs or 0) * sequences // config.data.global_batch)
+    return steps
 
 
 def parameters(config: Config, vocab_size: int) -> int:

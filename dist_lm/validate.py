@@ -34,7 +34,7 @@ def validate(
     batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     loss_targets_bytes = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-    with torch.no_grad(), runtime.autocast():
+    with torch.no_grad(), runtime.engine.autocast():
         for _ in range(-(-end // data.global_batch)):
             for micro in batches.take().micros:
                 loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.save import OwnedSlice, Saver
+from dist_lm.checkpoint.layout import OwnedSlice
+from dist_lm.checkpoint.save import Saver
 from dist_lm.config import DataConfig, ModelSpec
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer

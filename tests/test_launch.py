@@ -1,4 +1,6 @@
-"""launch/torchrun.sh and accelerate.sh: what they find out, signals, restarts; two hosts and the link between them."""
+"""launch/torchrun.sh and accelerate.sh: what they find out, signals, restarts; two hosts and the
+link between them.
+"""
 
 import json
 import shutil
@@ -65,9 +67,9 @@ def test_dry_run_prints_the_command_and_stops(tmp_path: Path) -> None:
         "--nnodes 1 --nproc-per-node 3 --node-rank 0 --master-addr 127.0.0.1 --master-port 15999"
         f" {ROOT}/dist_lm/train.py --launch zero2 --run.dir {tmp_path}/run\n" in said
     )
-    assert "--nproc-per-node 2 " in launch(
-        "torchrun", "--dry-run", *run, CUDA_VISIBLE_DEVICES="4,7"
-    )  # its GPUs
+    # One process for each of its GPUs.
+    said = launch("torchrun", "--dry-run", *run, CUDA_VISIBLE_DEVICES="4,7")
+    assert "--nproc-per-node 2 " in said
     several = ("--nnodes", "2", "--host", "localhost", "--dry-run", *run)
     said = launch("accelerate", "--node-rank", "1", "--nproc", "2", "--interface", "lo", *several)
     assert (
@@ -107,10 +109,8 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         said = launch("torchrun", "--port", port, "--run.dir", str(tmp_path / "run"), code=2)
-    assert (
-        said
-        == f"torchrun.sh: error: --port {port}: port {port} is in use on this host; choose another\n"
-    )
+    refusal = f"--port {port}: port {port} is in use on this host; choose another"
+    assert said == f"torchrun.sh: error: {refusal}\n"
 
 
 @pytest.mark.slow
@@ -150,9 +150,8 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
         assert (
             int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
         )
-        assert (
-            said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1
-        )  # each signal once
+        # Each signal is answered once.
+        assert said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1
         assert running(run) == []
     finally:
         for pid in (launcher.pid, *running(run)):

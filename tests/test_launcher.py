@@ -1,4 +1,6 @@
-"""Whether a rank finds out that its launcher is gone, also before its own first line. With torchrun: test_train.py."""
+"""Whether a rank finds out that its launcher is gone, also before its own first line. With
+torchrun: test_train.py.
+"""
 
 import os
 import shutil
@@ -64,7 +66,9 @@ def test_process_1_is_the_launcher_if_it_is_python(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("env", [{}, {"TORCHELASTIC_RUN_ID": "x"}])
 def test_a_rank_whose_launcher_ended_before_it_began(tmp_path: Path, env: dict[str, str]) -> None:
-    """The shell ends at once, the rank begins later. Without a launcher's variable it is an ordinary program."""
+    """The shell ends at once, the rank begins later. Without a launcher's variable it is an
+    ordinary program.
+    """
     out = tmp_path / "out"
     out.touch()
     late = f"(sleep 0.5; exec '{sys.executable}' -c '{RANK}') >{out} 2>&1 &"

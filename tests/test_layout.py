@@ -15,7 +15,7 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports a command.
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
-    {"errors", "console", "disk", "channel", "launcher"},
+    {"errors", "console", "disk", "channel", "launcher", "revision"},
     {"config", "lock"},
     {"explain", "helptext"},
     {"cli", "metrics", "optim", "outcome"},
@@ -24,6 +24,7 @@ LEVELS = [
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
+    {"resume", "loop"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan"},
 ]
 STRANGERS = {"model", "data"}
@@ -87,8 +88,9 @@ def test_accelerate_and_distributed_have_one_home() -> None:
                 foreign.add(name)
         assert room_of(module) in ("runtime", "channel") or not foreign, (module, foreign)
     # optional
-    names = imports(CODE / "runtime" / "zero.py", top_level_only=True)
-    assert not {name for name in names if name.startswith("deepspeed")}
+    for path in (CODE / "runtime").glob("*.py"):
+        names = imports(path, top_level_only=True)
+        assert not {name for name in names if name.startswith("deepspeed")}, path
 
 
 def test_transformers_is_for_tests_only() -> None:
@@ -97,6 +99,22 @@ def test_transformers_is_for_tests_only() -> None:
         for m, path in MODULES.items()
         if "transformers" in {n.split(".")[0] for n in imports(path)}
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        ("dist_lm.train", {"torch", "numpy", "pydantic"}),  # die_with_launcher() comes first
+        ("dist_lm.outcome", {"torch", "numpy"}),
+        ("dist_lm.runtime.strategy", {"torch", "deepspeed"}),
+    ],
+)
+def test_slow_packages_come_late(module: str, slow: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not slow & set(done.stdout.split())
 
 
 def test_names_shadow_nothing() -> None:

@@ -45,7 +45,9 @@ def held(folder: Path) -> Iterator[RunLock]:
 def another_process(
     folder: Path, before: str = "", host: str = ""
 ) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds the lock until it is told to go on; then it says why it lost it, or nothing."""
+    """A process that holds the lock until it is told to go on; then it says why it lost it, or
+    nothing.
+    """
     code = f"""
 import socket, sys
 from pathlib import Path
@@ -116,7 +118,7 @@ def test_a_live_run_is_left_alone_and_a_dead_one_s_lock_taken_at_once(tmp_path: 
 
 @pytest.mark.parametrize("text", ["", json.dumps({"host": "elsewhere", "pid": 1}), "{torn"])
 def test_what_nobody_touches_is_taken(tmp_path: Path, text: str) -> None:
-    """An empty file, which a full disk leaves, at once; one that names another host after a while."""
+    """An empty file, left by a full disk, at once; one that names another host after a while."""
     (tmp_path / "run.lock").write_text(text)
     (tmp_path / ".run.lock.0123").touch()  # of a start that was killed
     began = time.monotonic()
@@ -141,10 +143,9 @@ def test_a_stopped_process_keeps_its_folder(tmp_path: Path) -> None:
     with another_process(tmp_path) as first:
         first.send_signal(signal.SIGSTOP)
         said = refused(tmp_path)
-        assert (
-            f'is in use by another run whose process is stopped or unreachable ({{"host": "{socket.gethostname()}", "pid": {first.pid},'
-            in said
-        )
+        place = f'{{"host": "{socket.gethostname()}", "pid": {first.pid},'
+        what = "is in use by another run whose process is stopped or unreachable"
+        assert f"{what} ({place}" in said
         assert f"end that process, or delete {tmp_path}/run.lock if it is lost" in said
         assert RunLock(tmp_path).is_anothers()
         first.send_signal(signal.SIGCONT)
@@ -158,9 +159,8 @@ def test_a_host_that_is_lost_may_have_its_flock_for_a_while(
     monkeypatch.setattr(lock, "LEASE_SECONDS", 60.0)
     with another_process(tmp_path, host="elsewhere") as first:
         first.send_signal(signal.SIGSTOP)
-        killer = threading.Timer(
-            8.0, first.kill
-        )  # after 6 s a start on the same host would have been refused
+        # After 6 s a start on the same host would have been refused.
+        killer = threading.Timer(8.0, first.kill)
         killer.start()
         began = time.monotonic()
         with held(tmp_path):

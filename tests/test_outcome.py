@@ -1,4 +1,6 @@
-"""outcome.json: classes, counting of failures, the launchers' questions; and a signal at any time leads to one stop."""
+"""outcome.json: classes, counting of failures, the launchers' questions; and a signal at any time
+leads to one stop.
+"""
 
 import json
 import shutil
@@ -75,9 +77,9 @@ def test_an_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     Attempt(tmp_path).run(lambda: "")
     assert read(tmp_path)["class"] == "done"
     (tmp_path / "file").touch()
-    assert (
-        Attempt(tmp_path / "file" / "run").record("done", "")["class"] == "done"
-    )  # said, not raised
+    # What cannot be written is a warning, not an error.
+    outcome = Attempt(tmp_path / "file" / "run").record("done", "")
+    assert outcome["class"] == "done"
     (tmp_path / "outcome.json").write_text("{torn")
     assert read(tmp_path) == {} and Attempt(tmp_path).number == 1
 
@@ -135,7 +137,9 @@ def quiet(text: str) -> None:
 def test_only_who_holds_the_folder_writes_its_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refused start tells its own launch script, whose number may be that of the run that lives there."""
+    """A refused start tells its own launch script, whose number may be that of the run that lives
+    there.
+    """
 
     def refuse() -> str:
         raise UserError("in use by another run")
@@ -159,9 +163,8 @@ def test_only_who_holds_the_folder_writes_its_outcome(
             "outcome", "after", "1", "1", *run, code=2, DIST_LM_START_ID=f"node{rank}-12/../3"
         )
         assert said == f"{tmp_path}: config at step 0, attempt 1: in use by another run\n"
-    said = entry(
-        "outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other"
-    )  # killed while it waited
+    # Killed while it waited.
+    said = entry("outcome", "after", "1", "137", *run, code=70, DIST_LM_START_ID="other")
     assert "no rank said why" in said
     assert {file.name for file in tmp_path.iterdir()} == {"run.lock"}
 

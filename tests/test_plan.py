@@ -27,7 +27,7 @@ from dist_lm.planning.estimate import (
 )
 from dist_lm.planning.memory import memory
 from dist_lm.planning.page import describe
-from dist_lm.runtime.zero import Strategy
+from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from tests.conftest import TINY
 from tests.procs import ROOT, entry, train

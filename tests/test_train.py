@@ -1,4 +1,6 @@
-"""The promises of training, on real processes: the same curve however it is spread, and resuming from anything."""
+"""The promises of training, on real processes: the same curve however it is spread, and resuming
+from anything.
+"""
 
 import json
 import os
@@ -97,7 +99,9 @@ def test_the_curve_does_not_know_the_machine(prepared: Path, tmp_path: Path, dro
 
 @pytest.mark.slow
 def test_the_loop_is_the_textbook_s(prepared: Path, tmp_path: Path) -> None:
-    """Rate, clipping, decay and the forgetting of gradients, step by step against a loop of five lines."""
+    """Rate, clipping, decay and the forgetting of gradients, step by step against a loop of five
+    lines.
+    """
     common = tiny(prepared, "--optim.clip", "0.5", "--data.micro_batch", "3")
     train(tmp_path / "run", *common)
     config, _ = load(["--run.dir", str(tmp_path / "run"), *common], TRAIN)
@@ -134,7 +138,9 @@ def test_compiled_curve(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_workers_and_document_mask(prepared: Path, tmp_path: Path) -> None:
-    """Fewer targets than tokens: the loss is still over all targets of the global batch, whatever the split."""
+    """Fewer targets than tokens: the loss is still over all targets of the global batch, whatever
+    the split.
+    """
     common = tiny(prepared, "--data.document_mask", "true", "--run.steps", "6")
     train(tmp_path / "one", *common)
     train(tmp_path / "split", *common, "--data.micro_batch", "1", "--data.workers", "0")
@@ -156,7 +162,9 @@ def test_optimizers_train_and_resume(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.campaign), "fp16"])
 def test_half_precision(prepared: Path, tmp_path: Path, precision: str) -> None:
-    """Within 1e-2 of fp32 over 12 steps; weights and moments stay fp32; the same under one process and two."""
+    """Within 1e-2 of fp32 over 12 steps; weights and moments stay fp32; the same under one process
+    and two.
+    """
     train(tmp_path / "fp32", *tiny(prepared))
     common = tiny(prepared, "--run.precision", precision)
     train(tmp_path / "one", *common)
@@ -171,7 +179,7 @@ def test_half_precision(prepared: Path, tmp_path: Path, precision: str) -> None:
 
 @pytest.mark.slow
 def test_fp16_overflow_is_skipped_counted_and_resumed(prepared: Path, tmp_path: Path) -> None:
-    """The first scale, 65536, overflows with a loss this steep; the run goes on at a smaller one."""
+    """The first scale, 65536, overflows with so steep a loss; the run goes on at a smaller one."""
     common = tiny(
         prepared, "--run.precision", "fp16", "--data.global_batch", "1", "--data.seq_len", "2"
     )
@@ -261,7 +269,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
     train(run, *common)
-    unbuildable = "import runpy; from dist_lm.runtime import world; world.Runtime.prepare = None; "
+    unbuildable = "import runpy; from dist_lm.runtime import engine; engine.Engine.prepare = None; "
     script = (
         unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')",
         "--run.dir",
@@ -275,9 +283,10 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     ), output
     output = train(run, *tiny(prepared, "--optim.lr", "2e-3", "--model.dropout", "0.5"), code=2)
     assert (
-        f"error: run.dir={run} was started with other settings (model.dropout: 0.0 -> 0.5, optim.lr: 0.001 -> 0.002);"
-        " rule: a resumed run keeps its mathematics; choose another run.dir, or --allow_change model.dropout"
-        in output
+        f"error: run.dir={run} was started with other settings (model.dropout: 0.0 -> 0.5,"
+        " optim.lr: 0.001 -> 0.002);"
+        " rule: a resumed run keeps its mathematics; choose another run.dir, or --allow_change"
+        " model.dropout" in output
     )
     faster = ["--optim.lr", "2e-3", "--allow_change", "optim.lr"]
     train(run, *tiny(prepared, *faster, "--run.steps", "6"), "--allow_change", "run.steps")
@@ -326,7 +335,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_only_bad_ones_are_refused(
 
 @pytest.mark.slow
 def test_damaged_newer_steps_do_not_cost_the_valid_ones(prepared: Path, tmp_path: Path) -> None:
-    """Two damaged folders above all steps, and two of the run to keep: the run's own stay, and can be resumed."""
+    """Two damaged folders above all steps, and two of the run to keep: the run's own stay, and can
+    be resumed.
+    """
     run = tmp_path / "run"
 
     def go_on_to(step: int) -> str:
@@ -370,7 +381,9 @@ def flip_a_bit(file: Path) -> None:
 
 @pytest.mark.slow
 def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
-    """Fine-tuning: another schedule, the weights of a checkpoint; its first loss continues, its step is 0 again."""
+    """Fine-tuning: another schedule, the weights of a checkpoint; its first loss continues, its
+    step is 0 again.
+    """
     common = tiny(prepared, "--run.steps", "24")
     train(tmp_path / "first", *common)
     train(
@@ -390,7 +403,9 @@ def test_start_from_weights(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_epochs_are_exact(prepared: Path, tmp_path: Path) -> None:
-    """Two epochs of a stream whose length no batch divides: every sequence twice, the rest of the last step empty."""
+    """Two epochs of a stream whose length no batch divides: every sequence twice, the rest of the
+    last step empty.
+    """
     common = [
         word
         for word in tiny(
@@ -465,15 +480,19 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
             )
         )
     code, output = finish(ranks)
-    told = r"error: rank 1 on \S+ has settings \(by hash\) (\w+), rank 0 on \S+ has (\w+); rule: the same on every node"
-    found = re.search(told, output)
+    found = re.search(
+        r"error: rank 1 on \S+ has settings \(by hash\) (\w+), rank 0 on \S+ has (\w+);"
+        " rule: the same on every node",
+        output,
+    )
     assert code == 2 and found and found[1] != found[2], output
 
 
 @pytest.mark.slow
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
-    """A second start refuses, also while the first is stopped, and leaves the outcome alone; a killed run's lock is
-    taken over, and its launch script hears that it may be started again."""
+    """A second start refuses, also while the first is stopped, and leaves the outcome alone; a
+    killed run's lock is taken over, and its launch script hears that it may be started again.
+    """
     run, common = (
         tmp_path / "run",
         tiny(prepared, "--run.steps", "100000", "--run.save_every", "50"),
@@ -511,7 +530,9 @@ def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
 def test_a_run_that_lost_its_folder_ends_and_writes_nothing_more(
     prepared: Path, tmp_path: Path, how: str, world: int
 ) -> None:
-    """As where flock is granted to everybody: it is stopped, another takes the folder, and it goes on."""
+    """As where flock is granted to everybody: it is stopped, another takes the folder, and it goes
+    on.
+    """
     run, common = (
         tmp_path / "run",
         tiny(prepared, "--run.steps", "100000", "--run.save_every", "10"),
@@ -534,8 +555,9 @@ def test_a_run_that_lost_its_folder_ends_and_writes_nothing_more(
         rank.send_signal(signal.SIGCONT)
     code, output = finish(first, 60)
     assert code == 2, output
-    told = f"error: run.dir={run} is no longer this run's ({lock} {'is now held by' if how == 'taken' else 'was deleted'}"
-    assert told in output and output.count("error: ") == 1
+    why = "is now held by" if how == "taken" else "was deleted"
+    assert f"error: run.dir={run} is no longer this run's ({lock} {why}" in output
+    assert output.count("error: ") == 1
     assert {
         file: file.stat().st_mtime_ns for file in run.rglob("*") if ".step-" not in str(file)
     } == before
@@ -553,9 +575,8 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
         assert (c[key], d[key]) == pytest.approx((a[key], b[key]), rel=1e-6)
     assert (tmp_path / "3/samples.md").read_text().count("## step") == 2
     assert (tmp_path / "1/loss.png").stat().st_size > 10_000
-    kept = [
-        folder.name for folder in step_folders(tmp_path / "1")
-    ]  # the last one, which is also the best here
+    # The last one, which is also the best here.
+    kept = [folder.name for folder in step_folders(tmp_path / "1")]
     assert kept == ["step-00000012"]
 
 
@@ -592,7 +613,8 @@ def all_gone(run: Path, seconds: float) -> bool:
 
 LAUNCHERS = {
     "torchrun": "-m torch.distributed.run --nproc-per-node 2 --master-port",
-    "accelerate": "-m accelerate.commands.launch --config_file launch/ddp.yaml --num_processes 2 --main_process_port",
+    "accelerate": "-m accelerate.commands.launch --config_file launch/ddp.yaml --num_processes 2"
+    " --main_process_port",
 }
 
 

@@ -1,4 +1,9 @@
-"""checkpoint.folder."""
+"""Step folders: their names, whether one is whole, finding and deleting them.
+
+A folder named step-* is complete, because it is renamed only after its manifest was written. It may
+have been damaged or tampered with since, so a checkpoint is verified before it is used, and
+whatever lies there instead of what we wrote is refused with a UserError after bounded work.
+"""
 
 import errno
 import hashlib
@@ -16,55 +21,36 @@ from typing import Any
 from dist_lm.data.manifest import FILE_NAME, SHA256
 from dist_lm.errors import CheckpointError, UserError
 
-_FORMAT = 1
-
-
+FORMAT = 1  # of the manifest
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
-
-
 _LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
+_LARGEST_JSON = 128 * 2**20  # bytes
+_LONGEST_NAME = 255  # characters that a message shows of a file name
 
 
-_LARGEST_JSON = 128 * 2**20
-
-
-def delete(path: Path) -> None:
-    """Delete a folder and all that is in it. A link is deleted itself; what it points to stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint so that a kill midway leaves no half of it under its name."""
-    if os.path.lexists(folder):
-        doomed = folder.with_name(f".{folder.name}.old.tmp")
-        delete(doomed)
-        folder.rename(doomed)
-        delete(doomed)
-
-
-def _warn(what: str) -> None:
-    print(f"warning: {what}", file=sys.stderr)
+# --- finding
 
 
 def step_of(folder: Path) -> int:
-    found = _STEP_NAME.fullmatch(folder.name)
-    assert found, f"{folder} is no step folder"
-    return int(found[1])
+    match = _STEP_NAME.fullmatch(folder.name)
+    assert match, f"{folder} is no step folder"
+    return int(match[1])
 
 
 def step_folders(run_dir: Path) -> list[Path]:
     """All step folders, oldest first."""
-    return sorted(
-        (p for p in run_dir.glob("step-*") if p.is_dir() and _STEP_NAME.fullmatch(p.name)),
-        key=step_of,
-    )
+    folders = []
+    for path in run_dir.glob("step-*"):
+        if path.is_dir() and _STEP_NAME.fullmatch(path.name):
+            folders.append(path)
+    return sorted(folders, key=step_of)
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and why newer ones were passed over. Refuses if there are only bad ones."""
+    """The newest checkpoint that verifies, and why newer ones were passed over.
+
+    Refuses if there are only bad ones.
+    """
     passed_over: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
@@ -74,91 +60,18 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
             passed_over.append(str(error))
     if passed_over:
         raise CheckpointError(
-            f"run.dir={run_dir} holds no valid checkpoint: {passed_over[0]}; rule: never restart silently at step 0;"
-            " choose another run.dir, or remove the damaged folders",
+            f"run.dir={run_dir} holds no valid checkpoint: {passed_over[0]}; rule: never restart"
+            " silently at step 0; choose another run.dir, or remove the damaged folders",
         )
     return None, []
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Check every file's size and hash against the manifest, and return the manifest.
-
-    A folder may have been copied or renamed to something that is not step-*: then its step is what the manifest says.
-    """
-    manifest = _read_manifest(folder)
-    files, step = manifest["files"], manifest["step"]
-    if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
-        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
-    try:
-        present = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
-    extra = present - set(files) - {"manifest.json"}
-    if extra:
-        raise _damaged(folder / min(extra), "is not in the manifest")
-    for name, facts in files.items():
-        _check_file(folder / name, facts["size"], facts["sha256"])
-    return manifest
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. What it says can be used as it is: types, names and hashes have been checked."""
-    path = folder / "manifest.json"
-    manifest = _read_json(path, _LARGEST_MANIFEST)
-    if manifest.get("format") != _FORMAT or not isinstance(manifest.get("files"), dict):
-        raise _damaged(path, f"is not of format {_FORMAT}")
-    if not _is_count(manifest.get("step")):
-        raise _damaged(path, "its step is not a number >= 0")
-    for name, facts in manifest["files"].items():
-        if not FILE_NAME.fullmatch(name):
-            raise _damaged(path, f"{_printable(name)} is not a file name")
-        if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
-            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
-        if not _is_count(facts["size"]):
-            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
-        if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
-            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
-    return manifest
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0  # True is an int too
-
-
-def _check_file(path: Path, size: int, sha256: str) -> None:
-    """Refuse a file that is not what the manifest says."""
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise _damaged(path, "is missing or not a regular file")
-        with _open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise _damaged(path, f"has {found} bytes, the manifest says {size}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise _damaged(path, "does not match its hash in the manifest")
-    except FileNotFoundError as error:
-        raise _damaged(path, "is missing or not a regular file") from error
-    except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return CheckpointError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}")
-
-
-def _printable(name: str) -> str:
-    """A file name for a message. One that we did not write may be long or hold control characters."""
-    return name if FILE_NAME.fullmatch(name) and len(name) <= 255 else ascii(name[:255])
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Everything of a step that is not a tensor."""
-    return _read_json(folder / "state.json")
-
-
 def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The folder of the model that `name` means: a run (its newest valid step), a step, a transformers folder or a hub
-    name."""
+    """The folder of the model that `name` means.
+
+    It may be a run (then its newest valid step), a step folder, a transformers folder or a hub
+    name.
+    """
     path = Path(name)
     if (path / "config.json").is_file():
         if os.path.lexists(path / "manifest.json"):
@@ -185,21 +98,78 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         ) from error
 
 
-def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
-    """Going back to a step starts another trajectory: later steps of the old one must not be resumed by mistake."""
-    for folder in step_folders(run_dir):
-        if step_of(folder) > step:
-            aside = next(
-                p
-                for n in range(1000)
-                if not os.path.lexists(p := run_dir / f"replaced-{n}-{folder.name}")
-            )
-            folder.rename(aside)
-            say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
+# --- checking
 
 
-def _read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
-    """A JSON object of a checkpoint. Whatever lies there instead is refused with a UserError, after bounded work."""
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file's size and hash against the manifest, and return the manifest.
+
+    A folder may have been copied or renamed to something that is not step-*: then its step is the
+    manifest's.
+    """
+    manifest = _read_manifest(folder)
+    files = manifest["files"]
+    step = manifest["step"]
+    if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
+        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
+    try:
+        present = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
+    extra = present - set(files) - {"manifest.json"}
+    if extra:
+        raise _damaged(folder / min(extra), "is not in the manifest")
+    for name, facts in files.items():
+        _check_file(folder / name, facts["size"], facts["sha256"])
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Its types, names and hashes have been checked, so it can be used as it is.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path, _LARGEST_MANIFEST)
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        raise _damaged(path, f"is not of format {FORMAT}")
+    if not _is_count(manifest.get("step")):
+        raise _damaged(path, "its step is not a number >= 0")
+    for name, facts in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name):
+            raise _damaged(path, f"{_printable(name)} is not a file name")
+        if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
+            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
+        if not _is_count(facts["size"]):
+            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
+        if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
+            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
+    return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is an int too
+
+
+def _check_file(path: Path, size: int, sha256: str) -> None:
+    """Refuse a file that is not as the manifest describes it."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _damaged(path, "is missing or not a regular file")
+        with _open_regular(path) as file:
+            actual_size = os.fstat(file.fileno()).st_size
+            if actual_size != size:
+                raise _damaged(path, f"has {actual_size} bytes, the manifest says {size}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise _damaged(path, "does not match its hash in the manifest")
+    except FileNotFoundError as error:
+        raise _damaged(path, "is missing or not a regular file") from error
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+    """A JSON object of a checkpoint."""
     try:
         with _open_regular(path) as file:
             data = file.read(largest + 1)
@@ -217,9 +187,68 @@ def _read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
 
 
 def _open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; refuses pipes and devices, where opening or reading may wait for ever."""
+    """Open a file for reading.
+
+    Refuses pipes and devices, where opening or reading may wait for ever.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(descriptor, "rb")
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return CheckpointError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}")
+
+
+def _printable(name: str) -> str:
+    """A file name for a message. A foreign one may be long or hold control characters."""
+    if FILE_NAME.fullmatch(name) and len(name) <= _LONGEST_NAME:
+        return name
+    return ascii(name[:_LONGEST_NAME])
+
+
+# --- deleting and moving
+
+
+def delete(path: Path) -> None:
+    """Delete a folder and all that is in it. A link is deleted itself; what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill midway leaves no half of it under its name."""
+    if os.path.lexists(folder):
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        delete(doomed)
+        folder.rename(doomed)
+        delete(doomed)
+
+
+def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:
+    """Rename the steps after `step`.
+
+    Going back to it starts another trajectory, which must not resume the old one.
+    """
+    for folder in step_folders(run_dir):
+        if step_of(folder) > step:
+            aside = _free_name(run_dir, folder.name)
+            folder.rename(aside)
+            say(f"{folder.name} is of another trajectory now and was renamed to {aside.name}")
+
+
+def _free_name(run_dir: Path, name: str) -> Path:
+    """The first of replaced-0-NAME, replaced-1-NAME and so on that does not exist."""
+    number = 0
+    while os.path.lexists(run_dir / f"replaced-{number}-{name}"):
+        number += 1
+    return run_dir / f"replaced-{number}-{name}"
+
+
+def warn(text: str) -> None:
+    """From the saver's thread, where no progress line may be touched."""
+    print(f"warning: {text}", file=sys.stderr)

@@ -1,8 +1,12 @@
-"""checkpoint.load."""
+"""Reading checkpoints and transformers folders: network, weights, and what a run goes on from.
+
+Only safetensors and JSON are read. Tensors are found by name over all files, so it does not matter
+how they were divided among them.
+"""
 
 import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +15,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dist_lm.checkpoint.folder import _read_json, locate
-from dist_lm.checkpoint.save import OwnedSlice
+from dist_lm.checkpoint.folder import locate, read_json
+from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import CheckpointError
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 
+# From a tensor's name to a lazy slice of it. Raises KeyError where there is none.
+_Getter = Callable[[str], Any]
+
 
 def read_description(folder: Path) -> ModelSpec:
     """The network of a folder, from its config.json."""
-    return hf.from_config_json(_read_json(folder / "config.json"))
+    return hf.from_config_json(read_json(folder / "config.json"))
 
 
 def tokenizer_hash(folder: Path) -> str | None:
     """Hash of the tokenizer that lies with a model, if one does."""
-    return Tokenizer.load(folder).sha256 if (folder / "tokenizer.json").is_file() else None
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.load(folder).sha256
 
 
 def read_weights(folder: Path, spec: ModelSpec, average: bool = False) -> dict[str, Tensor]:
-    """The weights by our parameter names, on CPU; or the moving average of them that the run kept beside."""
-    with _open_tensors(folder, "optimizer" if average else "model") as get:
-        if not average:
+    """The weights by our parameter names, on CPU; or the moving average that the run kept."""
+    if not average:
+        with _open_tensors(folder, ["model"]) as get:
             return hf.import_tensors(spec, get)
+    with _open_tensors(folder, ["optimizer"]) as get:
         try:
             return hf.import_tensors(spec, get, hf.own_layout(spec, "ema"))
         except hf.MissingTensor as error:
@@ -50,7 +60,8 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > spec.vocab_size:
         raise CheckpointError(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model {spec.vocab_size}; rule: no more",
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model"
+            f" {spec.vocab_size}; rule: no more",
         )
     model = GPT(spec)
     model.load_state_dict(read_weights(folder, spec, average), assign=True)
@@ -58,51 +69,60 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
 
 
 @torch.no_grad()
-def restore(
-    folder: Path,
-    spec: ModelSpec,
-    owned: Iterable[OwnedSlice],
-    optimizer: bool,
-) -> None:
-    """Fill what this rank holds, reading little more of the files than that; with the optimizer's tensors or without.
+def restore(folder: Path, spec: ModelSpec, owned: Iterable[OwnedSlice], optimizer: bool) -> None:
+    """Fill what this rank owns, reading little more of the files than that.
 
-    What a longer context of the folder has beyond `seq_len` is left out.
+    With `optimizer` its tensors too. If the folder's context is longer than `spec.seq_len`, the
+    part beyond is left out.
     """
-    model, context = spec.config, read_description(folder).seq_len
+    in_folder = replace(spec, seq_len=read_description(folder).seq_len)
     entries: dict[str, list[hf.Entry]] = {}
-    for entry in hf.layout(replace(spec, seq_len=context)):
+    for entry in hf.layout(in_folder):
         entries.setdefault(entry.param, []).append(entry)
     shapes = hf.shapes(spec)
-    with _open_tensors(folder, *(("model", "optimizer") if optimizer else ("model",))) as get:
-        for constant in entries.get("", ()):
-            hf.import_part(constant, get, None, 0, model)
-        for h in owned:
-            for entry in entries[h.name]:
-                hf.import_part(entry, get, h.weight, h.start, model)
-            for key, values in {**h.state, **h.extra}.items() if optimizer else ():
-                name = f"{h.name}.{key}"
-                try:
-                    if key in h.state:
-                        hf.import_part(
-                            hf.own_entry(h.name, shapes[h.name], key), get, values, h.start, model
-                        )
-                    else:
-                        values.copy_(get(name)[...])
-                except (KeyError, hf.MissingTensor):
-                    raise CheckpointError(
-                        f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
-                    ) from None
+    stems = ["model", "optimizer"] if optimizer else ["model"]
+    with _open_tensors(folder, stems) as get:
+        for constant in entries.get("", []):
+            hf.import_part(constant, get, None, 0, spec.config)
+        for part in owned:
+            for entry in entries[part.name]:
+                hf.import_part(entry, get, part.weight, part.start, spec.config)
+            if optimizer:
+                _restore_optimizer(folder, spec, part, shapes[part.name], get)
+
+
+def _restore_optimizer(
+    folder: Path, spec: ModelSpec, part: OwnedSlice, shape: tuple[int, ...], get: _Getter
+) -> None:
+    """Fill the optimizer's tensors for a slice."""
+    name = ""
+    try:
+        for key, values in part.state.items():
+            name = f"{part.name}.{key}"
+            entry = hf.own_entry(part.name, shape, key)
+            hf.import_part(entry, get, values, part.start, spec.config)
+        for key, values in part.extra.items():
+            name = f"{part.name}.{key}"
+            values.copy_(get(name)[...])
+    except (KeyError, hf.MissingTensor):
+        raise CheckpointError(
+            f"{folder.name} lacks {name} of the optimizer; rule: resume with the same optimizer",
+        ) from None
 
 
 @contextlib.contextmanager
-def _open_tensors(folder: Path, *stems: str) -> Any:
-    """A function from tensor name to tensor over the safetensors files whose names begin so."""
+def _open_tensors(folder: Path, stems: list[str]) -> Iterator[_Getter]:
+    """Inside, tensors of the files STEM*.safetensors can be read by name."""
+    paths: list[Path] = []
+    for stem in stems:
+        paths += folder.glob(f"{stem}*.safetensors")
+    file_of = {}
     with contextlib.ExitStack() as stack:
-        where = {}
-        for path in sorted(path for stem in stems for path in folder.glob(f"{stem}*.safetensors")):
+        for path in sorted(paths):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-            where.update(dict.fromkeys(file.keys(), file))
-        yield lambda name: where[name].get_slice(name)  # KeyError where there is none
+            for name in file.keys():  # noqa: SIM118 — it is no mapping
+                file_of[name] = file
+        yield lambda name: file_of[name].get_slice(name)

@@ -1,7 +1,6 @@
 """Checks of devices, software, threads, memory, clocks and speed."""
 
 import contextlib
-import hashlib
 import os
 import platform
 import socket
@@ -15,13 +14,12 @@ from typing import Any
 
 import torch
 
-from dist_lm import __version__
 from dist_lm.checks.ranks import Found, Ranks, few
 from dist_lm.console import gigabytes
 from dist_lm.errors import UserError
+from dist_lm.revision import version_and_hash
 from dist_lm.size import checkpoint_bytes, parameters, vocabulary
 
-CODE = Path(__file__).parents[1]
 PACKAGES = ("torch", "accelerate", "deepspeed", "datasets")
 SLOW = 0.8  # share of the median speed below which a rank is slow
 SKEW_SECONDS = 1.0  # what clocks may differ by
@@ -63,13 +61,7 @@ def facts_of_machine(device: torch.device) -> dict[str, Any]:
 
 def versions_here() -> dict[str, str]:
     """Of Python and packages; of dist_lm with a hash of its code."""
-    code = hashlib.sha256()
-    for path in sorted(CODE.rglob("*.py")):
-        code.update(path.read_bytes())
-    found = {
-        "python": platform.python_version(),
-        "dist_lm": f"{__version__} ({code.hexdigest()[:8]})",
-    }
+    found = {"python": platform.python_version(), "dist_lm": version_and_hash()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -129,17 +121,15 @@ def memory(ranks: Ranks) -> Found:
     host = smallest["host"]
     free = smallest["device_memory"] or smallest["memory"]
     text = f"{gigabytes(free)} GB free on {host}"
-    zero = {"stage": 0}
-    if ranks.runtime.settings:
-        zero = ranks.runtime.settings["zero_optimization"]
+    strategy = ranks.runtime.engine.strategy
     try:
         vocab_size = vocabulary(ranks.config)
     except UserError:
         return text, False
-    if on_gpu and "offload_optimizer" in zero:
+    if on_gpu and strategy.optimizer_device != "none":
         return text, False
     processes = 1 if on_gpu else sum(facts["host"] == host for facts in ranks.facts)
-    least = processes * least_bytes(ranks, zero["stage"], vocab_size)
+    least = processes * least_bytes(ranks, strategy.stage, vocab_size)
     text += f", weights, gradients and moments take {gigabytes(least)} GB"
     if least > free:
         raise UserError(text)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config import Config, DataConfig, SourceConfig
+from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.files import Part, TextFile, find_files
 from dist_lm.data.formats import Reader
@@ -72,11 +72,7 @@ class Dataset:
 
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""
-        if config.run.epochs is None:
-            return config.run.steps
-        if self.alone is None:
-            return None
-        return -(-config.run.epochs * self.alone.sequences // config.data.global_batch)
+        return total_steps(config, self.sequences)
 
     def open_reader(
         self,

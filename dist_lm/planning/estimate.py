@@ -14,7 +14,7 @@ from dist_lm.metrics import peak_flops
 from dist_lm.model.init import flops_per_token
 from dist_lm.planning.cluster import GPUS, OVERHEAD, Cluster
 from dist_lm.planning.memory import Memory, memory
-from dist_lm.runtime.zero import LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
+from dist_lm.runtime.strategy import LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of
 
 _DEVICES = ("none", "cpu", "nvme")  # of offloaded parts, from fast to slow

@@ -13,7 +13,7 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.model.init import parameter_shapes
 from dist_lm.optim import moments
 from dist_lm.planning.activations import LiveBytes, live_bytes
-from dist_lm.runtime.zero import BUCKET, Strategy
+from dist_lm.runtime.strategy import BUCKET, Strategy
 from dist_lm.size import checkpoint_bytes
 
 # Elements: DeepSpeed's stage3_max_live_parameters, which the files of launch/ leave alone.

@@ -1,4 +1,10 @@
-"""runtime.start."""
+"""How a process joins the others.
+
+start() checks what one process can check alone, meets the other ranks, and compares. Silent
+degradation is the worst failure of this stack: one process where eight were asked for, or ranks
+with different code or data. So start() proves the world with an exchange and refuses whatever
+differs.
+"""
 
 import hashlib
 import os
@@ -7,6 +13,7 @@ import secrets
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +21,63 @@ from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from dist_lm import __version__
 from dist_lm.config import Config, batch_layout
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.outcome import Attempt
-from dist_lm.runtime import zero
+from dist_lm.revision import version_and_hash
+from dist_lm.runtime.engine import Engine, ReplicatedEngine
+from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from dist_lm.runtime.watchdog import Watchdog
 from dist_lm.runtime.world import Runtime
+from dist_lm.runtime.zero import ZeroEngine, deepspeed_plugin, zero_settings
+
+_BUCKET_MB_ON_GPU = 25  # torch's own choice
+_BUCKET_MB_ON_CPU = (
+    1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
+)
+_LARGEST_KEPT_BLOCK = 2**25 - 2**16  # bytes; just below the 32 MB that glibc learns at most
+
+
+def start(
+    config: Config,
+    launch: str | None = None,
+    attempt: Attempt | None = None,
+    examining: bool = False,
+) -> Runtime:
+    """Join the other processes, and check that they are as many and see the same. All ranks.
+
+    `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The
+    doctor sets `examining`, because it reports itself what differs between ranks and which are
+    missing.
+    """
+    refuse_silent_single()
+    _refuse_unsafe_loading()
+    _refuse_missing_trackers(config.run.trackers)
+    strategy = choose_strategy(launch)
+
+    settings = None
+    if strategy.stage:
+        settings = _settings_of_zero(config, strategy, launch)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = max(1, len(os.sched_getaffinity(0)) // local_world)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
+    accelerator = _meet(config, settings)
+    engine: Engine
+    if settings:
+        engine = ZeroEngine(accelerator, config, strategy, settings)
+    else:
+        engine = ReplicatedEngine(accelerator, config, strategy)
+    runtime = Runtime(accelerator, engine, attempt or Attempt(Path(config.run.dir)))
+
+    _prove_world(runtime)
+    if not examining:
+        _refuse_different(runtime, config)
+    _use_host(runtime, threads, local_world)
+    if strategy.nvme_path != "none":
+        runtime.say(f"offloading to files in {strategy.nvme_path}")
+    if runtime.world_size > 1 and not examining:
+        _start_watchdog(runtime, config)
+    return runtime
 
 
 def hold_folder(runtime: Runtime) -> None:
@@ -30,101 +87,7 @@ def hold_folder(runtime: Runtime) -> None:
     runtime.together(lambda: lock.see(text))
 
 
-def start(
-    config: Config,
-    launch: str | None = None,
-    attempt: Attempt | None = None,
-    examining: bool = False,
-) -> Runtime:
-    """Join the other processes, check that they are the ones asked for and see the same as we do. All ranks.
-
-    `launch` names the strategy where accelerate did not start the ranks: a file of launch/. The doctor is `examining`:
-    what differs between ranks, and who is missing, is for him to say.
-    """
-    attempt = attempt or Attempt(Path(config.run.dir))
-    refuse_silent_single()
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise SecurityError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
-        )
-    _check_trackers(config.run.trackers)
-    strategy = zero.choose_strategy(launch)
-    no_gpu, local_world = (
-        not torch.cuda.is_available(),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
-    threads = max(1, len(os.sched_getaffinity(0)) // local_world)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
-    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_seconds))
-    settings, plugin = None, None
-    if strategy.stage:
-        if "LOCAL_RANK" not in os.environ:
-            raise UserError(
-                f"--launch {launch} needs ranks that a launcher started; nearest: torchrun --nproc-per-node 1"
-                f" dist_lm/train.py --launch {launch} ..."
-            )
-        zero.refuse_combinations(strategy, config)
-        settings = zero.engine_config(
-            strategy, config, batch_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
-        )
-        plugin = zero.plugin(settings)
-        process_group.backend = "gloo" if no_gpu else "nccl"
-    # One bucket on CPU: gloo overlaps nothing, and one large sum beats several small ones.
-    ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=1024 if no_gpu else 25
-    )
-    try:
-        accelerator = Accelerator(
-            cpu=no_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
-            mixed_precision="no",  # autocast is ours, see autocast(); this also overrides ACCELERATE_MIXED_PRECISION
-            gradient_accumulation_steps=settings["gradient_accumulation_steps"] if settings else 1,
-            deepspeed_plugin=plugin,
-            kwargs_handlers=[ddp, process_group],
-            log_with=list(config.run.trackers) or None,
-            project_dir=os.path.join(config.run.dir, "tensorboard"),
-        )
-    except dist.DistError as error:
-        raise RetryableError(_why_not_joined(error, config.run.timeout_seconds)) from error
-    runtime = Runtime(accelerator, config, strategy, settings, attempt)
-    _prove_world(runtime)
-    if not examining:
-        _refuse_different(runtime, config)
-    _use_host(runtime, threads, local_world)
-    if strategy.nvme_path != "none":
-        runtime.say(f"offloading to files in {strategy.nvme_path}")
-    if runtime.world_size > 1 and not examining:
-        _watch_over(runtime, config)
-    return runtime
-
-
-def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
-    """Cores and memory on a CPU; on GPUs a word about those that stay idle."""
-    if not torch.cuda.is_available():
-        torch.set_num_threads(
-            threads
-        )  # launchers set OMP_NUM_THREADS=1; share the cores out instead
-        # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next step, instead of
-        # handing their pages back and fetching them anew each time.
-        torch.empty(2**25 - 2**16, dtype=torch.uint8)
-    elif torch.cuda.device_count() > local_world:
-        runtime.say(
-            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some stay idle; start one"
-            " process per GPU, e.g. with torchrun --nproc_per_node"
-        )
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    """Accelerate leaves out a tracker that is not installed without a word."""
-    known = [str(name) for name in LoggerType.list() if name != "all"]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"run.trackers={name} must be one of {', '.join(known)}{did_you_mean(name, known)}"
-            )
-        if name not in [str(tracker) for tracker in get_available_trackers()]:
-            raise UserError(
-                f"run.trackers={name} is not installed; rule: pip install {name}; nearest: tensorboard"
-            )
+# --- what one process can check alone
 
 
 def refuse_silent_single() -> None:
@@ -135,13 +98,103 @@ def refuse_silent_single() -> None:
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
         raise UserError(
-            "accelerate started one process although more were asked for (without a GPU it ignores --num_processes);"
-            " use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
+            "accelerate started one process although more were asked for (without a GPU it ignores"
+            " --num_processes); use: accelerate launch --config_file launch/ddp.yaml"
+            " --num_processes N dist_lm/train.py"
         )
 
 
+def _refuse_unsafe_loading() -> None:
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
+        raise SecurityError(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
+        )
+
+
+def _refuse_missing_trackers(names: tuple[str, ...]) -> None:
+    """Accelerate leaves out a tracker that is not installed without a word."""
+    known = [str(name) for name in LoggerType.list() if name != "all"]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"run.trackers={name} must be one of {', '.join(known)}{did_you_mean(name, known)}"
+            )
+        if name not in [str(tracker) for tracker in get_available_trackers()]:
+            raise UserError(
+                f"run.trackers={name} is not installed; rule: pip install {name}; nearest:"
+                " tensorboard"
+            )
+
+
+def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) -> dict[str, Any]:
+    """DeepSpeed's settings. Refuses what ZeRO cannot do."""
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"--launch {launch} needs ranks that a launcher started; nearest: torchrun"
+            f" --nproc-per-node 1 dist_lm/train.py --launch {launch} ..."
+        )
+    refuse_combinations(strategy, config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return zero_settings(strategy, config, batch_layout(config, world_size))
+
+
+# --- meeting the others
+
+
+def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
+    """Accelerate's object, which opens the process group. `settings` are DeepSpeed's. All ranks."""
+    has_gpu = torch.cuda.is_available()
+    plugin = None
+    accumulation = 1
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_seconds))
+    if settings:
+        plugin = deepspeed_plugin(settings)
+        accumulation = settings["gradient_accumulation_steps"]
+        process_group.backend = "nccl" if has_gpu else "gloo"
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        bucket_cap_mb=_BUCKET_MB_ON_GPU if has_gpu else _BUCKET_MB_ON_CPU,
+    )
+    try:
+        return Accelerator(
+            cpu=not has_gpu and plugin is None,  # cpu=True would silently drop DeepSpeed for DDP
+            # Autocast is ours, see Engine.autocast(). This also overrides
+            # ACCELERATE_MIXED_PRECISION.
+            mixed_precision="no",
+            gradient_accumulation_steps=accumulation,
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[ddp, process_group],
+            log_with=list(config.run.trackers) or None,
+            project_dir=os.path.join(config.run.dir, "tensorboard"),
+        )
+    except dist.DistError as error:
+        raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
+
+
+def _why_not_met(error: Exception, seconds: float) -> str:
+    """The meaning of the store's own message, which has many lines."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        return (
+            f"port {where} is in use by another process; rule: a free one; leave it out to have one"
+            " chosen"
+        )
+    joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
+    who = "not all processes"
+    if joined:
+        who = f"only {joined[1]} of {joined[2]} processes"
+    return (
+        f"{who} met at {where} within {seconds:g} s; is every node up, and can it reach that host?"
+        f" ({error})"
+    )
+
+
+# --- what the ranks compare
+
+
 def _prove_world(runtime: Runtime) -> None:
-    """Silent degradation is the worst failure of this stack: count the ranks by an exchange."""
+    """Count the ranks by an exchange. All ranks."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if runtime.world_size != asked:
         raise UserError(f"{asked} processes were started but this one sees {runtime.world_size}")
@@ -152,70 +205,73 @@ def _prove_world(runtime: Runtime) -> None:
 
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
-    """All ranks have the same settings, code and data. All ranks."""
-    seen = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
-    first_host, first = seen[0]
-    for rank, (host, own) in enumerate(seen):
-        for name in first:
-            if (
-                own[name] != first[name]
-            ):  # settings come first: with the same ones, the names are the same too
+    """All ranks must have the same settings, code and data. All ranks."""
+    by_rank = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
+    first_host, first_facts = by_rank[0]
+    for rank, (host, facts) in enumerate(by_rank):
+        # Settings come first: where they are equal, the other names are equal too.
+        for name in first_facts:
+            if facts[name] != first_facts[name]:
                 kind_of_error = DataError if name.startswith("data.") else UserError
                 raise kind_of_error(
-                    f"rank {rank} on {host} has {name} {own[name]}, rank 0 on {first_host} has {first[name]};"
-                    " rule: the same on every node"
+                    f"rank {rank} on {host} has {name} {facts[name]}, rank 0 on {first_host} has"
+                    f" {first_facts[name]}; rule: the same on every node"
                 )
 
 
 def _what_must_be_equal(config: Config) -> dict[str, str]:
-    code = b"".join(file.read_bytes() for file in sorted(Path(__file__).parents[1].rglob("*.py")))
-    inputs = [
-        spec.input for spec in {**config.data.named_sources(), **config.data.validation}.values()
-    ]
-    return {
-        "settings (by hash)": _short_hash(config.to_yaml().encode()),
-        "dist_lm": f"{__version__} ({_short_hash(code)})",
+    facts = {
+        "settings (by hash)": _short_hash(config.to_yaml()),
+        "dist_lm": version_and_hash(),
         "torch": torch.__version__,
-        **{f"data.input={path}": _as_seen_here(Path(path)) for path in inputs},
     }
+    sources = {**config.data.named_sources(), **config.data.validation}
+    for source in sources.values():
+        facts[f"data.input={source.input}"] = _as_seen_here(Path(source.input))
+    return facts
 
 
 def _as_seen_here(path: Path) -> str:
-    """A hash of names and sizes."""
+    """A hash of the size of a file, or of names and sizes in a folder."""
     if not path.exists():
         return "(absent)"
-    listed = (
-        sorted((f.name, f.stat().st_size) for f in path.iterdir())
-        if path.is_dir()
-        else path.stat().st_size
-    )
-    return _short_hash(str(listed).encode())
+    if path.is_dir():
+        return _short_hash(str(sorted((file.name, file.stat().st_size) for file in path.iterdir())))
+    return _short_hash(str(path.stat().st_size))
 
 
-def _short_hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:8]
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _why_not_joined(error: Exception, seconds: float) -> str:
-    """What the store's own message of many lines means."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    if "EADDRINUSE" in str(error) or "already in use" in str(error):
-        return f"port {where} is in use by another process; rule: a free one; leave it out to have one chosen"
-    joined = re.search(r"(\d+)/(\d+) clients joined", str(error))
-    who = f"only {joined[1]} of {joined[2]} processes" if joined else "not all processes"
-    return f"{who} met at {where} within {seconds:g} s; is every node up, and can it reach that host? ({error})"
+# --- this host, and the watch over the others
 
 
-def _watch_over(runtime: Runtime, config: Config) -> None:
+def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
+    """Set cores and memory on a CPU. On GPUs, warn about those that stay idle."""
+    if not torch.cuda.is_available():
+        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead.
+        torch.set_num_threads(threads)
+        # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next
+        # step, instead of giving their pages back and fetching them again each time.
+        torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)
+    elif torch.cuda.device_count() > local_world:
+        runtime.say(
+            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some"
+            " stay idle; start one process per GPU, e.g. with torchrun --nproc_per_node"
+        )
+
+
+def _start_watchdog(runtime: Runtime, config: Config) -> None:
     """From here on a rank that vanishes is named. All ranks."""
     name = runtime.channel.gather(secrets.token_hex(8))[0]
     runtime.watch = Watchdog(
-        runtime.rank,
-        runtime.world_size,
-        name,
-        config.run.timeout_seconds,
-        lambda: runtime._sums,
-        runtime.end_at_once,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        name=name,
+        timeout=config.run.timeout_seconds,
+        progress=lambda: runtime.agreements,
+        lost=runtime.end_at_once,
     )
     runtime.barrier()
     runtime.watch.start()

@@ -1,4 +1,6 @@
-"""Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what they say."""
+"""Checkpoints: whole or not there, damage is seen, what must stay stays, and the files are what
+they say.
+"""
 
 import hashlib
 import itertools
@@ -24,11 +26,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint import retention
-from dist_lm.checkpoint import save as checkpoint
+from dist_lm.checkpoint import layout, retention, writing
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
+from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.load import read_model, read_weights, restore
-from dist_lm.checkpoint.save import OwnedSlice, Saver
+from dist_lm.checkpoint.save import Saver
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
@@ -101,7 +103,7 @@ def test_what_is_saved_is_read_back(trained: Any, tmp_path: Path) -> None:
 def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 4000, "optimizer": 4000})
+    monkeypatch.setattr(layout, "SMALLEST_FILE", {"model": 4000, "optimizer": 4000})
     folder = write(tmp_path, 3, trained)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("model-*.safetensors"))
@@ -313,7 +315,9 @@ def test_a_folder_that_is_no_step_is_left_alone(trained: Any, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_nothing_is_there_until_all_is_written(trained: Any, tmp_path: Path) -> None:
-    """Die at every file operation of a save: the older checkpoint or the whole new one is found, never a mix."""
+    """Die at every file operation of a save: the older checkpoint or the whole new one is found,
+    never a mix.
+    """
     write(tmp_path / "run", 1, trained)
     script = """
 import os, sys
@@ -322,7 +326,8 @@ import tests.checkpoint.test_checkpoint as t
 left = int(sys.argv[2])
 def count(event, arguments):
     global left
-    if event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree") and armed:
+    changes = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
+    if event in changes and armed:
         left -= 1
         if left < 0:
             os._exit(9)
@@ -360,11 +365,12 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "optimizer-00001-of-00001.safetensors")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(writing, "write_tensors", full)
     with pytest.raises(UserError) as error:
         write(tmp_path, 2, trained)
     assert str(error.value) == (
-        "checkpoint of step 2 was not written: rank 0: No space left on device (optimizer-00001-of-00001.safetensors);"
+        "checkpoint of step 2 was not written: rank 0: No space left on device"
+        " (optimizer-00001-of-00001.safetensors);"
         " older checkpoints are untouched"
     )
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
@@ -374,7 +380,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(
 
 
 class Saves:
-    """Saves one step after another with the same Saver, as a run does. `write` has a new one each time."""
+    """Saves one step after another with the same Saver, as a run does. `write` has a new one each
+    time.
+    """
 
     def __init__(
         self,
@@ -435,10 +443,10 @@ def test_damaged_newer_steps_take_no_place_of_a_valid_one(
     save(4)
     assert steps(tmp_path) == [3, 4, 30, 40]
     assert newest_valid(tmp_path)[0] == tmp_path / "step-00000004"
-    said = capsys.readouterr().err.splitlines()
-    assert (
-        len(said) == 2 and "step-00000040/model.safetensors: has 100 bytes" in said[0]
-    )  # each is read and said once
+    # Each is read once, and there is one warning for each.
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert "step-00000040/model.safetensors: has 100 bytes" in warnings[0]
 
 
 def test_what_was_just_saved_stays_below_valid_newer_steps(trained: Any, tmp_path: Path) -> None:
@@ -484,7 +492,9 @@ def test_a_damaged_state_does_not_stop_the_pruning(trained: Any, tmp_path: Path,
 
 
 def test_links_and_files_in_the_way_of_saving(trained: Any, tmp_path: Path) -> None:
-    """What a link points to is never touched; a linked step stays, a link or a file under a name of ours goes."""
+    """What a link points to is never touched; a linked step stays, a link or a file under a name of
+    ours goes.
+    """
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     save = Saves(run, trained, keep_last=1)
     save(1).rename(elsewhere)
@@ -535,13 +545,21 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "deep manifest": lambda f: (f / "manifest.json").write_text("[" * 100_000),
     "piped manifest": lambda f: _pipe(f / "manifest.json"),
     "no manifest": lambda f: (f / "manifest.json").unlink(),
-    "empty": lambda f: shutil.rmtree(f) or f.mkdir(),  # type: ignore[func-returns-value]
+    "empty": lambda f: _instead(f, Path.mkdir),
     "renamed": lambda f: _edit(f, step=99),
     "signed text": lambda f: _sign(f, "state.json", b"[1]"),
     "link": lambda f: f.rename(f.parent.parent / f.name) and f.symlink_to(f.parent.parent / f.name),
-    "dangling": lambda f: shutil.rmtree(f) or f.symlink_to("nowhere"),  # type: ignore[func-returns-value]
-    "file": lambda f: shutil.rmtree(f) or f.write_text("x"),  # type: ignore[func-returns-value]
+    "dangling": lambda f: _instead(f, lambda f: f.symlink_to("nowhere")),
+    "file": lambda f: _instead(f, lambda f: f.write_text("x")),
 }
+
+
+def _instead(folder: Path, make: Callable[[Path], object]) -> None:
+    """Put something else in the place of a folder."""
+    shutil.rmtree(folder)
+    make(folder)
+
+
 LOSSES = st.sampled_from([None, 1.0, 2.0, 3.0])
 
 
@@ -591,8 +609,9 @@ def test_whatever_lies_there_the_right_steps_stay(
     keep_last: int,
     keep_every: int,
 ) -> None:
-    """Any folders, any saves and restarts: what was just saved stays, nothing damaged or linked is touched, and of the
-    valid steps those stay that should."""
+    """Any folders, any saves and restarts: what was just saved stays, nothing damaged or linked is
+    touched, and of the valid steps those stay that should.
+    """
     top = tmp_path_factory.mktemp("retention")
     template = write(top, 1, trained)
     run = top / "runs" / "run"
@@ -753,7 +772,9 @@ class ThreadChannel:
 
 
 def cut(everything: list[OwnedSlice], world: int, cuts: random.Random) -> list[list[OwnedSlice]]:
-    """Each parameter cut at random places among the ranks, in any order; some ranks get nothing of it."""
+    """Each parameter cut at random places among the ranks, in any order; some ranks get nothing of
+    it.
+    """
     by_rank: list[list[OwnedSlice]] = [[] for _ in range(world)]
     for h in everything:
         places = [0, *sorted(cuts.choices(range(h.stop + 1), k=world - 1)), h.stop]
@@ -814,23 +835,20 @@ def save_together(
 def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, world: int
 ) -> None:
-    """Held whole by each rank, or in slices: the same files, hashes included; and read back in slices again."""
-    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 3000})
-    gpt2 = {
-        "positions": "learned",
-        "norm": "layernorm",
-        "activation": "gelu",
-    }  # biases are constants of the file
+    """Held whole by each rank, or in slices: the same files, hashes included; and read back in
+    slices again.
+    """
+    monkeypatch.setattr(layout, "SMALLEST_FILE", {"model": 3000, "optimizer": 3000})
+    # GPT-2's biases are constants of the file.
+    gpt2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu"}
     model_config = MODEL.model_copy(
         update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family]
     )
     model, optimizer, tokenizer = some = training_of(model_config)
     everything = owned(model, optimizer)
     assert save_together(tmp_path / "alone", some, [everything]) == ([None], 0)
-    assert save_together(tmp_path / "replicas", some, [everything] * world) == (
-        [None] * world,
-        0,
-    )  # all have all
+    replicas = [everything] * world
+    assert save_together(tmp_path / "replicas", some, replicas) == ([None] * world, 0)
     outcome, sent = save_together(
         tmp_path / "slices", some, cut(everything, world, random.Random(world))
     )
@@ -865,10 +883,10 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
 def test_ranks_share_the_writing_evenly(
     trained: Any, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
+    monkeypatch.setattr(layout, "SMALLEST_FILE", {"model": 3000, "optimizer": 1000})
     model, optimizer, _ = trained
     index = [[h.name, h.start, h.stop, sorted(h.state), {}] for h in owned(model, optimizer)]
-    items = checkpoint._plan(ModelSpec(MODEL, 257, SEQ_LEN), [index] * world)
+    items = layout.plan_tensors(ModelSpec(MODEL, 257, SEQ_LEN), [index] * world)
     loads = [
         sum(item.entry.bytes for item in items if item.writer == rank) for rank in range(world)
     ]
@@ -894,7 +912,7 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     failure: Callable[[Path], Exception],
     message: str,
 ) -> None:
-    write_all = checkpoint.write_tensors
+    write_all = writing.write_tensors
 
     def full(path: Path, *args: Any) -> Any:
         if path.name.startswith("model"):
@@ -905,7 +923,7 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     older = write(tmp_path, 1, trained)
     messages, slices = Messages(3), cut(owned(model, optimizer), 3, random.Random(3))
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "write_tensors", full)
+        broken.setattr(writing, "write_tensors", full)
         said, _ = save_together(tmp_path, some, slices, messages=messages)
     assert len(set(said)) == 1 and message in said[0]
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
@@ -926,7 +944,9 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
 def test_a_run_that_lost_its_folder_commits_nothing_and_deletes_nothing(
     trained: Any, tmp_path: Path, looks: int, left: set[str]
 ) -> None:
-    """At the first, second or third look: before the temporary folder, the rename, the deletion of older ones."""
+    """At the first, second or third look: before the temporary folder, the rename, the deletion of
+    older ones.
+    """
     model, optimizer, _ = some = training_of(MODEL)
     older = {write(tmp_path, step, trained).name for step in (1, 2)}
     (tmp_path / ".step-00000006.tmp").mkdir()  # of whoever has the folder now

@@ -15,7 +15,8 @@ from tests.procs import finish, start_ranks
 
 def in_ranks(world: int, function: str, *arguments: str) -> str:
     """Run a function of this file in fresh processes with gloo between them; what they printed."""
-    code = f"from tests.runtime import test_world; test_world.{function}({', '.join(map(repr, arguments))})"
+    listed = ", ".join(map(repr, arguments))
+    code = f"from tests.runtime import test_world; test_world.{function}({listed})"
     got, output = finish(start_ranks(world, "-c", code))
     assert got == 0, output
     return output

@@ -1,4 +1,6 @@
-"""ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from and to anything."""
+"""ZeRO-1, 2 and 3 by the real DeepSpeed on CPU: the same curve as one process, and resuming from
+and to anything.
+"""
 
 import ctypes.util
 import json
@@ -15,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dist_lm import train as train_module
+from dist_lm import loop, resume
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.checkpoint.load import read_model
 from dist_lm.checkpoint.save import Saver
@@ -24,8 +26,9 @@ from dist_lm.errors import UserError
 from dist_lm.metrics import Metrics
 from dist_lm.outcome import TRAIN
 from dist_lm.runtime import start as runtime_start
-from dist_lm.runtime.world import Runtime
-from dist_lm.runtime.zero import Strategy, choose_strategy, only_builder, refuse_combinations
+from dist_lm.runtime.async_io import only_builder
+from dist_lm.runtime.engine import Engine
+from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 
@@ -64,7 +67,9 @@ def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int
 def test_the_curve_does_not_know_the_strategy(
     prepared: Path, tmp_path: Path, one_process: Path, strategy: str, world: int
 ) -> None:
-    """With dropout and accumulation, evaluations and samples in between; DeepSpeed says which engine it is."""
+    """With dropout and accumulation, evaluations and samples in between; DeepSpeed says which
+    engine it is.
+    """
     spread(tmp_path / "run", strategy, world, *tiny(prepared, *CURVE), "--data.micro_batch", "2")
     assert_same_curve(tmp_path / "run", one_process, 1e-5)
     assert [e["val_loss"] for e in evaluations(tmp_path / "run")] == pytest.approx(
@@ -162,7 +167,9 @@ def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> None:
-    """One save under each of DDP and ZeRO-1, 2, 3; ranks started once under each continue all four, one by one."""
+    """One save under each of DDP and ZeRO-1, 2, 3; ranks started once under each continue all four,
+    one by one.
+    """
     common = tiny(prepared, "--run.steps", "8")
     train(tmp_path / "one", *common)
     worlds = {"ddp": 2, "zero1": 3, "zero2": 2, "zero3": 3}
@@ -171,7 +178,8 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
     for after, world in worlds.items():
         for before in worlds:
             shutil.copytree(tmp_path / before, tmp_path / f"{before}-{after}")
-        code = f"from tests import test_zero; test_zero.go_on({str(tmp_path)!r}, {list(worlds)}, {after!r}, {common})"
+        arguments = f"{str(tmp_path)!r}, {list(worlds)}, {after!r}, {common}"
+        code = f"from tests.runtime import test_zero; test_zero.go_on({arguments})"
         got, output = finish(start_ranks(world, "-c", code))
         assert got == 0, output
         for before in worlds:
@@ -180,16 +188,18 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
 
 
 def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None:
-    """As a rank under `after`: finish each of the runs in turn, with one engine that takes over their checkpoints."""
+    """As a rank under `after`: finish each of the runs in turn, with one engine that takes over
+    their checkpoints.
+    """
     config, _ = load(["--run.dir", f"{folder}/{before[0]}-{after}", *common], TRAIN)
     runtime = runtime_start.start(config, after if after.startswith("zero") else None)
     run = None
     for strategy in before:
         config, _ = load(["--run.dir", f"{folder}/{strategy}-{after}", *common], TRAIN)
-        place = train_module.find_place(runtime, config, [])
+        place = resume.find_resume_point(runtime, config, [])
         assert place and place.folder
         if run is None:
-            run = train_module.build(runtime, config, place)
+            run = resume.build(runtime, config, place)
         else:
             run.config, run.saver = config, Saver(Path(config.run.dir), runtime.background)
             run.metrics = Metrics(
@@ -201,8 +211,8 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
                 is_main=runtime.is_main,
                 track=None,
             )
-            train_module.put(run, place)
-        train_module.train(run)
+            resume.restore_or_init(run, place)
+        loop.train(run)
         run.metrics.close()
     runtime.close()
 
@@ -250,12 +260,16 @@ def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
 def test_one_process_builds_and_a_killed_one_blocks_nobody(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is removed."""
+    """The others wait, say for whom, and not for ever; torch's lock of a builder that is gone is
+    removed.
+    """
     monkeypatch.setenv("RANK", "0")
     code = (  # without dist_lm, whose import takes longer than all the rest
         "import fcntl, os, sys, time\n"
-        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX); file.write(str(os.getpid()))\n"
-        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True); time.sleep(600)"
+        "file = open(sys.argv[1] + '/builder', 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        " file.write(str(os.getpid()))\n"
+        "file.flush(); open(sys.argv[1] + '/lock', 'w'); print('building', flush=True);"
+        " time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(
@@ -304,7 +318,9 @@ def test_resumed_in_place_it_is_bit_identical(
 
 @pytest.mark.slow
 def test_the_average_of_the_weights(prepared: Path, tmp_path: Path) -> None:
-    """The same under every strategy; evaluated beside the weights, read by generate and score when asked."""
+    """The same under every strategy; evaluated beside the weights, read by generate and score when
+    asked.
+    """
     common = tiny(
         prepared,
         "--run.ema",
@@ -397,7 +413,9 @@ def test_what_zero3_wrote_is_a_transformers_folder(prepared: Path, tmp_path: Pat
 def test_a_gradient_that_is_not_finite_stops_all_ranks(
     prepared: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is nobody's checkpoint."""
+    """One NaN, in rank 1's gradient of update 4, where every rank's loss is finite: step 4 is
+    nobody's checkpoint.
+    """
     config = (
         "--run.dir",
         str(tmp_path / "run"),
@@ -405,7 +423,11 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(
     )
     launch = () if strategy == "ddp" else ("--launch", strategy)
     ranks = start_ranks(
-        2, "-c", "from tests import test_zero; test_zero.train_with_a_nan()", *config, *launch
+        2,
+        "-c",
+        "from tests.runtime import test_zero; test_zero.train_with_a_nan()",
+        *config,
+        *launch,
     )
     _, output = finish(ranks)
     assert [rank.returncode for rank in ranks] == [76, 76], output
@@ -417,22 +439,23 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks(
 
 def train_with_a_nan() -> None:
     """As a rank: train.py, but for one number of one gradient."""
-    update, updates = Runtime.update, 0
+    update = Engine.update
+    updates = 0
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         grad.view(-1)[7] = torch.nan
         return grad
 
-    def update_counted(runtime: Runtime, clip: float) -> torch.Tensor:
+    def update_counted(engine: Engine) -> torch.Tensor:
         nonlocal updates
         updates += 1
-        norm = update(runtime, clip)
-        if updates == 3 and runtime.rank == 1:
-            runtime.bare.blocks[1].ffn.up.weight.register_hook(spoil)
+        norm = update(engine)
+        if updates == 3 and engine.rank == 1:
+            engine.bare.blocks[1].ffn.up.weight.register_hook(spoil)
         return norm
 
-    Runtime.update = update_counted
+    Engine.update = update_counted
     runpy.run_path("dist_lm/train.py", run_name="__main__")
 
 
@@ -464,13 +487,19 @@ def test_launch_files_name_their_strategy(tmp_path: Path, monkeypatch: pytest.Mo
     assert choose_strategy(str(ROOT / "launch/zero3.yaml")) == found["zero3"] == Strategy(stage=3)
     assert found["zero3-nvme"].nvme_path == "/tmp"
     path = tmp_path / "mine.yaml"
-    for text, message in {
+    deepspeed = "distributed_type: DEEPSPEED\ndeepspeed_config:"
+    refusals = {
         "distributed_type: FSDP": "distributed_type=FSDP must be one of NO, MULTI_CPU",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2, gradient_clipping: 3}": "deepspeed_config.gradient_clipping is not read; rule: only zero_stage",
-        "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 4}": "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2",
-        "distributed_type: DEEPSPEED\ndeepspeed_config:": "zero_stage=none of the launch file must be 1, 2 or 3",
+        f"{deepspeed} {{zero_stage: 2, gradient_clipping: 3}}": (
+            "deepspeed_config.gradient_clipping is not read; rule: only zero_stage"
+        ),
+        f"{deepspeed} {{zero_stage: 4}}": (
+            "zero_stage=4 of the launch file must be 1, 2 or 3; nearest: 2"
+        ),
+        deepspeed: "zero_stage=none of the launch file must be 1, 2 or 3",
         "": "no readable launch file; rule: one of ddp",
-    }.items():
+    }
+    for text, message in refusals.items():
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             choose_strategy(str(path))

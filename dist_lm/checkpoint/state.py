@@ -1,0 +1,72 @@
+"""state.json: everything of a step that is not a tensor.
+
+It is composed here and read here. A run goes on from it, and `show` and `score` read the config and
+the data's identity.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lm import __version__
+from dist_lm.checkpoint.folder import read_json
+from dist_lm.config import Config
+from dist_lm.revision import git_commit
+
+
+@dataclass
+class TrainState:
+    """All that a run carries from step to step besides tensors."""
+
+    step: int = 0  # updates made
+    tokens: int = 0  # targets trained on
+    skipped_updates: int = 0  # fp16 overflows
+    val_loss: float | None = None  # of the evaluation at this step, if there was one
+    streams: dict[str, Any] = field(default_factory=dict)  # where this rank's raw sources stand
+
+    def advance(self, streams: dict[str, Any]) -> None:
+        """An update was made; the raw sources stand at `streams` now."""
+        self.step += 1
+        self.val_loss = None
+        self.streams = streams
+
+    @classmethod
+    def restored(cls, facts: Mapping[str, Any]) -> "TrainState":
+        """The state of a run that goes on from these facts."""
+        return cls(
+            step=facts["step"],
+            tokens=facts["tokens"],
+            skipped_updates=facts["skipped_updates"],
+            streams=facts.get("streams", {}),
+        )
+
+
+def compose_state(
+    state: TrainState,
+    streams: Mapping[str, Any],
+    strategy: str,
+    world_size: int,
+    scaler: Mapping[str, Any],
+    config: Config,
+    data_identity: str,
+) -> dict[str, Any]:
+    """The content of state.json. `streams` are of all ranks; `state` has only this rank's."""
+    return {
+        **asdict(state),
+        "streams": streams,
+        "strategy": strategy,
+        "world_size": world_size,
+        "scaler": scaler,
+        "config": config.model_dump(mode="json"),
+        "data": data_identity,
+        "versions": {"dist_lm": __version__, "torch": torch.__version__},
+        "commit": git_commit(),
+    }
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The facts of a step. Damaged ones are refused with a UserError."""
+    return read_json(folder / "state.json")

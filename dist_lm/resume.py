@@ -1,0 +1,323 @@
+"""What happens before the loop: where a run stands, building model and optimizer, and filling them.
+
+A run folder says itself where its run stands, so the same command starts a run and resumes it. That
+is found out before anything is built: a run that is finished ends at once.
+"""
+
+import gc
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders, verify
+from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
+from dist_lm.checkpoint.save import Saver
+from dist_lm.checkpoint.state import TrainState, read_state
+from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
+from dist_lm.data.batches import Batches
+from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.errors import UserError
+from dist_lm.metrics import Metrics
+from dist_lm.model import hf
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
+from dist_lm.optim import make_optimizer
+from dist_lm.runtime.world import Runtime
+
+_DATA = "data (its tokens, by hash)"  # compared like a setting
+_FREE_OF_MODEL = ("dropout", "init")  # a model may start from weights that were trained with others
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run stands."""
+
+    data: Dataset
+    steps: int | None  # None: the data says when it ends
+    folder: Path | None  # the checkpoint to go on from; None: the run begins
+    facts: Mapping[str, Any]  # its state.json
+
+
+@dataclass
+class Run:
+    """A run while it trains: what build() makes and the loop uses."""
+
+    config: Config
+    runtime: Runtime
+    data: Dataset
+    layout: BatchLayout
+    steps: int | None  # None: the data says when it ends
+    model: GPT  # without a wrapper
+    optimizer: torch.optim.Optimizer
+    metrics: Metrics
+    saver: Saver
+    state: TrainState
+    batches: Batches | None = None  # of training, while it lasts
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+
+# --- where the run stands
+
+
+def find_resume_point(
+    runtime: Runtime, config: Config, allowed: Sequence[str]
+) -> ResumePoint | None:
+    """Where the run stands; None if nothing is left to do, after saying so. All ranks.
+
+    `allowed` names settings that may differ from those of the checkpoint.
+    """
+    data = open_dataset(config, runtime.on_main)
+    steps = data.steps(config)
+    # Rank 0 decides, because others may see the folder otherwise for a while.
+    chosen = runtime.on_main(lambda: _choose_checkpoint(runtime, config))
+    if chosen is None:
+        return ResumePoint(data, steps, folder=None, facts={})
+    facts = read_state(Path(chosen))
+    refuse_other_mathematics(runtime, config, data, facts, allowed)
+    if facts["step"] >= _last_step(config, steps, facts):
+        runtime.say(
+            f"{Path(config.run.dir)} is finished at step {facts['step']}; to go on raise"
+            f" run.steps={steps} or run.stop_after, to start anew choose another run.dir"
+        )
+        return None
+    return ResumePoint(data, steps, folder=Path(chosen), facts=facts)
+
+
+def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
+    """The folder to go on from, or None if the run begins. Rank 0."""
+    run_dir = Path(config.run.dir)
+    if config.run.resume == "never":
+        if (run_dir / "metrics.jsonl").exists() or step_folders(run_dir):
+            raise UserError(
+                f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
+                " run.resume=auto"
+            )
+        return None
+    if config.run.resume != "auto":
+        folder = Path(config.run.resume)
+        step = verify(folder)["step"]
+        set_aside_newer(run_dir, step, runtime.say)
+        return str(folder)
+    newest, passed_over = newest_valid(run_dir)
+    for why in passed_over:
+        runtime.say(f"warning: passed over a damaged checkpoint: {why}")
+    return str(newest) if newest else None
+
+
+def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> int:
+    """The step at which the run is finished, as far as it is known."""
+    ends = [steps or sys.maxsize, config.run.stop_after or sys.maxsize]
+    used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
+    if used_up:
+        ends.append(-(-used_up // config.data.global_batch))
+    return min(ends)
+
+
+def refuse_other_mathematics(
+    runtime: Runtime,
+    config: Config,
+    data: Dataset,
+    facts: Mapping[str, Any],
+    allowed: Sequence[str],
+) -> None:
+    """Refuse settings with which the resumed run would be another one.
+
+    Only settings that do not touch its mathematics may differ from those it was started with.
+    """
+    old = {_DATA: facts["data"]}
+    for section, fields in facts["config"].items():
+        for name, value in fields.items():
+            old[f"{section}.{name}"] = value
+    new = {**config.flat(), _DATA: data.identity}
+    changed = [name for name in new if name in old and old[name] != new[name]]
+    for name in ("run.steps", "run.epochs"):
+        if name in changed and _grows(old[name], new[name]):
+            runtime.say(
+                f"{name} grows from {old[name]} to {new[name]}: from here on the schedule is that"
+                " of the longer run"
+            )
+            changed.remove(name)
+    refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
+    if refused:
+        both = ", ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in refused)
+        raise UserError(
+            f"run.dir={config.run.dir} was started with other settings ({both}); rule: a resumed"
+            f" run keeps its mathematics; choose another run.dir, or --allow_change {refused[0]}"
+        )
+
+
+def _grows(before: int | None, after: int | None) -> bool:
+    return before is not None and after is not None and after > before
+
+
+# --- building
+
+
+def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
+    """Model and optimizer on this rank's device, standing where the run does. All ranks."""
+    spec = config.model_spec(point.data.tokenizer.vocab_size)
+    with runtime.engine.construction():
+        model = GPT(spec, config.run.activation_checkpointing)
+    optimizer = make_optimizer(model, config.optim, config.run.precision)
+    # What exists by now stays: collecting garbage need not look through torch's modules again.
+    gc.freeze()
+    runtime.engine.prepare(model, optimizer, parameter_shapes(spec), runtime.channel)
+    metrics = Metrics(
+        config.run.dir,
+        steps=point.steps,
+        flops_per_token=flops_per_token(spec),
+        device=runtime.device,
+        world_size=runtime.world_size,
+        is_main=runtime.is_main,
+        track=runtime.track,
+    )
+    saver = Saver(
+        Path(config.run.dir),
+        runtime.background,
+        keep_last=config.run.keep_last,
+        keep_every=config.run.keep_every,
+        resumed=point.folder,
+        lost=runtime.attempt.lock.look,
+    )
+    run = Run(
+        config=config,
+        runtime=runtime,
+        data=point.data,
+        layout=batch_layout(config, runtime.world_size),
+        steps=point.steps,
+        model=model,
+        optimizer=optimizer,
+        metrics=metrics,
+        saver=saver,
+        state=TrainState(),
+    )
+    restore_or_init(run, point)
+    return run
+
+
+def restore_or_init(run: Run, point: ResumePoint) -> None:
+    """Fill weights, moments and state from the checkpoint, or as a run begins. All ranks."""
+    if point.folder is None:
+        _init(run)
+    else:
+        _restore(run, point.folder, point.facts)
+
+
+def _init(run: Run) -> None:
+    """Weights of run.init_from, or new ones. All ranks."""
+    config = run.config
+    engine = run.runtime.engine
+    if config.run.init_from:
+        run.runtime.together(lambda: start_from(run, config.run.init_from or ""))
+    else:
+        parts = ((part.name, part.start, part.weight) for part in engine.owned())
+        init_weights(run.model, config.run.seed, parts)
+    engine.spread()
+    engine.start_average()
+
+
+def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Everything as the checkpoint has it. All ranks."""
+    runtime = run.runtime
+    engine = runtime.engine
+    spec = run.config.model_spec(run.data.tokenizer.vocab_size)
+    runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
+    engine.spread()
+    if engine.scaler.is_enabled():
+        engine.scaler.load_state_dict(facts["scaler"])
+    run.state = TrainState.restored(facts)
+    runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
+
+
+def start_from(run: Run, name: str) -> None:
+    """Take only the weights of a checkpoint or transformers folder.
+
+    Refuses another model or tokenizer.
+    """
+    config = run.config
+    tokenizer = run.data.tokenizer
+    folder = locate(name)
+    described = read_description(folder)
+    ours = config.model.model_dump()
+    theirs = described.config.model_dump()
+    different = []
+    for key in ours:
+        if ours[key] != theirs[key] and key not in _FREE_OF_MODEL:
+            different.append(f"--model.{key} {theirs[key]}")
+    if different:
+        raise UserError(
+            f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}"
+        )
+    is_same_size = tokenizer.vocab_size == described.vocab_size
+    if not is_same_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
+        raise UserError(
+            f"run.init_from={name} was trained with another tokenizer ({described.vocab_size}"
+            f" tokens) than data.input={config.data.input} ({tokenizer.vocab_size}); nearest:"
+            f" data.tokenizer={folder}"
+        )
+    if described.seq_len < config.data.seq_len and config.model.positions == "learned":
+        raise UserError(
+            f"data.seq_len={config.data.seq_len} exceeds the context of run.init_from; nearest:"
+            f" {described.seq_len}"
+        )
+    spec = config.model_spec(described.vocab_size)
+    restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
+
+
+# --- saying what is about to happen
+
+
+def describe(run: Run) -> None:
+    """Print what is about to happen, and write the resolved settings into the run folder.
+
+    Rank 0 does both.
+    """
+    config = run.config
+    runtime = run.runtime
+    layout = run.layout
+    _describe_size(run)
+    for line in run.data.describe(config.data, run.steps, runtime.world_size):
+        runtime.say(line)
+    runtime.say(
+        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type},"
+        f" {config.run.precision}; each step {layout.accumulation} x {layout.micro_batch} sequences"
+        " a process"
+    )
+    if layout.filler_percent > 0:
+        runtime.say(
+            "warning: rows without targets even out the processes and cost"
+            f" {layout.filler_percent:.1f} % of each step"
+        )
+    if run.steps and config.optim.warmup_steps > run.steps:
+        runtime.say(
+            f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
+            f" {run.steps} steps"
+        )
+    if hf.family(config.model) is None:
+        runtime.say(
+            "warning: no transformers family has this model; only dist_lm reads its checkpoints"
+        )
+    if runtime.is_main:
+        (run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    runtime.start_trackers(config)
+
+
+def _describe_size(run: Run) -> None:
+    """How large model, step and run are."""
+    config = run.config
+    data = run.data
+    shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
+    run.runtime.say(
+        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
+        f" {run.layout.tokens_per_step:,} tokens a step, {length}"
+    )

@@ -1,0 +1,273 @@
+"""The engine: how one training step is spread over the ranks.
+
+`Engine` has the methods that the loop calls. `ReplicatedEngine` is for one process alone and for
+DDP, where every rank holds all weights; `zero.ZeroEngine` is for DeepSpeed's ZeRO, where each rank
+holds a slice. The loss curve is the same under both. Methods marked "all ranks" are collectives.
+"""
+
+import contextlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dist_lm.channel import Channel
+from dist_lm.checkpoint.layout import OwnedSlice
+from dist_lm.config import Config
+from dist_lm.optim import create_state
+from dist_lm.runtime.strategy import Strategy
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FIRST_BACKWARDS = 2  # after as many, DDP keeps the order of its gradient buckets
+
+Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
+
+
+class Engine(ABC):
+    """A model and its optimizer, and the operations whose meaning depends on the strategy.
+
+    They come with prepare(); before it an engine only has its settings.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy):
+        self.accelerator = accelerator
+        self.config = config
+        self.strategy = strategy
+        self.world_size: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.device: torch.device = accelerator.device
+        self.ema_decay = config.run.ema
+        self.bare: Any = None  # the model without a wrapper, with our own parameter names
+        self.model: Any = None  # the wrapped model, which the loop calls
+        self.optimizer: Any = None
+        # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "fp16")
+
+    # --- building
+
+    @abstractmethod
+    def construction(self) -> contextlib.AbstractContextManager[None]:
+        """Surrounds the building of the model, so that ZeRO-3 never has a whole one anywhere."""
+
+    def prepare(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shapes: Shapes,
+        channel: Channel,
+    ) -> None:
+        """Move, compile and wrap the model; the optimizer keeps working on the same parameters.
+
+        All ranks. Afterwards the optimizer's state exists and is all zero. The weights are still
+        those the model was built with.
+        """
+        self.bare = model
+        self.optimizer = optimizer
+        self._move(model)
+        if self.config.run.compile:
+            model.compile()  # in place, so that parameter names stay
+        with warnings.catch_warnings():
+            # torch 2.13 renames broadcast_buffers; older versions know no other name.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self._wrap(shapes, channel)
+        for _ in self.opened():
+            create_state(optimizer)
+            if self.ema_decay:
+                for tensor in self._optimized():
+                    optimizer.state[tensor]["ema"] = torch.zeros_like(tensor)
+
+    @abstractmethod
+    def _move(self, model: nn.Module) -> None:
+        """Bring the model to this rank's device."""
+
+    @abstractmethod
+    def _wrap(self, shapes: Shapes, channel: Channel) -> None:
+        """Make `self.model` of `self.bare`. All ranks."""
+
+    def release(self) -> None:
+        """Drop the model, so that its process group can end. The engine is of no use afterwards."""
+        self.bare = None
+        self.model = None
+
+    # --- one step
+
+    @abstractmethod
+    def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
+        """Do before step 1 what would change the order of sums after it. All ranks."""
+
+    @abstractmethod
+    def micro_step(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Surrounds forward and backward of a micro-batch, with autocast.
+
+        Gradients are exchanged only in the last one.
+        """
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Arithmetic in the run's precision.
+
+        bf16 and fp16 mean the same under every strategy: fp32 weights and gradients, autocast
+        arithmetic.
+        """
+        precision = self.config.run.precision
+        if precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(
+            self.device.type,
+            dtype=_AUTOCAST[precision],
+            # Under ZeRO-3 the cache would keep a whole bf16 copy of weights that are held in
+            # slices.
+            cache_enabled=self.strategy.stage < 3,
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradient.
+
+        Ranks are averaged later, so the loss is multiplied by their number first.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            self._backward(loss * self.world_size)
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None: ...
+
+    def update(self) -> Tensor:
+        """Clip by the global gradient norm, move the weights, forget the gradients. All ranks.
+
+        Returns the norm before clipping. It is infinite or NaN if the update was left out.
+        """
+        norm = self._step()
+        if self.ema_decay:
+            for _ in self.opened():
+                tensors = self._optimized()
+                averages = [self.optimizer.state[tensor]["ema"] for tensor in tensors]
+                weights = [tensor.data for tensor in tensors]
+                torch._foreach_lerp_(averages, weights, 1 - self.ema_decay)
+        return norm
+
+    @abstractmethod
+    def _step(self) -> Tensor:
+        """One update of the weights; the gradient norm before clipping."""
+
+    # --- what this rank holds
+
+    @abstractmethod
+    def opened(self) -> Iterator[Sequence[int]]:
+        """Turns in which the optimizer's tensors can be worked on. All ranks.
+
+        A turn has the numbers of its tensors; each tensor has one turn.
+        """
+
+    @abstractmethod
+    def owned(self) -> Iterator[OwnedSlice]:
+        """The parts of parameters that this rank's optimizer works on, with its state. All ranks.
+
+        A part can be used until the next one is asked for.
+        """
+
+    @abstractmethod
+    def spread(self) -> None:
+        """Make the model compute with the owned parts after they were changed. All ranks."""
+
+    def _optimized(self) -> list[Tensor]:
+        """The tensors of the optimizer's groups, as far as they are open."""
+        tensors: list[Tensor] = []
+        for group in self.optimizer.param_groups:
+            tensors += group["params"]
+        return tensors
+
+    # --- the moving average of the weights
+
+    def start_average(self) -> None:
+        """The average begins where the weights are. All ranks."""
+        if self.ema_decay:
+            for part in self.owned():
+                part.state["ema"].copy_(part.weight)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model computes with the average of its weights. All ranks."""
+        self._swap_average()
+        yield
+        self._swap_average()
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        for part in self.owned():
+            weight = part.weight.clone()
+            part.weight.copy_(part.state["ema"])
+            part.state["ema"].copy_(weight)
+        self.spread()
+
+
+class ReplicatedEngine(Engine):
+    """One process alone, or DDP.
+
+    Every rank holds all weights, all gradients and all of the optimizer's state.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy):
+        super().__init__(accelerator, config, strategy)
+        self._trainable: list[nn.Parameter] = []
+
+    def construction(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def _move(self, model: nn.Module) -> None:
+        model.to(self.device)
+
+    def _wrap(self, shapes: Shapes, channel: Channel) -> None:
+        self.model = self.accelerator.prepare_model(self.bare)
+        for parameter in self.bare.parameters():
+            if parameter.requires_grad:
+                self._trainable.append(parameter)
+
+    def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
+        """Two backward passes of a zero loss. All ranks.
+
+        DDP reorders its gradient buckets after the first backward, which changes the order of sums
+        in a ring of more than two ranks. It happens before step 1, so that a resumed run is
+        bit-identical to an undisturbed one.
+        """
+        if self.world_size == 1:
+            return
+        for _ in range(_FIRST_BACKWARDS):
+            with self.micro_step(last=True):
+                self.backward(loss_of_nothing())
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        exchange = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with exchange, self.autocast():
+            yield
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(self.scaler.scale(loss))
+
+    def _step(self) -> Tensor:
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self._trainable,
+            self.config.optim.clip or float("inf"),
+            foreach=self.device.type == "cuda",
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach()
+
+    def opened(self) -> Iterator[Sequence[int]]:
+        yield range(len(self._optimized()))
+
+    def owned(self) -> Iterator[OwnedSlice]:
+        for name, parameter in self.bare.named_parameters():
+            state = self.optimizer.state[parameter]
+            yield OwnedSlice.part(name, 0, parameter.numel(), parameter, state)
+
+    def spread(self) -> None:
+        """Nothing to do: the owned parts are the model's own weights."""

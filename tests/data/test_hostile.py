@@ -1,4 +1,7 @@
-"""A prepared folder from a stranger is refused in one line: it opens, makes and deletes nothing outside of its folder."""
+"""A prepared folder from a stranger is refused in one line.
+
+It opens, makes and deletes nothing outside of its folder.
+"""
 
 import contextlib
 import functools

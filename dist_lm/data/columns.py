@@ -19,8 +19,8 @@ class FilteredError(Exception):
 class Columns:
     """The columns of one source: the text column or those of the template, and the filter's.
 
-    `names` holds each of them once, those that become text first. `is_composed` says that the text
-    of a row is made, or its row chosen, from several columns and not read from one.
+    `names` holds each of them once, those that become text first. If `is_composed`, a template or a
+    filter needs the whole row; else the text is read straight from one column.
     """
 
     def __init__(self, spec: SourceConfig, section: str):

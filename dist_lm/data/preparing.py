@@ -95,8 +95,8 @@ class Preparation:
         self.say = say
         self.spec = data.named_sources()[name]
         self.field = data.field_of(name)  # where the input was given, for messages
-        # The later fields of a source are there only if they are given, so that folders from
-        # before they existed can still be used.
+        # The later fields of a source are there only if they are given: manifests of folders that
+        # were prepared without them stay as they are.
         self.settings = self.spec.model_dump(include={"input", "text_column", "separator"})
         self.settings |= self.spec.model_dump(
             include={"template", "filter", "subset", "split"}, exclude_defaults=True

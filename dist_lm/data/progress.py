@@ -1,6 +1,6 @@
 """How far the reading of a source is, for people who wait.
 
-tqdm is not used: into a log it writes carriage returns, and it knows no line every ten seconds.
+tqdm is not used: into a log it writes carriage returns, and it has no plain line now and then.
 """
 
 import sys

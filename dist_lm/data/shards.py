@@ -91,8 +91,11 @@ class TokenShards:
         """How many sequences each shard has."""
         counts = []
         for size in self.sizes:
-            last_start = size - 1 - seq_len
-            counts.append(last_start // stride + 1 if size > seq_len else 0)
+            count = 0
+            if size > seq_len:
+                last_start = size - 1 - seq_len
+                count = last_start // stride + 1
+            counts.append(count)
         return counts
 
     def count(self, data: DataConfig) -> int:
@@ -197,17 +200,21 @@ class TokenShards:
         path = f"{self.folder}/{self.files[shard]}"
         starts = arrays["document_start"]
         sources = arrays["document_source"]
-        are_as_many = len(starts) == len(sources) == len(arrays["document_row"]) > 0
-        if (
-            not are_as_many
-            or starts[0] != 0
-            or starts[-1] >= self.sizes[shard]
-            or (starts[1:] <= starts[:-1]).any()
-        ):
+        rows = arrays["document_row"]
+        are_whole = len(starts) == len(sources) == len(rows) > 0
+        if not are_whole or not _follow_each_other(starts, self.sizes[shard]):
             raise bad_shard(path, "its documents do not follow each other")
         known = len(self.manifest["sources"])
         if sources.min() < 0 or sources.max() >= known:
             raise bad_shard(path, f"a document is from none of the {known} sources")
+
+
+def _follow_each_other(starts: np.ndarray, size: int) -> bool:
+    """Whether documents with these first tokens fill a shard of that size, in order."""
+    if starts[0] != 0 or starts[-1] >= size:
+        return False
+    # Compared and not subtracted, because a stranger's numbers could overflow.
+    return bool((starts[1:] > starts[:-1]).all())
 
 
 def _open_file_of(folder: str | Path, name: str) -> io.BufferedReader:

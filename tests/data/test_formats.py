@@ -1,4 +1,7 @@
-"""What a document is in each format, in which order documents come, and what is refused by file and row."""
+"""What a document is in each format, and in which order documents come.
+
+What is not text is refused by file and row.
+"""
 
 import csv
 import gzip
@@ -44,9 +47,8 @@ def texts(path: Any, **settings: Any) -> list[str]:
 
 
 def write_json_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
+    written = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in written))
     return path
 
 
@@ -64,7 +66,8 @@ def test_a_txt_file_is_one_document_with_its_newlines(tmp_path: Path) -> None:
 def test_a_separator_ends_documents_wherever_chunks_end(
     tmp_path_factory: pytest.TempPathFactory, parts: list[str], chunk: int
 ) -> None:
-    text, path = "<|>".join(parts), tmp_path_factory.getbasetemp() / "separated.txt"
+    text = "<|>".join(parts)
+    path = tmp_path_factory.getbasetemp() / "separated.txt"
     path.write_bytes(text.encode())
     expected = [(n, part) for n, part in enumerate(text.split("<|>"), 1) if part.strip()]
     with pytest.MonkeyPatch.context() as patch:
@@ -116,19 +119,11 @@ def test_json_rows_need_not_have_the_same_keys_and_dates_stay_text(tmp_path: Pat
         {"text": "<|endoftext|>\x00"},
         "",
     ]
-    assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == [
-        "2020-01-01",
-        "b",
-        "<|endoftext|>\x00",
-    ]
-    assert texts(write_json_lines(tmp_path / "lines.json", rows)) == [
-        "2020-01-01",
-        "b",
-        "<|endoftext|>\x00",
-    ]
-    assert texts(
-        write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}']), text_column="body"
-    ) == ["x"]
+    expected = ["2020-01-01", "b", "<|endoftext|>\x00"]
+    assert texts(write_json_lines(tmp_path / "a.jsonl", rows)) == expected
+    assert texts(write_json_lines(tmp_path / "lines.json", rows)) == expected
+    marked = write_json_lines(tmp_path / "b.jsonl", ['\ufeff{"body": "x"}'])
+    assert texts(marked, text_column="body") == ["x"]
 
 
 @pytest.mark.parametrize("ending", [".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow"])
@@ -142,16 +137,14 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
             file.write(pa.Table.from_pylist(rows))
     elif ending == ".csv":
         plain.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
+    elif ending == ".json":
+        plain.write_text(json.dumps(rows))
     else:
-        plain.write_text(
-            json.dumps(rows)
-            if ending == ".json"
-            else "".join(json.dumps(row) + "\n" for row in rows)
-        )
+        write_json_lines(plain, rows)
     raw = plain.read_bytes()
-    (tmp_path / f"a{ending}.gz").write_bytes(
-        gzip.compress(raw[: len(raw) // 2]) + gzip.compress(raw[len(raw) // 2 :])
-    )
+    half = len(raw) // 2
+    two_members = gzip.compress(raw[:half]) + gzip.compress(raw[half:])
+    (tmp_path / f"a{ending}.gz").write_bytes(two_members)
     (tmp_path / f"a{ending}.zst").write_bytes(zstandard.compress(raw))
     expected = texts(plain)
     assert len(expected) == (1 if ending == ".txt" else 100)
@@ -165,16 +158,16 @@ def test_packed_files_read_as_their_content(ending: str, tmp_path: Path) -> None
 
 def test_a_packed_file_at_a_signed_url(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = gzip.compress(b'{"text": "ok"}')
-    monkeypatch.setattr(remote, "open_file", lambda *_: io.BufferedReader(io.BytesIO(packed)))  # type: ignore[arg-type]
+    file = io.BufferedReader(io.BytesIO(packed))  # type: ignore[arg-type]
+    monkeypatch.setattr(remote, "open_file", lambda *_: file)
     source = TextFile("a.jsonl.gz", "https://host/a.jsonl.gz?signature", len(packed))
     documents = Reader(SourceConfig(input=source.path), [source]).documents(Counter())
     assert ["".join(texts) for _, _, texts in documents] == ["ok"]
 
 
 def test_parquet_kinds_of_text(tmp_path: Path) -> None:
-    for n, kind in enumerate(
-        [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.null()]
-    ):
+    dictionary = pa.dictionary(pa.int32(), pa.string())
+    for n, kind in enumerate([pa.large_string(), pa.string_view(), dictionary, pa.null()]):
         column = pa.array([None, None] if pa.types.is_null(kind) else ["a", None]).cast(kind)
         pq.write_table(pa.table({"text": column}), tmp_path / f"{n}.parquet")
         assert texts(tmp_path / f"{n}.parquet") == ([] if pa.types.is_null(kind) else ["a"])
@@ -206,9 +199,8 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path: Path) -> None:
     ]
     assert read(tmp_path) == rows
     assert read(f"{tmp_path}/**/*.txt") == [row for row in rows if row[0].startswith("b/")]
-    assert read(f"{tmp_path}/*.md") == [
-        ("notes.md", 1, "notes.md")
-    ]  # named by the user: read as text
+    # A file that the user names is read as text, whatever its ending.
+    assert read(f"{tmp_path}/*.md") == [("notes.md", 1, "notes.md")]
     (tmp_path / "odd[1].txt").write_text("x")
     assert texts(tmp_path / "odd[1].txt") == ["x"]
 
@@ -228,10 +220,8 @@ def test_stdlib_is_the_corpus_of_the_quickstart() -> None:
         "ensurepip",
     }
     documents = read("stdlib")
-    assert (
-        350 < len(documents) < 900
-        and 6e6 < sum(len(text.encode()) for _, _, text in documents) < 2e7
-    )
+    size = sum(len(text.encode()) for _, _, text in documents)
+    assert 350 < len(documents) < 900 and 6e6 < size < 2e7
     if sys.version_info[:2] == (3, 11):
         assert 465 <= len(documents) <= 480
 
@@ -255,7 +245,8 @@ def hub_folder(tmp_path: Path) -> str:
 def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    real, folder = datasets.load_dataset, hub_folder(tmp_path)
+    real = datasets.load_dataset
+    folder = hub_folder(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **kwargs: real(folder, **kwargs))
     monkeypatch.chdir(tmp_path)
     rows = [(1, "0 one"), (3, "0 two"), (4, "1 one"), (6, "1 two")]
@@ -277,14 +268,22 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError,
-        match=r"^someone/words: no such file here, and no hub dataset to be had: Couldn't reach 'someone/words' on the Hub$",
+        match=r"^someone/words: no such file here, and no hub dataset to be had: "
+        r"Couldn't reach 'someone/words' on the Hub$",
     ):
         read("someone/words")
 
 
+TOO_LONG = "row 2: longer than 32 MB; nearest: a .txt file, which is read piece by piece"
+
+
 def bad_files(folder: Path) -> dict[str, str]:
-    """File name: what must be said about it."""
-    lines = {
+    """Writes the files; by name, what the error about each must say."""
+    return bad_lines(folder) | bad_bytes(folder) | long_rows(folder) | bad_tables(folder)
+
+
+def bad_lines(folder: Path) -> dict[str, str]:
+    by_lines = {
         "surrogate.jsonl": (
             ['{"text": "ok"}', '{"text": "a\\ud800b"}'],
             "row 2: .*surrogates not allowed",
@@ -313,49 +312,58 @@ def bad_files(folder: Path) -> dict[str, str]:
         "quote.csv": (["text", "a", '"b'], "row 2: unexpected end of data"),
         "notparquet.parquet": (["hello"], "Parquet"),
     }
-    for name, (content, _) in lines.items():
+    for name, (content, _) in by_lines.items():
         (folder / name).write_text("\n".join(content) + "\n")
+    return {name: message for name, (_, message) in by_lines.items()}
+
+
+def bad_bytes(folder: Path) -> dict[str, str]:
     (folder / "bytes.txt").write_bytes(b"a" * 70 + b"\xff" + b"b" * 70)
     (folder / "separated.txt").write_bytes(b"one#two#three\xc3")
     (folder / "bytes.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xed\xa0\x80"}\n')
     (folder / "bytes.csv").write_bytes(b"text\nok\nok\n\xff\n")
     (folder / "bytes.json").write_bytes(b'[{"text": "ok"}, {"text": "\xff"}]')
-    bad = pa.StringArray.from_buffers(
-        2, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ok\xff\xff")
-    )
+    ends = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0")
+    bad = pa.StringArray.from_buffers(2, ends, pa.py_buffer(b"ok\xff\xff"))
     pq.write_table(pa.table({"text": bad}), folder / "bytes.parquet")
-    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
-    pq.write_table(pa.table({"test": ["a"]}), folder / "missing.parquet")
-    (folder / "long.jsonl").write_text('{"text": "ok"}\n{"text": "' + "x" * 3000 + '"}\n')
-    (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
-    (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
-    (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
-    pq.write_table(
-        pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]}), folder / "list.parquet"
-    )
-    pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
-    pq.write_table(
-        pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]}),
-        folder / "longer.parquet",
-        compression="none",
-    )
-    too_long = "row 2: longer than 32 MB; nearest: a .txt file, which is read piece by piece"
-    return {name: message for name, (_, message) in lines.items()} | {
+    return {
         "bytes.txt": "row 1: byte 70 of the text, 0xff, is not UTF-8",
         "separated.txt": "row 3: byte 13 of the text, 0xc3, is not UTF-8",
         "bytes.jsonl": "row 2: 'utf-8' codec can't decode byte 0xed in position 10",
         "bytes.csv": "row 3: 'utf-8' codec can't decode byte 0xff",
         "bytes.json": "row 2: 'utf-8' codec can't decode byte 0xff in position 10",
         "bytes.parquet": "row 2: 'utf-8' codec can't decode byte 0xff in position 0",
-        "long.parquet": too_long,
+    }
+
+
+def long_rows(folder: Path) -> dict[str, str]:
+    """Rows of more than 2000 bytes."""
+    (folder / "long.jsonl").write_text('{"text": "ok"}\n{"text": "' + "x" * 3000 + '"}\n')
+    (folder / "long.json").write_text('[{"text": "ok"}, {"text": "' + "x" * 3000 + '"}]')
+    (folder / "long.csv").write_text('text\nok\n"' + "x\n" * 1500 + '"\n')
+    (folder / "line.csv").write_text("text\nok\n" + "x" * 3000 + "\n")
+    pq.write_table(pa.table({"text": ["ok", "x" * 3000, *["ok"] * 9]}), folder / "long.parquet")
+    longer = pa.table({"a": [{"b": 1, "c": 2}] * 2, "text": ["x" * 5000, "ok"]})
+    pq.write_table(longer, folder / "longer.parquet", compression="none")
+    return {
+        "long.jsonl": TOO_LONG,
+        "long.json": TOO_LONG,
+        "line.csv": TOO_LONG,
+        "long.csv": r"row 2: field larger than field limit \(2000\)",
+        "long.parquet": TOO_LONG,
         "longer.parquet": "row group 1: its rows are longer than 32 MB; nearest: a .txt file",
+    }
+
+
+def bad_tables(folder: Path) -> dict[str, str]:
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    pq.write_table(pa.table({"test": ["a"]}), folder / "missing.parquet")
+    of_lists = pa.table({"nested": [{"a": 1, "b": [2]}], "text": [["list"]]})
+    pq.write_table(of_lists, folder / "list.parquet")
+    return {
         "numbers.parquet": "data.text_column='text' holds int64, not text",
         "list.parquet": "data.text_column='text' holds list<.*string>, not text",
         "missing.parquet": "no data.text_column='text' among test; did you mean test?",
-        "long.jsonl": too_long,
-        "long.json": too_long,
-        "line.csv": too_long,
-        "long.csv": r"row 2: field larger than field limit \(2000\)",
     }
 
 
@@ -407,7 +415,8 @@ def as_array(values: list[bytes], path: Path, gap: bytes = b", ") -> Path:
 
 def read_skipping(path: Path, start: int = 0) -> tuple[list[tuple[int, str]], Counter[str]]:
     """Rows with their texts, and what was left out."""
-    source, skipped = SourceConfig(input=str(path)), Counter[str]()
+    source = SourceConfig(input=str(path))
+    skipped: Counter[str] = Counter()
     documents = Reader(source, find_files(source), bad_rows="skip").documents(skipped, start=start)
     return [(row, "".join(texts)) for _, row, texts in documents], skipped
 
@@ -500,9 +509,8 @@ def test_a_value_too_long_is_passed_without_being_held(monkeypatch: pytest.Monke
     try:
         with pytest.raises(ValueError, match="^longer than"):
             next(values)
-        assert (
-            taken * 3 * 2**14 < 2**20 + 2**17
-        )  # it is refused as soon as it is known to be too long
+        # It is refused as soon as it is known to be too long.
+        assert taken * 3 * 2**14 < 2**20 + 2**17
         assert list(values) == [{"text": "ok"}]
         assert taken == 1000 and tracemalloc.get_traced_memory()[1] < 4 * 2**20
     finally:
@@ -520,23 +528,23 @@ def test_rows_behind_a_bad_one_are_read(name: str, template: str | None, tmp_pat
         pa.py_buffer(b"ok\xffyo"),
     )
     pq.write_table(pa.table({"text": column}), tmp_path / "bytes.parquet")
-    source, skipped = SourceConfig(input=str(tmp_path / name), template=template), Counter[str]()
+    source = SourceConfig(input=str(tmp_path / name), template=template)
+    skipped: Counter[str] = Counter()
     reader = Reader(source, find_files(source), bad_rows="skip")
-    assert [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)] == [
-        (1, "ok"),
-        (3, "yo"),
-    ]
+    documents = [(row, "".join(texts)) for _, row, texts in reader.documents(skipped)]
+    assert documents == [(1, "ok"), (3, "yo")]
     assert skipped == {"bad rows": 1}
-    assert [row for _, row, _ in reader.documents(skipped, start=3)] == [
-        3
-    ]  # what lies before is counted once
+    # What lies before the start is not counted again.
+    assert [row for _, row, _ in reader.documents(skipped, start=3)] == [3]
     assert skipped == {"bad rows": 1}
 
 
 def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
-    rows = b'text,id\n"bad \xff line\nends with a newline\n",2\n"good one",3\n"good two",4\ngood three,5\n'
-    (tmp_path / "a.csv").write_bytes(rows)
-    source, skipped = SourceConfig(input=str(tmp_path / "a.csv")), Counter[str]()
+    bad = b'text,id\n"bad \xff line\nends with a newline\n",2\n'
+    good = b'"good one",3\n"good two",4\ngood three,5\n'
+    (tmp_path / "a.csv").write_bytes(bad + good)
+    source = SourceConfig(input=str(tmp_path / "a.csv"))
+    skipped: Counter[str] = Counter()
     found = find_files(source)
     documents = Reader(source, found, bad_rows="skip").documents(skipped)
     assert [(row, "".join(texts)) for _, row, texts in documents] == [
@@ -558,10 +566,8 @@ def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
         "a.jsonl": "surrogates not allowed",
         "a.csv": "no column 'b' of data.template in it",
     }.items():
-        source, skipped = (
-            SourceConfig(input=str(tmp_path / name), template="{a} {b}"),
-            Counter[str](),
-        )
+        source = SourceConfig(input=str(tmp_path / name), template="{a} {b}")
+        skipped: Counter[str] = Counter()
         found = find_files(source)
         documents = Reader(source, found, bad_rows="skip").documents(skipped)
         assert [(row, "".join(texts)) for _, row, texts in documents] == [(2, "ok 2")]
@@ -592,11 +598,13 @@ def test_missing_input_names_the_nearest(tmp_path: Path, monkeypatch: pytest.Mon
     Path("shakespeare.txt").write_text("To be")
     Path("empty").mkdir()
     for name, message in {
-        "shakespear.txt": r"'shakespear.txt': no such file; did you mean shakespeare.txt\? \(a hub dataset is owner/name\)",
+        "shakespear.txt": r"'shakespear.txt': no such file; did you mean shakespeare.txt\?"
+        r" \(a hub dataset is owner/name\)",
         "empty/shakespeare": r"'empty/shakespeare': no such file \(a hub dataset is owner/name\)",
         "no/such/file.txt": r"'no/such/file.txt': no such file \(a hub dataset is owner/name\)",
         "*.csv": "'\\*.csv': no file matches",
-        "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet .arrow \(or .gz, .zst\)",
+        "empty": r"'empty': the folder has none of .txt .jsonl .json .csv .parquet .arrow"
+        r" \(or .gz, .zst\)",
     }.items():
         with pytest.raises(UserError, match=f"^data.input={message}$") as raised:
             find_files(SourceConfig(input=name))
@@ -627,7 +635,7 @@ def test_an_outage_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> N
     found = find_files(source)
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
-    monkeypatch.setattr(remote._Reader, "_fetch", fail)
+    monkeypatch.setattr(remote.RemoteReader, "_fetch", fail)
     with pytest.raises(
         UserError, match=r"a\.jsonl: .*given up after \d+ tries .*could not connect"
     ):

@@ -1,4 +1,7 @@
-"""Preparing gives the same bytes however often it is stopped and on however many processes, and holds out by text."""
+"""Preparing gives the same bytes, however often it is stopped, on any number of processes.
+
+Documents are held out by their text.
+"""
 
 import json
 import os
@@ -59,7 +62,7 @@ def tokens_of(folder: Path, split: str) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What survives a power failure is test_shards' business; here it would only wait for the disk."""
+    """test_shards tests what survives a power failure; here fsync would only cost time."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -204,8 +207,10 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
         "import sys; from dist_lm.data import encode, preparing, writer;"
-        "from dist_lm.config import DataConfig; writer.SHARD_TOKENS = 20000; encode.JOB_CHARACTERS = 2000;"
-        "preparing.prepare_dataset(DataConfig(input=sys.argv[1], tokenizer='bpe:300'), sys.argv[2], 2)"
+        "from dist_lm.config import DataConfig;"
+        "writer.SHARD_TOKENS = 20000; encode.JOB_CHARACTERS = 2000;"
+        "data = DataConfig(input=sys.argv[1], tokenizer='bpe:300');"
+        "preparing.prepare_dataset(data, sys.argv[2], 2)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -262,11 +267,10 @@ def test_a_worker_that_cannot_be_started_says_why(
 
 
 def test_a_document_stays_where_it_is(tmp_path: Path) -> None:
-    """More documents, another order and another fraction: none moves from validation into training."""
+    """With more documents, in another order, by another fraction: none moves into training."""
     documents = [f"document {n}" for n in range(2000)]
-    small, large = (
-        {text for text in documents if is_held_out(text, fraction)} for fraction in (0.05, 0.1)
-    )
+    small = {text for text in documents if is_held_out(text, 0.05)}
+    large = {text for text in documents if is_held_out(text, 0.1)}
     assert small < large and 60 < len(small) < 140 and 150 < len(large) < 250
     assert not any(is_held_out(text, 0.0) for text in documents)
     assert document_hash(iter(["x" * 2**20, "a"]))[0] == document_hash(iter(["x" * 2**20 + "b"]))[0]
@@ -344,7 +348,10 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
     ):
         name, value = next(iter(change.items()))
         before = getattr(config, name)
-        message = rf"/d was prepared with data\.{name}={before!r}, not {value!r}; rule: one folder, one preparation;"
+        message = (
+            rf"/d was prepared with data\.{name}={before!r}, not {value!r};"
+            " rule: one folder, one preparation;"
+        )
         with pytest.raises(UserError, match=message) as raised:
             prepare_dataset(config.model_copy(update=change), tmp_path / "d", 1, quiet)
         assert raised.value.code == 65
@@ -411,26 +418,21 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
     sources = [TextFile("a", "a", 2_000_000), TextFile("b", "b", 6_000_000)]
     progress = Progress("prepared", Reader(SourceConfig(input="ab"), sources), said.append)
     progress.documents = 1
-    for now, more, source in (
-        (5, 500_000, 0),
-        (10, 500_000, 0),
-        (20, 500_000, 1),
-        (30, 1_500_000, 1),
-    ):
+    reads = [(5, 500_000, 0), (10, 500_000, 0), (20, 500_000, 1), (30, 1_500_000, 1)]
+    for now, more, file in reads:
         clock[0] = float(now)
-        progress.add(more, source)
-    assert (
-        said
-        == [
-            "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
-            "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",  # the first file had 0.75 bytes of text a byte
-            "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
-        ]
-    )
+        progress.add(more, file)
+    assert said == [
+        "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
+        # The first file had 0.75 bytes of text a byte.
+        "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",
+        "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
+    ]
 
 
 def test_progress_after_empty_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = [0.0], list[str]()
+    clock = [0.0]
+    said: list[str] = []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     reader = Reader(
         SourceConfig(input="ab"), [TextFile("a", "a", 0), TextFile("b", "b", 2_000_000)]
@@ -457,19 +459,8 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"body": [f"text number {n}" for n in range(200)]}), tmp_path / "a.parquet"
     )
-    done = run(
-        "--input",
-        str(tmp_path / "a.parquet"),
-        "--output",
-        str(tmp_path / "d"),
-        "--tokenizer",
-        "byte",
-        "--text-column=body",
-        "--val-fraction",
-        "0.2",
-        "--processes",
-        "2",
-    )
+    words = "--tokenizer byte --text-column=body --val-fraction 0.2 --processes 2".split()
+    done = run("--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "d"), *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert "train: " in done.stdout and "val: " in done.stdout
     assert json.loads((tmp_path / "d" / MANIFEST).read_text())["settings"]["text_column"] == "body"
@@ -520,22 +511,16 @@ def test_command_line_errors(
 
 
 def test_help_names_every_flag_and_imports_nothing_heavy() -> None:
-    program = "import sys; from dist_lm import prepare\ntry: prepare.main(['--help'])\nexcept SystemExit: pass\n"
-    program += "print([m for m in ('torch', 'datasets', 'pyarrow', 'numpy', 'tokenizers') if m in sys.modules])"
+    program = "import sys; from dist_lm import prepare\n"
+    program += "try: prepare.main(['--help'])\nexcept SystemExit: pass\n"
+    program += "heavy = {'torch', 'datasets', 'pyarrow', 'numpy', 'tokenizers'}\n"
+    program += "print([m for m in heavy if m in sys.modules])"
     shown = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert shown.endswith("[]\n")
-    for flag in (
-        "input",
-        "output",
-        "tokenizer",
-        "text_column",
-        "separator",
-        "val_fraction",
-        "processes",
-        "verify",
-    ):
+    flags = "input output tokenizer text_column separator val_fraction processes verify"
+    for flag in flags.split():
         assert f"--{flag}" in shown
 
 
@@ -571,27 +556,15 @@ def peak_memory(process: subprocess.Popen[str]) -> dict[str, int]:
 @pytest.mark.campaign
 def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     rng = random.Random(0)
-    with open(
-        tmp_path / "a.txt", "w"
-    ) as file:  # in parts: a forked child is as large as this process for a moment
+    # In parts, because a forked child is for a moment as large as this process.
+    with open(tmp_path / "a.txt", "w") as file:
         while file.tell() < 200 * 10**6:
-            words = [
-                *rng.choices(WORDS, k=10**5),
-                *(f"{rng.getrandbits(40):x}" for _ in range(10**4)),
-            ]  # many distinct
+            words = rng.choices(WORDS, k=10**5)
+            words += [f"{rng.getrandbits(40):x}" for _ in range(10**4)]  # many distinct ones
             file.write(" ".join(words) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "dist_lm.prepare",
-        "--input",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "d"),
-    ]
-    process = subprocess.Popen(
-        [*command, "--tokenizer", "bpe:1000"], stdout=subprocess.DEVNULL, text=True
-    )
+    words = ["--input", str(tmp_path), "--output", str(tmp_path / "d"), "--tokenizer", "bpe:1000"]
+    command = [sys.executable, "-m", "dist_lm.prepare", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)
     peak = peak_memory(process)
     assert process.returncode == 0
     assert len(peak) == 1 + len(os.sched_getaffinity(0)) and max(peak.values()) < 1024, peak

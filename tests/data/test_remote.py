@@ -1,4 +1,7 @@
-"""Files at URLs are found and read through failures; the cache is bounded, shared, checked, and survives kill -9."""
+"""Files at URLs are found, and read through failures.
+
+The cache is bounded, shared and checked, and survives kill -9.
+"""
 
 import errno
 import fcntl
@@ -33,7 +36,7 @@ from dist_lm.data import cache as cache_module
 from dist_lm.data import remote
 from dist_lm.data.cache import ShardCache
 from dist_lm.data.manifest import find_prepared, read_manifest
-from dist_lm.data.remote import ChangedError, Found, fetch_small, find, is_remote, open_file
+from dist_lm.data.remote import ChangedError, RemoteFile, fetch_small, find, is_remote, open_file
 from dist_lm.data.shards import TokenShards, verify
 from dist_lm.errors import UserError
 from tests.data.test_shards import make
@@ -71,7 +74,8 @@ def start(
         stores.append(store)
         for key, value in store.env.items():
             monkeypatch.setenv(key, value)
-        s3fs.S3FileSystem.clear_instance_cache()  # its clients keep the address of an earlier test's server
+        # The clients of s3fs keep the address of an earlier test's server.
+        s3fs.S3FileSystem.clear_instance_cache()
         store.start()
         return store
 
@@ -82,14 +86,7 @@ def start(
 
 
 def test_which_paths_are_remote() -> None:
-    urls = [
-        "s3://b",
-        "gs://b/x",
-        "hf://datasets/a/b",
-        "memory://x",
-        "file:///x",
-        "https://host/x.txt",
-    ]
+    urls = ["s3://b", "gs://b/x", "hf://datasets/a/b", "memory://x", "file:///x", "https://host/x"]
     assert [is_remote(url) for url in urls] == [True] * len(urls)
     paths = ["a/b", "/a", "owner/name", "stdlib", "a:b", "c:\\x", "./s3:/x", "x/s3://b", "*.txt"]
     assert [is_remote(path) for path in paths] == [False] * len(paths)
@@ -107,7 +104,7 @@ FILES = {
 
 
 def check_find(root: str) -> dict[str, str]:
-    """What a folder, a glob and a file are; the marks."""
+    """Finds a folder, a glob and a file; returns the marks by name."""
     found = find(f"{root}/d", TEXTS)
     assert [(f.name, f.size) for f in found] == [("a.txt", 1), ("b.txt", 2), ("e/c.txt", 3)]
     assert find(f"{root}/d/", TEXTS) == found
@@ -117,7 +114,7 @@ def check_find(root: str) -> dict[str, str]:
     assert [f.name for f in find(f"{root}/d*/?.txt", TEXTS)] == ["d/a.txt", "d/b.txt", "d2/z.txt"]
     mark = find(f"{root}/d/n*", TEXTS)[0].mark
     assert find(f"{root}/d/no.bin", TEXTS) == [
-        Found("no.bin", f"{found[0].path[:-5]}no.bin", 1, mark)
+        RemoteFile("no.bin", f"{found[0].path[:-5]}no.bin", 1, mark)
     ]
     nothing = {
         "nix": "nothing is there",
@@ -174,10 +171,10 @@ def test_files_in_an_object_store(start: Any, capsys: pytest.CaptureFixture[str]
 
 def test_files_on_disk_and_in_memory(tmp_path: Path) -> None:
     for name, content in FILES.items():
-        (tmp_path / ".cache" / name).parent.mkdir(
-            parents=True, exist_ok=True
-        )  # hidden above, which does not matter
-        (tmp_path / ".cache" / name).write_bytes(content)
+        # A hidden folder above does not matter.
+        path = tmp_path / ".cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
         fsspec.filesystem("memory").pipe(f"/r/{name}", content)
     check_find(f"file://{tmp_path}/.cache")
     before = check_find("memory://r")
@@ -193,9 +190,12 @@ def test_what_a_url_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     needs = {
-        "s3://b": r"s3:// needs a package: ImportError: Install s3fs to access S3 \(pip install 'dist_lm\[s3\]'\)$",
-        "gs://b": r"gs:// needs a package: ImportError: Please install gcsfs to access Google Storage$",
-        "zz://b": r"Protocol not known: zz; rule: a scheme that fsspec knows, like s3, gs, hf, https$",
+        "s3://b": r"s3:// needs a package: ImportError: Install s3fs to access S3"
+        r" \(pip install 'dist_lm\[s3\]'\)$",
+        "gs://b": r"gs:// needs a package: ImportError: Please install gcsfs to access"
+        r" Google Storage$",
+        "zz://b": r"Protocol not known: zz; rule: a scheme that fsspec knows, like s3, gs, hf,"
+        r" https$",
     }
     for url, said in needs.items():
         with pytest.raises(UserError, match=said):
@@ -237,12 +237,13 @@ def test_a_web_server_without_ranges_is_refused(tmp_path: Path) -> None:
 
 def check_reads(url: str, content: bytes) -> None:
     """A reader is as good as BytesIO."""
-    rng, twin = random.Random(0), io.BytesIO(content)
+    rng = random.Random(0)
+    twin = io.BytesIO(content)
     with open_file(url) as file:
         for _ in range(40):
-            place = rng.choice(
-                [(rng.randrange(len(content)), 0), (-rng.randrange(len(content)), 2)]
-            )
+            from_start = (rng.randrange(len(content)), io.SEEK_SET)
+            from_end = (-rng.randrange(len(content)), io.SEEK_END)
+            place = rng.choice([from_start, from_end])
             assert file.seek(*place) == twin.seek(*place)
             size = rng.choice([1, 100, 5_000, 300_000])
             assert file.read(size) == twin.read(size)
@@ -265,9 +266,8 @@ def test_reading_is_exact_in_threads_too(
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         fsspec.filesystem("memory").pipe(f"/{name}", content)
-        urls += [
-            (f"{root}{name}", content) for root in ("s3://bkt/", f"file://{tmp_path}/", "memory://")
-        ] * 2
+        for root in ("s3://bkt/", f"file://{tmp_path}/", "memory://"):
+            urls += [(f"{root}{name}", content)] * 2
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda entry: check_reads(*entry), urls))
 
@@ -283,12 +283,11 @@ def test_a_server_restart_is_read_through(
     sink = io.BytesIO()
     pa.parquet.write_table(table, sink, row_group_size=1000, compression="none")
     store = start({"a.txt": content, "a.parquet": sink.getvalue()})
-    file, rows = (
-        open_file("s3://bkt/a.txt"),
-        pa.parquet.ParquetFile(open_file("s3://bkt/a.parquet"), pre_buffer=False),
-    )
+    file = open_file("s3://bkt/a.txt")
+    rows = pa.parquet.ParquetFile(open_file("s3://bkt/a.parquet"), pre_buffer=False)
     batches = rows.iter_batches(1000, use_threads=False)
-    got, texts = file.read(100_000), next(batches).column(0).to_pylist()
+    got = file.read(100_000)
+    texts = next(batches).column(0).to_pylist()
     store.kill()
     again = threading.Timer(3, store.start)
     again.start()
@@ -301,12 +300,8 @@ def test_a_server_restart_is_read_through(
     for batch in batches:
         texts += batch.column(0).to_pylist()
     assert texts == table.column(0).to_pylist()
-    said = capsys.readouterr().err.splitlines()
-    assert (
-        len(said) == 1
-        and said[0].startswith("s3://bkt/a.txt: EndpointConnectionError")
-        and said[0].endswith("30 s")
-    )
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("s3://bkt/a.txt: EndpointConnectionError") and said.endswith("30 s")
 
 
 @pytest.mark.slow
@@ -368,7 +363,8 @@ def test_failures_of_every_kind_are_tried_again(
     """Also those that are no OSErrors, and an answer that ends early."""
     memory = fsspec.filesystem("memory")
     memory.pipe("/a.txt", b"0123456789" * 100)
-    opened, turns = type(memory)._open, itertools.count()
+    opened = type(memory)._open
+    turns = itertools.count()
     monkeypatch.setattr(remote, "BLOCK", 100)
 
     class Flaky(io.RawIOBase):
@@ -467,20 +463,21 @@ def test_the_cache_keeps_what_was_used_last(shards: Any, tmp_path: Path) -> None
 
 
 def test_a_cache_too_small_is_refused(shards: Any, tmp_path: Path) -> None:
-    url, folder = f"file://{tmp_path}/far", tmp_path / "cache"
+    url = f"file://{tmp_path}/far"
+    folder = tmp_path / "cache"
     with pytest.raises(UserError) as raised:
         ShardCache(url, folder, SIZE - 1).get(*shards["0"])
     assert str(raised.value) == (
-        "data.cache_gb=9.9999e-05 has no room for 0 of 0.0001 GB; rule: the shards in use at once fit; nearest: 0.01"
+        "data.cache_gb=9.9999e-05 has no room for 0 of 0.0001 GB; rule: the shards in use at once"
+        " fit; nearest: 0.01"
     )
     cache = ShardCache(url, folder, 2 * SIZE)
     paths = [cache.get(*shards[name]) for name in "01"]
     with pytest.raises(UserError, match=r"no room for 2 of .* nearest: 0\.01"):
         cache.get(*shards["2"])
-    with pytest.raises(UserError):
-        ShardCache(url, folder, 2 * SIZE).get(
-            *shards["2"]
-        )  # after a wait: another cache has them in use
+    other = ShardCache(url, folder, 2 * SIZE)
+    with pytest.raises(UserError):  # after a wait, because the first cache has them in use
+        other.get(*shards["2"])
     assert all(path.is_file() for path in paths)
     cache.release("0")
     cache.get(*shards["2"])
@@ -510,11 +507,9 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
     shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between looking for a copy and beginning one."""
-    cache, take, looks = (
-        ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE),
-        ShardCache._take,
-        [],
-    )
+    cache = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE)
+    take = ShardCache._take
+    looks = []
 
     def look(self: ShardCache, copy: Any) -> int | None:
         found = take(self, copy)
@@ -535,7 +530,8 @@ def test_a_copy_that_another_process_has_just_finished_is_taken(
 def test_deleting_and_beginning_wait_for_the_lock(
     shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, flock = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE), fcntl.flock
+    cache = ShardCache(f"file://{tmp_path}/far", tmp_path / "cache", 3 * SIZE)
+    flock = fcntl.flock
     with ThreadPoolExecutor(1) as pool:
         with cache._locked():
             got = pool.submit(cache.get, *shards["0"])
@@ -559,36 +555,33 @@ def test_deleting_and_beginning_wait_for_the_lock(
 def test_a_file_that_is_not_as_its_manifest_says(
     shards: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, folder, opened = f"file://{tmp_path}/far", tmp_path / "cache", []
+    url = f"file://{tmp_path}/far"
+    folder = tmp_path / "cache"
+    opened: list[str] = []
     monkeypatch.setattr(cache_module, "open_file", lambda url: opened.append(url) or open_file(url))
-    cache, good = ShardCache(url, folder, 3 * SIZE), (tmp_path / "far" / "0").read_bytes()
-    wrong = {
-        bytes(
-            SIZE
-        ): rf"{url}/0: sha256 \w{{12}}, not {shards['0'][2][:12]}, twice; rule: as its manifest",
-        good[
-            :-1
-        ]: rf"{url}/0: not 100000 bytes, twice; rule: as its manifest has it; prepare again",
-        good + bytes(10 * SIZE): rf"{url}/0: not 100000 bytes, twice",
-    }
-    for content, said in wrong.items():
+    cache = ShardCache(url, folder, 3 * SIZE)
+    good = (tmp_path / "far" / "0").read_bytes()
+    sha256 = shards["0"][2]
+    wrong = [
+        (bytes(SIZE), rf"sha256 \w{{12}}, not {sha256[:12]}, twice; rule: as its manifest"),
+        (good[:-1], "not 100000 bytes, twice; rule: as its manifest has it; prepare again"),
+        (good + bytes(10 * SIZE), "not 100000 bytes, twice"),
+    ]
+    for content, said in wrong:
         (tmp_path / "far" / "0").write_bytes(content)
         opened.clear()
-        with pytest.raises(UserError, match=said) as raised:
+        with pytest.raises(UserError, match=rf"{url}/0: {said}") as raised:
             cache.get(*shards["0"])
         assert raised.value.code == 65 and opened == [f"{url}/0"] * 2 and copies(folder) == set()
     (tmp_path / "far" / "0").write_bytes(good)
     with pytest.raises(FileNotFoundError, match=rf"^{url}/gone: no such file$"):
         cache.get("gone", SIZE, "0" * 64)
+    full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(UserError) as raised:
-        patch.setattr(
-            os, "pwrite", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-        )
+        patch.setattr(os, "pwrite", Mock(side_effect=full))
         cache.get(*shards["0"])
-    assert (
-        str(raised.value)
-        == f"{folder}: the disk is full before data.cache_gb=0.0003 is; rule: it has that much"
-    )
+    message = f"{folder}: the disk is full before data.cache_gb=0.0003 is; rule: it has that much"
+    assert str(raised.value) == message
     assert copies(folder) == set()
     assert cache.get(*shards["0"]).read_bytes() == good
 
@@ -643,18 +636,25 @@ class Watch:
     """The most bytes seen in a folder while it was watched."""
 
     def __init__(self, folder: Path):
-        self.folder, self.most, self.samples, self.stop = folder, 0, 0, threading.Event()
+        self.folder = folder
+        self.most = 0
+        self.samples = 0
+        self.stop = threading.Event()
         self.thread = threading.Thread(target=self.run)
 
     def run(self) -> None:
         while not self.stop.wait(0.001):
             total = 0
-            for entry in os.scandir(self.folder) if self.folder.is_dir() else []:
-                try:
-                    total += entry.stat().st_size
-                except FileNotFoundError:
-                    continue
-            self.most, self.samples = max(self.most, total), self.samples + 1
+            if self.folder.is_dir():
+                total = sum(map(self.size_of, os.scandir(self.folder)))
+            self.most = max(self.most, total)
+            self.samples += 1
+
+    def size_of(self, entry: "os.DirEntry[str]") -> int:
+        try:
+            return entry.stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def __enter__(self) -> "Watch":
         self.thread.start()
@@ -682,9 +682,8 @@ def test_processes_share_a_cache_within_its_limit(shards: Any, tmp_path: Path) -
     with Watch(tmp_path / "cache") as watch:
         finish(*(worker(tmp_path, limit, seed, 0.003, entries) for seed in range(3)))
     assert 2 * SIZE < watch.most <= limit and watch.samples > 100
-    assert (
-        len((tmp_path / "log").read_text().splitlines()) > 8
-    )  # some were fetched more than once: it was tight
+    # Some were fetched more than once, so the cache was tight.
+    assert len((tmp_path / "log").read_text().splitlines()) > 8
 
 
 @pytest.mark.slow
@@ -697,11 +696,9 @@ def test_a_file_is_fetched_once_for_all_processes(shards: Any, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_download_survives_kill_9(shards: Any, tmp_path: Path) -> None:
-    """Who waits for a process that is killed takes over; what it left is removed."""
-    entries, limit = (
-        list(shards.values()),
-        SIZE + SIZE // 2,
-    )  # no room for a second file beside what a crash leaves
+    """A process that waits for the killed one takes over; what that one left is removed."""
+    entries = list(shards.values())
+    limit = SIZE + SIZE // 2  # no room for a second file beside what a crash leaves
     with Watch(tmp_path / "cache") as watch:
         first = worker(tmp_path, limit, None, 0.5, entries[:1])
         while not list((tmp_path / "cache").glob("tmp-*")):
@@ -726,15 +723,11 @@ def test_a_download_survives_kill_9(shards: Any, tmp_path: Path) -> None:
 
 def test_token_shards_at_a_url(tmp_path: Path) -> None:
     make(tmp_path / "far", [200] * 6)
-    url, sizes = (
-        f"file://{tmp_path}/far",
-        [path.stat().st_size for path in (tmp_path / "far").glob("train-*")],
-    )
-    assert (
-        find_prepared(url)
-        and not find_prepared(f"file://{tmp_path}")
-        and not find_prepared("memory://nix")
-    )
+    url = f"file://{tmp_path}/far"
+    sizes = [path.stat().st_size for path in (tmp_path / "far").glob("train-*")]
+    assert find_prepared(url)
+    assert not find_prepared(f"file://{tmp_path}")
+    assert not find_prepared("memory://nix")
     assert read_manifest(url) == read_manifest(tmp_path / "far")
     near = TokenShards(tmp_path / "far", "train")
     order = np.random.default_rng(0).permutation(sum(near.counts(9, 9)))
@@ -763,12 +756,11 @@ def test_token_shards_at_a_url(tmp_path: Path) -> None:
 def test_token_shards_in_an_object_store(start: Any, tmp_path: Path) -> None:
     make(tmp_path / "far", [3000] * 4)
     start({f"p/{path.name}": path.read_bytes() for path in (tmp_path / "far").iterdir()})
-    assert (
-        find_prepared("s3://bkt/p")
-        and not find_prepared("s3://bkt/q")
-        and not find_prepared("s3://nix/p")
-    )
+    assert find_prepared("s3://bkt/p")
+    assert not find_prepared("s3://bkt/q")
+    assert not find_prepared("s3://nix/p")
     cache = ShardCache("s3://bkt/p", tmp_path / "cache", 20_000)
-    near, far = TokenShards(tmp_path / "far", "train"), TokenShards("s3://bkt/p", "train", cache)
+    near = TokenShards(tmp_path / "far", "train")
+    far = TokenShards("s3://bkt/p", "train", cache)
     order = np.arange(sum(near.counts(9, 9)))
     assert (far.read(order, 9, 9) == near.read(order, 9, 9)).all()

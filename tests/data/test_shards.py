@@ -1,4 +1,7 @@
-"""Shards hold what was written, in a format others read; sequences cover every token as a target exactly once."""
+"""Shards hold what was written, in a format that others read.
+
+Sequences cover every token as a target exactly once.
+"""
 
 import hashlib
 import json
@@ -21,20 +24,20 @@ from dist_lm.errors import UserError
 
 
 def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7) -> np.ndarray:
-    """A folder whose tokens count up, with a document every few tokens; the tokens of all shards."""
+    """A folder whose tokens count up, with a document every few tokens; returns all tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = np.arange(sum(sizes)).astype(dtype)
-    entries, begin = [], 0
+    entries = []
+    begin = 0
     for n, size in enumerate(sizes):
-        first = (
-            -begin % every
-        )  # where a document starts in this shard; the one before goes on into it
+        # Where the first document starts in this shard; the one before goes on up to there.
+        first = -begin % every
         starts = sorted({0, *range(first, size, every)})
         numbers = [(begin + start) // every for start in starts]
         path = folder / f"train-{n:05d}.safetensors"
-        entries.append(
-            write_shard(path, tokens[begin : begin + size], starts, [0] * len(starts), numbers)
-        )
+        sources = [0] * len(starts)
+        entry = write_shard(path, tokens[begin : begin + size], starts, sources, numbers)
+        entries.append(entry)
         begin += size
     counted = {"documents": 1, "bytes": 1, "unknown": 0}
     splits = {
@@ -50,11 +53,13 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
         "dtype": np.dtype(dtype).name,
         "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }
-    sources = [{"name": "a.txt", "bytes": 1}]
-    write_json(
-        folder / MANIFEST,
-        {"format": FORMAT, "tokenizer": tokenizer, "splits": splits, "sources": sources},
-    )
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "splits": splits,
+        "sources": [{"name": "a.txt", "bytes": 1}],
+    }
+    write_json(folder / MANIFEST, manifest)
     return tokens
 
 
@@ -84,12 +89,12 @@ def test_sequences_cover_the_tokens(
     assert (np.diff(table.astype(np.int64), axis=1) == 1).all()  # a stretch of one shard, in order
     targets = Counter(table[:, 1:].ravel().tolist())
     firsts = np.cumsum([0, *sizes[:-1]])
-    wanted, tail = [], 0
+    wanted = []
+    tail = 0
     for first, size, count in zip(firsts.tolist(), sizes, counts, strict=True):
         end = first + (count - 1) * stride + seq_len if count else first
-        assert first + size - 1 - end < (
-            stride if count else seq_len
-        )  # not one more sequence would fit
+        # Not one more sequence would fit.
+        assert first + size - 1 - end < (stride if count else seq_len)
         wanted += range(first + 1, end + 1)
         tail += first + size - 1 - end
     assert sorted(targets) == [int(tokens[i]) for i in wanted]
@@ -105,7 +110,7 @@ def test_documents_of_a_sequence(tmp_path: Path) -> None:
     shards = TokenShards(tmp_path, "train")
     assert shards.documents_of(0, 9, 9) == [("a.txt", 0, 0, 7), ("a.txt", 1, 7, 10)]
     assert shards.documents_of(1, 9, 9) == [("a.txt", 1, 0, 5), ("a.txt", 2, 5, 10)]
-    # the second shard begins with token 20, the last of document 2
+    # The second shard begins with token 20, the last of document 2.
     assert shards.find(2, 9, 9) == (1, 0)
     assert shards.documents_of(2, 9, 9) == [
         ("a.txt", 2, 0, 1),
@@ -130,13 +135,20 @@ def test_a_file_is_on_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda fd: done.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}") or fsync(fd),
-    )
-    monkeypatch.setattr(os, "replace", lambda a, b: done.append(f"rename {a}") or replace(a, b))
+    real_fsync = os.fsync
+    real_replace = os.replace
+
+    def fsync(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        done.append(f"fsync {path}")
+        real_fsync(descriptor)
+
+    def replace(old: Path, new: Path) -> None:
+        done.append(f"rename {old}")
+        real_replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
     assert write_file(tmp_path / "a", [b"ab", b"c"]) == hashlib.sha256(b"abc").hexdigest()
     assert (tmp_path / "a").read_bytes() == b"abc"
     assert done == [f"fsync {tmp_path}/tmp-a", f"rename {tmp_path}/tmp-a", f"fsync {tmp_path}"]

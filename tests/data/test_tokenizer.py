@@ -1,4 +1,7 @@
-"""Tokenizers round-trip, cut where ids stay the same, treat look-alikes of special tokens as text, load in transformers."""
+"""Tokenizers give every text back, and cut it where its ids stay the same.
+
+What looks like a special token is text to them, and transformers loads them.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dist_lm.data import tokenizer as text_module
+from dist_lm.data import tokenizer as tokenizer_module
 from dist_lm.data.encode import SEPARATOR, serve
 from dist_lm.data.tokenizer import EOT, StreamDecoder, Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import (
@@ -29,48 +32,22 @@ from dist_lm.data.tokenizer_training import (
 from dist_lm.errors import UserError
 
 CORPUS = [
-    "Hello world, it's the 21st century;\n\n  we've 1234567 reasons!!!  \tfoo_bar = {'a': [1, 2.5e-3]}\r\n",
+    "Hello world, it's the 21st century;\n\n  we've 1234567 reasons!!!  "
+    "\tfoo_bar = {'a': [1, 2.5e-3]}\r\n",
     "Ünïcödé 世界。你好,世界 🙂🙃 e\u0301 naïve ﬁne \u3000x\n    indented\n        more\n",
 ]
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ODD = ["\r\n", "\u3000", "\u0301", "ﬁ", "İ"]
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
-            [
-                " ",
-                "  ",
-                "\n",
-                "\n\n",
-                "\t",
-                "'s",
-                "'ll",
-                ". ",
-                ".\n",
-                "1234567",
-                "é",
-                "世界",
-                "。",
-                "🙂",
-                "_",
-            ]
+            [*"\n\t_é。🙂 ", "  ", "\n\n", "'s", "'ll", ". ", ".\n", "1234567", "世界"]
         ),
         st.sampled_from(["hello world", "hello world "]),
-        st.sampled_from(
-            [
-                "hello",
-                "Hello",
-                " world",
-                "it",
-                "foo",
-                "\u3000",
-                "\u0301",
-                "\r\n",
-                "!!!",
-                "ﬁ",
-                "İ",
-                "x" * 40,
-            ]
-        ),
+        st.sampled_from(["hello", "Hello", " world", "it", "foo", "!!!", "x" * 40, *ODD]),
         st.text(st.characters(codec="utf-8"), max_size=6),
     ),
     max_size=60,
@@ -153,18 +130,21 @@ def make(kind: str) -> Tokenizer:
             normalizers.BertNormalizer(),
             decoders.WordPiece(),
         )
-    assert kind == "llama2", (
-        kind
-    )  # no pre-tokenizer at all: nowhere to cut; bytes for characters it does not know
+    assert kind == "llama2", kind
+    return make_llama2()
+
+
+def make_llama2() -> Tokenizer:
+    """No pre-tokenizer, so nowhere to cut; bytes stand for characters that it does not know."""
     names = [EOT, *(f"<0x{b:02X}>" for b in range(256)), "▁", *"helo wrd", "lo"]
     prepend = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE({n: i for i, n in enumerate(names)}, [("l", "o")], byte_fallback=True)
-    )
-    tokenizer.normalizer, tokenizer.decoder = prepend, decoder
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [("l", "o")], byte_fallback=True))
+    tokenizer.normalizer = prepend
+    tokenizer.decoder = decoder
     tokenizer.add_special_tokens([EOT])
     return Tokenizer(tokenizer.to_str(), EOT)
 
@@ -216,7 +196,7 @@ def test_pieces_encode_as_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) 
         assert "".join(pieces) == text
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
-    monkeypatch.setattr(text_module, "CONTEXT", 24)
+    monkeypatch.setattr(tokenizer_module, "CONTEXT", 24)
     check()
 
 
@@ -227,12 +207,16 @@ def test_long_texts_are_cut(kind: str) -> None:
     text = " ".join(rng.choices(words, k=4000))
     tokenizer = tokenizer_of(kind)
     pieces = list(tokenizer.pieces(iter([text]), "", 2000))
-    assert max(map(len, pieces)) <= 2000 + text_module.CONTEXT and len(pieces) >= len(text) // 2300
+    assert (
+        max(map(len, pieces)) <= 2000 + tokenizer_module.CONTEXT
+        and len(pieces) >= len(text) // 2300
+    )
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
 def test_text_without_spaces_is_cut_at_its_punctuation() -> None:
-    tokenizer, text = tokenizer_of("bpe:400"), "世界你好。" * 2000
+    tokenizer = tokenizer_of("bpe:400")
+    text = "世界你好。" * 2000
     pieces = list(tokenizer.pieces([text], "", 1000))
     assert len(pieces) >= 9
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
@@ -241,7 +225,7 @@ def test_text_without_spaces_is_cut_at_its_punctuation() -> None:
 def test_without_a_cut_a_text_is_encoded_whole_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "hello world " * 1000
     assert list(tokenizer_of("llama2").pieces([text], "", 100)) == [text]
-    monkeypatch.setattr(text_module, "LONGEST_WORD", 3200)
+    monkeypatch.setattr(tokenizer_module, "LONGEST_WORD", 3200)
     for tokenizer, uncut in (
         (tokenizer_of("llama2"), text),
         (tokenizer_of("bpe:400"), "a" * 12000),
@@ -264,10 +248,8 @@ def test_what_looks_like_a_special_token_is_text(kind: str) -> None:
 def test_what_looks_like_a_special_token_is_cut_as_any_text() -> None:
     tokenizer = train_tokenizer("bpe:300", [EOT * 50])
     ids = tokenizer.encode(EOT)
-    assert (
-        ids == tokenizer.encode("<|") + tokenizer.encode("endoftext") + tokenizer.encode("|>")
-        and len(ids) == 3
-    )
+    parts = [tokenizer.encode(part) for part in ("<|", "endoftext", "|>")]
+    assert ids == [i for part in parts for i in part] and len(ids) == 3
 
 
 def test_ids_are_those_of_the_makers() -> None:
@@ -297,31 +279,29 @@ def test_vocabulary_sizes() -> None:
     assert byte.encode("aé") == [97, 0xC3, 0xA9]
     bpe = train_tokenizer("bpe:300", CORPUS)
     assert bpe.vocab_size == 300 and bpe.dtype == np.uint16
-    assert (
-        set(bpe.token_bytes()[[i for i in range(300) if i != bpe.eot]]) >= {1, 2}
-        and bpe.token_bytes()[bpe.eot] == 0
-    )
+    text_tokens = [i for i in range(300) if i != bpe.eot]
+    assert set(bpe.token_bytes()[text_tokens]) >= {1, 2}
+    assert bpe.token_bytes()[bpe.eot] == 0
     char = tokenizer_of("char")
     assert char.vocab_size == len(set("".join(CORPUS))) + 2
     assert char.token_bytes()[[char.eot, char.unk]].tolist() == [0, 0]
 
 
 def test_training_is_deterministic_and_samples_by_hash() -> None:
-    assert (
-        train_tokenizer("bpe:300", CORPUS).sha256 == train_tokenizer("bpe:300", iter(CORPUS)).sha256
-    )
+    tokenizer = train_tokenizer("bpe:300", CORPUS)
+    assert tokenizer.sha256 == train_tokenizer("bpe:300", iter(CORPUS)).sha256
     pieces = [f"document {n} " * 5 for n in range(1000)]
     assert sorted(data for _, data in sample(pieces)) == sorted(piece.encode() for piece in pieces)
     size = sum(len(piece) + 100 for piece in pieces)
     few = sample(pieces, size // 3)
     assert size // 8 < sum(len(data) + 100 for _, data in few) <= size // 3
-    assert set(sample(pieces[::-1], size // 3)) == set(
-        few
-    )  # which ones does not hang on their order
+    # Which ones are taken does not depend on their order.
+    assert set(sample(pieces[::-1], size // 3)) == set(few)
 
 
 def test_training_stops_at_a_size_of_distinct_words() -> None:
-    same, other = ["alpha beta gamma, " * 9] * 50, [f"w{n:03} " * 9 for n in range(50)]
+    same = ["alpha beta gamma, " * 9] * 50
+    other = [f"w{n:03} " * 9 for n in range(50)]
     assert len(list(few_words(sample(same), 30))) == 50
     fed = list(few_words(sample(other), 30))
     assert len(fed) == 8 and set(fed) <= set(other)  # four bytes each
@@ -339,9 +319,8 @@ def test_transformers_load_it_as_it_is(kind: str, tmp_path: Path) -> None:
 
     tokenizer = tokenizer_of(kind)
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "openai-gpt"}'
-    )  # whose own class would load it wrong
+    # The class of this model type would load it wrong.
+    (tmp_path / "config.json").write_text('{"model_type": "openai-gpt"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in ["".join(CORPUS), "  Hello , world .\n\n x ", "it 's"]:
         own = "".join(c for c in text if kind != "char" or c in "".join(CORPUS))
@@ -358,7 +337,8 @@ def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(
         UserError,
-        match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config.json that",
+        match=r"tokenizer\.json: not a usable .*no end-of-text token; nearest: a tokenizer_config"
+        r".json that",
     ):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
@@ -403,13 +383,10 @@ def test_worker_answers_with_the_tokens(tmp_path: Path) -> None:
     worker = Thread(target=serve, args=(str(tmp_path), os.dup(there.fileno())))
     worker.start()
     for expected in (CORPUS, [""]):
-        sizes, tokens = (
-            np.frombuffer(here.recv_bytes(), np.int64),
-            np.frombuffer(here.recv_bytes(), np.uint16),
-        )
-        assert [
-            part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])
-        ] == tokenizer.encode_batch(expected)
+        sizes = np.frombuffer(here.recv_bytes(), np.int64)
+        tokens = np.frombuffer(here.recv_bytes(), np.uint16)
+        encoded = [part.tolist() for part in np.split(tokens, np.cumsum(sizes)[:-1])]
+        assert encoded == tokenizer.encode_batch(expected)
     there.close()
     here.close()
     worker.join(10)
@@ -467,9 +444,5 @@ def test_errors(
 
 
 def test_is_trained_spec() -> None:
-    assert [is_trained_spec(spec) for spec in ("char", "byte", "bpe:257", "gpt2")] == [
-        True,
-        True,
-        True,
-        False,
-    ]
+    assert all(map(is_trained_spec, ("char", "byte", "bpe:257")))
+    assert not is_trained_spec("gpt2")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs import ROOT, clean_env, free_port
+from tests.procs import ROOT, Process, clean_env, free_port
 
 HEAD_ADDRESS = 254
 
@@ -62,9 +62,9 @@ class Host:
         for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             sh("ip", "-n", self.space, *command.split())
         setup = f"hostname {self.name} && mount -t tmpfs none {net.private} && mount --bind {net.hosts} /etc/hosts"
-        self.holder = subprocess.Popen(
+        self.holder = Process(
             ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", f"{setup} && exec sleep infinity"],
-            env=admin_env(),
+            env=admin_env(), stdout=None, stderr=None,
         )  # fmt: skip
         until(lambda: self.run("hostname", check=False).strip() == self.name, 10, f"{self.name} is up")
 
@@ -76,18 +76,11 @@ class Host:
     def run(self, *command: str, check: bool = True) -> str:
         return sh(*self.enter, *command, check=check)
 
-    def start(self, *command: str, **env: str) -> "tuple[subprocess.Popen[str], Path]":
+    def start(self, *command: str, **env: str) -> tuple[Process, Path]:
         """The process, and the file that gets what it prints. nsenter starts in /, so give absolute paths."""
         said = self.net.folder / f"{self.name}-{secrets.token_hex(4)}.out"
         with open(said, "w") as out:
-            process = subprocess.Popen(
-                [*self.enter, *command],
-                env=admin_env(**env),
-                text=True,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+            process = Process([*self.enter, *command], env=admin_env(**env), stdout=out, stderr=out)
         return process, said
 
     def cut(self) -> None:
@@ -211,7 +204,7 @@ class Slurm:
 
     def __init__(self, net: Network):
         self.net, self.folder = net, net.folder
-        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.daemons: dict[str, Process] = {}
         conf = CONF.format(head=net.address(HEAD_ADDRESS), port=free_port(), folder=self.folder)
         conf += "".join(f"NodeName={h.name} NodeAddr={h.address} CPUs=2 State=UNKNOWN\n" for h in net.nodes)
         (self.folder / "slurm.conf").write_text(conf)
@@ -235,9 +228,7 @@ class Slurm:
 
     def spawn(self, name: str, *arguments: str, enter: tuple[str, ...] = (), key: str = "") -> None:
         with open(self.folder / f"{key or name}.out", "ab") as out:
-            self.daemons[key or name] = subprocess.Popen(
-                [*enter, name, *arguments], stdout=out, stderr=out, env=self.env()
-            )
+            self.daemons[key or name] = Process([*enter, name, *arguments], stdout=out, stderr=out, env=self.env())
 
     def start_node(self, host: Host) -> None:
         arguments = ("-D", "-N", host.name, "-f", f"{self.folder}/slurm.conf")

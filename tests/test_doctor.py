@@ -23,25 +23,22 @@ from dist_lm.data import prepare_dataset
 from dist_lm.doctor import CHECKS, Check, clocks, rendezvous, report, within
 from dist_lm.doctor import arguments as judged
 from tests.conftest import TINY, text_of
-from tests.procs import ROOT, clean_env, entry, finish, free_port, train
+from tests.procs import DEVNULL, ROOT, Process, clean_env, entry, finish, free_port, run, train
 
 SETTINGS = [word for word in TINY if word not in ("--run.log_batch_hash", "true")]
 
 
 def ranks(*arguments: str, where: Sequence[Path] = (ROOT, ROOT), code: Sequence[Path] = (ROOT, ROOT),
-          before: Sequence[Sequence[str]] = ((), ())) -> list[subprocess.Popen[str]]:  # fmt: skip
+          before: Sequence[Sequence[str]] = ((), ())) -> list[Process]:  # fmt: skip
     """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
     port, started = str(free_port()), []
     for rank in range(2):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(code[rank])}  # fmt: skip
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        if code[rank] != ROOT:
+            own["PYTHONPATH"] = str(code[rank])
         command = [*before[rank], sys.executable, str(code[rank] / "dist_lm/doctor.py"), *SETTINGS, *arguments]
-        started.append(
-            subprocess.Popen(
-                command, cwd=where[rank], env=clean_env(**own), text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )
-        )  # fmt: skip
+        started.append(Process(command, cwd=where[rank], env=clean_env(**own)))
     return started
 
 
@@ -85,8 +82,7 @@ def test_two_ranks_under_each_launcher(prepared: Path, tmp_path: Path) -> None:
     accelerate = ["-m", "accelerate.commands.launch", "--config_file", "launch/ddp.yaml", "--num_processes", "2",
                   "--main_process_port", str(free_port()), "dist_lm/doctor.py"]  # fmt: skip
     for launcher, strategy in ((torchrun, "zero2"), (accelerate, "ddp")):
-        done = subprocess.run([sys.executable, *launcher, *common], cwd=ROOT, env=clean_env(PYTHONPATH=str(ROOT)),
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=240)  # fmt: skip
+        done = run([sys.executable, *launcher, *common], stderr=DEVNULL)
         found = json.loads(done.stdout[done.stdout.index("{") :])
         assert (done.returncode, found["code"], found["ranks"]) == (0, 0, 2)
         checks = {check["name"]: check for check in found["checks"]}

@@ -19,7 +19,7 @@ from dist_lm.config import ModelConfig, UserError, run_entry
 from dist_lm.model import GPT, init_weights
 from dist_lm.text import Tokenizer, train_tokenizer
 from tests.conftest import write_step
-from tests.procs import ROOT, clean_env
+from tests.procs import PIPE, ROOT, Process, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
 GPT2 = ModelConfig(layers=2, heads=2, width=32, positions="learned", norm="layernorm", activation="relu", bias=True)
@@ -79,10 +79,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run
     return Cli(monkeypatch, capsys, runs / "llama")
 
 
-def process(*words: str, **more: Any) -> subprocess.Popen[bytes]:
+def process(*words: str, **more: Any) -> Process:
     command = [sys.executable, "-m", "dist_lm.generate", *words]
     env = clean_env(PYTHONUNBUFFERED="")  # it must flush by itself
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+    return Process(command, env=env, text=False, stderr=PIPE, **more)
 
 
 # --- the same as transformers
@@ -329,9 +329,9 @@ def test_help_names_every_flag(cli: Cli) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
-    # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is ignored.
+    # Greedy, it goes on for ever.
     words = ("--ckpt", str(runs / "llama"), "--prompt", "a", "--max_new_tokens", "1000000", "--temperature", "0")
-    child = process(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    child = process(*words)
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
@@ -352,7 +352,7 @@ def test_a_closed_pipe_is_no_error(runs: Path) -> None:
 @pytest.mark.slow
 def test_text_streams_in_whole_characters(runs: Path) -> None:
     """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come one by one."""
-    child = process("--ckpt", str(runs / "llama"), "--prompt", "é", "--max_new_tokens", "60", "--seed", "1", bufsize=0)
+    child = process("--ckpt", str(runs / "llama"), "--prompt", "é", "--max_new_tokens", "60", "--seed", "1")
     assert child.stdout is not None
     pieces = []
     while piece := os.read(child.stdout.fileno(), 2**16):

@@ -25,8 +25,9 @@ from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.order import sequence_ids
 from dist_lm.shards import TokenShards
 from dist_lm.text import Tokenizer
+from tests import procs
 from tests.conftest import TINY
-from tests.procs import ROOT, clean_env, finish, free_port, start_ranks, train
+from tests.procs import Process, clean_env, finish, free_port, start_ranks, train
 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
@@ -193,7 +194,7 @@ def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -
     assert (state["world_size"], state["strategy"]) == (3, "ddp")
 
 
-def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(run: Path, step: int, ranks: list[Process]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
@@ -334,8 +335,7 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
         env = clean_env(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                         MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # fmt: skip
         command = ["dist_lm/train.py", "--run.dir", str(tmp_path / "run"), *tiny(prepared, "--run.seed", str(rank))]
-        ranks.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
+        ranks.append(Process([sys.executable, *command], env=env))
     code, output = finish(ranks)
     told = r"error: rank 1 on \S+ has settings \(by hash\) (\w+), rank 0 on \S+ has (\w+); rule: the same on every node"
     found = re.search(told, output)
@@ -408,9 +408,7 @@ def test_ranks_end_when_torchrun_is_killed(prepared: Path, tmp_path: Path) -> No
         str(free_port()),
     ]
     command += ["dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
-    launcher = subprocess.Popen(
-        command, cwd=ROOT, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    launcher = Process(command)
     wait_for_step(run, 3, [launcher])
     assert len(running(run)) == 3
     launcher.kill()
@@ -427,8 +425,7 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]
 
     def launch(*flags: str, run: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)], cwd=ROOT, text=True,
-                              env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)  # fmt: skip
+        return procs.run([*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)])
 
     port = ["--main_process_port", str(free_port())]
     done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")

@@ -136,8 +136,14 @@ class Server:
         if words[0] != sys.executable or not (words[1] in ("-c", "-m") or words[1].endswith(".py")):
             return "not a plain command of Python"
         names = {name for name in {*env, *self.environment} if name.startswith(READ_BY_LIBRARIES)} | self.asked
-        different = sorted(name for name in names if env.get(name) != self.environment.get(name))
+        different = sorted(name for name in names if not self.is_equal(name, env.get(name)))
         return f"other {', '.join(different)}" if different else ""
+
+    def is_equal(self, name: str, value: str | None) -> bool:
+        """Whether the modules would have been imported in the same way with this value."""
+        if name in self.set_by_imports and value == self.set_by_imports[name]:
+            return True
+        return value == self.environment.get(name) or name.startswith("PYTEST_")
 
     def ended(self, pid: int) -> None:
         """Tell the caller how it ended. It stays a zombie until the caller has read that, so its pid stays its own."""

@@ -160,9 +160,9 @@ class Server:
         """It has read the exit code, or does not care about it any more."""
         pid = next(pid for pid, known in self.callers.items() if known is caller)
         self.selector.unregister(caller)
-        self.callers.pop(pid).close()
         if self.pidfds[pid] not in self.selector.get_map():
             self.reap(pid)
+        self.callers.pop(pid).close()
 
     def reap(self, pid: int) -> None:
         os.waitpid(pid, 0)

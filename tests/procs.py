@@ -138,6 +138,9 @@ class Process:
             if not answer:
                 raise RuntimeError("the fork server ended before its process")
             self.returncode = json.loads(answer)["code"]
+            self.line.shutdown(socket.SHUT_WR)  # we know it: now the server may forget the process
+            self.line.settimeout(None)
+            self.line.recv(1)  # it has
             self.line.close()
         return self.returncode
 

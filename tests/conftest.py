@@ -28,6 +28,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
     if "campaign" not in config.getoption("markexpr"):

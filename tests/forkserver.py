@@ -188,14 +188,12 @@ class Server:
 
 
 def enter(request: dict[str, Any], files: list[int]) -> None:
-    """In a child: a session, files, signals and a directory as those of a process that a quiet shell starts."""
+    """In a child: a session, files and a directory of its own. The rest of its state is that of the server."""
     os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
     for file in files:
         os.close(file)
-    default_signals()
-    os.umask(0o022)
     os.chdir(request["cwd"])
 
 
@@ -262,6 +260,7 @@ def show_command(words: list[str]) -> None:
 
 def main(number: str, also: str, padding: str) -> dict[str, Any]:
     default_signals()
+    os.umask(0o022)
     server = Server(socket.socket(fileno=int(number)), also.split())
     gc.collect()
     gc.freeze()  # the children share these objects and need not look through them again and again

@@ -19,15 +19,16 @@ import json, os, signal, sys
 handlers = {str(number): str(signal.getsignal(number)) for number in signal.valid_signals()}
 umask = os.umask(0o77)
 files = [number for number in range(3, 100) if os.path.exists(f"/proc/self/fd/{number}")]
-limits = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 print(json.dumps({
     "name": __name__, "file": globals().get("__file__"), "spec": __spec__ and __spec__.name, "builtins": str(__builtins__),
     "main": sys.modules["__main__"].__dict__ is globals(), "argv": sys.argv, "words": sys.orig_argv,
-    "path": sys.path, "directory": os.getcwd(), "umask": umask, "handlers": handlers, "environment": limits,
+    "path": sys.path, "directory": os.getcwd(), "umask": umask, "handlers": handlers, "environment": dict(os.environ),
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_SETMASK, ())), "session": os.getsid(0) == os.getpid(),
     "files": files, "streams": [str(s) for s in (sys.stdin, sys.stdout, sys.stderr)], "input": sys.stdin.read(),
 }))
 """
+
+SET_BY_IMPORTS = ("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK")  # torch's
 
 
 @pytest.mark.parametrize("way", ["path", "module", "code"])
@@ -36,16 +37,20 @@ def test_a_fork_finds_what_a_cold_start_finds(tmp_path: Path, way: str) -> None:
     script = tmp_path / "folder/state.py"
     script.write_text(STATE)
     words = {"path": [str(script)], "module": ["-m", "folder.state"], "code": ["-c", STATE]}[way]
-    found = {}
+    command = [sys.executable, *words, "--a", "b c"]
+    env = {name: value for name, value in clean_env().items() if name not in SET_BY_IMPORTS}
+    expected = subprocess.run(
+        command, cwd=tmp_path, env=env, input="what is read\n", text=True, stdout=PIPE, check=True, umask=0o022,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ).stdout  # fmt: skip
     for cold in (False, True):
-        process = Process([sys.executable, *words, "--a", "b c"], cwd=tmp_path, cold=cold, stdin=PIPE)
+        process = Process(command, cwd=tmp_path, env=env, cold=cold, stdin=PIPE)
         assert bool(process.why_cold) == cold, process.why_cold
-        found[cold] = json.loads(process.communicate("what is read\n", timeout=60)[0])
+        found = json.loads(process.communicate("what is read\n", timeout=60)[0])
         assert process.returncode == 0
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"):  # set by torch's import
-        found[False]["environment"].pop(name, None)
-        found[True]["environment"].pop(name, None)
-    assert found[False] == found[True]
+        for name in SET_BY_IMPORTS:
+            found["environment"].pop(name, None)
+        assert found == json.loads(expected)
 
 
 @pytest.mark.parametrize(

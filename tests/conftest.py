@@ -33,10 +33,18 @@ TINY = [
 ]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
     if "campaign" not in config.getoption("markexpr"):
         items[:] = [item for item in items if "campaign" not in item.keywords]
+    for item in items:
+        for network in (
+            "cluster",
+            "hosts",
+        ):  # takes a while to build, so one worker of pytest -n has all its tests
+            if network in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(network))
 
 
 def text_of(documents: int, seed: int = 0) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.procs import ROOT, clean_env, free_port
+from tests.procs import ROOT, Process, clean_env, free_port
 
 HEAD_ADDRESS = 254
 
@@ -86,7 +86,7 @@ class Host:
         ):
             sh("ip", "-n", self.space, *command.split())
         setup = f"hostname {self.name} && mount -t tmpfs none {net.private} && mount --bind {net.hosts} /etc/hosts"
-        self.holder = subprocess.Popen(
+        self.holder = Process(
             [
                 "ip",
                 "netns",
@@ -99,6 +99,8 @@ class Host:
                 f"{setup} && exec sleep infinity",
             ],
             env=admin_env(),
+            stdout=None,
+            stderr=None,
         )
         until(
             lambda: self.run("hostname", check=False).strip() == self.name, 10, f"{self.name} is up"
@@ -125,18 +127,11 @@ class Host:
     def run(self, *command: str, check: bool = True) -> str:
         return sh(*self.enter, *command, check=check)
 
-    def start(self, *command: str, **env: str) -> "tuple[subprocess.Popen[str], Path]":
+    def start(self, *command: str, **env: str) -> tuple[Process, Path]:
         """The process, and the file that gets what it prints. nsenter starts in /, so give absolute paths."""
         said = self.net.folder / f"{self.name}-{secrets.token_hex(4)}.out"
         with open(said, "w") as out:
-            process = subprocess.Popen(
-                [*self.enter, *command],
-                env=admin_env(**env),
-                text=True,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+            process = Process([*self.enter, *command], env=admin_env(**env), stdout=out, stderr=out)
         return process, said
 
     def cut(self) -> None:
@@ -260,7 +255,7 @@ class Slurm:
 
     def __init__(self, net: Network):
         self.net, self.folder = net, net.folder
-        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.daemons: dict[str, Process] = {}
         conf = CONF.format(head=net.address(HEAD_ADDRESS), port=free_port(), folder=self.folder)
         conf += "".join(
             f"NodeName={h.name} NodeAddr={h.address} CPUs=2 State=UNKNOWN\n" for h in net.nodes
@@ -292,7 +287,7 @@ class Slurm:
 
     def spawn(self, name: str, *arguments: str, enter: tuple[str, ...] = (), key: str = "") -> None:
         with open(self.folder / f"{key or name}.out", "ab") as out:
-            self.daemons[key or name] = subprocess.Popen(
+            self.daemons[key or name] = Process(
                 [*enter, name, *arguments], stdout=out, stderr=out, env=self.env()
             )
 

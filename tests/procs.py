@@ -1,15 +1,30 @@
-"""Start dist_lm in fresh processes: plain commands, or one process a rank with gloo between them.
+"""Start dist_lm in processes of its own: plain commands, or one process a rank with gloo between them.
 
 Every call has a timeout, after which all its processes are killed and their output is part of the failure.
+How this is fast, and what state the processes start in, is said in forkserver.py.
 """
 
+import atexit
+import json
 import os
+import selectors
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from tests.forkserver import START
 
 ROOT = Path(__file__).parents[1]
+# What ranks under DeepSpeed import besides, and late.
+ZERO_MODULES = "deepspeed transformers.integrations deepspeed.runtime.zero.muon.muon_optimizer"
+PIPE, DEVNULL, STDOUT = subprocess.PIPE, subprocess.DEVNULL, subprocess.STDOUT
 
 
 def free_port() -> int:
@@ -31,11 +46,233 @@ def clean_env(**more: str) -> dict[str, str]:
         "TORCHELASTIC_",
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
-    return {**kept, "PYTHONUNBUFFERED": "1", "COLUMNS": "120", **more}
+    return {**kept, "PYTHONUNBUFFERED": "1", "COLUMNS": "120", "OMP_WAIT_POLICY": "passive", **more}
 
 
-def start_ranks(world: int, *command: str, **env: str) -> list[subprocess.Popen[str]]:
-    """One process a rank, as torchrun would start them."""
+class Connection:
+    """To a fork server of this pytest process."""
+
+    def __init__(self, seed: int, modules: str):
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the connection
+        self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        words = [
+            sys.executable,
+            str(ROOT / "tests/forkserver.py"),
+            str(theirs.fileno()),
+            modules,
+            "-" * 20_000,
+        ]
+        env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
+        with theirs:
+            self.server = subprocess.Popen(
+                words,
+                env=env,
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=self.errors,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        atexit.register(self.close)
+
+    def ask(self, request: dict[str, Any], files: list[int]) -> None:
+        socket.send_fds(self.door, [json.dumps(request).encode()], files)
+
+    def close(self) -> None:
+        """The server ends, and all that it started."""
+        self.door.close()
+        self.server.wait()
+        self.errors.close()
+
+    def problem(self) -> str:
+        self.server.wait()
+        self.errors.seek(0)
+        return f"the fork server ended:\n{self.errors.read()}"
+
+
+@cache
+def connection(seed: int, modules: str) -> Connection:
+    return Connection(seed, modules)
+
+
+class Process:
+    """A process that a fork server started. It has what the tests use of subprocess.Popen."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path | str = ROOT,
+        env: dict[str, str] | None = None,
+        text: bool = True,
+        stdin: Any = DEVNULL,
+        stdout: Any = PIPE,
+        stderr: Any = STDOUT,
+        cold: bool = False,
+        seed: int = 0,
+    ):
+        self.args, self.text = list(map(str, command)), text
+        self.returncode: int | None = None
+        self.stdin, self.stdout, self.stderr = None, None, None
+        theirs, to_close = [], []
+        for number, (name, where) in enumerate(
+            (("stdin", stdin), ("stdout", stdout), ("stderr", stderr))
+        ):
+            file = number if where is None else where
+            if where == PIPE:
+                read, write = os.pipe()
+                file, ours = (read, write) if number == 0 else (write, read)
+                to_close.append(file)
+                setattr(
+                    self,
+                    name,
+                    os.fdopen(ours, ("w" if number == 0 else "r") + ("" if text else "b")),
+                )
+            elif where == DEVNULL:
+                file = os.open(os.devnull, os.O_RDWR)
+                to_close.append(file)
+            elif where == STDOUT:
+                file = theirs[1]
+            theirs.append(file if isinstance(file, int) else file.fileno())
+        self.line, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        modules = ZERO_MODULES if any(word.startswith("zero") for word in self.args) else ""
+        server = connection(seed, modules)
+        request = {
+            "words": self.args,
+            "cwd": str(cwd),
+            "env": clean_env() if env is None else env,
+            "cold": "the caller wants it" if cold else "",
+        }
+        with their_end:
+            server.ask(request, [*theirs, their_end.fileno()])
+        for file in to_close:
+            os.close(file)
+        answer = self.line.recv(1000)
+        if not answer:
+            raise RuntimeError(server.problem())
+        started = json.loads(answer)
+        self.pid: int = started["pid"]
+        self.why_cold: str = started["cold"]
+
+    def poll(self) -> int | None:
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        """Its exit code, negative for a signal; None if it has not ended after so many seconds."""
+        if self.returncode is None:
+            self.line.settimeout(timeout)
+            try:
+                answer = self.line.recv(1000)
+            except (BlockingIOError, TimeoutError):
+                return None
+            if not answer:
+                raise RuntimeError("the fork server ended before its process")
+            self.returncode = json.loads(answer)["code"]
+            self.line.shutdown(socket.SHUT_WR)  # we know it: now the server may forget the process
+            self.line.settimeout(None)
+            self.line.recv(1)  # it has
+            self.line.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """To the process, if it has not ended. Until we know that it has, its pid cannot be another's."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """As Popen's, also in that what was read before a timeout is part of the next answer."""
+        if not hasattr(self, "_read"):
+            self._read: dict[Any, bytearray] = {
+                file: bytearray() for file in (self.stdout, self.stderr) if file
+            }
+            self._unsent = input.encode() if isinstance(input, str) else input or b""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            for file in self._read:
+                if not file.closed:
+                    selector.register(file, selectors.EVENT_READ)
+            if self.stdin and not self.stdin.closed:
+                if self._unsent:
+                    selector.register(self.stdin, selectors.EVENT_WRITE)
+                else:
+                    self.stdin.close()
+            while selector.get_map():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left < 0:
+                    raise subprocess.TimeoutExpired(self.args, timeout or 0)
+                for key, _ in selector.select(left):
+                    self._exchange(selector, key.fileobj, key.fd)
+        self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        found: list[Any] = [
+            bytes(self._read[file]) if file else None for file in (self.stdout, self.stderr)
+        ]
+        if self.text:
+            found = [
+                data if data is None else data.decode().replace("\r\n", "\n") for data in found
+            ]
+        return found[0], found[1]
+
+    def _exchange(self, selector: selectors.BaseSelector, file: Any, number: int) -> None:
+        """Read or write what is possible now."""
+        if file is self.stdin:
+            try:
+                self._unsent = self._unsent[os.write(number, self._unsent[:4096]) :]
+            except BrokenPipeError:
+                self._unsent = b""
+            if self._unsent:
+                return
+        elif data := os.read(number, 2**16):
+            self._read[file] += data
+            return
+        selector.unregister(file)
+        file.close()
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self.stdin, self.stdout, self.stderr):
+            if file:
+                file.close()
+        self.wait()
+
+
+def run(
+    command: Sequence[str],
+    *,
+    timeout: float = 240,
+    input: Any = None,
+    check: bool = False,
+    **more: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """As subprocess.run, in the state that forkserver.py describes."""
+    process = Process(command, **{"stdin": DEVNULL if input is None else PIPE, **more})
+    try:
+        output, errors = process.communicate(input, timeout)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    done = subprocess.CompletedProcess(process.args, process.returncode or 0, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def start_ranks(world: int, *command: str, cold: bool = False, **env: str) -> list[Process]:
+    """One process a rank, as torchrun would start them. Neighbours differ in the order of their sets."""
     port = str(free_port())
     ranks = []
     for rank in range(world):
@@ -52,20 +289,14 @@ def start_ranks(world: int, *command: str, **env: str) -> list[subprocess.Popen[
             }
         )
         ranks.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=clean_env(**own, **env),
-                text=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+            Process(
+                [sys.executable, *command], env=clean_env(**own, **env), cold=cold, seed=rank % 2
             )
         )
     return ranks
 
 
-def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> tuple[int, str]:
+def finish(ranks: Sequence[Process], timeout: float = 240) -> tuple[int, str]:
     """Wait for all; the first exit code that is not 0, and all they printed."""
     try:
         outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
@@ -78,11 +309,12 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 240) -> tuple[in
     return next((rank.returncode for rank in ranks if rank.returncode), 0), "\n".join(outputs)
 
 
-def train(run_dir: Path, *arguments: str, world: int = 1, code: int = 0, **env: str) -> str:
+def train(
+    run_dir: Path, *arguments: str, world: int = 1, code: int = 0, cold: bool = False, **env: str
+) -> str:
     """Run train.py to its end on `world` processes; what it printed. Fails unless it exits with `code`."""
-    got, output = finish(
-        start_ranks(world, "dist_lm/train.py", "--run.dir", str(run_dir), *arguments, **env)
-    )
+    words = ("dist_lm/train.py", "--run.dir", str(run_dir), *arguments)
+    got, output = finish(start_ranks(world, *words, cold=cold, **env))
     assert got == code, f"exit code {got}, not {code}:\n{output}"
     return output
 
@@ -96,15 +328,7 @@ def entry(
     **env: str,
 ) -> str:
     """Run `python -m dist_lm.MODULE`; what it printed on both channels. Fails unless it exits with `code`."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"dist_lm.{module}", *arguments],
-        cwd=ROOT,
-        env=clean_env(**env),
-        text=True,
-        input=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=timeout,
-    )
+    command = [sys.executable, "-m", f"dist_lm.{module}", *arguments]
+    done = run(command, env=clean_env(**env), input=stdin, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"
     return done.stdout

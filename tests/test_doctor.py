@@ -28,7 +28,7 @@ from dist_lm.config import DataConfig
 from dist_lm.data.preparing import prepare_dataset
 from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
-from tests.procs import ROOT, clean_env, entry, finish, free_port, train
+from tests.procs import DEVNULL, ROOT, Process, clean_env, entry, finish, free_port, run, train
 
 SETTINGS = [word for word in TINY if word not in ("--run.log_batch_hash", "true")]
 
@@ -38,11 +38,8 @@ def ranks(
     where: Sequence[Path] = (ROOT, ROOT),
     code: Sequence[Path] = (ROOT, ROOT),
     before: Sequence[Sequence[str]] = ((), ()),
-) -> list[subprocess.Popen[str]]:
-    """Doctor on two ranks, each in its own working directory, with its own copy of the code.
-
-    `before` is what starts it.
-    """
+) -> list[Process]:
+    """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
     port, started = str(free_port()), []
     for rank in range(2):
         own = {
@@ -52,8 +49,9 @@ def ranks(
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            "PYTHONPATH": str(code[rank]),
         }
+        if code[rank] != ROOT:
+            own["PYTHONPATH"] = str(code[rank])
         command = [
             *before[rank],
             sys.executable,
@@ -61,17 +59,7 @@ def ranks(
             *SETTINGS,
             *arguments,
         ]
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=where[rank],
-                env=clean_env(**own),
-                text=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
+        started.append(Process(command, cwd=where[rank], env=clean_env(**own)))
     return started
 
 
@@ -138,15 +126,7 @@ def test_two_ranks_under_each_launcher(prepared: Path, tmp_path: Path) -> None:
         "dist_lm/doctor.py",
     ]
     for launcher, strategy in ((torchrun, "zero2"), (accelerate, "ddp")):
-        done = subprocess.run(
-            [sys.executable, *launcher, *common],
-            cwd=ROOT,
-            env=clean_env(PYTHONPATH=str(ROOT)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=240,
-        )
+        done = run([sys.executable, *launcher, *common], stderr=DEVNULL)
         found = json.loads(done.stdout[done.stdout.index("{") :])
         assert (done.returncode, found["code"], found["ranks"]) == (0, 0, 2)
         checks = {check["name"]: check for check in found["checks"]}

@@ -25,7 +25,7 @@ from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from tests.conftest import write_step
-from tests.procs import ROOT, clean_env
+from tests.procs import PIPE, ROOT, Process, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
 GPT2 = ModelConfig(
@@ -107,12 +107,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run
     return Cli(monkeypatch, capsys, runs / "llama")
 
 
-def process(*words: str, **more: Any) -> subprocess.Popen[bytes]:
+def process(*words: str, **more: Any) -> Process:
     command = [sys.executable, "-m", "dist_lm.generate", *words]
     env = clean_env(PYTHONUNBUFFERED="")  # it must flush by itself
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
-    )
+    return Process(command, env=env, text=False, stderr=PIPE, **more)
 
 
 # --- the same as transformers
@@ -451,8 +449,7 @@ def test_help_names_every_flag(cli: Cli) -> None:
 
 @pytest.mark.slow
 def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
-    # Greedy, it goes on for ever. Started in the background, tests would pass on that SIGINT is
-    # ignored.
+    # Greedy, it goes on for ever.
     words = (
         "--ckpt",
         str(runs / "llama"),
@@ -463,7 +460,7 @@ def test_an_interrupt_ends_it_with_130(runs: Path) -> None:
         "--temperature",
         "0",
     )
-    child = process(*words, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    child = process(*words)
     assert child.stdout is not None and child.stdout.read(1) == b"a"
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=20)
@@ -491,20 +488,9 @@ def test_a_closed_pipe_is_no_error(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_text_streams_in_whole_characters(runs: Path) -> None:
-    """Every piece that is written is valid UTF-8, though the tokens are bytes.
-
-    The pieces come one by one.
-    """
+    """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come one by one."""
     child = process(
-        "--ckpt",
-        str(runs / "llama"),
-        "--prompt",
-        "é",
-        "--max_new_tokens",
-        "60",
-        "--seed",
-        "1",
-        bufsize=0,
+        "--ckpt", str(runs / "llama"), "--prompt", "é", "--max_new_tokens", "60", "--seed", "1"
     )
     assert child.stdout is not None
     pieces = []

@@ -16,7 +16,7 @@ import pytest
 
 from dist_lm.checkpoint.folder import step_folders
 from tests.machines import Host, Network, kill, network, until
-from tests.procs import ROOT, clean_env, free_port, train
+from tests.procs import ROOT, Process, clean_env, free_port, run, train
 from tests.test_slurm import assert_undisturbed, long, outcome
 from tests.test_train import assert_same_curve, losses, running, tiny
 
@@ -26,15 +26,7 @@ SCRIPTS = sorted(
 
 
 def launch(script: str, *arguments: str, code: int = 0, **env: str) -> str:
-    done = subprocess.run(
-        [f"launch/{script}.sh", *arguments],
-        cwd=ROOT,
-        env=clean_env(PYTHON=sys.executable, **env),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=240,
-    )
+    done = run([f"launch/{script}.sh", *arguments], env=clean_env(PYTHON=sys.executable, **env))
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"
     return done.stdout
 
@@ -121,9 +113,7 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     run = tmp_path / "run"
     command = [f"launch/{script}.sh", "--nproc", "2", "--run.dir", str(run), *long(prepared)]
     with open(tmp_path / "out", "w") as out:
-        launcher = subprocess.Popen(
-            command, cwd=ROOT, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out
-        )
+        launcher = Process(command, env=clean_env(PYTHON=sys.executable), stdout=out, stderr=out)
     try:
         reach(run, 20)
         if script == "torchrun":
@@ -206,7 +196,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         yield net
 
 
-Launchers = list[tuple["subprocess.Popen[str]", Path]]
+Launchers = list[tuple[Process, Path]]
 
 
 def on_both(hosts: Network, *arguments: str, home: Path = ROOT, **env: str) -> Launchers:

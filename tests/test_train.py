@@ -32,9 +32,10 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
+from tests import procs
 from tests.conftest import TINY
 from tests.machines import kill
-from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
+from tests.procs import Process, clean_env, entry, finish, free_port, start_ranks, train
 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
@@ -232,7 +233,7 @@ def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -
     assert (state["world_size"], state["strategy"]) == (3, "ddp")
 
 
-def wait_for_step(run: Path, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+def wait_for_step(run: Path, step: int, ranks: list[Process]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
@@ -469,16 +470,7 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
             str(tmp_path / "run"),
             *tiny(prepared, "--run.seed", str(rank)),
         ]
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
+        ranks.append(Process([sys.executable, *command], env=env))
     code, output = finish(ranks)
     found = re.search(
         r"error: rank 1 on \S+ has settings \(by hash\) (\w+), rank 0 on \S+ has (\w+);"
@@ -638,7 +630,7 @@ def test_ranks_end_when_their_launcher_is_killed(
     command = [sys.executable, *LAUNCHERS[launcher].split(), str(free_port()), "dist_lm/train.py"]
     command += ["--run.dir", str(run), *tiny(prepared, "--run.steps", "100000")]
     with open(tmp_path / "out", "w") as out:
-        parent = subprocess.Popen(command, cwd=ROOT, env=clean_env(), stdout=out, stderr=out)
+        parent = Process(command, stdout=out, stderr=out)
         try:
             if after is None:
                 wait_for_step(run, 3, [parent])
@@ -663,15 +655,7 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]
 
     def launch(*flags: str, run: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)],
-            cwd=ROOT,
-            text=True,
-            env=clean_env(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=240,
-        )
+        return procs.run([*accelerate, *flags, *command, "--run.dir", str(tmp_path / run)])
 
     port = ["--main_process_port", str(free_port())]
     done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")

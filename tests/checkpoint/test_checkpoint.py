@@ -11,7 +11,6 @@ import queue
 import random
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -39,8 +38,8 @@ from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
+from tests import procs
 from tests.conftest import owned, write_step
-from tests.procs import ROOT, clean_env
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
 
@@ -342,12 +341,7 @@ os._exit(0)
     while not finished:
         run = tmp_path / f"run-{points}"
         shutil.copytree(tmp_path / "run", run)
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(run), str(points)],
-            cwd=ROOT,
-            env=clean_env(),
-            timeout=60,
-        )
+        done = procs.run([sys.executable, "-c", script, str(run), str(points)], timeout=60)
         finished, points = done.returncode == 0, points + (1 if points < 4 else 3)
         found, passed_over = newest_valid(run)
         assert found is not None and passed_over == []

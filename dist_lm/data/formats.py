@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, pairwise
 from operator import itemgetter
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
 from dist_lm.data import lines
@@ -90,17 +90,17 @@ class Reader:
         for number, part in enumerate(parts):
             stretches = self._read_part(part, start, skipped)
             for row, of_row in groupby(stretches, key=itemgetter(0)):
-                texts = (text for _, text in of_row if text != "")
+                # Any, because only the first can be None.
+                texts: Iterator[Any] = (text for _, text in of_row if text != "")
                 first = next(texts, "")
                 if first is None:
                     skipped["null rows"] += 1
                     continue
-                rest = (text for text in texts if text is not None)
-                head = _add_while_blank(first, rest)
+                head = _add_while_blank(first, texts)
                 if not head or head.isspace():
                     skipped["empty documents"] += 1
                 else:
-                    yield number, row, chain([head], rest)
+                    yield number, row, chain([head], texts)
             start = 0
 
     def parts(self, lanes: int) -> list[Part]:

@@ -15,6 +15,7 @@ No torch operation may run before a fork: threads do not survive it. So the serv
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -100,6 +101,7 @@ class Server:
             int, socket.socket
         ] = {}  # by pid, while the caller may ask for the exit code
         self.pidfds: dict[int, int] = {}  # by pid, until the process is reaped
+        assert os.environ["PYTHONUNBUFFERED"], "open_streams() makes streams without a buffer"
         self.environment = {
             name: value for name, value in os.environ.items() if not only_ours(name)
         }
@@ -223,6 +225,24 @@ def enter(request: dict[str, Any], files: list[int]) -> None:
     os.chdir(request["cwd"])
 
 
+def open_streams() -> None:
+    """In a child: the streams of sys for the files that 0, 1 and 2 are now. What they are decides how they work."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old, writing = getattr(sys, name), number > 0
+        raw = io.FileIO(number, "wb" if writing else "rb", closefd=False)
+        raw.name = f"<{name}>"
+        stream = io.TextIOWrapper(
+            raw if writing else io.BufferedReader(raw),  # type: ignore[arg-type] # as under PYTHONUNBUFFERED
+            encoding=old.encoding,
+            errors=old.errors,
+            newline="\n" if writing else None,
+            write_through=True,
+        )
+        stream.mode = "w" if writing else "r"
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
 def default_signals() -> None:
     """What Python sets at its start, whatever was ignored or blocked where the tests were started."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
@@ -247,6 +267,7 @@ def execute(request: dict[str, Any]) -> NoReturn:
 def run(request: dict[str, Any]) -> None:
     """In a child: do what Python does after its start with these words."""
     words = request["words"][1:]
+    open_streams()
     os.environ.clear()
     os.environ.update(request["env"])
     show_command(request["words"])
@@ -292,6 +313,7 @@ def main(number: str, also: str, padding: str) -> dict[str, Any]:
     server = Server(socket.socket(fileno=int(number)), also.split())
     gc.collect()
     gc.freeze()  # the children share these objects and need not look through them again and again
+    server.door.send(b"ready")
     return server.serve()
 
 

@@ -74,6 +74,10 @@ class Connection:
                 start_new_session=True,
             )
         atexit.register(self.close)
+        if not self.door.recv(100):  # when it has imported all
+            self.server.wait()
+            self.errors.seek(0)
+            raise RuntimeError(f"the fork server ended:\n{self.errors.read()}")
 
     def ask(self, request: dict[str, Any], files: list[int]) -> None:
         socket.send_fds(self.door, [json.dumps(request).encode()], files)
@@ -84,10 +88,10 @@ class Connection:
         self.server.wait()
         self.errors.close()
 
-    def problem(self) -> str:
-        self.server.wait()
-        self.errors.seek(0)
-        return f"the fork server ended:\n{self.errors.read()}"
+
+def late_modules(command: Sequence[str]) -> str:
+    """Which modules a server for this command imports besides dist_lm's."""
+    return ZERO_MODULES if any(word.startswith("zero") for word in command) else ""
 
 
 @cache
@@ -135,8 +139,7 @@ class Process:
                 file = theirs[1]
             theirs.append(file if isinstance(file, int) else file.fileno())
         self.line, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        modules = ZERO_MODULES if any(word.startswith("zero") for word in self.args) else ""
-        server = connection(seed, modules)
+        server = connection(seed, late_modules(self.args))
         request = {
             "words": self.args,
             "cwd": str(cwd),
@@ -147,10 +150,7 @@ class Process:
             server.ask(request, [*theirs, their_end.fileno()])
         for file in to_close:
             os.close(file)
-        answer = self.line.recv(1000)
-        if not answer:
-            raise RuntimeError(server.problem())
-        started = json.loads(answer)
+        started = json.loads(self.line.recv(1000))
         self.pid: int = started["pid"]
         self.why_cold: str = started["cold"]
 
@@ -273,6 +273,10 @@ def run(
 
 def start_ranks(world: int, *command: str, cold: bool = False, **env: str) -> list[Process]:
     """One process a rank, as torchrun would start them. Neighbours differ in the order of their sets."""
+    for seed in range(
+        min(world, 2)
+    ):  # first of all: a server takes seconds to start, which a rank should not wait
+        connection(seed, late_modules(command))
     port = str(free_port())
     ranks = []
     for rank in range(world):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.conftest import TINY
-from tests.procs import DEVNULL, PIPE, ROOT, Process, clean_env, run, start_ranks, train
+from tests.procs import DEVNULL, PIPE, ROOT, STDOUT, Process, clean_env, run, start_ranks, train
 from tests.test_train import assert_same_bits, losses
 
 # What a process finds when it starts, as far as others can tell it apart.
@@ -19,12 +19,18 @@ import json, os, signal, sys
 handlers = {str(number): str(signal.getsignal(number)) for number in signal.valid_signals()}
 umask = os.umask(0o77)
 files = [number for number in range(3, 100) if os.path.exists(f"/proc/self/fd/{number}")]
+def describe(s):
+    kinds = (type(s.buffer).__name__, s.errors, s.line_buffering, s.write_through, s.seekable(), s.closed, s.fileno())
+    return str(s), *kinds
+sys.stdout.reconfigure(encoding="utf-8")  # not the null device of the server any more
 print(json.dumps({
     "name": __name__, "file": globals().get("__file__"), "spec": __spec__ and __spec__.name, "builtins": str(__builtins__),
     "main": sys.modules["__main__"].__dict__ is globals(), "argv": sys.argv, "words": sys.orig_argv,
     "path": sys.path, "directory": os.getcwd(), "umask": umask, "handlers": handlers, "environment": dict(os.environ),
     "blocked": sorted(signal.pthread_sigmask(signal.SIG_SETMASK, ())), "session": os.getsid(0) == os.getpid(),
-    "files": files, "streams": [str(s) for s in (sys.stdin, sys.stdout, sys.stderr)], "input": sys.stdin.read(),
+    "files": files, "streams": [describe(s) for s in (sys.stdin, sys.stdout, sys.stderr)],
+    "originals": [sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
+    "input": sys.stdin.read(),
 }))
 """
 
@@ -46,6 +52,7 @@ def test_a_fork_finds_what_a_cold_start_finds(tmp_path: Path, way: str) -> None:
         input="what is read\n",
         text=True,
         stdout=PIPE,
+        stderr=STDOUT,
         check=True,
         umask=0o022,
         start_new_session=True,

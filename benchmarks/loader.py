@@ -16,7 +16,7 @@ from dist_lm.cli import resolve
 from dist_lm.config import DataConfig, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import open_dataset
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.errors import UserError
 
 T, BATCH, STEPS, ROUNDS = 1024, 16, 300, 5

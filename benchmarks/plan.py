@@ -22,7 +22,7 @@ from pathlib import Path
 from dist_lm import loop, resume
 from dist_lm.cli import resolve
 from dist_lm.config import Config, ModelSpec
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.model import hf
 from dist_lm.planning.memory import memory
 from dist_lm.runtime import zero

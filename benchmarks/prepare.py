@@ -21,9 +21,9 @@ from pathlib import Path
 import tokenizers
 
 from dist_lm.config import DataConfig
-from dist_lm.data.files import find_files
-from dist_lm.data.formats import Reader
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
+from dist_lm.data.text.files import find_files
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer_training import train_tokenizer
 
 

@@ -45,7 +45,7 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.sources import PreparedSource, StreamSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer

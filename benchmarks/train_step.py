@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dist_lm import loop
 from dist_lm.cli import resolve
 from dist_lm.config import Config, DataConfig, ModelSpec
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.outcome import Attempt

@@ -12,7 +12,7 @@ from typing import Any
 from dist_lm.config import Config
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.manifest import MANIFEST, find_prepared
+from dist_lm.data.prepared.manifest import MANIFEST, find_prepared
 from dist_lm.data.provenance import Origin
 from dist_lm.errors import CheckpointError, DataError, UserError
 from dist_lm.metrics import read_metrics

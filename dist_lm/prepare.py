@@ -48,7 +48,10 @@ def main(argv: list[str]) -> None:
     if (flags.verify is None) == (flags.output is None):
         raise UserError("exactly one of --output DIR and --verify DIR must be given")
     config = resolve(("command line", settings))
-    from dist_lm.data import preparing, shards  # numpy and pyarrow, which are slow to import
+    from dist_lm.data.prepared import (  # numpy and pyarrow, which are slow to import
+        preparing,
+        shards,
+    )
 
     if flags.verify is not None:
         damaged = shards.verify(flags.verify)

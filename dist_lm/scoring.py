@@ -9,8 +9,8 @@ from dist_lm.checkpoint.load import read_model
 from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout, flat
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.manifest import find_prepared
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.manifest import find_prepared
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.errors import DataError, UserError
 from dist_lm.runtime.start import start
 from dist_lm.validate import validate

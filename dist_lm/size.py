@@ -5,8 +5,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from dist_lm.config import Config, total_steps
-from dist_lm.data.manifest import find_prepared, read_manifest
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError

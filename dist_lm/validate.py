@@ -8,7 +8,7 @@ from torch import nn
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.runtime.world import Runtime

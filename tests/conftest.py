@@ -13,7 +13,7 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.save import Saver
 from dist_lm.config import DataConfig, ModelSpec
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT

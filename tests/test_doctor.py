@@ -25,7 +25,7 @@ from dist_lm.checks.machines import clocks
 from dist_lm.checks.ranks import run_within
 from dist_lm.cli import load
 from dist_lm.config import DataConfig
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
 from tests.procs import DEVNULL, ROOT, Process, clean_env, entry, finish, free_port, run, train

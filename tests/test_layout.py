@@ -126,15 +126,15 @@ def test_names_shadow_nothing() -> None:
 def test_init_holds_only_the_version() -> None:
     (docstring, version) = ast.parse((CODE / "__init__.py").read_text()).body
     assert isinstance(docstring, ast.Expr) and isinstance(version, ast.Assign)
-    assert [path for path in CODE.glob("*/__init__.py") if path.read_text()] == []
+    assert [path for path in CODE.rglob("*/__init__.py") if path.read_text()] == []
 
 
 def test_a_new_wing_is_installed() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
         "packages"
     ]
-    wings = {f"dist_lm.{path.parent.name}" for path in CODE.glob("*/__init__.py")}
-    assert set(packages) == {"dist_lm", *wings}
+    folders = [path.parent.relative_to(ROOT) for path in CODE.rglob("__init__.py")]
+    assert set(packages) == {folder.as_posix().replace("/", ".") for folder in folders}
 
 
 def test_no_pickle_and_no_code_from_files() -> None:

@@ -11,7 +11,7 @@ import torch
 from dist_lm import scoring
 from dist_lm.checkpoint.load import read_model
 from dist_lm.config import Config, DataConfig, ModelConfig, ModelSpec, RunConfig, batch_layout
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 from dist_lm.model import hf

@@ -13,7 +13,7 @@ from dist_lm.config import Config, DataConfig, RunConfig, SourceConfig, batch_la
 from dist_lm.console import printable
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError

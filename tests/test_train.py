@@ -25,7 +25,7 @@ from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.cli import load
 from dist_lm.config import ModelSpec
 from dist_lm.data.order import sequence_ids
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.metrics import read_metrics
 from dist_lm.model.gpt import GPT

@@ -18,7 +18,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from dist_lm.data.manifest import FILE_NAME, SHA256
+from dist_lm.data.prepared.manifest import FILE_NAME, SHA256
 from dist_lm.errors import CheckpointError, UserError
 
 FORMAT = 1  # of the manifest

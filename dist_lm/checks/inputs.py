@@ -10,10 +10,10 @@ from dist_lm.checkpoint.load import tokenizer_hash
 from dist_lm.checks.ranks import Found, Ranks, few
 from dist_lm.config import Config
 from dist_lm.console import gigabytes
-from dist_lm.data.files import find_files
-from dist_lm.data.manifest import MANIFEST, find_prepared, read_manifest
+from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import is_remote
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.text.files import find_files
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import is_trained_spec
 from dist_lm.errors import UserError

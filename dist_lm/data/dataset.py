@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
-from dist_lm.data.cache import ShardCache
-from dist_lm.data.files import Part, TextFile, find_files
-from dist_lm.data.formats import Reader
-from dist_lm.data.holdout import document_hash, held_out
-from dist_lm.data.kept import keep_validation, learn_tokenizer
 from dist_lm.data.lane import StreamSpec
-from dist_lm.data.manifest import find_prepared
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.cache import ShardCache
+from dist_lm.data.prepared.holdout import document_hash, held_out
+from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
+from dist_lm.data.prepared.manifest import find_prepared
+from dist_lm.data.prepared.preparing import prepare_dataset
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
-from dist_lm.data.shards import TokenShards
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
+from dist_lm.data.text.files import Part, TextFile, find_files
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_lm.data.files import Part
-from dist_lm.data.formats import Reader
 from dist_lm.data.order import FOR_DOCUMENTS, FOR_PARTS, Words, hash_words, shuffled
 from dist_lm.data.packing import BestFitPacker, ConcatPacker, Document, PackedSequence, Packer
+from dist_lm.data.text.files import Part
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 

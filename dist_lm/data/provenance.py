@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dist_lm.data.formats import Reader
 from dist_lm.data.packing import DocumentSpan, PackedSequence
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.order import Ints, sequence_ids
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.provenance import PreparedSearch, PreparedSequence, Search, StreamSearch
 from dist_lm.data.rows import StepRows
-from dist_lm.data.shards import TokenShards
 from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError

@@ -24,10 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import DataConfig, SourceConfig
-from dist_lm.data import lines, remote
-from dist_lm.data.files import TextFile, find_files
-from dist_lm.data.formats import Reader
-from dist_lm.data.json_rows import JsonArray
+from dist_lm.data import remote
+from dist_lm.data.text import lines
+from dist_lm.data.text.files import TextFile, find_files
+from dist_lm.data.text.formats import Reader
+from dist_lm.data.text.json_rows import JsonArray
 from dist_lm.errors import UserError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)

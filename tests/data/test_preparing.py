@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 
 from dist_lm import prepare
 from dist_lm.config import DataConfig, SourceConfig
-from dist_lm.data import encode, preparing, writer
 from dist_lm.data import tokenizer as text
-from dist_lm.data.files import TextFile
-from dist_lm.data.formats import Reader
-from dist_lm.data.holdout import document_hash, held_out
-from dist_lm.data.manifest import MANIFEST
-from dist_lm.data.preparing import prepare_dataset
-from dist_lm.data.progress import Progress
-from dist_lm.data.shard_file import map_shard
-from dist_lm.data.shards import TokenShards
+from dist_lm.data.prepared import encode, preparing, writer
+from dist_lm.data.prepared.holdout import document_hash, held_out
+from dist_lm.data.prepared.manifest import MANIFEST
+from dist_lm.data.prepared.preparing import prepare_dataset
+from dist_lm.data.prepared.progress import Progress
+from dist_lm.data.prepared.shard_file import map_shard
+from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.text.files import TextFile
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 
@@ -206,7 +206,7 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (
-        "import sys; from dist_lm.data import encode, preparing, writer;"
+        "import sys; from dist_lm.data.prepared import encode, preparing, writer;"
         "from dist_lm.config import DataConfig;"
         "writer.SHARD_TOKENS = 20000; encode.JOB_CHARACTERS = 2000;"
         "data = DataConfig(input=sys.argv[1], tokenizer='bpe:300');"
@@ -294,7 +294,7 @@ def test_a_small_source_holds_out_its_tail_at_a_line_end(
     config = DataConfig(input=str(folder), tokenizer="byte", val_fraction=fraction)
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_lm.data.lines.CHUNK", chunk)
+        patch.setattr("dist_lm.data.text.lines.CHUNK", chunk)
         if not whole:
             with pytest.raises(UserError, match="no document with text in"):
                 prepare_dataset(config, folder / "d", 1, said.append)

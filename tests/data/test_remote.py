@@ -32,12 +32,12 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
-from dist_lm.data import cache as cache_module
 from dist_lm.data import remote
-from dist_lm.data.cache import ShardCache
-from dist_lm.data.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared import cache as cache_module
+from dist_lm.data.prepared.cache import ShardCache
+from dist_lm.data.prepared.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared.shards import TokenShards, verify
 from dist_lm.data.remote import ChangedError, RemoteFile, fetch_small, find, is_remote, open_file
-from dist_lm.data.shards import TokenShards, verify
 from dist_lm.errors import UserError
 from tests.data.test_shards import make
 from tests.objectstore import ObjectStore
@@ -590,7 +590,7 @@ def test_a_file_that_is_not_as_its_manifest_says(
 WORKER = """
 import hashlib, json, os, random, sys, time
 from pathlib import Path
-from dist_lm.data import cache as cache_module
+from dist_lm.data.prepared import cache as cache_module
 from dist_lm.data.remote import open_file
 url, folder, log, limit, seed, pause, entries = *sys.argv[1:4], *json.loads(sys.argv[4])
 opened = open_file

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from dist_lm.data.manifest import FORMAT, MANIFEST, find_prepared
-from dist_lm.data.shard_file import map_shard, write_shard
-from dist_lm.data.shards import TokenShards, verify
+from dist_lm.data.prepared.manifest import FORMAT, MANIFEST, find_prepared
+from dist_lm.data.prepared.shard_file import map_shard, write_shard
+from dist_lm.data.prepared.shards import TokenShards, verify
 from dist_lm.disk import write_file, write_json
 from dist_lm.errors import UserError
 

@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 
 from dist_lm.config import Config, DataConfig, SourceConfig
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.files import find_files
-from dist_lm.data.formats import Reader
 from dist_lm.data.lane import Amount, Lane, StreamSpec
 from dist_lm.data.mix import MixtureReader, merge_after
 from dist_lm.data.order import MixtureSchedule, period_of
 from dist_lm.data.packing import PackedSequence, best_fit
-from dist_lm.data.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.stream import Dealt, Stream
+from dist_lm.data.text.files import find_files
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
 
@@ -184,7 +184,7 @@ def check_case(folder: Path, seed: int) -> None:
 
 
 def check_cases(folder: Path, monkeypatch: pytest.MonkeyPatch, seeds: range) -> None:
-    monkeypatch.setattr("dist_lm.data.formats.SMALLEST_RANGE", 16)
+    monkeypatch.setattr("dist_lm.data.text.formats.SMALLEST_RANGE", 16)
     monkeypatch.setattr("dist_lm.data.lane.LARGEST_BATCH", Amount(2, 30))
     for seed in seeds:
         try:

@@ -21,9 +21,9 @@ from dist_lm.checkpoint.folder import step_folders
 from dist_lm.config import Config, batch_layout
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.holdout import document_hash, held_out
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import count_left_out
+from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.sources import PreparedSource, StreamSource
 from dist_lm.data.stream import Stream
 from dist_lm.errors import UserError

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dist_lm.data import tokenizer as tokenizer_module
-from dist_lm.data.encode import SEPARATOR, serve
+from dist_lm.data.prepared.encode import SEPARATOR, serve
 from dist_lm.data.tokenizer import EOT, StreamDecoder, Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import (
     UNK,

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
-from dist_lm.data.encode import TextPiece, encode_pieces
-from dist_lm.data.files import find_files
-from dist_lm.data.formats import Reader
-from dist_lm.data.holdout import SplitDocument, split_documents
-from dist_lm.data.manifest import find_prepared, read_manifest
-from dist_lm.data.progress import Progress, Say
-from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
-from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
-from dist_lm.data.writer import (
+from dist_lm.data.prepared.encode import TextPiece, encode_pieces
+from dist_lm.data.prepared.holdout import SplitDocument, split_documents
+from dist_lm.data.prepared.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared.progress import Progress, Say
+from dist_lm.data.prepared.writer import (
     PROGRESS,
     SavedState,
     SplitWriter,
@@ -28,6 +24,10 @@ from dist_lm.data.writer import (
     write_state,
     write_tokenizer,
 )
+from dist_lm.data.text.files import find_files
+from dist_lm.data.text.formats import Reader
+from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
+from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
 from dist_lm.errors import DataError
 
 # Documents. A smaller source holds out the tail of its text instead of whole documents.

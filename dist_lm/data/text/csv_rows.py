@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from itertools import count
 from typing import BinaryIO
 
-from dist_lm.data import lines
-from dist_lm.data.columns import Columns, Rows, ToText
-from dist_lm.data.files import Part
+from dist_lm.data.text import lines
+from dist_lm.data.text.columns import Columns, Rows, ToText
+from dist_lm.data.text.files import Part
 
 
 def csv_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tuple[Rows, ToText]:

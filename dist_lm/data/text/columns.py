@@ -5,8 +5,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from dist_lm.config import SourceConfig
-from dist_lm.data import lines
-from dist_lm.data.files import nearest_hint
+from dist_lm.data.text import lines
+from dist_lm.data.text.files import nearest_hint
 
 Rows = Iterator[tuple[int, Any]]  # number of a row, and its content as its format gives it
 ToText = Callable[[Any], str | None]  # turns that content into text; None is a null

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 
-from dist_lm.data.formats import Reader
+from dist_lm.data.text.formats import Reader
 
 Say = Callable[[str], None]  # prints a line
 

@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from dist_lm.data.files import DAMAGE, one_line
+from dist_lm.data.text.files import DAMAGE, one_line
 from dist_lm.errors import DataError
 
 CHUNK = 2**20  # bytes read at once

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import DataConfig
-from dist_lm.data.cache import ShardCache
-from dist_lm.data.manifest import MANIFEST, read_manifest
+from dist_lm.data.prepared.cache import ShardCache
+from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
+from dist_lm.data.prepared.shard_file import bad_shard, map_shard
 from dist_lm.data.remote import is_remote, open_file
-from dist_lm.data.shard_file import bad_shard, map_shard
 from dist_lm.errors import DataError
 
 # A mapping holds a file open, so only some are kept. The order of training reads few at once.

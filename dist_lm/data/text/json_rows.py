@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any, BinaryIO
 
-from dist_lm.data import lines
-from dist_lm.data.columns import Columns, Rows, ToText
-from dist_lm.data.files import Part
+from dist_lm.data.text import lines
+from dist_lm.data.text.columns import Columns, Rows, ToText
+from dist_lm.data.text.files import Part
 
 
 class LostRestError(ValueError):

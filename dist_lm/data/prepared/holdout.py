@@ -11,7 +11,7 @@ from collections.abc import Container, Iterator
 from itertools import chain
 from typing import NamedTuple
 
-from dist_lm.data.formats import Reader
+from dist_lm.data.text.formats import Reader
 
 _HASHED = 2**20  # characters of a document that decide whether it is held out
 

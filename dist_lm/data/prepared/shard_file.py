@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ValidationError
 
-from dist_lm.data.manifest import CheckedModel, Count, first_fault
+from dist_lm.data.prepared.manifest import CheckedModel, Count, first_fault
 from dist_lm.disk import safetensors_head, write_file
 from dist_lm.errors import DataError, UserError
 

@@ -13,11 +13,11 @@ from typing import Any, TypedDict
 import numpy as np
 
 from dist_lm.config import DataConfig
-from dist_lm.data.encode import TextPiece
-from dist_lm.data.formats import Reader
-from dist_lm.data.holdout import SplitDocument
-from dist_lm.data.manifest import FORMAT, MANIFEST
-from dist_lm.data.shard_file import write_shard
+from dist_lm.data.prepared.encode import TextPiece
+from dist_lm.data.prepared.holdout import SplitDocument
+from dist_lm.data.prepared.manifest import FORMAT, MANIFEST
+from dist_lm.data.prepared.shard_file import write_shard
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_file, write_json
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.config import DataConfig
-from dist_lm.data.formats import Reader
-from dist_lm.data.holdout import SplitDocument, document_hash, held_out
-from dist_lm.data.preparing import read_beginning
-from dist_lm.data.progress import Progress, Say
+from dist_lm.data.prepared.holdout import SplitDocument, document_hash, held_out
+from dist_lm.data.prepared.preparing import read_beginning
+from dist_lm.data.prepared.progress import Progress, Say
+from dist_lm.data.prepared.writer import SplitWriter, write_manifest, write_tokenizer
+from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
-from dist_lm.data.writer import SplitWriter, write_manifest, write_tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError
 

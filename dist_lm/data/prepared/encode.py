@@ -27,7 +27,7 @@ JOB_PIECES = 2**13  # at most
 JOBS_AHEAD = 2  # of the writer, per worker
 
 SEPARATOR = b"\xff"  # between the texts of a job; it is in no UTF-8
-WORKER = "import sys; from dist_lm.data.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
+WORKER = "import sys; from dist_lm.data.prepared.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
 
 
 class TextPiece(NamedTuple):
@@ -147,7 +147,7 @@ class Worker:
 
 def _start_worker(folder: Path, descriptor: int) -> subprocess.Popen[bytes]:
     """Start a process that serves one end of a pipe."""
-    search_path = [str(Path(__file__).parents[2])]
+    search_path = [str(Path(__file__).parents[3])]
     if os.environ.get("PYTHONPATH"):
         search_path.append(os.environ["PYTHONPATH"])
     environment = os.environ | {

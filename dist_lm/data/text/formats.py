@@ -19,10 +19,10 @@ from operator import itemgetter
 from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
-from dist_lm.data import lines
-from dist_lm.data.columns import Columns, FilteredError, Rows, ToText
-from dist_lm.data.csv_rows import csv_rows
-from dist_lm.data.files import (
+from dist_lm.data.text import lines
+from dist_lm.data.text.columns import Columns, FilteredError, Rows, ToText
+from dist_lm.data.text.csv_rows import csv_rows
+from dist_lm.data.text.files import (
     DAMAGE,
     Part,
     TextFile,
@@ -31,8 +31,8 @@ from dist_lm.data.files import (
     one_line,
     open_text_file,
 )
-from dist_lm.data.json_rows import LostRestError, json_rows
-from dist_lm.data.tables import (
+from dist_lm.data.text.json_rows import LostRestError, json_rows
+from dist_lm.data.text.tables import (
     arrow_rows,
     count_row_groups,
     hub_rows,

@@ -11,9 +11,9 @@ from itertools import count
 from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
-from dist_lm.data import lines
-from dist_lm.data.columns import Columns, Rows, ToText
-from dist_lm.data.files import Part, TextFile, one_line
+from dist_lm.data.text import lines
+from dist_lm.data.text.columns import Columns, Rows, ToText
+from dist_lm.data.text.files import Part, TextFile, one_line
 from dist_lm.errors import DataError
 
 _BATCH_ROWS = 64  # rows taken from Parquet or the hub at once

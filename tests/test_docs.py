@@ -107,7 +107,7 @@ def test_the_design_follows_a_step_through_functions() -> None:
     spans = quoted(DESIGN.read_text())
     named = {span for span in spans if (found := NAMED_FILE.fullmatch(span)) and found[2]}
     assert len(named) > 30
-    assert "dist_lm/train.py: train" in named
+    assert "dist_lm/loop.py: train" in named
 
 
 def test_the_tree_of_the_design_has_every_module() -> None:

@@ -27,7 +27,7 @@ ONE_PROCESS = SimpleNamespace(
     world_size=1,
     is_main=True,
     device=torch.device("cpu"),
-    autocast=contextlib.nullcontext,
+    engine=SimpleNamespace(autocast=contextlib.nullcontext),
     sum=lambda tensor: tensor,
     on_main=lambda work: work(),
     close=lambda: None,

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dist_lm.checks.inputs import compare_tokenizers
 from dist_lm.config import Config, DataConfig
 from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
 from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.prepared.shards import TokenShards, verify
-from dist_lm.doctor import compare_tokenizers
 from dist_lm.errors import UserError
 from tests.data.test_shards import make
 from tests.procs import ROOT, clean_env

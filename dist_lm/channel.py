@@ -1,4 +1,4 @@
-"""channel."""
+"""Messages between ranks: JSON and tensors over one process group. Nothing is ever unpickled."""
 
 import json
 from typing import Any
@@ -7,47 +7,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON a peer may send
+_LARGEST_MESSAGE = 64 * 2**20  # bytes of JSON that a peer may send
 
 
 class Channel:
-    """Messages between ranks over one process group: JSON and tensors, never anything that is unpickled."""
+    """A process group, and what this project sends over one. Without peers nothing is sent."""
 
     def __init__(self, rank: int, world_size: int, device: torch.device):
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device  # where tensors must lie for the group's backend
         self.group: Any = None  # None: the group of training
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. All ranks."""
+        """Every rank's value, by rank; it travels as JSON. All ranks."""
+        data = json.dumps(value).encode()
         if self.world_size == 1:
-            return [json.loads(json.dumps(value))]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(
-            self.device
-        )
-        sizes = [
-            torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)
-        ]
-        dist.all_gather(sizes, torch.tensor([len(message)], device=self.device), group=self.group)
-        largest = int(max(int(size) for size in sizes))
+            return [json.loads(data)]
+        message = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        sizes = self._gather_sizes(len(message))
+        largest = max(sizes)
         assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
         padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         padded[: len(message)] = message
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded, group=self.group)
-        return [
-            json.loads(bytes(g[: int(n)].cpu().numpy()))
-            for g, n in zip(gathered, sizes, strict=True)
-        ]
+        received = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(received, padded, group=self.group)
+        values = []
+        for tensor, size in zip(received, sizes, strict=True):
+            values.append(json.loads(bytes(tensor[:size].cpu().numpy())))
+        return values
+
+    def _gather_sizes(self, size: int) -> list[int]:
+        """Every rank's size, by rank. All ranks."""
+        sizes = []
+        for _ in range(self.world_size):
+            sizes.append(torch.zeros(1, dtype=torch.int64, device=self.device))
+        dist.all_gather(sizes, torch.tensor([size], device=self.device), group=self.group)
+        return [int(tensor) for tensor in sizes]
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Any:
         """Start sending; the tensor must stay as it is until wait() on what this returns."""
         return dist.isend(tensor, to, group=self.group, tag=tag)
 
     def receive(self, tensor: Tensor, sender: int, tag: int) -> None:
+        """Fill the tensor with what the sender sends under this tag; waits for it."""
         dist.recv(tensor, sender, group=self.group, tag=tag)
 
     def exchange(self, parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
-        """Give parts[r] to rank r; what came from each rank, lengths[r] elements from rank r. All ranks."""
+        """Give parts[r] to rank r; returns lengths[r] elements that came from rank r. All ranks."""
         received = parts[0].new_empty(sum(lengths))
         lengths_sent = [len(part) for part in parts]
         dist.all_to_all_single(received, torch.cat(parts), lengths, lengths_sent, group=self.group)

@@ -1,13 +1,36 @@
-"""console."""
+"""Lines to people: printing that never stops a run, numbers and durations in short, safe text."""
 
 import contextlib
 import os
 import re
 import sys
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+
+def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
+    """Print, but never stop a run.
+
+    A channel that is gone (closed pipe, full disk) leads nowhere from then on.
+    """
+    stream = getattr(sys, channel)
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if channel == "stdout":
+            warn(f"standard output is gone, the run goes on: {error}")
+
+
+def warn(text: str) -> None:
+    say(f"warning: {text}", channel="stderr")
+
+
+def is_terminal() -> bool:
+    """Whether standard output is one."""
+    try:
+        return sys.stdout.isatty()
+    except (AttributeError, ValueError):  # there is no standard output, or it is closed
+        return False
 
 
 def shorten(number: float) -> str:
@@ -24,39 +47,23 @@ def gigabytes(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-    )
+    """3725.3 -> 1:02:05"""
+    all_minutes, seconds_left = divmod(round(seconds), 60)
+    hours, minutes = divmod(all_minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{seconds_left:02}"
+    return f"{minutes}:{seconds_left:02}"
 
 
-def _is_terminal() -> bool:
-    try:
-        return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # no standard output, or closed
-        return False
-
-
-def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
-    """Print, but never stop a run: a channel that is gone (closed pipe, full disk) leads nowhere from then on."""
-    stream = getattr(sys, channel)
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if channel == "stdout":
-            _warn(f"standard output is gone, the run goes on: {error}")
-
-
-def _warn(text: str) -> None:
-    say(f"warning: {text}", channel="stderr")
-
-
-# What can drive a terminal or disguise text on it: control characters but newline and tab, and changes of direction.
+# What can drive a terminal or disguise text on it: control characters but newline and tab, and
+# changes of direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
     """Text that cannot drive a terminal: \\x1b stands for an escape character."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
+from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.errors import DivergedError, UserError
-from dist_lm.metrics import draw_curves
 from dist_lm.model import hf
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt

@@ -1,12 +1,12 @@
 """Optimizers by name, which parameters decay, and the learning rate as a function of the step.
 
-Invariant: an optimizer knows neither schedule nor rank; the rate arrives through set_lr() before each update. All that
-it remembers lies in optimizer.state[parameter] as tensors, so a checkpoint can hold it by parameter name, and
-create_state() brings those tensors into being for it to be loaded into.
+Invariant: an optimizer knows no schedule; the rate arrives through set_lr() before each update. All
+that an optimizer remembers lies in optimizer.state[parameter] as tensors, so a checkpoint can hold
+it by parameter name, and create_state() brings those tensors into being for it to be loaded into.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,29 @@ from torch.optim.adamw import adamw
 
 from dist_lm.config import OptimConfig
 
+Group = dict[str, Any]  # one of optimizer.param_groups: its parameters and their settings
+
 WSD_DECAY = 0.2  # share of a wsd run that decays
 MUON_MOMENTUM = 0.95
-# The quintic iteration of https://kellerjordan.github.io/posts/muon: five rounds bring singular values near 1.
-NS_ROUNDS, NS_COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-NS_BATCH = (
-    2**24
-)  # elements orthogonalised at once: few kernel launches for small matrices, 64 MB a buffer for any size
+# The quintic iteration of https://kellerjordan.github.io/posts/muon: five rounds bring singular
+# values near 1.
+NS_ROUNDS = 5
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Elements orthogonalised at once: few kernel launches for small matrices, 64 MB a buffer for any.
+NS_BATCH = 2**24
+
+
+# --- the learning rate
 
 
 def lr_at(optim: OptimConfig, step: int, steps: int) -> float:
     """The rate of update `step` (0-based) in a run of `steps` updates.
 
-    Warm-up: update s has lr * (s + 1) / warmup_steps, so its last one has lr. After it, cosine and linear fall from lr
-    at update warmup_steps to min_lr at update `steps`, the one after the last: the last update is one notch above
-    min_lr, none is wasted on a rate of 0, and a run of one update has lr. wsd stays at lr and falls linearly in the
-    same way over the last 20% of the run. inverse_sqrt is lr * sqrt(warmup_steps / (s + 1)), at least min_lr.
+    Warm-up: update s has lr * (s + 1) / warmup_steps, so its last one has lr. After it, cosine and
+    linear fall from lr at update warmup_steps to min_lr at update `steps`, the one after the last:
+    the last update is one notch above min_lr, none is wasted on a rate of 0, and a run of one
+    update has lr. wsd stays at lr and falls linearly in the same way over the last 20% of the run.
+    inverse_sqrt is lr * sqrt(warmup_steps / (s + 1)), at least min_lr.
     """
     warmup = optim.warmup_steps
     if step < warmup:
@@ -44,7 +51,9 @@ def lr_at(optim: OptimConfig, step: int, steps: int) -> float:
     if optim.schedule == "constant" or step <= start:
         return optim.lr
     progress = (step - start) / (steps - start)
-    left = (1 + math.cos(math.pi * progress)) / 2 if optim.schedule == "cosine" else 1 - progress
+    left = 1 - progress
+    if optim.schedule == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
     return optim.min_lr + (optim.lr - optim.min_lr) * left
 
 
@@ -53,77 +62,133 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def param_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Two groups: matrices decay; norms, biases and both embeddings (embed, positions) do not.
-
-    By name alone, because under ZeRO-3 a parameter does not show its shape.
-    """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": wd} for wd in (weight_decay, 0.0)
-    ]
-    for name, parameter in named_parameters:
-        keeps = (
-            "norm" in name or name.endswith(".bias") or name.startswith(("embed.", "positions."))
-        )
-        groups[keeps]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+# --- optimizers by name
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
-    """The optimizer of `optim.name` for a bare model (its own parameter names, no wrapper's prefix).
+    """The optimizer of `optim.name` for a bare model (its own parameter names, no wrapper's
+    prefix).
 
-    optim.lr is AdamW's for adamw and muon; lion takes a third to a tenth of it, sgd far more. For adafactor it is
-    relative to the RMS of each tensor and at most 1/sqrt(step) (Shazeer & Stern 2018, algorithm 4). Decay is decoupled
-    and scaled by the rate, for sgd it is PyTorch's L2 term in the gradient.
+    Weight decay is decoupled and scaled by the rate; for sgd it is PyTorch's L2 term in the
+    gradient.
     """
-    groups, lr, (beta1, _) = (
-        param_groups(model.named_parameters(), optim.weight_decay),
-        optim.lr,
-        optim.betas,
-    )
-    if optim.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=True
-        )  # CPU too: 3-5 x faster
-    if (
-        optim.name == "sgd"
-    ):  # not fused: a first step skipped for an fp16 overflow leaves fused momentum uninitialised
-        return torch.optim.SGD(groups, lr=lr, momentum=beta1)
-    if optim.name == "adafactor":
-        return torch.optim.Adafactor(groups, lr=lr)
-    if optim.name == "lion":
-        return Lion(groups, lr=lr, betas=optim.betas)
-    blocks = {name: p for name, p in model.named_parameters() if _is_matrix_of_block(name)}
-    rest = [(name, p) for name, p in model.named_parameters() if name not in blocks]
-    groups = [
-        {
-            "params": [p for name, p in blocks.items() if name.endswith(".qkv.weight") == merged],
-            "merged_qkv": merged,
-            "weight_decay": optim.weight_decay,
-        }
-        for merged in (True, False)
+    return MAKERS[optim.name](model, optim, precision)
+
+
+def make_adamw(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
+    groups = param_groups(model.named_parameters(), optim.weight_decay)
+    # Fused on a CPU too, where it is 3 to 5 times as fast.
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def make_sgd(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
+    """Its rate is far larger than AdamW's."""
+    groups = param_groups(model.named_parameters(), optim.weight_decay)
+    # Not fused: a first step skipped for an fp16 overflow leaves fused momentum uninitialised.
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0])
+
+
+def make_adafactor(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
+    """Its rate is relative to the RMS of each tensor.
+
+    It is at most 1/sqrt(step) (Shazeer & Stern 2018, algorithm 4).
+    """
+    groups = param_groups(model.named_parameters(), optim.weight_decay)
+    return torch.optim.Adafactor(groups, lr=optim.lr)
+
+
+def make_lion(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
+    """Its rate is a third to a tenth of AdamW's."""
+    groups = param_groups(model.named_parameters(), optim.weight_decay)
+    return Lion(groups, lr=optim.lr, betas=optim.betas)
+
+
+def make_muon(model: nn.Module, optim: OptimConfig, precision: str) -> torch.optim.Optimizer:
+    """Its rate is AdamW's."""
+    merged = []
+    single = []
+    rest = []
+    for name, parameter in model.named_parameters():
+        if not is_matrix_of_block(name):
+            rest.append((name, parameter))
+        elif name.endswith(".qkv.weight"):
+            merged.append(parameter)
+        else:
+            single.append(parameter)
+    decay = optim.weight_decay
+    groups: list[Group] = [
+        {"params": merged, "merged_qkv": True, "weight_decay": decay},
+        {"params": single, "merged_qkv": False, "weight_decay": decay},
     ]
-    groups = [group for group in groups if group["params"]] + param_groups(rest, optim.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    groups += param_groups(rest, decay)
     ns_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return Muon(groups, lr, optim.betas, optim.eps, ns_dtype)
+    return Muon(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, ns_dtype=ns_dtype)
+
+
+MAKERS: dict[str, Callable[[nn.Module, OptimConfig, str], torch.optim.Optimizer]] = {
+    "adamw": make_adamw,
+    "sgd": make_sgd,
+    "adafactor": make_adafactor,
+    "lion": make_lion,
+    "muon": make_muon,
+}
+
+
+# --- which parameter is treated how: by name alone, because under ZeRO-3 it does not show its shape
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[Group]:
+    """Two groups: matrices decay; norms, biases and both embeddings (embed, positions) do not."""
+    decaying = []
+    spared = []
+    for name, parameter in named_parameters:
+        if decays(name):
+            decaying.append(parameter)
+        else:
+            spared.append(parameter)
+    groups: list[Group] = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def decays(parameter: str) -> bool:
+    is_vector = "norm" in parameter or parameter.endswith(".bias")
+    is_embedding = parameter.startswith(("embed.", "positions."))
+    return not is_vector and not is_embedding
+
+
+def is_matrix_of_block(parameter: str) -> bool:
+    """Whether Muon orthogonalises its updates."""
+    is_matrix = parameter.endswith(".weight") and "norm" not in parameter
+    return is_matrix and parameter.startswith("blocks.")
+
+
+# --- what an optimizer remembers
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Bring every state tensor into being, zero as before the first update, without moving a weight.
+    """Bring every state tensor into being, zero as before the first update, without moving a
+    weight.
 
-    One update at rate 0 with zero gradients, whatever the optimizer; gradients and rates are put back.
+    It makes one update at rate 0 with zero gradients, whatever the optimizer. Gradients and rates
+    are put back.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    assert not any(optimizer.state.get(p) for p in parameters), (
-        "create_state() would erase this optimizer's state"
-    )
-    grads, rates = [p.grad for p in parameters], [group["lr"] for group in optimizer.param_groups]
+    has_state = any(optimizer.state.get(p) for p in parameters)
+    assert not has_state, "create_state() would erase this optimizer's state"
+    grads = [p.grad for p in parameters]
+    rates = [group["lr"] for group in optimizer.param_groups]
+
     for p in parameters:
         p.grad = torch.zeros_like(p)
     set_lr(optimizer, 0.0)
     optimizer.step()
+
     for p, grad in zip(parameters, grads, strict=True):
         p.grad = grad
         for tensor in optimizer.state[p].values():
@@ -133,51 +198,47 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def moments(name: str, parameter: str) -> int:
-    """How many tensors of a parameter's own shape the optimizer `name` keeps for it; adafactor's are smaller."""
-    return {
-        "adamw": 2,
-        "sgd": 1,
-        "lion": 1,
-        "adafactor": 0,
-        "muon": 1 if _is_matrix_of_block(parameter) else 2,
-    }[name]
+    """How many tensors of a parameter's own shape the optimizer `name` keeps for it.
+
+    Those of adafactor are smaller and do not count.
+    """
+    if name == "muon":
+        return 1 if is_matrix_of_block(parameter) else 2
+    return {"adamw": 2, "sgd": 1, "lion": 1, "adafactor": 0}[name]
 
 
-def _is_matrix_of_block(parameter: str) -> bool:
-    """What Muon works on."""
-    return (
-        parameter.startswith("blocks.")
-        and "norm" not in parameter
-        and parameter.endswith(".weight")
-    )
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> Tensor:
+    """A state tensor of a parameter, made as zeros at its first use."""
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    if key not in state:
+        if key == "step":
+            state[key] = torch.zeros((), device=parameter.device)
+        else:
+            state[key] = torch.zeros_like(parameter)
+    return state[key]
 
 
-# Takes a part for each rank and how much comes from each; returns what came.
-Exchange = Callable[[list[Tensor], list[int]], list[Tensor]]
+def _with_grad(group: Group) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a group that have a gradient, and their gradients."""
+    params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    return params, grads
 
 
-@dataclass(frozen=True)
-class MatrixSlice:
-    """What a rank's flat tensor holds of a matrix, and how many elements each rank does, in rank order."""
-
-    shape: tuple[int, ...]
-    at: int
-    lengths: tuple[int, ...]
-
-    def of(self, flat: Tensor, rank: int) -> Tensor:
-        return flat[self.at : self.at + self.lengths[rank]]
+# --- Lion
 
 
 class Lion(torch.optim.Optimizer):
     """Chen et al. 2023, arXiv 2302.06675, algorithm 2: the sign of an interpolated momentum."""
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
+    def __init__(self, groups: list[Group], lr: float, betas: tuple[float, float]):
         super().__init__(groups, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
+            lr = group["lr"]
+            beta1, beta2 = group["betas"]
             params, grads = _with_grad(group)
             if not params:
                 continue
@@ -189,104 +250,154 @@ class Lion(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
 
+# --- Muon. Shapes: N matrices of R rows and C columns
+
+
+@dataclass(frozen=True)
+class MatrixSlice:
+    """A rank's slice of a matrix, as it lies in the rank's flat tensor under ZeRO."""
+
+    shape: tuple[int, ...]  # of the whole matrix
+    at: int  # the slice's first element in the flat tensor
+    lengths: tuple[int, ...]  # elements of the matrix that each rank holds, in rank order
+
+    def of(self, flat: Tensor, rank: int) -> Tensor:
+        return flat[self.at : self.at + self.lengths[rank]]
+
+
+@dataclass(frozen=True)
+class MatrixSharing:
+    """How ranks that hold slices of matrices come to whole ones."""
+
+    rank: int
+    # By flat tensor, the same matrices in the same order on all ranks.
+    slices: Mapping[Tensor, list[MatrixSlice]]
+    # Takes a part for each rank and how many elements come from each; returns what came.
+    exchange: Callable[[list[Tensor], list[int]], list[Tensor]]
+
+
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with `merged_qkv` (the matrices inside blocks), AdamW for the others, at one rate.
+    """Muon for the groups with `merged_qkv` (the matrices inside blocks), AdamW for the others.
 
-    Own class because torch.optim.Muon iterates in bf16 only (slow on CPUs, not reproducible across them) and knows
-    neither merged matrices nor the rest of a model. A merged qkv matrix is orthogonalised as its three parts.
+    All groups have one rate. A merged qkv matrix is orthogonalised as its three parts.
 
-    Under ZeRO a group is one flat tensor, in which `slices` says what this rank has of which matrix; then each matrix
-    is collected by one rank, orthogonalised there, and the update handed back by the same `exchange`.
+    This is a class of our own because torch.optim.Muon iterates in bf16 only (slow on CPUs, not
+    reproducible across them) and knows neither merged matrices nor the rest of a model.
+
+    Under ZeRO a group is one flat tensor that holds slices of matrices. There each matrix is
+    collected by one rank, orthogonalised, and its update handed back; share_matrices() says how.
     """
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[Group],
         lr: float,
         betas: tuple[float, float],
         eps: float,
         ns_dtype: torch.dtype,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
-        self.ns_dtype = ns_dtype
-        self.rank = 0
-        self.slices: dict[Tensor, list[MatrixSlice]] = {}
-        self.exchange: Exchange | None = None
+        self.ns_dtype = ns_dtype  # of the Newton-Schulz iteration
+        self.sharing: MatrixSharing | None = None  # None: every matrix is here as a whole
 
     def share_matrices(
-        self, rank: int, slices: dict[Tensor, list[MatrixSlice]], exchange: Exchange
+        self,
+        rank: int,
+        slices: Mapping[Tensor, list[MatrixSlice]],
+        exchange: Callable[[list[Tensor], list[int]], list[Tensor]],
     ) -> None:
-        """Work on slices of matrices. `slices` names the same matrices in the same order on all ranks."""
-        self.rank = rank
-        self.slices = slices
-        self.exchange = exchange
+        """From now on parameters are flat tensors of slices, and step() is a collective."""
+        self.sharing = MatrixSharing(rank, slices, exchange)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            step = (
-                self._adamw
-                if "merged_qkv" not in group
-                else self._muon_sliced
-                if self.slices
-                else self._muon
-            )
-            step(group)
+            if "merged_qkv" not in group:
+                self._step_adamw(group)
+            elif self.sharing is None:
+                self._step_whole(group)
+            else:
+                self._step_sliced(group, self.sharing)
 
-    def _muon_sliced(self, group: dict[str, Any]) -> None:
-        assert self.exchange, "share_matrices() gives slices and exchange together"
-        for flat, grad in zip(*_with_grad(group), strict=True):
-            momentum = _state(self, flat, "momentum_buffer")
-            momentum.lerp_(grad, 1 - MUON_MOMENTUM)
-            flat.mul_(1 - group["lr"] * group["weight_decay"])
-            nesterov, slices = grad.lerp(momentum, MUON_MOMENTUM), self.slices[flat]
-            world = len(slices[0].lengths)
-            for batch in (slices[i : i + world] for i in range(0, len(slices), world)):
-                # Rank r works on the batch's r-th matrix; the last batch may leave some ranks without.
-                parts = [s.of(nesterov, self.rank) for s in batch] + [flat[:0]] * (
-                    world - len(batch)
-                )
-                mine = batch[self.rank] if self.rank < len(batch) else None
-                lengths = list(mine.lengths) if mine else [0] * world
-                update = torch.cat(self.exchange(parts, lengths))
-                if mine:
-                    matrices = _matrices(group, update.view(mine.shape))
-                    update = torch.cat(
-                        [muon_update(m[None], self.ns_dtype)[0].flatten() for m in matrices]
-                    )
-                back = self.exchange(
-                    list(torch.split(update, lengths)), [len(part) for part in parts]
-                )
-                for s, part in zip(batch, back, strict=False):
-                    s.of(flat, self.rank).add_(part, alpha=-group["lr"])
-
-    def _muon(self, group: dict[str, Any]) -> None:
+    def _step_whole(self, group: Group) -> None:
+        """Muon where this process has whole matrices, those of one shape in batches."""
         params, grads = _with_grad(group)
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for p, grad in zip(params, grads, strict=True):
             momentum = _state(self, p, "momentum_buffer")
             momentum.lerp_(grad, 1 - MUON_MOMENTUM)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            for part in zip(
-                *(_matrices(group, whole) for whole in (p, grad, momentum)), strict=True
-            ):
-                by_shape.setdefault(part[0].shape, []).append(part)
-        for shape, parts in by_shape.items():
+            weights = _matrices(group, p)
+            grads_of_p = _matrices(group, grad)
+            momenta = _matrices(group, momentum)
+            for matrix in zip(weights, grads_of_p, momenta, strict=True):
+                by_shape.setdefault(matrix[0].shape, []).append(matrix)
+        for shape, matrices_of_shape in by_shape.items():
             size = max(1, NS_BATCH // shape.numel())
-            for chunk in (parts[i : i + size] for i in range(0, len(parts), size)):
-                nesterov = torch.stack(
-                    [grad.lerp(momentum, MUON_MOMENTUM) for _, grad, momentum in chunk]
-                )
-                for (weight, _, _), update in zip(
-                    chunk, muon_update(nesterov, self.ns_dtype), strict=True
-                ):
-                    weight.add_(update, alpha=-group["lr"])
+            for start in range(0, len(matrices_of_shape), size):
+                self._update_whole(matrices_of_shape[start : start + size], group["lr"])
 
-    def _adamw(self, group: dict[str, Any]) -> None:
-        params, grads = _with_grad(group)
-        exp_avgs, exp_avg_sqs, steps = (
-            [_state(self, p, key) for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
+    def _update_whole(self, matrices: list[tuple[Tensor, Tensor, Tensor]], lr: float) -> None:
+        """Update a batch of matrices of one shape: weight, gradient and momentum of each."""
+        nesterov_NRC = torch.stack(
+            [grad.lerp(momentum, MUON_MOMENTUM) for _, grad, momentum in matrices]
         )
+        updates_NRC = muon_update(nesterov_NRC, self.ns_dtype)
+        for (weight, _, _), update in zip(matrices, updates_NRC, strict=True):
+            weight.add_(update, alpha=-lr)
+
+    def _step_sliced(self, group: Group, sharing: MatrixSharing) -> None:
+        """Muon where each rank holds slices of matrices. All ranks."""
+        params, grads = _with_grad(group)
+        for flat, grad in zip(params, grads, strict=True):
+            momentum = _state(self, flat, "momentum_buffer")
+            momentum.lerp_(grad, 1 - MUON_MOMENTUM)
+            flat.mul_(1 - group["lr"] * group["weight_decay"])
+            nesterov = grad.lerp(momentum, MUON_MOMENTUM)
+            slices = sharing.slices[flat]
+            world = len(slices[0].lengths)
+            for start in range(0, len(slices), world):
+                batch = slices[start : start + world]
+                self._update_sliced(group, sharing, flat, nesterov, batch)
+
+    def _update_sliced(
+        self,
+        group: Group,
+        sharing: MatrixSharing,
+        flat: Tensor,
+        nesterov: Tensor,
+        batch: list[MatrixSlice],
+    ) -> None:
+        """Update as many matrices as there are ranks: rank r orthogonalises the r-th. All ranks.
+
+        The last batch of a group may leave some ranks without a matrix.
+        """
+        rank = sharing.rank
+        world = len(batch[0].lengths)
+        parts = [matrix.of(nesterov, rank) for matrix in batch]
+        parts += [flat[:0]] * (world - len(batch))
+        mine = batch[rank] if rank < len(batch) else None
+        lengths = list(mine.lengths) if mine else [0] * world
+        update = torch.cat(sharing.exchange(parts, lengths))
+        if mine:
+            update = self._orthogonalise(group, update.view(mine.shape))
+        sent_back = list(torch.split(update, lengths))
+        received = sharing.exchange(sent_back, [len(part) for part in parts])
+        for matrix, part in zip(batch, received, strict=False):
+            matrix.of(flat, rank).add_(part, alpha=-group["lr"])
+
+    def _orthogonalise(self, group: Group, nesterov: Tensor) -> Tensor:
+        """The flat update of a whole parameter."""
+        updates = []
+        for matrix in _matrices(group, nesterov):
+            updates.append(muon_update(matrix[None], self.ns_dtype)[0].flatten())
+        return torch.cat(updates)
+
+    def _step_adamw(self, group: Group) -> None:
+        params, grads = _with_grad(group)
+        exp_avgs = [_state(self, p, "exp_avg") for p in params]
+        exp_avg_sqs = [_state(self, p, "exp_avg_sq") for p in params]
+        steps = [_state(self, p, "step") for p in params]
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -309,47 +420,42 @@ class Muon(torch.optim.Optimizer):
 def muon_update(matrices_NRC: Tensor, ns_dtype: torch.dtype) -> Tensor:
     """What Muon subtracts, times the rate, for each (momentum) matrix: a pure function of it.
 
-    Scaled by 0.2 sqrt(max(rows, columns)), so that an entry moves about as far as under AdamW and its rate and decay
-    carry over (Liu et al. 2025, arXiv 2502.16982, eq. 4). In Keller Jordan's units the rate is thus
-    0.2 sqrt(max(rows, columns)) optim.lr, e.g. 0.0055 for 0.001 at width 768.
+    Scaled by 0.2 sqrt(max(rows, columns)), so that an entry moves about as far as under AdamW and
+    its rate and decay carry over (Liu et al. 2025, arXiv 2502.16982, eq. 4). In Keller Jordan's
+    units the rate is thus 0.2 sqrt(max(rows, columns)) optim.lr, e.g. 0.0055 for 0.001 at width
+    768.
     """
     scale = 0.2 * math.sqrt(max(matrices_NRC.shape[-2:]))
     return newton_schulz(matrices_NRC, ns_dtype).to(matrices_NRC.dtype) * scale
 
 
 def newton_schulz(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, roughly: singular values end between about 0.7 and 1.2."""
+    """Roughly the nearest semi-orthogonal matrix of each.
+
+    Singular values end between about 0.7 and 1.2.
+    """
     a, b, c = NS_COEFFICIENTS
-    tall = matrices_NRC.size(-2) > matrices_NRC.size(-1)
-    x = (matrices_NRC.mT if tall else matrices_NRC).to(dtype)
+    is_tall = matrices_NRC.size(-2) > matrices_NRC.size(-1)
+    x = matrices_NRC.mT if is_tall else matrices_NRC
+    x = x.to(dtype)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_ROUNDS):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
 
 
 def qkv_parts(merged: Tensor) -> list[Tensor]:
-    """Views of the rows q | k | v. Queries are as wide as the stream, keys and values share what is left."""
+    """Views of the rows q | k | v.
+
+    Queries are as wide as the residual stream; keys and values share what is left.
+    """
     queries = merged.size(1)
-    return list(torch.split(merged, [queries] + [(merged.size(0) - queries) // 2] * 2))
+    keys = (merged.size(0) - queries) // 2
+    return list(torch.split(merged, [queries, keys, keys]))
 
 
-def _matrices(group: dict[str, Any], parameter: Tensor) -> list[Tensor]:
+def _matrices(group: Group, parameter: Tensor) -> list[Tensor]:
+    """The matrices that a parameter of the group consists of."""
     return qkv_parts(parameter) if group["merged_qkv"] else [parameter]
-
-
-def _with_grad(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    params = [p for p in group["params"] if p.grad is not None]
-    return params, [p.grad for p in params]
-
-
-def _state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> Tensor:
-    state: dict[str, Tensor] = optimizer.state[parameter]
-    if key not in state:
-        state[key] = (
-            torch.zeros((), device=parameter.device)
-            if key == "step"
-            else torch.zeros_like(parameter)
-        )
-    return state[key]

@@ -15,8 +15,9 @@ from pydantic import Field
 from dist_lm.cli import Command, read_flags
 from dist_lm.config import Section
 from dist_lm.console import duration, shorten
+from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
-from dist_lm.metrics import draw_curves, read_metrics, run_names, smooth
+from dist_lm.metrics import read_metrics
 
 COLUMNS = (
     "run",
@@ -75,14 +76,14 @@ def where_to_draw(flags: ReportFlags) -> Path:
 def summary(name: str, run_dir: str) -> tuple[str, ...]:
     """A run's row of the table.
 
-    `time` is what its steps took. `loss` is the end of the smoothed training curve.
+    `time` is what its steps took. `loss` is the mean of its last losses.
     """
     steps, evaluations = read_metrics(run_dir)
     if not steps:
         raise CheckpointError(f"{run_dir}: metrics.jsonl has no whole line of a step yet")
     rate = statistics.median(step["tokens_per_second"] for step in steps)
     data_wait = statistics.fmean(step.get("data_wait", 0.0) for step in steps)
-    loss = smooth([step["loss"] for step in steps])[-1]
+    loss = trailing_means([step["loss"] for step in steps])[-1]
     best_loss = "-"
     bits_per_byte = "-"
     if evaluations:

@@ -19,6 +19,7 @@ LEVELS = [
     {"config", "lock"},
     {"explain", "helptext"},
     {"cli", "metrics", "optim", "outcome"},
+    {"curves"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},

@@ -1,8 +1,9 @@
-"""metrics.py: what lands in metrics.jsonl and on the console, and that none of it ever stops a run."""
+"""What lands in metrics.jsonl, on the console and in pictures, and that none of it stops a run."""
 
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ import torch
 
 from dist_lm import metrics
 from dist_lm.console import duration, shorten
+from dist_lm.curves import draw_curves, run_names, smooth, trailing_means
 from dist_lm.errors import UserError
-from dist_lm.metrics import Metrics, draw_curves, peak_flops, read_metrics, run_names, smooth
+from dist_lm.metrics import Metrics, peak_flops, read_metrics
 
 VAL = {"val_loss": 2.5, "val_perplexity": math.exp(2.5), "val_bits_per_byte": 1.9}
 
@@ -101,10 +103,8 @@ def test_other_ranks_record_nothing(tmp_path, capsys):
 
 
 def test_a_step_trained_twice_and_torn_lines(tmp_path):
-    for first, losses in (
-        (1, [1.0, 2.0, 3.0]),
-        (2, [9.0]),
-    ):  # the second process trains step 2 again
+    # The second process trains step 2 again.
+    for first, losses in ((1, [1.0, 2.0, 3.0]), (2, [9.0])):
         recorder = make(tmp_path)
         for n, loss in enumerate(losses, first):
             give(recorder, n, loss=loss)
@@ -141,7 +141,8 @@ def test_full_disk_costs_one_warning(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").unlink()
     recorder.close()
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/metrics.jsonl misses lines, the run goes on: No space left on device\n"
+        f"warning: {tmp_path}/metrics.jsonl misses lines, the run goes on:"
+        " No space left on device\n"
     )
 
 
@@ -157,7 +158,7 @@ def test_a_line_cut_short_by_a_full_disk_spoils_no_other(tmp_path):
         def close(self): ...
 
     recorder = make(tmp_path)
-    recorder._file = disk = Disk()
+    recorder.file.stream = disk = Disk()
     for n, full in ((1, False), (2, True), (3, False), (4, False)):
         disk.full = full
         give(recorder, n)
@@ -177,22 +178,16 @@ def test_failing_tracker_is_dropped_with_one_warning(tmp_path, capsys, clock):
         clock.now += 5
         give(recorder, n, batch_hash="ab", loss=math.nan)
     recorder.close()
-    assert calls == [
-        (
-            1,
-            {
-                "lr": 1e-3,
-                "grad_norm": 0.5,
-                "tokens": 100,
-                "tokens_per_second": 1000.0,
-                "data_wait": 0.25,
-            },
-        )
-    ]
-    assert (
-        capsys.readouterr().err
-        == "warning: tracking is off, the run goes on: RuntimeError: no network\n"
-    )
+    figures = {
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 100,
+        "tokens_per_second": 1000.0,
+        "data_wait": 0.25,
+    }
+    assert calls == [(1, figures)]
+    warning = "warning: tracking is off, the run goes on: RuntimeError: no network\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_trackers_are_told_once_a_second_and_of_the_ends(tmp_path, clock):
@@ -214,11 +209,13 @@ import sys
 from types import SimpleNamespace
 from dist_lm.metrics import Metrics
 CPU = SimpleNamespace(type="cpu")  # torch would take a second to import
+VAL = {"val_loss": 1.0, "val_perplexity": 2.0, "val_bits_per_byte": 3.0}
+STEP = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
 recorder = Metrics(sys.argv[1], steps=3, flops_per_token=1, device=CPU, world_size=1, is_main=True)
 sys.stdin.readline()
 for n in (1, 2, 3):
-    recorder.evaluation(n, "val", {"val_loss": 1.0, "val_perplexity": 2.0, "val_bits_per_byte": 3.0})
-    recorder.step(step=n, loss=1.0, lr=1.0, grad_norm=1.0, tokens=n, tokens_per_second=1.0, data_wait=0.0)
+    recorder.evaluation(n, "val", VAL)
+    recorder.step(step=n, tokens=n, **STEP)
 recorder.close()
 """
 
@@ -289,7 +286,7 @@ def test_a_stopped_run_prints_its_last_step(tmp_path, capsys, clock):
 
 
 def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
-    monkeypatch.setattr(metrics, "_is_terminal", lambda: True)
+    monkeypatch.setattr(metrics, "is_terminal", lambda: True)
     monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: os.terminal_size((50, 24)))
     recorder = make(tmp_path)
     for n in (1, 2, 3):  # step 2 comes too soon after step 1
@@ -303,7 +300,8 @@ def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
         "step 1/4 loss 2.8750 lr 1.0e-03 norm 0.5 1k tok/s",
         third,
         "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000\n",
-        f"{third}\n3 steps in 0:00: goodput 67%, up to the first step 33%, evaluating and saving 0%\n",
+        f"{third}\n3 steps in 0:00: goodput 67%, up to the first step 33%,"
+        " evaluating and saving 0%\n",
     ]
 
 
@@ -312,9 +310,8 @@ def test_rates_are_averaged_over_steps(tmp_path, capsys):
     give(recorder, 1, tokens_per_second=1000.0, data_wait=0.0)
     give(recorder, 2, tokens_per_second=3000.0, data_wait=0.5)
     recorder.close()
-    assert (
-        "  1.5k tok/s  wait 25%\n" in capsys.readouterr().out
-    )  # equal tokens in 3 and 1 parts of the time
+    # Equal tokens in 3 and 1 parts of the time.
+    assert "  1.5k tok/s  wait 25%\n" in capsys.readouterr().out
 
 
 # --- what a device can do
@@ -357,14 +354,35 @@ def test_mfu_and_memory_on_a_known_device(tmp_path, capsys, monkeypatch):
 # --- curves
 
 
-def test_smoothing():
-    assert smooth([1.0] * 200) == pytest.approx([1.0] * 200)
-    assert smooth([4.0, 2.0]) == [4.0, 2.0]  # a short curve is left as it is
-    long = smooth([0.0] * 100 + [1.0] * 100)
-    assert long[99] == 0 and long[100] == pytest.approx(0.25, abs=0.01) and long[-1] > 0.99
-    assert smooth([math.nan, 2.0, math.inf, 4.0])[1:3] == [2.0, 2.0] and math.isnan(
-        smooth([math.nan])[0]
-    )
+@pytest.mark.parametrize("smoother", [smooth, trailing_means])
+def test_smoothing(smoother):
+    assert smoother([1.0] * 200) == pytest.approx([1.0] * 200)
+    assert smoother([4.0, 2.0]) == [4.0, 2.0]  # a short curve is left as it is
+    assert smoother([math.nan, 2.0, math.inf, 4.0])[1:3] == [2.0, 2.0]
+    assert math.isnan(smoother([math.nan])[0])
+    assert smoother([0.0] * 100 + [1.0] * 100)[-1] > 0.99
+    assert smoother([]) == []
+
+
+def test_trailing_means_lag():
+    long = trailing_means([0.0] * 100 + [1.0] * 100)
+    assert long[99] == 0 and long[100] == pytest.approx(0.25, abs=0.01)
+
+
+def test_the_smoothed_line_of_a_falling_curve_does_not_lag():
+    """It lay above its own data for the first tenth when it was a mean of what came before."""
+    losses = [2 + 8 * math.exp(-step / 20) for step in range(400)]
+    above = [line - loss for line, loss in zip(smooth(losses), losses, strict=True)]
+    assert max(above[:40]) < 0.1  # of a fall by 8
+    assert abs(sum(above[:40]) / 40) < 0.01
+    assert smooth(losses)[0] == losses[0] and max(map(abs, above[100:])) < 0.01
+
+
+def test_smoothing_takes_the_noise_away():
+    rng = random.Random(1)
+    noise = [rng.gauss(0, 1) for _ in range(1000)]
+    line = smooth(noise)[20:-20]  # near the ends it averages over fewer values
+    assert math.sqrt(sum(value**2 for value in line) / len(line)) < 0.3
 
 
 def test_curves_are_drawn(tmp_path):
@@ -388,17 +406,7 @@ def test_names_of_runs():
 
 
 def test_numbers_for_people():
-    assert [shorten(n) for n in (7.0, 999.4, 51234, 1.5e6, 2e9)] == [
-        "7",
-        "999",
-        "51.2k",
-        "1.5M",
-        "2G",
-    ]
-    assert [duration(s) for s in (0.4, 59.6, 3599, 3600, 90061)] == [
-        "0:00",
-        "1:00",
-        "59:59",
-        "1:00:00",
-        "25:01:01",
-    ]
+    short = {7.0: "7", 999.4: "999", 51234: "51.2k", 1.5e6: "1.5M", 2e9: "2G"}
+    assert {number: shorten(number) for number in short} == short
+    times = {0.4: "0:00", 59.6: "1:00", 3599: "59:59", 3600: "1:00:00", 90061: "25:01:01"}
+    assert {seconds: duration(seconds) for seconds in times} == times

@@ -1,4 +1,4 @@
-"""optim.py: schedules and updates against values worked out by hand, and what a checkpoint relies on."""
+"""Schedules and updates against values worked out by hand, and what a checkpoint relies on."""
 
 import math
 
@@ -48,46 +48,28 @@ def give_grads(model, seed):
 
 
 def snapshot(optimizer):
-    return [
-        {key: tensor.clone() for key, tensor in optimizer.state[p].items()}
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
+    states = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            states.append({key: tensor.clone() for key, tensor in optimizer.state[p].items()})
+    return states
+
+
+def assert_same_weights(model, other):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 # --- schedules
 
-GOLDEN = {  # lr 1, min_lr 0.1, warm-up of 4 in 12 updates
-    "cosine": [
-        0.25,
-        0.5,
-        0.75,
-        1,
-        1,
-        0.965746,
-        0.868198,
-        0.722208,
-        0.55,
-        0.377792,
-        0.231802,
-        0.134254,
-    ],
+# lr 1, min_lr 0.1, warm-up of 4 in 12 updates.
+COSINE = [0.965746, 0.868198, 0.722208, 0.55, 0.377792, 0.231802, 0.134254]
+GOLDEN = {
+    "cosine": [0.25, 0.5, 0.75, 1, 1, *COSINE],
     "linear": [0.25, 0.5, 0.75, 1, 1, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125],
     "constant": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-    "wsd": [
-        0.25,
-        0.5,
-        0.75,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        1,
-        0.7,
-        0.4,
-    ],  # ceil(20% of 12) = 3 decay, the first from lr itself
+    # ceil(20% of 12) = 3 decay, the first from lr itself.
+    "wsd": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1, 0.7, 0.4],
     "inverse_sqrt": [0.25, 0.5, 0.75, 1, *(math.sqrt(4 / n) for n in range(5, 13))],
 }
 
@@ -105,19 +87,16 @@ def test_schedule_edges(schedule):
     no_warmup = OptimConfig(lr=0.5, warmup_steps=0, schedule=schedule)
     assert lr_at(no_warmup, 0, 1) == 0.5  # a run of one update
     assert all(0 < lr_at(no_warmup, step, 7) <= 0.5 for step in range(7))
-    longer = OptimConfig(
-        lr=0.5, warmup_steps=20, schedule=schedule
-    )  # than the run: warned about, not refused
+    # A warm-up longer than the run is warned about, not refused.
+    longer = OptimConfig(lr=0.5, warmup_steps=20, schedule=schedule)
     assert [lr_at(longer, step, 10) for step in (0, 9)] == [0.025, 0.25]
     fits = OptimConfig(lr=0.5, warmup_steps=10, schedule=schedule)
     assert lr_at(fits, 9, 10) == 0.5
 
 
 def test_inverse_sqrt_stays_above_min_lr():
-    assert (
-        lr_at(OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=1, schedule="inverse_sqrt"), 999, 1000)
-        == 0.2
-    )
+    optim = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=1, schedule="inverse_sqrt")
+    assert lr_at(optim, 999, 1000) == 0.2
 
 
 # --- which parameters decay
@@ -130,20 +109,22 @@ def test_decay_spares_norms_biases_embeddings():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert [names[p] for p in decayed["params"]] == [*MATRICES, "head.weight"]
     assert sorted(names[p] for p in spared["params"]) == sorted(NO_DECAY)
-    assert [
-        len(g["params"]) for g in param_groups(nn.Linear(2, 2, bias=False).named_parameters(), 0.1)
-    ] == [1]
+    lone_matrix = nn.Linear(2, 2, bias=False)
+    (group,) = param_groups(lone_matrix.named_parameters(), 0.1)
+    assert len(group["params"]) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_in_one_group(name):
     model = tiny()
     optimizer = make_optimizer(model, OptimConfig(name=name), "fp32")
-    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    in_groups = []
+    decayed = set()
+    for group in optimizer.param_groups:
+        in_groups += [id(p) for p in group["params"]]
+        if group["weight_decay"]:
+            decayed |= {id(p) for p in group["params"]}
     assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
-    decayed = {
-        id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
-    }
     assert decayed == {id(p) for n, p in model.named_parameters() if n not in NO_DECAY}
 
 
@@ -153,10 +134,10 @@ BETAS, EPS, DECAY, RATES = (0.9, 0.95), 1e-8, 0.1, (0.01, 0.02)
 
 
 def adamw(x, g, s, t, lr, wd):
-    s["m"], s["v"] = (
-        b * s.get(k, 0) + (1 - b) * g**n for k, b, n in zip("mv", BETAS, (1, 2), strict=True)
-    )
-    m, v = s["m"] / (1 - BETAS[0] ** t), s["v"] / (1 - BETAS[1] ** t)
+    s["m"] = BETAS[0] * s.get("m", 0) + (1 - BETAS[0]) * g
+    s["v"] = BETAS[1] * s.get("v", 0) + (1 - BETAS[1]) * g**2
+    m = s["m"] / (1 - BETAS[0] ** t)
+    v = s["v"] / (1 - BETAS[1] ** t)
     return x * (1 - lr * wd) - lr * m / (np.sqrt(v) + EPS)
 
 
@@ -171,8 +152,12 @@ def lion(x, g, s, t, lr, wd):
     return x * (1 - lr * wd) - lr * np.sign(BETAS[0] * m + (1 - BETAS[0]) * g)
 
 
+def rms(a):
+    return np.sqrt((a**2).mean())
+
+
 def adafactor(x, g, s, t, lr, wd):
-    beta2, rms = 1 - t**-0.8, lambda a: np.sqrt((a**2).mean())
+    beta2 = 1 - t**-0.8
     if x.ndim == 2:
         s["r"] = beta2 * s.get("r", 0) + (1 - beta2) * (g**2).mean(1, keepdims=True)
         s["c"] = beta2 * s.get("c", 0) + (1 - beta2) * (g**2).mean(0, keepdims=True)
@@ -186,10 +171,10 @@ def adafactor(x, g, s, t, lr, wd):
 
 def muon(x, g, s, t, lr, wd):
     s["m"] = 0.95 * s.get("m", 0) + 0.05 * g
-    nesterov, new = 0.95 * s["m"] + 0.05 * g, []
-    for part in (
-        np.split(nesterov, [4, 6]) if len(x) == 8 else [nesterov]
-    ):  # q has 4 rows, k and v have 2
+    nesterov = 0.95 * s["m"] + 0.05 * g
+    new = []
+    # Of a merged matrix q has 4 rows, k and v have 2.
+    for part in np.split(nesterov, [4, 6]) if len(x) == 8 else [nesterov]:
         z = part / np.linalg.norm(part)
         for _ in range(5):
             a = z @ z.T
@@ -198,21 +183,22 @@ def muon(x, g, s, t, lr, wd):
     return x * (1 - lr * wd) - lr * np.concatenate(new)
 
 
+RULES = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion, "muon": muon}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_golden(name):
     model = tiny()
-    optimizer = make_optimizer(
-        model, OptimConfig(name=name, betas=BETAS, eps=EPS, weight_decay=DECAY), "fp32"
-    )
+    config = OptimConfig(name=name, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    optimizer = make_optimizer(model, config, "fp32")
     expected = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
     remembered = {n: {} for n in expected}
     for t, lr in enumerate(RATES, 1):
         give_grads(model, seed=t)
         for n, p in model.named_parameters():
-            rule = {"adamw": adamw, "sgd": sgd, "adafactor": adafactor, "lion": lion, "muon": muon}[
-                name
-            ]
-            rule = adamw if name == "muon" and n not in MATRICES else rule
+            rule = RULES[name]
+            if name == "muon" and n not in MATRICES:
+                rule = adamw
             wd = 0 if n in NO_DECAY else DECAY
             expected[n] = rule(expected[n], p.grad.double().numpy(), remembered[n], t, lr, wd)
         set_lr(optimizer, lr)
@@ -229,20 +215,19 @@ def test_newton_schulz_is_nearly_orthogonal(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(newton_schulz(matrices, torch.float32))
     assert values.min() > 0.5 and values.max() < 1.25
-    u, _, v = torch.linalg.svd(
-        matrices, full_matrices=False
-    )  # it points where the exact answer does
-    cosine = nn.functional.cosine_similarity(
-        newton_schulz(matrices, torch.float32).flatten(), (u @ v).flatten(), dim=0
-    )
-    assert cosine > 0.97
+    # It points where the exact answer does.
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    exact = (u @ v).flatten()
+    rough = newton_schulz(matrices, torch.float32).flatten()
+    assert nn.functional.cosine_similarity(rough, exact, dim=0) > 0.97
 
 
 def test_newton_schulz_dtype_follows_precision():
     assert make_optimizer(tiny(), OptimConfig(name="muon"), "fp32").ns_dtype == torch.float32
     assert make_optimizer(tiny(), OptimConfig(name="muon"), "bf16").ns_dtype == torch.bfloat16
     matrices = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(0))
-    exact, rough = (muon_update(matrices, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact = muon_update(matrices, torch.float32)
+    rough = muon_update(matrices, torch.bfloat16)
     assert exact.dtype == rough.dtype == torch.float32
     assert 1e-4 < (exact - rough).abs().max() < 0.05
 
@@ -273,10 +258,10 @@ def test_qkv_parts():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_created_state_is_the_state_before_the_first_update(name):
-    model, twin = tiny(), tiny()
-    optimizer, untouched = (
-        make_optimizer(m, OptimConfig(name=name), "fp32") for m in (model, twin)
-    )
+    model = tiny()
+    twin = tiny()
+    optimizer = make_optimizer(model, OptimConfig(name=name), "fp32")
+    untouched = make_optimizer(twin, OptimConfig(name=name), "fp32")
     give_grads(model, seed=1)
     before = [(p.clone(), p.grad) for p in model.parameters()]
     create_state(optimizer)
@@ -284,16 +269,14 @@ def test_created_state_is_the_state_before_the_first_update(name):
         assert torch.equal(p, value) and p.grad is grad
     assert {group["lr"] for group in optimizer.param_groups} == {OptimConfig().lr}
     for state in snapshot(optimizer):
-        assert state and all(
-            isinstance(tensor, torch.Tensor) and not tensor.any() for tensor in state.values()
-        )
+        assert state
+        for tensor in state.values():
+            assert isinstance(tensor, torch.Tensor) and not tensor.any()
     for seed in (1, 2):
         for m, o in ((model, optimizer), (twin, untouched)):
             give_grads(m, seed)
             o.step()
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)
-    )
+    assert_same_weights(model, twin)
     with pytest.raises(AssertionError, match="would erase"):
         create_state(optimizer)
 
@@ -319,9 +302,7 @@ def test_loaded_state_continues_bit_for_bit(name):
         set_lr(o, 1e-3)
         give_grads(m, seed=7)
         o.step()
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), resumed.parameters(), strict=True)
-    )
+    assert_same_weights(model, resumed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -361,7 +342,10 @@ def test_parameters_without_gradient_stay(name):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_groups_by_name_are_those_by_shape(bias: bool) -> None:
-    """ZeRO-3 hides shapes, so names decide: matrices but embeddings decay, matrices inside blocks are Muon's."""
+    """ZeRO-3 hides shapes, so names decide.
+
+    Matrices other than embeddings decay; matrices inside blocks are Muon's.
+    """
     config = ModelConfig(
         layers=2,
         heads=2,
@@ -375,10 +359,12 @@ def test_groups_by_name_are_those_by_shape(bias: bool) -> None:
     model = GPT(ModelSpec(config, 50, 8))
     shape = {id(p): (p.ndim, name) for name, p in model.named_parameters()}
     for group in param_groups(model.named_parameters(), 0.1):
-        for ndim, name in (shape[id(p)] for p in group["params"]):
-            assert (group["weight_decay"] > 0) == (
-                ndim == 2 and not name.startswith(("embed", "positions"))
-            ), name
+        for p in group["params"]:
+            ndim, name = shape[id(p)]
+            decays = ndim == 2 and not name.startswith(("embed", "positions"))
+            assert (group["weight_decay"] > 0) == decays, name
     for group in make_optimizer(model, OptimConfig(name="muon"), "fp32").param_groups:
-        for ndim, name in (shape[id(p)] for p in group["params"]):
-            assert ("merged_qkv" in group) == (ndim == 2 and name.startswith("blocks.")), name
+        for p in group["params"]:
+            ndim, name = shape[id(p)]
+            is_muons = ndim == 2 and name.startswith("blocks.")
+            assert ("merged_qkv" in group) == is_muons, name

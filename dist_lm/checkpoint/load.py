@@ -83,10 +83,10 @@ def restore(folder: Path, spec: ModelSpec, owned: Iterable[OwnedSlice], optimize
     stems = ["model", "optimizer"] if optimizer else ["model"]
     with _open_tensors(folder, stems) as get:
         for constant in entries.get("", []):
-            hf.import_part(constant, get, None, 0, spec.config)
+            hf.check_constant(constant, get, spec.config)
         for part in owned:
             for entry in entries[part.name]:
-                hf.import_part(entry, get, part.weight, part.start, spec.config)
+                hf.import_part(entry, get, part.weight, part.start)
             if optimizer:
                 _restore_optimizer(folder, spec, part, shapes[part.name], get)
 
@@ -100,7 +100,7 @@ def _restore_optimizer(
         for key, values in part.state.items():
             name = f"{part.name}.{key}"
             entry = hf.own_entry(part.name, shape, key)
-            hf.import_part(entry, get, values, part.start, spec.config)
+            hf.import_part(entry, get, values, part.start)
         for key, values in part.extra.items():
             name = f"{part.name}.{key}"
             values.copy_(get(name)[...])

@@ -1,18 +1,44 @@
-"""model.dropout."""
+"""Dropout without a generator: a mask is a hash of (row key, place, element).
+
+So it is the same on any device, in any batch, and when a block is computed again in the backward.
+All arithmetic is on int64, which wraps around.
+
+Shapes: B rows, T tokens, D width; W words of 64 bits, each the hash of four elements.
+"""
 
 import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
+LEVELS = 2**16  # of the 16 bits that decide on an element
 
 
-def signed(value: int) -> int:
-    """The int64 with the same low 64 bits."""
-    return (value + 2**63) % 2**64 - 2**63
+def dropout(x_BTD: Tensor, keys_B: Tensor | None, place: int, rate: float) -> Tensor:
+    """Drop elements of each row by its key; without keys, drop nothing.
+
+    `place` numbers where in the network this is. A rate is met to 1/65536; the scale is that of the
+    rate met.
+    """
+    if keys_B is None:
+        return x_BTD
+    size = x_BTD[0].numel()
+    dropped = min(round(rate * LEVELS), LEVELS - 1)
+    counter_W = torch.arange(-(-size // 4), device=x_BTD.device)
+    start_B1 = mix(keys_B + signed(place * GOLDEN))[:, None]
+    # The sum is scaled, not the counter: torch.compile takes products of an arange for indices,
+    # which it cuts to size.
+    hashes_BW = mix((start_B1 + counter_W) * signed(GOLDEN))
+    levels = hashes_BW.view(torch.int16)  # four a word, from -LEVELS / 2
+    keep_BTD = (levels[:, :size] >= dropped - LEVELS // 2).view(x_BTD.shape)
+    scale = LEVELS / (LEVELS - dropped)
+    return torch.where(keep_BTD, x_BTD * scale, 0)
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014), in place on int64. Masks make the shifts logical."""
+    """The finaliser of splitmix64 (Steele et al. 2014), in place on int64.
+
+    Masks make the shifts logical.
+    """
     x ^= (x >> 30) & (2**34 - 1)
     x *= signed(0xBF58476D1CE4E5B9)
     x ^= (x >> 27) & (2**37 - 1)
@@ -21,18 +47,6 @@ def mix(x: Tensor) -> Tensor:
     return x
 
 
-def dropout(x_BTD: Tensor, keys_B: Tensor | None, place: int, rate: float) -> Tensor:
-    """Drop elements by a hash of (row key, place, element): the same on any device, in any batch, when recomputed.
-
-    Each 64-bit hash serves four elements, so a rate is met to 1/65536; the scale is that of the rate met.
-    """
-    if keys_B is None:
-        return x_BTD
-    size, dropped = x_BTD[0].numel(), min(round(rate * 65536), 65535)
-    counter = torch.arange(-(-size // 4), device=x_BTD.device)
-    # The sum is scaled, not the counter: torch.compile takes products of an arange for indices, which it cuts to size.
-    hashes = mix((mix(keys_B + signed(place * GOLDEN))[:, None] + counter) * signed(GOLDEN)).view(
-        torch.int16
-    )
-    keep_BTD = (hashes[:, :size] >= dropped - 32768).view(x_BTD.shape)
-    return torch.where(keep_BTD, x_BTD * (65536 / (65536 - dropped)), 0)
+def signed(value: int) -> int:
+    """The int64 with the same low 64 bits."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,14 +1,15 @@
-"""Our parameter names <-> transformers' layouts (GPT-2, Llama, openai-gpt), and the config.json beside them.
+"""Our parameter names <-> transformers' layouts (GPT-2, Llama, openai-gpt), and their config.json.
 
-A layout is data: a list of entries, each saying which rows of which parameter a tensor of the file holds. Reading and
-writing, whole or in slices, follow this table. What a family has and our model lacks is written when a constant says
-exactly the same: absent biases and positions as zeros, sinusoidal positions as their table. transformers is not
-imported.
+A layout is data: a list of entries, each of which says which rows of which parameter a tensor of
+the file holds. Reading and writing, whole or in slices, follow this table. What a family has and
+our model lacks is written where a constant says exactly the same: absent biases and positions as
+zeros, sinusoidal positions as their table. transformers is not imported.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import CheckpointError, nearest
-from dist_lm.model.gpt import sinusoid
 from dist_lm.model.init import parameter_shapes, unpadded
+from dist_lm.model.positions import sinusoid
 
 Json = dict[str, Any]
 
+# Our activations, as a family calls them.
 GPT2_ACTIVATIONS = {
     "gelu_tanh": "gelu_new",
     "gelu": "gelu",
@@ -29,13 +31,25 @@ GPT2_ACTIVATIONS = {
     "relu2": "relu2",
     "silu": "silu",
 }
-OPENAI_ACTIVATIONS = {
-    "gelu_tanh": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}  # its "gelu" is the tanh form
+# The "gelu" of openai-gpt is the tanh form.
+OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 # Other names that transformers gives to the same functions.
 ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
+
+
+class MissingTensor(CheckpointError):
+    """A file lacks a tensor that its config implies."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a family names its tensors, beside our names, both without ".weight" and ".bias"."""
+
+    first: dict[str, str]
+    blocks: str  # tensors of block i begin with "{blocks}.{i}."
+    block: dict[str, str]  # names inside a block
+    last: dict[str, str]
+
 
 GPT2_BLOCK = {
     "ln_1": "norm1",
@@ -56,20 +70,36 @@ LLAMA_BLOCK = {
     "mlp.up_proj": "ffn.up",
     "mlp.down_proj": "ffn.down",
 }
-
-
-class MissingTensor(CheckpointError):
-    """A file lacks a tensor that its config implies."""
+NAMINGS = {
+    "gpt2": Naming(
+        first={"transformer.wte": "embed", "transformer.wpe": "positions"},
+        blocks="transformer.h",
+        block=GPT2_BLOCK,
+        last={"transformer.ln_f": "norm", "lm_head": "head"},
+    ),
+    "openai-gpt": Naming(
+        first={"transformer.tokens_embed": "embed", "transformer.positions_embed": "positions"},
+        blocks="transformer.h",
+        block=GPT2_BLOCK,
+        last={"lm_head": "head"},
+    ),
+    "llama": Naming(
+        first={"model.embed_tokens": "embed"},
+        blocks="model.layers",
+        block=LLAMA_BLOCK,
+        last={"model.norm": "norm", "lm_head": "head"},
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: rows [start, stop) of a parameter, or of what is kept of it, or a constant."""
+    """One tensor of a file: rows of a parameter, rows of an optimizer's tensor, or a constant."""
 
     name: str
     shape: tuple[int, ...]
-    param: str = ""  # ours; empty for a constant
-    rows: tuple[int, int] = (0, 0)  # before transposing
+    param: str = ""  # our name of the parameter; empty for a constant
+    rows: tuple[int, int] = (0, 0)  # [start, stop) of the parameter, before transposing
     transpose: bool = False
     constant: str = ""  # "zeros" or "sinusoid"
     key: str = ""  # of the optimizer's tensor; empty for the weight itself
@@ -80,70 +110,62 @@ class Entry:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Which elements of the flattened parameter these are."""
-        columns = math.prod(self.shape) // (self.rows[1] - self.rows[0])
-        return self.rows[0] * columns, self.rows[1] * columns
+        """Which elements of the flattened parameter these rows are."""
+        start, stop = self.rows
+        columns = math.prod(self.shape) // (stop - start)
+        return start * columns, stop * columns
 
     def from_flat(self, flat: Tensor) -> Tensor:
         """The tensor of the file, from those elements: fp32, contiguous."""
-        tensor = flat.view(self.shape[::-1] if self.transpose else self.shape)
-        return (tensor.T if self.transpose else tensor).float().contiguous()
+        if self.transpose:
+            return flat.view(self.shape[::-1]).T.float().contiguous()
+        return flat.view(self.shape).float().contiguous()
 
 
 def family(model: ModelConfig) -> str | None:
     """The transformers family that computes exactly this network, or None."""
-    plain = (
-        model.norm == "layernorm" and model.positions != "rope" and model.kv_heads == model.heads
-    )
-    if (
-        plain
-        and not model.qk_norm
-        and model.norm_placement == "pre"
-        and model.activation in GPT2_ACTIVATIONS
-    ):
-        return "gpt2"
-    if (
-        plain
-        and not model.qk_norm
-        and model.norm_placement == "post"
-        and model.activation in OPENAI_ACTIVATIONS
-    ):
-        return "openai-gpt" if model.ffn_width == 4 * model.width else None
-    llama = (model.norm, model.norm_placement, model.positions) == ("rmsnorm", "pre", "rope")
-    return "llama" if llama and model.activation == "swiglu" and not model.qk_norm else None
+    if model.qk_norm:
+        return None
+    if model.norm == "rmsnorm":
+        is_pre_norm_with_rope = model.norm_placement == "pre" and model.positions == "rope"
+        return "llama" if is_pre_norm_with_rope and model.activation == "swiglu" else None
+    if model.positions == "rope" or model.kv_heads != model.heads:
+        return None
+    if model.norm_placement == "pre":
+        return "gpt2" if model.activation in GPT2_ACTIVATIONS else None
+    # openai-gpt has no setting for the hidden width of its feed-forward.
+    has_its_width = model.ffn_width == 4 * model.width
+    return "openai-gpt" if has_its_width and model.activation in OPENAI_ACTIVATIONS else None
 
 
-# --- tensors
+# --- tensors: what a file holds
 
 
+@cache
 def layout(spec: ModelSpec) -> list[Entry]:
-    """Every tensor of a saved model, in file order; our own names and layout where no family fits."""
-    model, ours = spec.config, shapes(spec)
-    kind = family(model)
+    """Every tensor of a saved model, in file order; our own names where no family fits.
+
+    The list is shared by all callers, so it must not be changed.
+    """
+    kind = family(spec.config)
     if kind is None:
         return own_layout(spec)
-    # What the family has; what of it we lack is a constant.
-    full = (
-        ours
-        if kind == "llama"
-        else shapes(
-            replace(spec, config=model.model_copy(update={"bias": True, "positions": "learned"}))
-        )
-    )
+    ours = shapes(spec)
+    of_family = _shapes_of_family(spec, kind)
     entries = []
-    for name, param in _names(model, kind):
-        if param not in full:
+    for name, param in _names(spec.config, kind):
+        if param not in of_family:
             continue
-        start, stop = _part(model, name, full[param][0])
-        shape = (stop - start, *full[param][1:])
+        rows = _rows(spec.config, name, of_family[param][0])
+        shape = (rows[1] - rows[0], *of_family[param][1:])
         # GPT-2 and openai-gpt store the matrices of their blocks as (inputs, outputs).
         transpose = kind != "llama" and ".c_" in name and len(shape) == 2
-        shape = shape[::-1] if transpose else shape
+        if transpose:
+            shape = shape[::-1]
         if param in ours:
-            entries.append(Entry(name, shape, param, (start, stop), transpose))
+            entries.append(Entry(name, shape, param, rows, transpose))
         else:
-            sinusoidal = param == "positions.weight" and model.positions == "sinusoidal"
-            entries.append(Entry(name, shape, constant="sinusoid" if sinusoidal else "zeros"))
+            entries.append(Entry(name, shape, constant=_constant_for(param, spec.config)))
     return entries
 
 
@@ -152,60 +174,69 @@ def own_layout(spec: ModelSpec, key: str = "") -> list[Entry]:
     return [own_entry(name, shape, key) for name, shape in shapes(spec).items()]
 
 
-def own_entry(name: str, shape: tuple[int, ...], key: str = "") -> Entry:
-    return Entry(f"{name}.{key}" if key else name, shape, name, (0, shape[0]), key=key)
+def own_entry(param: str, shape: tuple[int, ...], key: str = "") -> Entry:
+    """A parameter under our own name, or the optimizer's tensor `key` of it."""
+    name = f"{param}.{key}" if key else param
+    return Entry(name, shape, param, rows=(0, shape[0]), key=key)
 
 
+@cache
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters, the vocabulary unpadded."""
+    """Shapes of our parameters, the vocabulary unpadded.
+
+    The dict is shared by all callers, so it must not be changed.
+    """
     padded = parameter_shapes(spec)
     return {name: unpadded(name, shape, spec.vocab_size) for name, shape in padded.items()}
 
 
+def _shapes_of_family(spec: ModelSpec, kind: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that the family has. What our model lacks of it is written as a constant."""
+    if kind == "llama":
+        return shapes(spec)
+    with_all = spec.config.model_copy(update={"bias": True, "positions": "learned"})
+    return shapes(replace(spec, config=with_all))
+
+
 def _names(model: ModelConfig, kind: str) -> list[tuple[str, str]]:
     """(name in the file, our parameter), of all that a family may have."""
-    first, blocks, block_names, last = {
-        "gpt2": (
-            {"transformer.wte": "embed", "transformer.wpe": "positions"},
-            "transformer.h",
-            GPT2_BLOCK,
-            {"transformer.ln_f": "norm", "lm_head": "head"},
-        ),
-        "openai-gpt": (
-            {"transformer.tokens_embed": "embed", "transformer.positions_embed": "positions"},
-            "transformer.h",
-            GPT2_BLOCK,
-            {"lm_head": "head"},
-        ),
-        "llama": (
-            {"model.embed_tokens": "embed"},
-            "model.layers",
-            LLAMA_BLOCK,
-            {"model.norm": "norm", "lm_head": "head"},
-        ),
-    }[kind]
-    pairs = list(first.items())
+    naming = NAMINGS[kind]
+    modules = list(naming.first.items())
     for i in range(model.layers):
-        pairs += [
-            (f"{blocks}.{i}.{theirs}", f"blocks.{i}.{ours}") for theirs, ours in block_names.items()
-        ]
-    pairs += last.items()
-    return [
-        (f"{theirs}.{what}", f"{ours}.{what}")
-        for theirs, ours in pairs
-        for what in ("weight", "bias")
-    ]
+        for in_file, ours in naming.block.items():
+            modules.append((f"{naming.blocks}.{i}.{in_file}", f"blocks.{i}.{ours}"))
+    modules += naming.last.items()
+    names = []
+    for in_file, ours in modules:
+        names.append((f"{in_file}.weight", f"{ours}.weight"))
+        names.append((f"{in_file}.bias", f"{ours}.bias"))
+    return names
 
 
-def _part(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
-    """The rows of our parameter that a tensor of a file holds: Llama's queries, keys and values are apart."""
-    q, kv = model.width, model.kv_heads * (model.width // model.heads)
+def _rows(model: ModelConfig, name: str, rows: int) -> tuple[int, int]:
+    """The rows of our parameter that a tensor holds: Llama's queries, keys and values are apart."""
+    q = model.width
+    kv = model.kv_heads * (model.width // model.heads)
     parts = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-    return parts.get(name.split(".")[-2], (0, rows))
+    module = name.split(".")[-2]
+    return parts.get(module, (0, rows))
+
+
+def _constant_for(param: str, model: ModelConfig) -> str:
+    """Which constant says the same as a parameter that our model lacks."""
+    if param == "positions.weight" and model.positions == "sinusoidal":
+        return "sinusoid"
+    return "zeros"
 
 
 def constant(entry: Entry) -> Tensor:
-    return sinusoid(*entry.shape) if entry.constant == "sinusoid" else torch.zeros(entry.shape)
+    """The values of an entry that no parameter of ours stands for."""
+    if entry.constant == "sinusoid":
+        return sinusoid(*entry.shape)
+    return torch.zeros(entry.shape)
+
+
+# --- tensors: reading a file
 
 
 def import_tensors(
@@ -213,50 +244,65 @@ def import_tensors(
     get: Callable[[str], Any],
     entries: list[Entry] | None = None,
 ) -> dict[str, Tensor]:
-    """Our state dict, fp32, from a file of `layout`, or of other entries. `get` reads by name, or raises KeyError."""
+    """Our state dict in fp32, from a file of `layout` or of other entries.
+
+    `get` returns a tensor by its name in the file, or raises KeyError.
+    """
     state = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
     for entry in entries or layout(spec):
-        import_part(
-            entry, get, state[entry.param].view(-1) if entry.param else None, 0, spec.config
-        )
+        if entry.param:
+            import_part(entry, get, state[entry.param].view(-1), 0)
+        else:
+            check_constant(entry, get, spec.config)
     return state
 
 
-def import_part(
-    entry: Entry, get: Callable[[str], Any], out: Tensor | None, start: int, model: ModelConfig
-) -> None:
-    """Copy what an entry's tensor says of elements [start, start + len(out)) of its flattened parameter.
+def import_part(entry: Entry, get: Callable[[str], Any], out: Tensor, start: int) -> None:
+    """Fill `out`, elements [start, start + len(out)) of a flattened parameter, from one tensor.
 
-    `get` gives a tensor, or a slice of safetensors that reads only the rows asked for. Constants are compared.
+    Only what the tensor has of them is written. `get` returns a tensor, or a slice of safetensors
+    that reads only the rows asked for.
     """
-    begin, end = entry.span if entry.param else (0, 0)
-    first, last = (max(begin, start), min(end, start + len(out))) if out is not None else (0, 0)
-    if entry.param and first >= last:
+    begin, end = entry.span
+    first = max(begin, start)
+    last = min(end, start + len(out))
+    if first >= last:
         return
+    tensor = _get_tensor(entry, get)
+    if entry.transpose:
+        read_from = begin
+        values = tensor[:].T.reshape(-1)
+    else:
+        columns = (end - begin) // entry.shape[0]
+        first_row = (first - begin) // columns
+        stop_row = -(-(last - begin) // columns)
+        read_from = begin + first_row * columns
+        values = tensor[first_row:stop_row].reshape(-1)
+    out[first - start : last - start] = values[first - read_from : last - read_from]
+
+
+def check_constant(entry: Entry, get: Callable[[str], Any], model: ModelConfig) -> None:
+    """Refuse a tensor whose values our network has no parameter for."""
+    tensor = _get_tensor(entry, get)
+    if torch.allclose(tensor[:].float(), constant(entry), rtol=0, atol=1e-6):
+        return
+    field = "bias" if entry.name.endswith("bias") else "positions"
+    good = "true" if field == "bias" else "learned"
+    raise CheckpointError(
+        f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot;"
+        f" nearest: {good}"
+    )
+
+
+def _get_tensor(entry: Entry, get: Callable[[str], Any]) -> Any:
+    """The entry's tensor, or a slice of safetensors, of the shape that the config says."""
     tensor = _find(entry.name, get)
     shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     if shape != entry.shape:
         raise CheckpointError(
             f"{entry.name} has shape {list(shape)}; rule: the config says {list(entry.shape)}"
         )
-    if out is None:
-        if not torch.allclose(tensor[:].float(), constant(entry), rtol=0, atol=1e-6):
-            field, good = (
-                ("bias", "true") if entry.name.endswith("bias") else ("positions", "learned")
-            )
-            raise CheckpointError(
-                f"{entry.name} holds values that model.{field}={getattr(model, field)} cannot; nearest: {good}"
-            )
-        return
-    skipped = 0
-    if entry.transpose:
-        flat = tensor[:].T.reshape(-1)
-    else:
-        columns = (end - begin) // shape[0]
-        row = (first - begin) // columns
-        skipped, flat = row * columns, tensor[row : -(-(last - begin) // columns)].reshape(-1)
-    at = first - begin - skipped
-    out[first - start : last - start] = flat[at : at + last - first]
+    return tensor
 
 
 def _find(name: str, get: Callable[[str], Any]) -> Any:
@@ -271,12 +317,12 @@ def _find(name: str, get: Callable[[str], Any]) -> Any:
     )
 
 
-# --- config.json
+# --- config.json: writing it
 
 
 def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
     """The config.json that makes AutoModelForCausalLM build this network."""
-    model, seq_len = spec.config, spec.seq_len
+    model = spec.config
     common: Json = {
         "vocab_size": spec.vocab_size,
         "bos_token_id": eot_id,
@@ -289,39 +335,13 @@ def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
             "model_type": "dist_lm",
             "architectures": ["GPT"],
             **common,
-            "seq_len": seq_len,
+            "seq_len": spec.seq_len,
             "model": model.model_dump(mode="json"),
         }
     common |= {"model_type": kind, "tie_word_embeddings": model.tie_embeddings}
     if kind == "llama":
-        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        return {
-            **common,
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": model.width,
-            "intermediate_size": model.ffn_width,
-            "num_hidden_layers": model.layers,
-            "num_attention_heads": model.heads,
-            "num_key_value_heads": model.kv_heads,
-            "head_dim": model.width // model.heads,
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "rms_norm_eps": model.norm_eps,
-            "rope_parameters": rope,
-            "rope_theta": model.rope_theta,
-            "attention_bias": model.bias,
-            "mlp_bias": model.bias,
-        }
-    common |= {
-        "n_positions": seq_len,
-        "n_embd": model.width,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "layer_norm_epsilon": model.norm_eps,
-        "embd_pdrop": model.dropout,
-        "resid_pdrop": model.dropout,
-        "attn_pdrop": 0.0,
-    }
+        return common | _llama_fields(spec)
+    common |= _gpt2_fields(spec)
     if kind == "openai-gpt":
         return {
             **common,
@@ -336,26 +356,64 @@ def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
     }
 
 
+def _llama_fields(spec: ModelSpec) -> Json:
+    model = spec.config
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": model.width,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.width // model.heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.seq_len,
+        "rms_norm_eps": model.norm_eps,
+        # transformers 5 reads the first of these, older ones the second.
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_theta": model.rope_theta,
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
+    }
+
+
+def _gpt2_fields(spec: ModelSpec) -> Json:
+    """What gpt2 and openai-gpt call by the same names."""
+    model = spec.config
+    return {
+        "n_positions": spec.seq_len,
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "layer_norm_epsilon": model.norm_eps,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+        "attn_pdrop": 0.0,
+    }
+
+
 def generation_config_json(eot_id: int | None) -> Json:
-    """The generation_config.json beside it: what ends a text, and fills rows of a batch that ended."""
+    """The generation_config.json: what ends a text, and what fills rows of a batch that ended."""
     return {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
 
 
+# --- config.json: reading it
+
+
 def from_config_json(config: Json) -> ModelSpec:
-    """The network of a config.json, ours or transformers'; what we cannot do is refused."""
+    """The network of a config.json, ours or transformers'; what we cannot compute is refused."""
     kind = str(config.get("model_type"))
-    if kind not in _KINDS:
+    if kind not in READERS:
         raise CheckpointError(
-            f"config.json: model_type={kind!r} must be one of {', '.join(_KINDS)};"
-            f" nearest: {nearest(kind, _KINDS) or 'llama'}"
+            f"config.json: model_type={kind!r} must be one of {', '.join(READERS)};"
+            f" nearest: {nearest(kind, READERS) or 'llama'}"
         )
     _require(config, "quantization_config", None, None)
-    reader, vocab_size, field, seq_len = _KINDS[kind]
+    reader = READERS[kind]
     try:
-        model = ModelConfig(**reader(config))
-        return ModelSpec(
-            model, int(config.get("vocab_size", vocab_size)), int(config.get(field, seq_len))
-        )
+        model = ModelConfig(**reader.read(config))
+        vocab_size = int(config.get("vocab_size", reader.default_vocab_size))
+        seq_len = int(config.get(reader.context_field, reader.default_context))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
@@ -366,6 +424,7 @@ def from_config_json(config: Json) -> ModelSpec:
         raise CheckpointError(
             f"config.json: not as transformers or dist_lm write it ({error!r})"
         ) from None
+    return ModelSpec(model, vocab_size, seq_len)
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:
@@ -373,49 +432,72 @@ def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any)
     value = config.get(field, default)
     if value not in allowed:
         raise CheckpointError(
-            f"config.json: {field}={value!r} is not supported; rule: one of {', '.join(map(repr, allowed))};"
+            f"config.json: {field}={value!r} is not supported;"
+            f" rule: one of {', '.join(map(repr, allowed))};"
             f" nearest: {allowed[0]!r}"
         )
     return value
 
 
-def _from_gpt2(config: Json) -> Json:
-    """gpt2 and openai-gpt. Dropout stays 0: theirs also drops attention, and loading is not training."""
-    post = config["model_type"] == "openai-gpt"
-    names = OPENAI_ACTIVATIONS if post else GPT2_ACTIVATIONS
-    field, default = ("afn", "gelu") if post else ("activation_function", "gelu_new")
-    theirs = config.get(field, default)
-    theirs = ACTIVATION_ALIASES.get(theirs, theirs)
-    activation = _require({field: theirs}, field, None, *names.values())
+def _read_dist_lm(config: Json) -> Json:
+    model: Json = config["model"]
+    return model
+
+
+def _read_gpt2(config: Json) -> Json:
+    """The config.json of gpt2 and openai-gpt.
+
+    Dropout stays 0: theirs also drops attention, and loading is not training.
+    """
+    is_openai = config["model_type"] == "openai-gpt"
+    activation = _read_gpt2_activation(config, is_openai)
+    width = config.get("n_embd", 768)
     _require(config, "scale_attn_weights", True, True)
     _require(config, "scale_attn_by_inverse_layer_idx", False, False)
     _require(config, "add_cross_attention", False, False)
-    width = config.get("n_embd", 768)
+    inner_width = None if is_openai else config.get("n_inner")
     return {
         "layers": config.get("n_layer", 12),
         "heads": config.get("n_head", 12),
         "width": width,
-        "ffn_width": (not post and config.get("n_inner")) or 4 * width,
+        "ffn_width": inner_width or 4 * width,
         "positions": "learned",
         "norm": "layernorm",
-        "norm_placement": "post" if post else "pre",
+        "norm_placement": "post" if is_openai else "pre",
         "bias": True,
         "norm_eps": config.get("layer_norm_epsilon", 1e-5),
-        "activation": next(ours for ours, name in names.items() if name == activation),
+        "activation": activation,
         "tie_embeddings": config.get("tie_word_embeddings", True),
     }
 
 
-def _from_llama(config: Json) -> Json:
+def _read_gpt2_activation(config: Json, is_openai: bool) -> str:
+    """Our name of the activation."""
+    if is_openai:
+        names = OPENAI_ACTIVATIONS
+        field = "afn"
+        name = config.get(field, "gelu")
+    else:
+        names = GPT2_ACTIVATIONS
+        field = "activation_function"
+        name = config.get(field, "gelu_new")
+    name = ACTIVATION_ALIASES.get(name, name)
+    _require({field: name}, field, None, *names.values())
+    return next(ours for ours, in_file in names.items() if in_file == name)
+
+
+def _read_llama(config: Json) -> Json:
     _require(config, "hidden_act", "silu", "silu", "swish")
     bias = config.get("attention_bias", False)
     _require(config, "mlp_bias", False, bias)
-    width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+    width = config.get("hidden_size", 4096)
+    heads = config.get("num_attention_heads", 32)
     _require(config, "head_dim", None, width // heads, None)
-    # transformers 5 keeps all of rope in rope_parameters; before, rope_scaling held what was not default.
+    # transformers 5 keeps all of rope in rope_parameters. Before, rope_scaling held what was not
+    # default.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    for field in ("rope_type", "type"):
-        _require(rope, field, "default", "default")
+    _require(rope, "rope_type", "default", "default")
+    _require(rope, "type", "default", "default")
     _require(rope, "partial_rotary_factor", 1.0, 1.0)
     return {
         "layers": config.get("num_hidden_layers", 32),
@@ -434,10 +516,19 @@ def _from_llama(config: Json) -> Json:
     }
 
 
-# How a config.json is read; its vocabulary where it leaves that out; its field for the context, and that left out.
-_KINDS: dict[str, tuple[Callable[[Json], Json], int, str, int]] = {
-    "gpt2": (_from_gpt2, 50257, "n_positions", 1024),
-    "openai-gpt": (_from_gpt2, 40478, "n_positions", 512),
-    "llama": (_from_llama, 32000, "max_position_embeddings", 2048),
-    "dist_lm": (lambda config: config["model"], 0, "seq_len", 0),
+@dataclass(frozen=True)
+class ConfigReader:
+    """How a family's config.json is read, and what transformers takes for fields left out."""
+
+    read: Callable[[Json], Json]  # to the fields of a ModelConfig
+    context_field: str
+    default_vocab_size: int
+    default_context: int
+
+
+READERS = {
+    "gpt2": ConfigReader(_read_gpt2, "n_positions", 50257, 1024),
+    "openai-gpt": ConfigReader(_read_gpt2, "n_positions", 40478, 512),
+    "llama": ConfigReader(_read_llama, "max_position_embeddings", 32000, 2048),
+    "dist_lm": ConfigReader(_read_dist_lm, "seq_len", 0, 0),
 }

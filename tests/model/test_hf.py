@@ -22,8 +22,9 @@ from dist_lm.cli import load
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import UserError
 from dist_lm.model import hf
-from dist_lm.model.gpt import GPT, sinusoid
+from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
+from dist_lm.model.positions import sinusoid
 from dist_lm.outcome import TRAIN
 from tests.conftest import export_tensor
 from tests.procs import ROOT
@@ -288,7 +289,7 @@ def test_every_recipe_is_in_a_family() -> None:
 
 
 def test_layout_is_data() -> None:
-    """Shapes and rows are known without any tensor, so that a file can be laid out before it is written."""
+    """Shapes and rows are known without tensors: a file can be laid out before it is written."""
     config = ModelConfig(layers=1, heads=4, kv_heads=2, width=32)
     entries = {entry.name: entry for entry in hf.layout(ModelSpec(config, V, T))}
     assert entries["model.layers.0.self_attn.k_proj.weight"] == hf.Entry(
@@ -401,7 +402,8 @@ def test_a_tensor_that_lacks_or_does_not_fit_is_refused(tensors: dict[str, Tenso
     config = config_of("gpt2")
     lacking = {name: tensor for name, tensor in tensors.items() if name != "transformer.ln_f.bias"}
     assert refusal(config, lacking) == (
-        "the model file lacks transformer.ln_f.bias; rule: it holds every tensor that its config.json implies"
+        "the model file lacks transformer.ln_f.bias;"
+        " rule: it holds every tensor that its config.json implies"
     )
     cut = {**tensors, "transformer.wpe.weight": tensors["transformer.wpe.weight"][:-1]}
     assert (
@@ -416,5 +418,6 @@ def test_values_that_our_config_has_no_place_for_are_refused(tensors: dict[str, 
     )
     for positions in ("sinusoidal", "none"):
         assert refusal(config_of("gpt2").model_copy(update={"positions": positions}), tensors) == (
-            f"transformer.wpe.weight holds values that model.positions={positions} cannot; nearest: learned"
+            f"transformer.wpe.weight holds values that model.positions={positions} cannot;"
+            " nearest: learned"
         )

@@ -86,7 +86,8 @@ def main() -> int:
         kept = kept / f"{revision[:7]}-{key_of_the_machine()}"
         kept.mkdir(parents=True, exist_ok=True)
         inputs = kept / "inputs"
-        # Cases share the cores, so threads that wait must not spin. A step that is timed has them alone.
+        # Cases share the cores, so threads that wait must not spin. A step that is timed has them
+        # alone.
         variables = {} if arguments.speed else {"OMP_WAIT_POLICY": "passive"}
         base = Side("base", kept / "tree", Path(scratch, "base"), inputs, {}, variables)
         new = Side("new", ROOT, Path(scratch, "new"), inputs, RENAMED, variables)

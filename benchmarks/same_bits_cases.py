@@ -248,7 +248,8 @@ def train(
         return result
     step = newest_step(run)
     result.bits["step"] = step.name
-    # How the state and the manifest are laid out may change; that they are read is what resuming shows.
+    # How the state and the manifest are laid out may change; that they are read is what resuming
+    # shows.
     ours = ("state.json", "manifest.json")
     result.bits |= {name: h for name, h in hashes(step).items() if name not in ours}
     result.bits |= figures(run)

@@ -60,7 +60,9 @@ class Side:
         return text
 
     def environment(self) -> dict[str, str]:
-        """This environment without a launcher's variables, and with this tree before any installed one."""
+        """This environment without a launcher's variables, and with this tree before any installed
+        one.
+        """
         kept = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}
         own = {
             "PYTHONPATH": str(self.root),
@@ -72,7 +74,10 @@ class Side:
         return {**kept, **own, **self.variables}
 
     def start(self, arguments: Sequence[str], **more: str) -> subprocess.Popen[str]:
-        """Start Python in this tree. The process leads its own group, so that all of it can be ended."""
+        """Start Python in this tree.
+
+        The process leads its own group, so that all of it can be ended.
+        """
         return subprocess.Popen(
             [sys.executable, *(self.in_its_words(argument) for argument in arguments)],
             cwd=self.root,

@@ -55,7 +55,8 @@ T, BATCH, FILES, MB = 1024, 16, 8, 10**6
 NEAR = 400  # batches before the end, where `resume` is measured
 CPU = torch.device("cpu")
 
-# The other side of `mosaic`, in its own environment: argv is the sequences as .npy, its folder, workers, epochs.
+# The other side of `mosaic`, in its own environment: argv is the sequences as .npy, its folder,
+# workers, epochs.
 MOSAIC = """
 import os, sys, time
 import numpy as np, torch
@@ -221,7 +222,9 @@ def one_core() -> None:
 
 
 def raw(args: argparse.Namespace, scratch: Path) -> None:
-    """encode_batch on a list in memory, with the offsets it also finds and without (_fast), against all of streaming."""
+    """encode_batch on a list in memory, with the offsets it also finds and without (_fast), against
+    all of streaming.
+    """
     one_core()
     folder, file = scratch / "raw", make_tokenizer(scratch)
     write(folder, "parquet", args.megabytes or 6)
@@ -270,7 +273,10 @@ def raw(args: argparse.Namespace, scratch: Path) -> None:
 
 
 class Timed(Tokenizer):
-    """Knows the CPU time it took. On a busy machine steadier than two measurements one after the other."""
+    """Knows the CPU time it took.
+
+    On a busy machine steadier than two measurements one after the other.
+    """
 
     seconds = 0.0
 
@@ -289,7 +295,9 @@ def with_tokenizer(data: Dataset, tokenizer: Tokenizer) -> Dataset:
 
 
 def pipeline(args: argparse.Namespace, scratch: Path) -> None:
-    """Two processes, each on a core: what both give together, from opening the files to the end of a pass."""
+    """Two processes, each on a core: what both give together, from opening the files to the end of
+    a pass.
+    """
     folder, file = scratch / "pipeline", make_tokenizer(scratch)
     write(folder, "parquet", args.megabytes or 6)
     rounds = []
@@ -386,7 +394,9 @@ def rank(args: argparse.Namespace, scratch: Path) -> None:
 
 
 def mosaic(args: argparse.Namespace, scratch: Path) -> None:
-    """The same sequences as our shards and as theirs (MDS, uncompressed); whole shuffled epochs after a first one."""
+    """The same sequences as our shards and as theirs (MDS, uncompressed); whole shuffled epochs
+    after a first one.
+    """
     one_core()
     python = args.mosaic_python
     if python is None:
@@ -448,7 +458,9 @@ def mosaic(args: argparse.Namespace, scratch: Path) -> None:
 
 
 class Bytes(Tokenizer):
-    """The byte tokenizer's ids at the speed of memory, to come quickly to the end of a large source."""
+    """The byte tokenizer's ids at the speed of memory, to come quickly to the end of a large
+    source.
+    """
 
     def __init__(self) -> None:
         super().__init__(train_tokenizer("byte", []).stored)
@@ -458,7 +470,9 @@ class Bytes(Tokenizer):
 
 
 def resume(args: argparse.Namespace, scratch: Path) -> None:
-    """From Mix and its cursors to the first batch, near the end; `datasets` skips the rows before, not yet tokenized."""
+    """From Mix and its cursors to the first batch, near the end; `datasets` skips the rows before,
+    not yet tokenized.
+    """
     one_core()
     file = make_tokenizer(scratch)
     for kind in args.kinds:
@@ -486,7 +500,9 @@ def resume(args: argparse.Namespace, scratch: Path) -> None:
 
 
 def places(config: Config, data: Dataset) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where the stream stands half way, and NEAR batches of bytes before its end; says what memory it all took."""
+    """Where the stream stands half way, and NEAR batches of bytes before its end; says what memory
+    it all took.
+    """
     batches, last = (
         batches_of(config, with_tokenizer(data, Bytes())),
         deque[dict[str, Any]](maxlen=NEAR),

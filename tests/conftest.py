@@ -22,7 +22,8 @@ torch.set_num_threads(1)
 
 WORDS = "the a one cat dog bird tree house runs sleeps eats sees and or not under over small big red blue".split()
 
-# A model that trains in milliseconds: what a test of the machinery needs of it is that every part is there.
+# A model that trains in milliseconds: what a test of the machinery needs of it is that every part
+# is there.
 TINY = [
     *(
         "--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8 --optim.lr 1e-3"

@@ -91,7 +91,9 @@ def import_modules(also: list[str]) -> None:
 
 
 class Server:
-    """Forks commands, and tells each caller the pid and later the exit code, over a connection of its own."""
+    """Forks commands, and tells each caller the pid and later the exit code, over a connection of
+    its own.
+    """
 
     def __init__(self, door: socket.socket, also: list[str]):
         self.door = door
@@ -174,7 +176,10 @@ class Server:
         return value == self.environment.get(name) or name.startswith("PYTEST_")
 
     def ended(self, pid: int) -> None:
-        """Tell the caller how it ended. It stays a zombie until the caller has read that, so its pid stays its own."""
+        """Tell the caller how it ended.
+
+        It stays a zombie until the caller has read that, so its pid stays its own.
+        """
         how = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert how
         self.selector.unregister(self.pidfds[pid])
@@ -216,7 +221,10 @@ class Server:
 
 
 def enter(request: dict[str, Any], files: list[int]) -> None:
-    """In a child: a session, files and a directory of its own. The rest of its state is that of the server."""
+    """In a child: a session, files and a directory of its own.
+
+    The rest of its state is that of the server.
+    """
     os.setsid()
     for number, file in enumerate(files):
         os.dup2(file, number)
@@ -226,7 +234,10 @@ def enter(request: dict[str, Any], files: list[int]) -> None:
 
 
 def open_streams() -> None:
-    """In a child: the streams of sys for the files that 0, 1 and 2 are now. What they are decides how they work."""
+    """In a child: the streams of sys for the files that 0, 1 and 2 are now.
+
+    What they are decides how they work.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         old, writing = getattr(sys, name), number > 0
         raw = io.FileIO(number, "wb" if writing else "rb", closefd=False)
@@ -296,7 +307,9 @@ def run(request: dict[str, Any]) -> None:
 
 
 def show_command(words: list[str]) -> None:
-    """Overwrite the server's own command line, which the padding made long, so that ps and tests see the child's."""
+    """Overwrite the server's own command line, which the padding made long, so that ps and tests
+    see the child's.
+    """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[45]), int(fields[46])
     line = os.fsencode(" ".join(words))[: end - start - 2]

@@ -58,7 +58,9 @@ def until(true: Callable[[], object], seconds: float, what: str) -> None:
 
 
 class Host:
-    """A network namespace with one interface on the bridge, and namespaces of its own for mounts and the host name."""
+    """A network namespace with one interface on the bridge, and namespaces of its own for mounts
+    and the host name.
+    """
 
     def __init__(self, net: "Network", number: int):
         self.name, self.number, self.net = f"node{number}", number, net
@@ -128,7 +130,10 @@ class Host:
         return sh(*self.enter, *command, check=check)
 
     def start(self, *command: str, **env: str) -> tuple[Process, Path]:
-        """The process, and the file that gets what it prints. nsenter starts in /, so give absolute paths."""
+        """The process, and the file that gets what it prints.
+
+        nsenter starts in /, so give absolute paths.
+        """
         said = self.net.folder / f"{self.name}-{secrets.token_hex(4)}.out"
         with open(said, "w") as out:
             process = Process([*self.enter, *command], env=admin_env(**env), stdout=out, stderr=out)

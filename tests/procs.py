@@ -34,7 +34,9 @@ def free_port() -> int:
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    """This environment without what a launcher would set, so that tests behave alike wherever they run."""
+    """This environment without what a launcher would set, so that tests behave alike wherever they
+    run.
+    """
     launcher = (
         "RANK",
         "WORLD_SIZE",
@@ -181,7 +183,10 @@ class Process:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """To the process, if it has not ended. Until we know that it has, its pid cannot be another's."""
+        """To the process, if it has not ended.
+
+        Until we know that it has, its pid cannot be another's.
+        """
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -272,7 +277,10 @@ def run(
 
 
 def start_ranks(world: int, *command: str, cold: bool = False, **env: str) -> list[Process]:
-    """One process a rank, as torchrun would start them. Neighbours differ in the order of their sets."""
+    """One process a rank, as torchrun would start them.
+
+    Neighbours differ in the order of their sets.
+    """
     for seed in range(
         min(world, 2)
     ):  # first of all: a server takes seconds to start, which a rank should not wait
@@ -316,7 +324,10 @@ def finish(ranks: Sequence[Process], timeout: float = 240) -> tuple[int, str]:
 def train(
     run_dir: Path, *arguments: str, world: int = 1, code: int = 0, cold: bool = False, **env: str
 ) -> str:
-    """Run train.py to its end on `world` processes; what it printed. Fails unless it exits with `code`."""
+    """Run train.py to its end on `world` processes; what it printed.
+
+    Fails unless it exits with `code`.
+    """
     words = ("dist_lm/train.py", "--run.dir", str(run_dir), *arguments)
     got, output = finish(start_ranks(world, *words, cold=cold, **env))
     assert got == code, f"exit code {got}, not {code}:\n{output}"
@@ -331,7 +342,10 @@ def entry(
     timeout: float = 240,
     **env: str,
 ) -> str:
-    """Run `python -m dist_lm.MODULE`; what it printed on both channels. Fails unless it exits with `code`."""
+    """Run `python -m dist_lm.MODULE`; what it printed on both channels.
+
+    Fails unless it exits with `code`.
+    """
     command = [sys.executable, "-m", f"dist_lm.{module}", *arguments]
     done = run(command, env=clean_env(**env), input=stdin, timeout=timeout)
     assert done.returncode == code, f"exit code {done.returncode}, not {code}:\n{done.stdout}"

@@ -39,7 +39,9 @@ def ranks(
     code: Sequence[Path] = (ROOT, ROOT),
     before: Sequence[Sequence[str]] = ((), ()),
 ) -> list[Process]:
-    """Doctor on two ranks, each in its own working directory, with its own copy of the code, `before` what starts it."""
+    """Doctor on two ranks, each in its own working directory, with its own copy of the code,
+    `before` what starts it.
+    """
     port, started = str(free_port()), []
     for rank in range(2):
         own = {

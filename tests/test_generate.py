@@ -488,7 +488,9 @@ def test_a_closed_pipe_is_no_error(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_text_streams_in_whole_characters(runs: Path) -> None:
-    """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come one by one."""
+    """Every piece that is written is valid UTF-8, though the tokens are bytes; and the pieces come
+    one by one.
+    """
     child = process(
         "--ckpt", str(runs / "llama"), "--prompt", "é", "--max_new_tokens", "60", "--seed", "1"
     )

@@ -1,4 +1,6 @@
-"""slurm/train.sh on a real Slurm of two nodes: the curve, preemption, time limits, signals, failures, refusals."""
+"""slurm/train.sh on a real Slurm of two nodes: the curve, preemption, time limits, signals,
+failures, refusals.
+"""
 
 import json
 import random
@@ -64,7 +66,9 @@ def reach(cluster: Slurm, run: Path, step: int, job: str) -> None:
 def assert_undisturbed(
     run: Path, prepared: Path, tmp_path: Path, *more: str, world: int = 2
 ) -> None:
-    """The last checkpoint has the bits of a run that got there in one go, and the figures are one curve."""
+    """The last checkpoint has the bits of a run that got there in one go, and the figures are one
+    curve.
+    """
     last = step_folders(run)[-1]
     train(
         tmp_path / "whole",
@@ -227,7 +231,9 @@ def test_prepare_as_an_array_and_generate(cluster: Slurm, tmp_path: Path) -> Non
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
 def test_twenty_preemptions(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
-    """By a job of higher priority, or by USR1; half of them at a random time after the start, so also during start-up."""
+    """By a job of higher priority, or by USR1; half of them at a random time after the start, so
+    also during start-up.
+    """
     run, rng = tmp_path / "run", random.Random(20)
     job = submit(cluster, run, *long(prepared, "--model.dropout", "0.1", "--run.eval_every", "50"))
     until(lambda: ": attempt " in cluster.said(job), 60, "the first start")
@@ -264,7 +270,9 @@ def test_twenty_preemptions(cluster: Slurm, prepared: Path, tmp_path: Path) -> N
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
 def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
-    """slurmd, its steps and all else on a node are killed: with the node back, the same bits; without, the same curve."""
+    """slurmd, its steps and all else on a node are killed: with the node back, the same bits;
+    without, the same curve.
+    """
     run, node = tmp_path / "run", cluster.net.nodes[1]
     job = submit(cluster, run, *long(prepared), sbatch=("--nodes=1-2",))
     reach(cluster, run, 60, job)

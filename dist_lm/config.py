@@ -503,7 +503,10 @@ class BatchLayout:
 
 
 def total_steps(config: Config, sequences: int | None) -> int | None:
-    """Updates of the whole run. None where epochs are asked for and only the data says when they end."""
+    """Updates of the whole run.
+
+    None where epochs are asked for and only the data says when they end.
+    """
     if config.run.steps:
         return config.run.steps
     if not sequences:

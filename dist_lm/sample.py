@@ -114,7 +114,8 @@ def lay_out_for_decoding(model: GPT) -> None:
 # --- the loop
 
 
-@torch.inference_mode()
+# Not inference_mode: weights that ZeRO-3 gathers in it cannot be trained with afterwards.
+@torch.no_grad()
 def sample(
     model: GPT,
     tokenizer: Tokenizer,

@@ -292,6 +292,14 @@ def test_one_process_builds_and_a_killed_one_blocks_nobody(
 
 
 @pytest.mark.slow
+def test_training_goes_on_after_evaluations_with_averages(prepared: Path, tmp_path: Path) -> None:
+    """An evaluation samples text, and then the averages take the place of the weights."""
+    words = ("--run.steps", "4", "--run.eval_every", "2", "--run.eval_batches", "1")
+    output = spread(tmp_path / "run", "zero3", 2, *tiny(prepared, *words, "--run.ema", "0.9"))
+    assert output.count("val of ema: loss") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "world"), [("zero1", 2), pytest.param("zero3", 4, marks=pytest.mark.campaign)]
 )

@@ -27,7 +27,10 @@ JOB_PIECES = 2**13  # at most
 JOBS_AHEAD = 2  # of the writer, per worker
 
 SEPARATOR = b"\xff"  # between the texts of a job; it is in no UTF-8
-WORKER = "import sys; from dist_lm.data.prepared.encode import serve; serve(sys.argv[1], int(sys.argv[2]))"
+WORKER = (
+    "import sys; from dist_lm.data.prepared.encode import serve;"
+    " serve(sys.argv[1], int(sys.argv[2]))"
+)
 
 
 class TextPiece(NamedTuple):

@@ -60,10 +60,9 @@ class KVCache:
         mask = slots_S <= index_T[:, None]
         if self.pad_B is None:
             return index_T, mask
-        is_text = slots_S >= self.pad_B[:, None, None]
+        mask = mask & (slots_S >= self.pad_B[:, None, None])
         # A token of padding sees itself, so that no row of the softmax is empty.
-        is_itself = slots_S == index_T[:, None]
-        mask = (mask & is_text) | is_itself
+        mask = mask | (slots_S == index_T[:, None])
         positions_BT = (index_T - self.pad_B[:, None]).clamp(min=0)
         return positions_BT, mask[:, None]
 

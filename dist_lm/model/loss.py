@@ -70,13 +70,14 @@ class ChunkedCrossEntropySum(torch.autograd.Function):
         for start in range(0, len(x_ND), rows):
             chunk = slice(start, start + rows)
             x_CD = masked_ND[chunk]
+            labels_C1 = labels_N1[chunk]
             logp_CV = F.linear(x_CD, w_VD, padding_V).log_softmax(-1, dtype=torch.float)
             loss += F.nll_loss(logp_CV, targets_N[chunk], ignore_index=NO_TARGET, reduction="sum")
             if grad:
                 # The gradient of the logits is softmax - one-hot. It takes the place of their
                 # log-probabilities.
                 minus_one_hot = minus_one_C1[: len(x_CD)]
-                grad_CV = logp_CV.exp_().scatter_add_(1, labels_N1[chunk], minus_one_hot).to(dtype)
+                grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, minus_one_hot).to(dtype)
                 grad_x_ND[chunk] = grad_CV @ w_VD
                 if dtype == grad_w_VD.dtype:
                     grad_w_VD.addmm_(grad_CV.T, x_CD)

@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
     if "campaign" not in config.getoption("markexpr"):
         items[:] = [item for item in items if "campaign" not in item.keywords]
+    items.sort(key=lambda item: "long" not in item.keywords)
     for item in items:
         for network in ("cluster", "hosts"):  # takes a while to build, so one worker of pytest -n has all its tests
             if network in getattr(item, "fixturenames", ()):

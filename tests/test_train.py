@@ -174,6 +174,8 @@ def test_killed_anywhere_ends_with_the_same_bits(prepared: Path, tmp_path: Path,
     rng = random.Random(world)
     ranks = start_ranks(world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common)
     wait_for_step(tmp_path / "killed", rng.randint(9, 30), ranks)
+    while not step_folders(tmp_path / "killed"):  # steps may be faster than the disk
+        time.sleep(0.001)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     finish(ranks)

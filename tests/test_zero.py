@@ -194,7 +194,8 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
 
 
-@pytest.mark.slow  # DeepSpeed's async I/O is compiled first
+@pytest.mark.slow
+@pytest.mark.long  # DeepSpeed's async I/O is compiled first
 @pytest.mark.skipif(ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev")
 def test_offload_to_nvme(prepared: Path, tmp_path: Path) -> None:
     """Large enough that pieces do go to disk; takes over DDP's checkpoint and hands one on."""

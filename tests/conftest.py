@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
     if "campaign" not in config.getoption("markexpr"):
         items[:] = [item for item in items if "campaign" not in item.keywords]
+    items.sort(key=lambda item: "long" not in item.keywords)
     for item in items:
         for network in (
             "cluster",

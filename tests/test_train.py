@@ -34,7 +34,7 @@ from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
 from tests import procs
 from tests.conftest import TINY
-from tests.machines import kill, until
+from tests.machines import kill
 from tests.procs import Process, clean_env, entry, finish, free_port, start_ranks, train
 
 
@@ -205,7 +205,8 @@ def test_killed_anywhere_ends_with_the_same_bits(
     rng = random.Random(world)
     ranks = start_ranks(world, "dist_lm/train.py", "--run.dir", str(tmp_path / "killed"), *common)
     wait_for_step(tmp_path / "killed", rng.randint(9, 30), ranks)
-    until(lambda: step_folders(tmp_path / "killed") != [], 30, "the first checkpoint is written")
+    while not step_folders(tmp_path / "killed"):  # steps may be faster than the disk
+        time.sleep(0.001)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     finish(ranks)

@@ -236,7 +236,8 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
 
 
-@pytest.mark.slow  # DeepSpeed's async I/O is compiled first
+@pytest.mark.slow
+@pytest.mark.long  # DeepSpeed's async I/O is compiled first
 @pytest.mark.skipif(
     ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev"
 )

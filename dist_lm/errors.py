@@ -1,8 +1,8 @@
 """What a user can fix, by kind and exit code; the nearest good value; how a command ends.
 
-Each kind of error is a class that knows its name and its exit code, and nothing else spells these
-numbers. An error is one line: the field, its value, the rule, and the nearest good value. It is
-printed at the process edge only, by run_entry().
+Each kind of error is a class that knows its name and its exit code. An error is one line: the
+field, its value, the rule, and the nearest good value. It is printed at the process edge only, by
+run_entry().
 """
 
 import difflib

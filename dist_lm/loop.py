@@ -102,6 +102,7 @@ def train(run: Run) -> str:
     batches = training_batches(run)
     run.batches = batches
     batch = batches.take()
+    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
     pending: Pending | None = None
@@ -140,7 +141,7 @@ def train(run: Run) -> str:
         waiting = time.monotonic()
         next_batch = batches.take()
         seconds_waiting = time.monotonic() - waiting
-        agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_stop(next_batch.targets)]))
+        agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
         loss_sum, next_targets, stop, is_lost = agreed
 
         # All ranks: read the figures of the step before, and keep those of this step.
@@ -174,8 +175,7 @@ def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
     All ranks.
     """
     runtime = run.runtime
-    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
-    targets, stop, is_lost = runtime.sum(runtime.with_stop(batch.targets))
+    targets, stop, is_lost = runtime.sum(runtime.with_flags(batch.targets))
     runtime.refuse_lost_folder(float(is_lost))
     return targets, bool(stop)
 

@@ -25,8 +25,8 @@ _FP32_BYTES = 4
 class Saver:
     """Writes the checkpoints of a run, one at a time.
 
-    `begin` copies what this rank owns into host memory, which is all that training waits for. A
-    thread then does the rest. If any rank fails, older checkpoints are untouched, and all ranks get
+    `begin` waits for the checkpoint before, if that is still being written, and copies what this
+    rank owns into host memory. Training waits for no more: a thread does the rest. If any rank fails, older checkpoints are untouched, and all ranks get
     the same UserError, from `poll` or `finish`.
     """
 

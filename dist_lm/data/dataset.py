@@ -121,8 +121,12 @@ def open_dataset(
             prepared[name] = spec.input
     if len(data.named_sources()) == 1 and not data.stream and not data.validation:
         (name,) = data.named_sources()
+
+        def prepare() -> None:  # the manifest is read again by each rank
+            prepare_dataset(data, folder, _cores(), say, name)
+
         if not prepared:
-            on_main(lambda: prepare_dataset(data, folder, _cores(), say, name) and None)
+            on_main(prepare)
         return _open_prepared_folder(config, name, prepared.get(name, str(folder)), training)
     streams = on_main(lambda: _Preparation(config, folder, prepared, say).run())
     return _open_sources(config, folder, prepared, streams)

@@ -76,7 +76,7 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor
 
-    def with_stop(self, number: int) -> Tensor:
+    def with_flags(self, number: int) -> Tensor:
         """This rank's part of a sum: a number, was it told to stop, did it lose the run folder."""
         is_lost = bool(self.attempt.lock.lost)
         return torch.tensor(
@@ -120,7 +120,7 @@ class Runtime:
             if worker:
                 worker.join(_LOOK_SECONDS)
                 is_busy = worker.is_alive()
-            busy, stop, is_lost = self.sum(self.with_stop(is_busy)).tolist()
+            busy, stop, is_lost = self.sum(self.with_flags(is_busy)).tolist()
             self.refuse_lost_folder(is_lost)
             if not busy:
                 break

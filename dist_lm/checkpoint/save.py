@@ -26,8 +26,9 @@ class Saver:
     """Writes the checkpoints of a run, one at a time.
 
     `begin` waits for the checkpoint before, if that is still being written, and copies what this
-    rank owns into host memory. Training waits for no more: a thread does the rest. If any rank fails, older checkpoints are untouched, and all ranks get
-    the same UserError, from `poll` or `finish`.
+    rank owns into host memory. Training waits for no more than that: a thread does the rest. If any
+    rank fails, older checkpoints are untouched, and all ranks get the same UserError, from `poll`
+    or `finish`.
     """
 
     def __init__(

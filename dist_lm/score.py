@@ -7,6 +7,7 @@ from pydantic import Field
 from dist_lm.cli import Command, read_flags_and_settings
 from dist_lm.config import FIELDS, Section
 from dist_lm.errors import run_entry
+from dist_lm.launcher import die_with_launcher
 
 
 def _may_differ(name: str) -> bool:
@@ -44,6 +45,7 @@ SCORE = Command(
 
 
 def main(argv: list[str]) -> None:
+    die_with_launcher()
     flags, settings = read_flags_and_settings(argv or ["--help"], SCORE)
     from dist_lm.scoring import score  # torch, which is slow to import
 

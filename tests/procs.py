@@ -34,10 +34,11 @@ def free_port() -> int:
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    """This environment without what a launcher would set, so that tests behave alike wherever they
-    run.
+    """This environment without what a launcher would set, so that tests behave alike everywhere.
+
+    Nor has it what torch sets in the tests' own process when that compiles a model.
     """
-    launcher = (
+    left_out = (
         "RANK",
         "WORLD_SIZE",
         "LOCAL_RANK",
@@ -46,8 +47,9 @@ def clean_env(**more: str) -> dict[str, str]:
         "MASTER_PORT",
         "ACCELERATE_",
         "TORCHELASTIC_",
+        "TORCHINDUCTOR_CACHE_DIR",
     )
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
     return {**kept, "PYTHONUNBUFFERED": "1", "COLUMNS": "120", "OMP_WAIT_POLICY": "passive", **more}
 
 

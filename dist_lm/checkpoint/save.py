@@ -20,6 +20,7 @@ from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 
 _FP32_BYTES = 4
+_ATTEMPTS_WITH_OWN_TAGS = 1024  # then tags are used again, which must stay small integers
 
 
 class Saver:
@@ -54,6 +55,7 @@ class Saver:
         # Reused by all checkpoints: page faults of fresh memory would cost as much as the copy.
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._plan: list[PlannedTensor] = []  # the same for all checkpoints of a run
+        self._attempts = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -70,11 +72,13 @@ class Saver:
         if not self._plan:
             facts = [part.facts() for part in owned()]
             self._plan = plan_tensors(spec, self.channel.gather(facts))
+        self._attempts += 1
         writer = CheckpointWriter(
             run_dir=self.run_dir,
             channel=self.channel,
             step=step,
             plan=self._plan,
+            first_tag=self._attempts % _ATTEMPTS_WITH_OWN_TAGS * len(self._plan),
             staged=self._stage(owned()),
             texts=texts,
             tokenizer=tokenizer,

@@ -5,6 +5,7 @@ and then renamed. So a folder named step-* is complete. If any rank fails, no ra
 all ranks get the same error.
 """
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -35,13 +36,16 @@ Written = dict[str, Any]  # by file name, what the manifest says: {"size": bytes
 class CheckpointWriter:
     """Sends this rank's pieces to the ranks that write them, and writes this rank's files.
 
-    Runs in the saver's thread. A message's tag is the number of its tensor in the plan.
+    Runs in the saver's thread. A message's tag is `first_tag` and the number of its tensor in the
+    plan. Each attempt has tags of its own: what nobody received of a failed one must not meet the
+    next.
     """
 
     run_dir: Path
     channel: Channel
     step: int
     plan: list[PlannedTensor]
+    first_tag: int
     staged: Mapping[int, Tensor]  # this rank's pieces, flat, by the number of the tensor
     texts: Mapping[str, str]  # JSON files, by name
     tokenizer: Tokenizer
@@ -115,7 +119,7 @@ class CheckpointWriter:
         for number, values in self.staged.items():
             writer = self.plan[number].writer
             if writer != self.channel.rank:
-                sends.append(self.channel.send(values, writer, number))
+                sends.append(self.channel.send(values, writer, self.first_tag + number))
         return sends
 
     def _write_files(self) -> Written:
@@ -132,8 +136,9 @@ class CheckpointWriter:
                 written[name] = write_tensors(self.aside / name, entries, tensors)
             except _FAILURES as error:
                 failure = error
-                for _ in tensors:  # senders wait until their pieces are received
-                    pass
+                with contextlib.suppress(*_FAILURES):
+                    for _ in tensors:  # senders wait until their pieces are received
+                        pass
         if failure:
             raise failure
         return written
@@ -166,7 +171,7 @@ class CheckpointWriter:
             if piece.rank == self.channel.rank:
                 part.copy_(self.staged[number])
             else:
-                self.channel.receive(part, piece.rank, number)
+                self.channel.receive(part, piece.rank, self.first_tag + number)
         return entry.from_flat(flat)
 
     def _commit(self, written: Written) -> Written:

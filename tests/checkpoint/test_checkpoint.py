@@ -790,6 +790,7 @@ def save_together(
     step: int = 7,
     messages: Messages | None = None,
     lost: Callable[[], str] = str,
+    attempts: int = 0,
 ) -> tuple[list[Any], int]:
     """Save as many ranks; what each of them raised, or None, and how many elements they sent."""
     model, _, tokenizer = trained
@@ -804,6 +805,7 @@ def save_together(
 
     def work(rank: int) -> None:
         saver = Saver(run, ThreadChannel(rank, messages), lost=lost)
+        saver._attempts = attempts
         try:
             saver.begin(
                 step,
@@ -929,6 +931,29 @@ def test_one_rank_that_cannot_write_fails_all_and_the_next_save_is_whole(
     again = read_weights(
         tmp_path / "step-00000008", ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN)
     )
+    assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
+
+
+def test_a_rank_that_cannot_assemble_a_tensor_leaves_nothing_for_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It receives no more of what was sent for its files: all of that must stay unread for ever."""
+    model, optimizer, tokenizer = some = training_of(MODEL)
+    messages, slices = Messages(3), cut(owned(model, optimizer), 3, random.Random(3))
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("not enough memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(writing.CheckpointWriter, "_assemble", fail)
+        errors, _ = save_together(tmp_path, some, slices, messages=messages)
+    assert len(set(errors)) == 1 and "not enough memory" in errors[0]
+    for parameter in model.parameters():
+        parameter.data += 1
+    said, _ = save_together(tmp_path, some, slices, step=8, messages=messages, attempts=1)
+    assert said == [None] * 3
+    spec = ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN)
+    again = read_weights(tmp_path / "step-00000008", spec)
     assert all(torch.equal(again[name][:16], p[:16]) for name, p in model.named_parameters())
 
 

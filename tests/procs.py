@@ -36,7 +36,8 @@ def free_port() -> int:
 def clean_env(**more: str) -> dict[str, str]:
     """This environment without what a launcher would set, so that tests behave alike everywhere.
 
-    Nor has it what torch sets in the tests' own process when that compiles a model.
+    Nor has it what torch sets in the tests' own process when that compiles a model. Threads that
+    wait for work sleep: by default they spin, which starves the other ranks on a small machine.
     """
     left_out = (
         "RANK",

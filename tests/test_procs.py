@@ -144,6 +144,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_ignored_signals_are_not_inherited_and_nothing_outlives_the_tests() -> None:
     """As `nohup pytest &` would start them, and then killed."""
     tests = subprocess.Popen(

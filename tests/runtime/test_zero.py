@@ -53,7 +53,7 @@ def accelerate_launch(run: Path, file: str | Path, *arguments: str) -> tuple[int
         "2",
     )
     command += ("--main_process_port", str(free_port()), "dist_lm/train.py", "--run.dir", str(run))
-    return finish(start_ranks(1, *command, *arguments), 480)
+    return finish(start_ranks(1, *command, *arguments), 840)
 
 
 # --- one curve
@@ -237,7 +237,8 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.long  # DeepSpeed's async I/O is compiled first
+@pytest.mark.long  # DeepSpeed's async I/O is compiled first: minutes, while other tests run
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev"
 )

@@ -356,7 +356,7 @@ def report_saving(run: Run, look: Callable[[], None]) -> None:
 
 
 def due(step: int, every: int, at_the_end: bool = False) -> bool:
-    """Whether something that is done every so many steps, or never for 0, is done at this step."""
+    """Whether this step is a multiple of `every`. Never for 0."""
     return every > 0 and (at_the_end or step % every == 0)
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from dist_lm.console import make_streams_last, printable, warn
 from dist_lm.launcher import RETRYABLE
 
 Result = TypeVar("Result")
@@ -89,31 +90,50 @@ def error_with_code(message: str, code: int) -> UserError:
     return UserError(message)
 
 
-def run_entry(main: Callable[[list[str]], Result]) -> Result:
+def run_entry(main: Callable[[list[str]], Result], prints_result: bool = True) -> Result:
     """Run a command's main(argv) at the process edge.
 
     A UserError becomes one line, printed by rank 0, and its exit code. An interrupt ends with
-    130. A closed pipe is no error: the command ends with 0 and prints nothing.
+    130. A command that prints its result ends when standard output is gone: with 0 if its reader
+    has seen enough, else with an error. Any other command goes on without it.
     """
     # Importing torch makes many objects that stay. With the default threshold the
     # collector would look through them again and again.
     gc.set_threshold(100_000)
+    make_streams_last(_refuse_lost_output if prints_result else _warn_of_lost_output)
     try:
-        result = main(sys.argv[1:])
-        sys.stdout.flush()
-        return result
+        return _call_and_flush(main)
     except BrokenPipeError:
-        # The reader of our output has seen enough. Python would complain when it flushes at exit,
-        # so the rest goes to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.code)
+
+
+def _call_and_flush(main: Callable[[list[str]], Result]) -> Result:
+    """What main(argv) returns, when all that it printed has been written."""
+    try:
+        result = main(sys.argv[1:])
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return result
+
+
+def _refuse_lost_output(error: OSError) -> None:
+    """Standard output is gone, and with it the result of the command."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    raise RetryableError(f"standard output: {error.strerror}; rule: a place that can be written")
+
+
+def _warn_of_lost_output(error: OSError) -> None:
+    warn(f"standard output is gone, the command goes on: {error.strerror}")
 
 
 def nearest(value: str, options: Iterable[object]) -> str:

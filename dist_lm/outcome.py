@@ -29,6 +29,7 @@ from typing import Any
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
+from dist_lm.console import printable, warn
 from dist_lm.errors import CODES, UserError, in_a_line, kind, run_entry
 from dist_lm.lock import RunLock
 
@@ -79,7 +80,9 @@ class Stop:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
         if _rank() == 0:  # not print(): a handler may interrupt a print
-            os.write(2, f"{self.reason}: stopping at the next step, with a checkpoint\n".encode())
+            text = f"{self.reason}: stopping at the next step, with a checkpoint\n"
+            with contextlib.suppress(OSError):  # standard error may be gone
+                os.write(2, text.encode())
 
     @property
     def requested(self) -> bool:
@@ -153,7 +156,7 @@ class Attempt:
             if name:
                 self._write(name, json.dumps(outcome) + "\n")
         except OSError as error:  # a full disk must not change how a run ends
-            print(f"warning: {self.folder}/{name} could not be written: {error}", file=sys.stderr)
+            warn(f"{self.folder}/{name} could not be written: {error}")
         return outcome
 
     def _newest_step(self) -> int:
@@ -227,7 +230,8 @@ class Attempt:
         if rank == 0 or not self.is_recorded:
             self.record(kind(error.code), str(error))
             if rank and not self.lock.is_anothers():
-                print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+                text = f"rank {rank} on {socket.gethostname()}: {printable(str(error))}"
+                print(f"error: {text}", file=sys.stderr)
 
     def _wait_for_record(self, seconds: float) -> None:
         """Give rank 0 time to record the ending, unless another run has the folder."""
@@ -276,7 +280,7 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     ending = outcome["class"]
     print(
         f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}:"
-        f" {outcome['reason']}",
+        f" {printable(str(outcome['reason']))}",
         file=sys.stderr,
     )
     failures = outcome["failures"]

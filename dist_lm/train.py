@@ -32,4 +32,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     die_with_launcher()  # before all imports that take time: a launcher may be killed during them
-    run_entry(main)
+    run_entry(main, prints_result=False)

@@ -18,6 +18,9 @@ from dist_lm.launcher import RETRYABLE
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
+_LONGEST_LINE = 2_000  # characters of an error that are printed
+_MOST_DIGITS = 9  # of a number in the environment
+_LONGEST_WORD = 100  # characters of a name that are compared with the good ones
 
 
 class UserError(ValueError):
@@ -109,9 +112,16 @@ def run_entry(main: Callable[[list[str]], Result], prints_result: bool = True) -
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.code)
+
+
+def _speaks() -> bool:
+    """Whether this process prints errors: rank 0, or one that has no place among the ranks."""
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and world.isdecimal() and 0 < float(rank) < float(world))
 
 
 def _call_and_flush(main: Callable[[list[str]], Result]) -> Result:
@@ -139,7 +149,7 @@ def _warn_of_lost_output(error: OSError) -> None:
 def nearest(value: str, options: Iterable[object]) -> str:
     """The option most like `value`, or an empty string."""
     names = [str(option) for option in options]
-    matches = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(value[:_LONGEST_WORD], names, n=1, cutoff=0.5)
     return matches[0] if matches else ""
 
 
@@ -151,6 +161,25 @@ def did_you_mean(value: str, options: Iterable[object], prefix: str = "") -> str
     same_field = [name for name in names if name.rpartition(".")[2] == field]
     guess = same_field[0] if same_field else nearest(value, names)
     return f"; did you mean {prefix}{guess}?" if guess else ""
+
+
+def environment_number(name: str, default: int) -> int:
+    """The whole number in an environment variable, or the default where there is none."""
+    text = os.environ.get(name)
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise UserError(f"{name}={text} must be a whole number; nearest: {default}, or unset it")
+    return int(text)
+
+
+def one_line(error: UserError) -> str:
+    """An error of ours for a terminal: one line, however long or hostile a value in it is."""
+    text = str(error)
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return printable(" ".join(text.splitlines()))
 
 
 def in_a_line(error: BaseException) -> str:

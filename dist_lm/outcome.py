@@ -15,6 +15,7 @@ DIST_LM_START_ID of its launch script. `after` of that script reads the file and
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -30,7 +31,15 @@ from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.console import printable, warn
-from dist_lm.errors import CODES, UserError, in_a_line, kind, run_entry
+from dist_lm.errors import (
+    CODES,
+    UserError,
+    environment_number,
+    in_a_line,
+    kind,
+    one_line,
+    run_entry,
+)
 from dist_lm.lock import RunLock
 
 PATIENCE = 3  # failures without a new step after which nothing is started again
@@ -68,7 +77,7 @@ class Stop:
         self.reason = ""
         # The variable has seconds since 1970, by the scheduler's clock. Later changes of our clock
         # do not matter.
-        stop_at = float(os.environ.get("DIST_LM_STOP_AT") or "inf")
+        stop_at = _end_of_job()
         self._deadline = time.monotonic() + stop_at - time.time()
 
     def listen(self) -> None:
@@ -114,11 +123,10 @@ class Attempt:
         start_id = os.environ.get("DIST_LM_START_ID", "")
         self.refusal = ""  # name of the file for our launch script, if one started us
         if start_id:
-            printable_id = re.sub(r"[^A-Za-z0-9._-]", "_", start_id)
+            printable_id = re.sub(r"[^A-Za-z0-9._-]", "_", start_id[:100])
             self.refusal = f".refused-{printable_id}.json"
-        self.number = number or int(
-            os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1
-        )
+        number = number or environment_number("DIST_LM_ATTEMPT", 0)
+        self.number = number or self.before.get("attempt", 0) + 1
 
     @property
     def is_recorded(self) -> bool:
@@ -228,9 +236,9 @@ class Attempt:
         if rank:
             self._wait_for_record(seconds=5)
         if rank == 0 or not self.is_recorded:
-            self.record(kind(error.code), str(error))
+            self.record(kind(error.code), one_line(error))
             if rank and not self.lock.is_anothers():
-                text = f"rank {rank} on {socket.gethostname()}: {printable(str(error))}"
+                text = f"rank {rank} on {socket.gethostname()}: {one_line(error)}"
                 print(f"error: {text}", file=sys.stderr)
 
     def _wait_for_record(self, seconds: float) -> None:
@@ -242,8 +250,33 @@ class Attempt:
             time.sleep(0.1)
 
 
+def refuse_bad_environment() -> None:
+    """Refuse what a launcher has set wrongly, before it is used anywhere."""
+    for name in ("LOCAL_RANK", "MASTER_PORT", "DIST_LM_ATTEMPT"):
+        environment_number(name, 0)
+    _end_of_job()
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if environment_number(name, 1) < 1:
+            raise UserError(f"{name}=0 must be at least 1; nearest: 1, or unset it")
+    world = environment_number("WORLD_SIZE", 1)
+    if _rank() >= world:
+        raise UserError(f"RANK={_rank()} must be below WORLD_SIZE={world}; nearest: {world - 1}")
+
+
+def _end_of_job() -> float:
+    """When the job ends, in seconds since 1970; never without a scheduler."""
+    text = os.environ.get("DIST_LM_STOP_AT") or "inf"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise UserError(f"DIST_LM_STOP_AT={text} must be a time in seconds since 1970; or unset it")
+    return seconds
+
+
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return environment_number("RANK", 0)
 
 
 def main(argv: list[str]) -> None:

@@ -16,9 +16,10 @@ def main(argv: list[str]) -> None:
     from pathlib import Path
 
     from dist_lm.cli import load
-    from dist_lm.outcome import TRAIN, Attempt
+    from dist_lm.outcome import TRAIN, Attempt, refuse_bad_environment
 
     config, flags = load(argv, TRAIN)
+    refuse_bad_environment()
     attempt = Attempt(Path(config.run.dir))
     attempt.stop.listen()
 

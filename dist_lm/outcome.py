@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,7 @@ from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.console import printable, warn
 from dist_lm.errors import (
     CODES,
+    CheckpointError,
     UserError,
     environment_number,
     in_a_line,
@@ -41,7 +42,9 @@ from dist_lm.errors import (
     run_entry,
 )
 from dist_lm.lock import RunLock
+from dist_lm.outside import CheckedModel, Count, Text, check, read_json
 
+_LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
 PATIENCE = 3  # failures without a new step after which nothing is started again
 
 
@@ -100,13 +103,23 @@ class Stop:
         return bool(self.reason)
 
 
+class Outcome(CheckedModel):
+    """What outcome.json holds."""
+
+    kind: Literal[tuple(CODES)] = Field(alias="class")  # type: ignore[valid-type]
+    step: Count
+    reason: Text
+    attempt: Count
+    failures: Count
+
+
 def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
     """How a run ended; empty if there is no readable file."""
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / name, CheckpointError, _LARGEST)
+        return check(content, Outcome, CheckpointError).model_dump(by_alias=True)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 class Attempt:

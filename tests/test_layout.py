@@ -15,7 +15,7 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports a command.
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
-    {"errors", "console", "disk", "channel", "launcher", "revision"},
+    {"errors", "console", "outside", "disk", "channel", "launcher", "revision"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext"},
     {"cli", "metrics", "optim", "outcome"},

@@ -9,8 +9,8 @@ import pytest
 from dist_lm.cli import load
 from dist_lm.config import Config
 from dist_lm.errors import UserError, one_line
-from dist_lm.outcome import TRAIN
-from tests.procs import ROOT, train
+from dist_lm.outcome import TRAIN, read
+from tests.procs import ROOT, entry, train
 
 SECONDS = 2
 
@@ -218,3 +218,23 @@ def test_mutated_settings_never_end_in_a_traceback(tmp_path: Path) -> None:
     for _ in range(600):
         words = mutated(rng.choice(lines), rng).split(" ")
         answer([word for word in words if word not in ("--help", "-h", "--print_config")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"class": 3, "step": "x", "attempt": "x"}',
+        '{"class": "done", "attempt": 1e400}',
+        '{"class": "odd", "step": 1, "reason": "", "attempt": 1, "failures": 0}',
+        '{"class": "done", "step": -1, "reason": "", "attempt": 1, "failures": 0}',
+        '{"class": "done", "step": 1, "reason": "", "attempt": 1, "failures": [1]}',
+        "[" * 100_000,
+        "[1]",
+        "null",
+        "9" * 5000,
+    ],
+)
+def test_a_damaged_outcome_is_no_outcome(content: str, tmp_path: Path) -> None:
+    (tmp_path / "outcome.json").write_text(content)
+    assert read(tmp_path) == {}
+    assert entry("outcome", "before", "--run.dir", str(tmp_path)) == f"1 {tmp_path}\n"

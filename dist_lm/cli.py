@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -24,6 +23,7 @@ from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is
 from dist_lm.errors import UserError, did_you_mean
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.safe_yaml import LARGEST, parse
 from dist_lm.shipped import recipes
 
 ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
@@ -152,27 +152,6 @@ def _print_help(command: Command[Any], given: Mapping[str, Any], config: Config)
 # --- YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{key} is given twice (line {line}); rule: once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file as {'section.field': value}."""
     content = _parse_file(path)
@@ -202,17 +181,16 @@ def find_yaml(name: str | Path) -> Path:
 
 def _parse_file(path: str | Path) -> Any:
     try:
-        text = find_yaml(path).read_text(encoding="utf-8")
+        with open(find_yaml(path), encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         hint = did_you_mean(str(path), [*recipes(), *Path(path).parent.glob("*.yaml")])
         raise UserError(f"--config {path}: cannot be read ({reason}){hint}") from error
     try:
-        return yaml.load(text, _Loader) or {}
+        return parse(text) or {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_value(name: str, words: list[str]) -> Any:
@@ -220,7 +198,7 @@ def parse_value(name: str, words: list[str]) -> Any:
     annotation = FIELDS[name].annotation
     if get_origin(annotation) is tuple:
         is_text = get_args(annotation)[0] is str
-        return words if is_text else [yaml.load(word, _Loader) for word in words]
+        return words if is_text else [_parse_word(word) for word in words]
     (word,) = words
     if annotation is str:
         return word
@@ -228,9 +206,14 @@ def parse_value(name: str, words: list[str]) -> Any:
         return None
     if str in get_args(annotation) and word != "null":
         return word
+    return _parse_word(word)
+
+
+def _parse_word(word: str) -> Any:
+    """The value of a word; what is no YAML stays text, which validation judges."""
     try:
-        return yaml.load(word, _Loader)
-    except yaml.YAMLError:
+        return parse(word)
+    except UserError:
         return word
 
 

@@ -238,6 +238,7 @@ def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Pa
             "3",
             code=2,
             RANK="1",
+            WORLD_SIZE="2",
             PYTHONPATH=f"{tmp_path}:{ROOT}",
         )
         == ""

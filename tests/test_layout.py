@@ -15,7 +15,7 @@ CODE = ROOT / "dist_lm"
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
     {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"},
-    {"config", "lock"},
+    {"config", "lock", "safe_yaml"},
     {"explain", "helptext"},
     {"cli", "metrics", "optim", "outcome"},
     {"curves"},

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,7 +77,7 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     if path.is_dir():
         folder, passed_over = newest_valid(path)
         for why in passed_over:
-            say(f"warning: passed over {why}")
+            say(f"passed over {why}")
         if folder is None:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
@@ -220,8 +219,3 @@ def _free_name(run_dir: Path, name: str) -> Path:
     while os.path.lexists(run_dir / f"replaced-{number}-{name}"):
         number += 1
     return run_dir / f"replaced-{number}-{name}"
-
-
-def warn(text: str) -> None:
-    """From the saver's thread, where no progress line may be touched."""
-    print(f"warning: {text}", file=sys.stderr)

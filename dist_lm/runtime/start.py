@@ -135,7 +135,8 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
         )
     refuse_combinations(strategy, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return zero_settings(strategy, config, batch_layout(config, world_size))
+    layout = batch_layout(config, world_size)
+    return zero_settings(strategy, config, layout, on_gpu=torch.cuda.is_available())
 
 
 # --- meeting the others

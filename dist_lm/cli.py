@@ -24,6 +24,7 @@ from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is
 from dist_lm.errors import UserError, did_you_mean
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.shipped import recipes
 
 ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
 # Marks a list of texts: each takes one value at a time, so that a forgotten quote in
@@ -38,7 +39,7 @@ class ConfigFlags(Section):
     """Flags of every command that takes the settings of a run."""
 
     config: tuple[str, ...] = Field(
-        (), description="YAML file with the settings that differ from the defaults."
+        (), description="YAML file with settings that differ from the defaults, or a recipe's name."
     )
     print_config: bool = Field(False, description="Print the resolved settings and stop.")
 
@@ -191,12 +192,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def find_yaml(name: str | Path) -> Path:
+    """A file by its path, or a recipe by its name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    return recipes().get(str(name), path)
+
+
 def _parse_file(path: str | Path) -> Any:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_yaml(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        hint = did_you_mean(str(path), Path(path).parent.glob("*.yaml"))
+        hint = did_you_mean(str(path), [*recipes(), *Path(path).parent.glob("*.yaml")])
         raise UserError(f"--config {path}: cannot be read ({reason}){hint}") from error
     try:
         return yaml.load(text, _Loader) or {}

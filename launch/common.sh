@@ -77,6 +77,9 @@ fi
 host=${host:-127.0.0.1} node_rank=${node_rank:-0}
 [[ -n "${PYTHON:-}" || ! -x $root/.venv/bin/python ]] || PYTHON=$root/.venv/bin/python
 PYTHON=${PYTHON:-python3}
+# Outside of a checkout (a wheel, or a folder that `dist-lm init` made) the installed package is started.
+train_py=("$root/dist_lm/train.py")
+[[ -f ${train_py[0]} ]] || train_py=(-m dist_lm.train)
 threads=$(($(nproc) / nproc_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # torchrun passes these signals on to the ranks. Any other signal ends torchrun alone and leaves the ranks running.

@@ -16,8 +16,9 @@ import yaml
 
 from dist_lm.config import Config
 from dist_lm.errors import UserError, did_you_mean
+from dist_lm.shipped import shipped
 
-LAUNCH_FILES = Path(__file__).parents[2] / "launch"
+LAUNCH_FILES = shipped("launch")
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at once
 # ZeRO works on slices of parameters. An elementwise optimizer can do so too, and Muon collects its
 # matrices.

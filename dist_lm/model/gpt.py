@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.model.attention import attend
+from dist_lm.model.attention import attend, bias_of
 from dist_lm.model.cache import KVCache
 from dist_lm.model.dropout import dropout, keys_of_places
-from dist_lm.model.layers import Embedding, Linear, make_norm
+from dist_lm.model.layers import Embedding, Linear, compute_dtype, make_norm
 from dist_lm.model.loss import LOGITS_AT_A_TIME, cross_entropy_sum
 from dist_lm.model.positions import rope_tables, rotate, sinusoid
 
@@ -79,8 +79,10 @@ class GPT(nn.Module):
         The mask is made once a forward; it is slower than plain causal attention, whose kernels
         need none.
         """
-        index, mask = self._index_and_mask(tokens_BT, segments_BT, cache)
         x_BTD = self.embed(tokens_BT)
+        index, mask = self._index_and_mask(tokens_BT, segments_BT, cache)
+        if segments_BT is not None and mask is not None:
+            mask = bias_of(mask, compute_dtype(x_BTD))
         rope = None
         if self.config.positions == "learned":
             x_BTD = x_BTD + self.positions(index)
@@ -306,7 +308,7 @@ class Attention(nn.Module):
         v_BKSE = v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask)
+        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask, cached=cache is not None)
         out_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
         return out_BTD
 

@@ -420,6 +420,21 @@ def test_an_empty_source(tmp_path: Path) -> None:
 # --- provenance
 
 
+def test_find_names_rows_as_show_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the bytes at which the lines of a .jsonl begin, by which a stream remembers them."""
+    texts = documents(40, 3)
+    texts[26] = "the needle"
+    rows = write_rows(tmp_path / "text/a.jsonl", texts)
+    config, data = opened(tmp_path / "run", rows, run={"eval_every": 0}, val_fraction=0)
+    for step, origins in zip(range(1, 500), history.read_steps(config, data, 0), strict=False):
+        spans = [span for origin in origins.values() for span in origin.documents()]
+        if any(span.row == 27 for span in spans):
+            break
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    history.find(config, data, "the needle")
+    assert f"step {step}: a.jsonl row 27\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_show_and_find_read_a_stream_again(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

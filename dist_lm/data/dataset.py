@@ -154,6 +154,25 @@ def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
     return prepared, []
 
 
+def validation_folders(config: Config, run_dir: Path) -> dict[str, str]:
+    """Where a run that was started has its validation sets, by name; the first one decides.
+
+    They are prepared folders or URLs. The split `val` is that of the run.
+    """
+    data = config.data
+    folder = run_dir / "data"
+    prepared = _prepared_inputs(data)
+    specs = data.named_sources()
+    if _is_one_folder(data):
+        (name,) = specs
+        return {"val": prepared.get(name, str(folder))}
+    found = {name: prepared.get(name, str(folder / "val" / name)) for name in data.validation}
+    for name in specs:
+        kept = folder / ("val" if data.stream else "sources") / name
+        found["val" if len(specs) == 1 else name] = prepared.get(name, str(kept))
+    return {name: where for name, where in found.items() if find_prepared(where)}
+
+
 def _be_silent(text: str) -> None:
     """What preparing would say is of no use to who only looks."""
 
@@ -193,24 +212,21 @@ def _open_sources(
     specs = data.named_sources()
     tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
-    val: dict[str, TokenShards] = {}
-    for name in data.validation:
-        val[name] = _open_shards(prepared.get(name, str(folder / "val" / name)), "val", data)
     sources: dict[str, Source] = {}
     alone = None
     for name in specs:
         where = prepared.get(name, str(folder / "sources" / name))
         if name in streams:
-            where = str(folder / "val" / name)
             sources[name] = _open_stream(config, name, streams[name], tokenizer, excluded)
         elif len(specs) == 1:
             alone = _open_alone(config, name, _open_shards(where, "train", data))
             sources[name] = alone
         else:
             sources[name] = _open_in_mixture(config, name, _open_shards(where, "train", data))
-        if config.run.eval_every and find_prepared(where):
-            val_name = "val" if len(specs) == 1 else name
-            val[val_name] = _open_shards(where, "val", data)
+    val = {}
+    for name, where in validation_folders(config, folder.parent).items():
+        if config.run.eval_every or name in data.validation:
+            val[name] = _open_shards(where, "val", data)
     with_sequences = {name: shards for name, shards in val.items() if shards.count(data)}
     return _checked(config, sources, alone, with_sequences, tokenizer)
 

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import UserError, closest, did_you_mean, nearest
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
 from dist_lm.safe_yaml import LARGEST, parse
@@ -58,6 +58,8 @@ class Command(Generic[Flags]):
     settings: Mapping[str, str] = field(default_factory=dict)
     positional: str = ""  # the flag that words without a name belong to
     refusal: str = ""  # why the other settings of a run cannot be given
+    # Flags of the scripts that start this command: from the name to the script.
+    of_scripts: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fields(self) -> dict[str, FieldInfo]:
@@ -65,7 +67,13 @@ class Command(Generic[Flags]):
         return fields_by_name(self.flags)
 
     def hint(self, name: str) -> str:
-        return did_you_mean(name, [*self.settings, *self.fields], "--")
+        """Text that names the flag that is meant, or nothing."""
+        guess = closest(name, [*self.settings, *self.fields, *self.of_scripts])
+        if not guess:
+            return ""
+        if guess in self.of_scripts:
+            guess += f" of {self.of_scripts[guess]}"
+        return f"; did you mean --{guess}?"
 
 
 # --- reading
@@ -162,7 +170,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     settings = {}
     for section, fields in content.items():
         if section not in SECTIONS:
-            hint = did_you_mean(str(section), SECTIONS)
+            hint = did_you_mean(str(section), [*SECTIONS, *FIELDS])
             raise UserError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {section} must be a mapping of its fields, not {fields!r}")
@@ -185,7 +193,8 @@ def _parse_file(path: str | Path) -> Any:
             text = file.read(LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        hint = did_you_mean(str(path), [*recipes(), *Path(path).parent.glob("*.yaml")])
+        guess = nearest(str(path), [*recipes(), *Path(path).parent.glob("*.yaml")])
+        hint = f"; did you mean {guess}?" if guess else ""
         raise UserError(f"--config {path}: cannot be read ({reason}){hint}") from error
     try:
         return parse(text) or {}

@@ -66,6 +66,10 @@ TRAIN = Command(
     "accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]",
     TrainFlags,
     settings=ALL_SETTINGS,
+    of_scripts=dict.fromkeys(
+        ("nproc", "nnodes", "host", "node-rank", "port", "interface", "restarts", "dry-run"),
+        "launch/torchrun.sh",
+    ),
 )
 
 

@@ -664,6 +664,23 @@ def test_no_model_here(tmp_path: Path) -> None:
         read_model(str(tmp_path / "x"))
 
 
+def test_a_step_that_is_gone_names_those_that_exist(trained: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path / "runs/mine", step, trained)
+    steps = r"; .*/runs/mine has step-00000001, step-00000002$"
+    with pytest.raises(UserError, match=steps):
+        read_model(str(tmp_path / "runs/mine/step-00000003"))
+    with pytest.raises(UserError, match=r"; did you mean .*/runs/mine\?$"):
+        read_model(str(tmp_path / "runs/mien"))
+
+
+def test_a_run_that_is_gone_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/mien: no such folder; .*mean runs/mine\?$"):
+        read_model("runs/mien")
+
+
 def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, 1, trained)
     (folder / "manifest.json").unlink()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dist_lm import families
 from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders, verify
 from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
 from dist_lm.checkpoint.save import Saver
@@ -301,7 +302,7 @@ def describe(run: Run) -> None:
             f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
             f" {run.steps} steps"
         )
-    if hf.family(config.model) is None:
+    if families.family(config.model) is None:
         runtime.say(
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )

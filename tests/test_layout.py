@@ -16,7 +16,7 @@ CODE = ROOT / "dist_lm"
 LEVELS = [
     {"errors", "console", "disk", "channel", "launcher", "revision", "shipped"},
     {"config", "lock"},
-    {"explain", "helptext", "families"},
+    {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "optim", "outcome"},
     {"curves"},
     {"model", "data"},

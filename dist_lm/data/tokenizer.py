@@ -21,6 +21,7 @@ from tokenizers import decoders
 
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
 from dist_lm.errors import DataError, UserError, did_you_mean
+from dist_lm.pretrained import find_tokenizer
 
 EOT = "<|endoftext|>"
 # End-of-text tokens of foreign tokenizers that do not name theirs.
@@ -105,10 +106,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """From a tokenizer.json, or a folder with one (and perhaps a tokenizer_config.json)."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.json"
+        """From a tokenizer.json, or a folder with one (and perhaps a tokenizer_config.json).
+
+        The folder may also be a run, whose steps have one.
+        """
+        file = find_tokenizer(path)
         try:
             eot_token = _eos_token(file.with_name("tokenizer_config.json"))
             return cls(file.read_text(encoding="utf-8"), eot_token)

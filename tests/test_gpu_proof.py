@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import InitProcessGroupKwargs
 
 from benchmarks.gpu.listing import SECTIONS, choose, tasks_of
 from benchmarks.gpu.processes import Command, Fork, environment
 from benchmarks.gpu.resultfile import read_results, read_section
 from benchmarks.gpu.scheduler import SPARE_SECONDS, Result, Scheduler, Task, exit_code
 from benchmarks.gpu.table import markdown
+from dist_lm.config import Config
 from dist_lm.model.loss import cross_entropy_sum
+from dist_lm.runtime import start
 from tests.procs import ROOT, clean_env
 
 CHECK = Task("C1", "correctness", seconds=0.1, timeout=1.0, must=True)
@@ -410,3 +413,26 @@ def test_a_process_that_crashes_or_hangs(tmp_path: Path, kind: str) -> None:
     while child.exists() and "Z" not in (child / "stat").read_text().rpartition(")")[2]:
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# --- two ranks on one card
+
+
+@pytest.mark.parametrize(("wanted", "got"), [("gloo", "gloo"), (None, "nccl")])
+def test_a_variable_chooses_the_backend(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, got: str
+) -> None:
+    """NCCL refuses two ranks on one GPU."""
+    seen: list[Any] = []
+    monkeypatch.setattr(start, "Accelerator", lambda **arguments: seen.append(arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("DIST_LM_BACKEND", raising=False)
+    if wanted:
+        monkeypatch.setenv("DIST_LM_BACKEND", wanted)
+    start._meet(Config(), None)
+    (process_group,) = [
+        handler
+        for handler in seen[0]["kwargs_handlers"]
+        if isinstance(handler, InitProcessGroupKwargs)
+    ]
+    assert process_group.backend == got

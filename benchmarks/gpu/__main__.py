@@ -206,7 +206,14 @@ class Whole:
     def environment_of_card(self) -> dict[str, str]:
         """All sections share one cache of compiled kernels."""
         cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
-        return environment(TORCHINDUCTOR_CACHE_DIR=cache, TOKENIZERS_PARALLELISM="false")
+        return environment(
+            TORCHINDUCTOR_CACHE_DIR=cache,
+            TOKENIZERS_PARALLELISM="false",
+            # A run sets it before CUDA starts. Sections start CUDA before their runs.
+            PYTORCH_CUDA_ALLOC_CONF=os.environ.get(
+                "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+            ),
+        )
 
     def read(self, task: Task, code: int) -> Result:
         result = read_section(
@@ -225,6 +232,8 @@ class Whole:
         """Write a result at once, and say it."""
         self.results.append(result)
         append(self.file, result)
+        # Checkpoints of one section must not fill the disk for the next.
+        shutil.rmtree(self.folder / result["section"], ignore_errors=True)
         why = f": {result['why']}" if result.get("why") else ""
         at = time.monotonic() - self.began
         print(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 HEADER = "header"  # the section name of the first line
+TAIL_LINES = 30  # of the log of a section that failed, which its result keeps
 
 
 def append(file: Path, content: dict[str, Any]) -> None:
@@ -38,14 +39,22 @@ def read_section(file: Path, log: Path, code: int) -> dict[str, Any]:
     if outcome is None:
         why = f"crashed with exit code {code}: {last_line(log)}"
         outcome = {"result": "failed", "why": why}
+    if outcome["result"] == "failed":
+        outcome["log"] = tail(log)
     return {**outcome, "rows": rows}
 
 
 def last_line(log: Path) -> str:
     """The last line of a log that says something."""
+    lines = tail(log).split("\n")
+    return lines[-1].strip()[:300]
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, without empty ones."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1][:300] if said else ""
+    said = [line[:500] for line in lines if line.strip()]
+    return "\n".join(said[-TAIL_LINES:])

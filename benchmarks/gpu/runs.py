@@ -17,7 +17,7 @@ import yaml
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.processes import ROOT, Command, Fork, environment
-from benchmarks.gpu.resultfile import last_line
+from benchmarks.gpu.resultfile import last_line, tail
 
 LOOK_SECONDS = 0.02
 
@@ -128,6 +128,7 @@ class Ranks:
         if bad:
             time.sleep(0.5)  # the others may say more
             self.kill()
+            print(f"{self._name}:\n{tail(self._log)}")  # the result has the end of our own log
             raise RunFailed(f"{self._name}: exit code {bad[0]}: {last_line(self._log)}")
         return None not in codes
 
@@ -170,12 +171,12 @@ def _start_train(
 
 def trace_only() -> None:
     """In a dry run compile() traces and makes no kernels: that takes a minute on a CPU."""
-    original = torch.nn.Module.compile
+    original = torch.compile
 
-    def compile_without_inductor(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **(kwargs | {"backend": "aot_eager"}))
+    def compile_without_inductor(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **(kwargs | {"backend": "aot_eager"}))
 
-    torch.nn.Module.compile = compile_without_inductor  # type: ignore[method-assign]
+    torch.compile = compile_without_inductor  # type: ignore[assignment]
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+import torch._dynamo.utils
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -65,9 +66,11 @@ def measure_variant(
             for _ in range(WARM_UP):
                 step()
             seconds = take_turns(ctx, {name: step}, times=1 if ctx.is_dry else 2)[name]
-    except RuntimeError as error:  # a kernel that this card lacks
+    except RuntimeError as error:  # a kernel that this card lacks, or no memory
         ctx.measure(name, " ".join(str(error).split())[:80])
         return
+    finally:
+        ctx.free()
     tokens = sum(tokens_BT.numel() for tokens_BT, _ in batches)
     ctx.measure(name, tokens / seconds, "tokens/s")
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -92,12 +95,21 @@ def whole(ctx: Context, model: GPT) -> Iterator[None]:
 @contextmanager
 def by_blocks(ctx: Context, model: GPT, mode: str | None = None) -> Iterator[None]:
     """Each block is compiled once, and all blocks use the same graph if nothing hinders it."""
-    for block in model.blocks:
-        if mode:
-            block.compile(mode=mode, dynamic=False)
-        else:
-            block.compile(backend=ctx.compile_backend, dynamic=False)
+    options: dict[str, str] = {"backend": ctx.compile_backend}
+    if mode:
+        options = {"mode": mode}
+    compile_blocks(model, options)
     yield
+
+
+def compile_blocks(model: GPT, options: dict[str, str]) -> None:
+    """As training compiles, where the model knows how; otherwise each block by itself."""
+    compile_for_training = getattr(model, "compile_for_training", None)
+    if compile_for_training:
+        compile_for_training(**options)
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False, **options)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def check_whole_model(ctx: Context, length: int) -> None:
 def check_loss(ctx: Context) -> None:
     """The summed cross-entropy and its gradients, in chunks and whole, against fp64."""
     vocabulary = 50_304
-    tokens = 4096
+    tokens = 2048
     width = 768
     if ctx.is_dry:
         vocabulary, tokens, width = 640, 96, 32

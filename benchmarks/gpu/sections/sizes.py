@@ -13,8 +13,12 @@ from dist_lm.runtime.strategy import Strategy
 
 VOCABULARY = 50_257
 WARM_UP = 2  # steps
-OVERHEAD = 4e9  # bytes for CUDA itself, fragments, and errors of the plan
-LARGEST_MICRO_BATCH = 32
+STEPS = 4
+# Of the card's memory. The rest is for CUDA itself, for fragments, and for the checks that run
+# beside the compiling.
+ROOM = 0.85
+MICRO_BATCHES = (32, 24, 16, 12, 8, 6, 4)
+RECOMPUTING = (16, 8, 4, 2, 1)  # micro-batches, where none of those fits
 TOKENS_A_STEP = 128 * 1024  # about; so that the update's share is that of a real run
 TARGETS = {"1558m": {"H200": 0.55, "": 0.49}}  # MFU, by a part of the card's name
 
@@ -44,15 +48,12 @@ def measure_largest(ctx: Context, sizes: list[str]) -> None:
 
 
 def fitting(ctx: Context, size: str) -> Config | None:
-    """The recipe with the largest micro-batch that the plan lets fit, recomputing if it must."""
-    room = ctx.card_bytes - OVERHEAD
-    for recomputes in (False, True):
-        micro = LARGEST_MICRO_BATCH
-        while micro:
+    """The recipe with the largest micro-batch that fits by the plan, recomputing if it must."""
+    for recomputes, micro_batches in ((False, MICRO_BATCHES), (True, RECOMPUTING)):
+        for micro in micro_batches:
             config = config_with(ctx, size, micro, recomputes)
-            if ctx.is_dry or planned_peak(ctx, config) <= room:
+            if ctx.is_dry or planned_peak(config) <= ROOM * ctx.card_bytes:
                 return config
-            micro //= 2
     return None
 
 
@@ -71,13 +72,13 @@ def config_with(ctx: Context, size: str, micro: int, recomputes: bool) -> Config
     return config_of(settings)
 
 
-def planned_peak(ctx: Context, config: Config) -> float:
+def planned_peak(config: Config) -> float:
     """What the plan says that one process holds at most, in bytes."""
     return memory(config, Strategy(), world=1, vocab_size=VOCABULARY, on_gpu=True).peak
 
 
 def measure_size(ctx: Context, size: str, config: Config) -> None:
-    steps = 2 if ctx.is_dry else 6
+    steps = 2 if ctx.is_dry else STEPS
     times: list[float] = []
     vocabulary = [0]
     peak = [0]
@@ -105,7 +106,7 @@ def measure_size(ctx: Context, size: str, config: Config) -> None:
     share = mfu(ctx, rate, flops_per_token(config.model_spec(vocabulary[0])))
     if share is not None:
         ctx.measure(f"{size}, MFU", share, at_least=target_of(ctx, size))
-    planned = planned_peak(ctx, config)
+    planned = planned_peak(config)
     ctx.measure(f"{size}, peak memory planned", planned / 1e9, "GB")
     if peak[0]:
         ctx.measure(f"{size}, peak memory", peak[0] / 1e9, "GB")

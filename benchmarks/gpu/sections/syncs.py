@@ -16,7 +16,10 @@ STEPS = 5
 
 
 def no_host_sync(ctx: Context) -> None:
-    """First collect every place that synchronises; then let torch raise at the first one."""
+    """First collect every place that synchronises; then let torch raise at the first one.
+
+    The first run is not compiled, so that a warning names a line.
+    """
     places = collect_places(ctx)
     for place, times in places.most_common(10):
         ctx.measure(f"synchronises: {place}", times, f"times in {STEPS} steps")
@@ -46,7 +49,7 @@ def collect_places(ctx: Context) -> Counter[str]:
 
         with contextlib.ExitStack() as stack:
             stack.callback(set_mode, ctx, "default")
-            drive(config_of(settings_of(ctx, "warn")), after_step)
+            drive(config_of(settings_of(ctx, "warn", is_compiled=False)), after_step)
     for warning in caught:
         if "synchronizing CUDA operation" in str(warning.message):
             places[f"{short(warning.filename)}:{warning.lineno}"] += 1
@@ -64,7 +67,7 @@ def first_refusal(ctx: Context) -> str:
             raise Enough("all was seen")
 
     try:
-        drive(config_of(settings_of(ctx, "error")), after_step)
+        drive(config_of(settings_of(ctx, "error", is_compiled=not ctx.is_dry)), after_step)
     except RuntimeError as error:
         if "synchronizing CUDA operation" not in str(error):
             raise
@@ -75,14 +78,14 @@ def first_refusal(ctx: Context) -> str:
     return ""
 
 
-def settings_of(ctx: Context, name: str) -> dict[str, object]:
+def settings_of(ctx: Context, name: str, is_compiled: bool) -> dict[str, object]:
     rows = 2 if ctx.is_dry else 8
     return gpt2_settings(
         ctx,
         "124m",
         data__global_batch=2 * rows,
         data__micro_batch=rows,
-        run__compile=False,
+        run__compile=is_compiled,
         run__dir=str(ctx.folder / name),
     )
 

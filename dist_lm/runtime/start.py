@@ -154,6 +154,8 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
         plugin = deepspeed_plugin(settings)
         accumulation = settings["gradient_accumulation_steps"]
         process_group.backend = "nccl" if has_gpu else "gloo"
+    # gloo lets two ranks share a GPU, which NCCL refuses: benchmarks/gpu has them compared so.
+    process_group.backend = os.environ.get("DIST_LM_BACKEND", process_group.backend)
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,

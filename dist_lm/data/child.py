@@ -8,14 +8,13 @@ parent.
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 
 def start_child(
-    program: str, *arguments: str, env: Mapping[str, str], is_quiet: bool = False
+    program: str, *arguments: str, env: dict[str, str], is_quiet: bool = False
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Start Python code in a process of its own; returns the pipe to it, and the process.
 

@@ -153,7 +153,7 @@ def test_a_process_is_used_again(tmp_path: Path, fresh: pytest.MonkeyPatch) -> N
     documents = Reader(source, find_files(source)).documents(Counter())
     assert next(documents)[1] == 1
     assert table_file._idle == []
-    documents.close()  # given up in the middle of a file
+    del documents  # given up in the middle of a file
     assert len(table_file._idle) == 1
 
 

@@ -118,7 +118,7 @@ class TableFile:
         """Its record batches, or those of some row groups, without the first rows of them all."""
         import pyarrow as pa  # loaded before
 
-        request = {"columns": self._columns, "row_groups": row_groups}
+        request: dict[str, Any] = {"columns": self._columns, "row_groups": row_groups}
         request |= {"batch_rows": batch_rows, "passed_over": passed_over}
         with contextlib.closing(self):
             self._ask("read", request)

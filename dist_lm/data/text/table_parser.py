@@ -53,7 +53,8 @@ def serve(descriptor: int) -> None:
             _limit_time()
             try:
                 if kind == b"open":
-                    table = batches = None  # the file before this one
+                    table = None  # the file before this one
+                    batches = iter(())
                     table = _open(pipe, request)
                     answer = b"facts", _facts(table, request["columns"])
                 elif kind == b"read":
@@ -130,7 +131,8 @@ def _facts(table: Any, columns: list[str]) -> bytes:
             group = table.metadata.row_group(number)
             sizes = [group.column(index).total_uncompressed_size for index in indices]
             groups.append([group.num_rows, sizes])
-    return json.dumps(groups).encode() + b"\n" + schema.remove_metadata().serialize().to_pybytes()
+    serialized: bytes = schema.remove_metadata().serialize().to_pybytes()
+    return json.dumps(groups).encode() + b"\n" + serialized
 
 
 def _batches(table: Any, request: dict[str, Any]) -> Iterator[Any]:

@@ -10,14 +10,13 @@ import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_lm import outside
-from dist_lm.errors import CheckpointError, UserError
+from dist_lm.errors import CheckpointError, UserError, nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
 
 FORMAT = 1  # of the manifest
@@ -78,13 +77,15 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     if path.is_dir():
         folder, passed_over = newest_valid(path)
         for why in passed_over:
-            say(f"warning: passed over {why}")
+            say(f"passed over {why}")
         if folder is None:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    is_hub_name = not path.is_absolute() and not name.startswith(".") and name.count("/") == 1
+    if not is_hub_name or path.parent.is_dir():
         raise CheckpointError(
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
+            f"{_neighbours(path)}"
         )
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
@@ -94,6 +95,18 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         raise CheckpointError(
             f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
         ) from error
+
+
+def _neighbours(path: Path) -> str:
+    """Text that names what is there instead: the steps of the run, or the nearest folder."""
+    if step_folders(path.parent):
+        steps = [folder.name for folder in step_folders(path.parent)]
+        return f"; {path.parent} has {', '.join(steps[-8:])}"
+    folders: list[Path] = []
+    if path.parent.is_dir():
+        folders = [folder for folder in path.parent.iterdir() if folder.is_dir()]
+    guess = nearest(str(path), folders)
+    return f"; did you mean {guess}?" if guess else ""
 
 
 # --- checking
@@ -220,8 +233,3 @@ def _free_name(run_dir: Path, name: str) -> Path:
     while os.path.lexists(run_dir / f"replaced-{number}-{name}"):
         number += 1
     return run_dir / f"replaced-{number}-{name}"
-
-
-def warn(text: str) -> None:
-    """From the saver's thread, where no progress line may be touched."""
-    print(f"warning: {text}", file=sys.stderr)

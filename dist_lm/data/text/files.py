@@ -40,6 +40,10 @@ _NOT_STDLIB = {
 DAMAGE = (ValueError, OSError, RecursionError, csv.Error)
 
 
+class LostRestError(ValueError):
+    """The rest of a file cannot be read."""
+
+
 class TextFile(NamedTuple):
     """A file of text, or a hub dataset, which has no path."""
 

@@ -13,15 +13,18 @@ from functools import cache
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.errors import CheckpointError, nearest
+from dist_lm.config import LONGEST_CONTEXT, ModelConfig, ModelSpec
+from dist_lm.errors import CheckpointError, in_a_line, nearest
 from dist_lm.model.init import parameter_shapes, unpadded
 from dist_lm.model.positions import sinusoid
+from dist_lm.outside import CheckedModel, check, first_fault
 
 Json = dict[str, Any]
+
+FLOATS = ("F32", "BF16", "F16", "F64")  # types of weights, as safetensors names them
 
 # Our activations, as a family calls them.
 GPT2_ACTIVATIONS = {
@@ -248,8 +251,10 @@ def import_tensors(
 
     `get` returns a tensor by its name in the file, or raises KeyError.
     """
+    entries = entries or layout(spec)
+    check_tensors(entries, get)
     state = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
-    for entry in entries or layout(spec):
+    for entry in entries:
         if entry.param:
             import_part(entry, get, state[entry.param].view(-1), 0)
         else:
@@ -294,9 +299,21 @@ def check_constant(entry: Entry, get: Callable[[str], Any], model: ModelConfig) 
     )
 
 
+def check_tensors(entries: list[Entry], get: Callable[[str], Any]) -> None:
+    """Refuse tensors of other shapes or types than the config says.
+
+    Before memory is taken: what the config says may be anything.
+    """
+    for entry in entries:
+        _get_tensor(entry, get)
+
+
 def _get_tensor(entry: Entry, get: Callable[[str], Any]) -> Any:
     """The entry's tensor, or a slice of safetensors, of the shape that the config says."""
     tensor = _find(entry.name, get)
+    kind = tensor.get_dtype() if hasattr(tensor, "get_dtype") else "F32"
+    if kind not in FLOATS:
+        raise CheckpointError(f"{entry.name} is of {kind}; rule: one of {', '.join(FLOATS)}")
     shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     if shape != entry.shape:
         raise CheckpointError(
@@ -410,21 +427,30 @@ def from_config_json(config: Json) -> ModelSpec:
         )
     _require(config, "quantization_config", None, None)
     reader = READERS[kind]
+    found = {
+        "vocab_size": config.get("vocab_size", reader.default_vocab_size),
+        "context": config.get(reader.context_field, reader.default_context),
+    }
     try:
         model = ModelConfig(**reader.read(config))
-        vocab_size = int(config.get("vocab_size", reader.default_vocab_size))
-        seq_len = int(config.get(reader.context_field, reader.default_context))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
         raise CheckpointError(
-            f"config.json: cannot be a model of ours:{where} {first['msg']}"
+            f"config.json: cannot be a model of ours: model.{first_fault(error)}"
         ) from None
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    # Of what arithmetic with foreign values raises.
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
-            f"config.json: not as transformers or dist_lm write it ({error!r})"
+            f"config.json: not as transformers or dist_lm write it ({in_a_line(error)})"
         ) from None
-    return ModelSpec(model, vocab_size, seq_len)
+    sizes = check(found, _Sizes, lambda why: CheckpointError(f"config.json: {why}"))
+    return ModelSpec(model, sizes.vocab_size, sizes.context)
+
+
+class _Sizes(CheckedModel):
+    """Sizes of a network beside those of ModelConfig, with limits above any that was trained."""
+
+    vocab_size: int = Field(ge=1, le=10**8)
+    context: int = Field(ge=1, le=LONGEST_CONTEXT)
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:

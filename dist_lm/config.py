@@ -354,6 +354,9 @@ class RunConfig(Section):
         "fp32", description="Arithmetic of the forward; weights and gradients stay fp32."
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
+    deterministic: bool = Field(
+        False, description="On GPUs too, resume with the same bits; costs speed."
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward to save memory."
     )

@@ -86,6 +86,11 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 
+def count(number: int, thing: str) -> str:
+    """1 file, or 1,234 files."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """3725.3 -> 1:02:05"""
     all_minutes, seconds_left = divmod(round(seconds), 60)

@@ -354,7 +354,8 @@ class Trackers:
 def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The steps and the evaluations of a run in order.
 
-    The last line of each stands; torn lines are passed over.
+    The last line of each stands; torn lines are passed over. Of one step the validation sets are in
+    the order of training, whose first one decides which checkpoint is the best.
     """
     path = Path(run_dir, FILE)
     steps = {}
@@ -374,7 +375,7 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
             f"{path}: {error.strerror}; rule: the folder of a run that made a step"
         ) from None
     steps_in_order = [steps[step] for step in sorted(steps)]
-    evaluations_in_order = [evaluations[key] for key in sorted(evaluations)]
+    evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
     return steps_in_order, evaluations_in_order
 
 

@@ -66,6 +66,10 @@ TRAIN = Command(
     "accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]",
     TrainFlags,
     settings=ALL_SETTINGS,
+    of_scripts=dict.fromkeys(
+        ("nproc", "nnodes", "host", "node-rank", "port", "interface", "restarts", "dry-run"),
+        "launch/torchrun.sh",
+    ),
 )
 
 
@@ -208,6 +212,10 @@ class Attempt:
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, self.folder / name)
+        if self.lock.text:
+            # Files of attempts that were killed in here.
+            for left_over in self.folder.glob(".outcome.json.*"):
+                left_over.unlink(missing_ok=True)
 
     def run(self, work: Callable[[], str]) -> None:
         """Do the work, record how it ended, and exit accordingly.

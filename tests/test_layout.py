@@ -16,7 +16,7 @@ CODE = ROOT / "dist_lm"
 LEVELS = [
     {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"},
     {"config", "lock", "safe_yaml"},
-    {"explain", "helptext"},
+    {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "optim", "outcome"},
     {"curves"},
     {"model", "data"},

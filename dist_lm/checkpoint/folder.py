@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm import outside
-from dist_lm.errors import CheckpointError, UserError
+from dist_lm.errors import CheckpointError, UserError, nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
 
 FORMAT = 1  # of the manifest
@@ -83,9 +83,11 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         if folder is None:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    is_hub_name = not path.is_absolute() and not name.startswith(".") and name.count("/") == 1
+    if not is_hub_name or path.parent.is_dir():
         raise CheckpointError(
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
+            f"{_neighbours(path)}"
         )
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
@@ -95,6 +97,18 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         raise CheckpointError(
             f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
         ) from error
+
+
+def _neighbours(path: Path) -> str:
+    """Text that names what is there instead: the steps of the run, or the nearest folder."""
+    if step_folders(path.parent):
+        steps = [folder.name for folder in step_folders(path.parent)]
+        return f"; {path.parent} has {', '.join(steps[-8:])}"
+    folders: list[Path] = []
+    if path.parent.is_dir():
+        folders = [folder for folder in path.parent.iterdir() if folder.is_dir()]
+    guess = nearest(str(path), folders)
+    return f"; did you mean {guess}?" if guess else ""
 
 
 # --- checking

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_lm import families
 from dist_lm.checkpoint.folder import locate, read_json
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import ModelSpec
@@ -29,7 +30,7 @@ _Getter = Callable[[str], Any]
 
 def read_description(folder: Path) -> ModelSpec:
     """The network of a folder, from its config.json."""
-    return hf.from_config_json(read_json(folder / "config.json"))
+    return families.from_config_json(read_json(folder / "config.json"))
 
 
 def tokenizer_hash(folder: Path) -> str | None:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dist_lm import families
 from dist_lm.checkpoint.folder import newest_valid
 from dist_lm.checkpoint.load import read_model
 from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import CheckpointError
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from tests.conftest import state_of, write_step
 
@@ -63,7 +63,7 @@ def write(run: Path, step: int, model: ModelConfig = LLAMA) -> Path:
     tokenizer = train_tokenizer("byte", [])
     spec = ModelSpec(model, tokenizer.vocab_size, 8)
     texts = {
-        "config.json": hf.config_json(spec, tokenizer.eot),
+        "config.json": families.config_json(spec, tokenizer.eot),
         "state.json": state_of(step, streams=STREAMS, config={"model": {"layers": 2}}),
     }
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # config.json ends here, and not in a table of a billion layers.
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
+LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -210,7 +211,9 @@ class DataConfig(Section):
     stream: bool = Field(
         False, description="Read raw text while training, instead of preparing it first."
     )
-    lanes: Positive = Field(8, description="Parts of a stream that are read side by side.")
+    lanes: Positive = Field(
+        8, le=2**16, description="Parts of a stream that are read side by side."
+    )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="Streams: cut the tokens every seq_len, or keep documents whole and fill up.",
@@ -231,17 +234,19 @@ class DataConfig(Section):
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text."
     )
-    seq_len: Positive = Field(256, description="Input tokens of a sequence.")
+    seq_len: Positive = Field(256, le=LONGEST_CONTEXT, description="Input tokens of a sequence.")
     stride: Positive = Field(
         FOLLOWS, description="Input tokens between sequence starts; unset: seq_len."
     )
     document_mask: bool = Field(False, description="No attention and no target across documents.")
-    global_batch: Positive = Field(16, description="Sequences in one step, over all processes.")
+    global_batch: Positive = Field(
+        16, le=2**24, description="Sequences in one step, over all processes."
+    )
     micro_batch: Positive | None = Field(
         None, description="Sequences in one backward; unset: a rank's whole share."
     )
     workers: NotNegative = Field(
-        1, description="Threads that read batches ahead; 0 reads in the step itself."
+        1, le=1024, description="Threads that read batches ahead; 0 reads in the step itself."
     )
 
     @model_validator(mode="after")

@@ -3,18 +3,18 @@
 Nothing is prepared or written, and data that is not what the run trained on is refused.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dist_lm.checkpoint.state import read_state
 from dist_lm.config import Config
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.prepared.manifest import MANIFEST, find_prepared
 from dist_lm.data.provenance import Origin
-from dist_lm.errors import CheckpointError, DataError, UserError
+from dist_lm.errors import DataError, UserError
 from dist_lm.metrics import read_metrics
 
 # --- the data of a run
@@ -29,7 +29,7 @@ def open_data(config: Config) -> Dataset:
 
     data = open_dataset(config, only_if_prepared, say=lambda _: None)
     for path in _checkpoints(config)[-1:]:
-        if _read_state(path)["data"] != data.identity:
+        if read_state(path.parent)["data"] != data.identity:
             first = next(iter(data.sources.values()))
             where = first.folder or f"the text of {config.run.dir}"
             raise DataError(f"{where}: its hashes are not those that {path.parent} trained on")
@@ -74,7 +74,7 @@ def _newest_before(config: Config, step: int) -> dict[str, Any]:
     """What the newest checkpoint says that is not behind a step; without one, the beginning."""
     newest: dict[str, Any] = {"step": 0, "streams": None}
     for path in _checkpoints(config):
-        state = _read_state(path)
+        state = read_state(path.parent)
         if newest["step"] < state["step"] <= step:
             newest = state
     return newest
@@ -82,18 +82,6 @@ def _newest_before(config: Config, step: int) -> dict[str, Any]:
 
 def _checkpoints(config: Config) -> list[Path]:
     return sorted(Path(config.run.dir).glob("step-*/state.json"))
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            "step": state.get("step", 0),
-            "data": state["data"],
-            "streams": state.get("streams"),
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
 
 
 # --- one step

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.checkpoint.load import read_model
+from dist_lm.checkpoint.state import read_state
 from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout, flat
 from dist_lm.console import count
@@ -92,7 +93,7 @@ def describe(folder: Path, of_set: dict[str, Any]) -> str:
 
 def inputs_of_run(folder: Path) -> dict[str, str]:
     """The validation sets of a checkpoint's run by name, if it has several."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     found = validation_folders(resolve((str(folder), flat(state["config"]))), folder.parent)
     return found if len(found) > 1 else {}
 
@@ -126,12 +127,11 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
     """The settings that a checkpoint was trained with, its data found where the run prepared it."""
     if not (folder / "state.json").is_file():
         return {"data.seq_len": context}
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    settings = flat(state["config"])
-    if settings["data.stride"] == settings["data.seq_len"]:
-        del settings["data.stride"]  # it followed, and goes on following a new seq_len
+    settings = flat(read_state(folder)["config"])
+    if settings.get("data.stride") == settings.get("data.seq_len"):
+        settings.pop("data.stride", None)  # it followed, and goes on following a new seq_len
     for name in OF_TRAINING:
-        del settings[f"data.{name}"]
+        settings.pop(f"data.{name}", None)
     prepared = folder.parent / "data"
     held_out_of_streams = sorted(path.parent for path in prepared.glob("val/*/dataset.json"))
     for place in (prepared, *held_out_of_streams):

@@ -17,7 +17,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/net.sh"
 
 script=$(basename "$0")
-say() { echo "$script: $*" >&2; }
+# In a process of its own, which ends if nobody reads the stream any more.
+say() { (echo "$script: $*" >&2); }
 refuse() { say "error: $*"; exit 2; }
 
 gpus() {
@@ -77,6 +78,9 @@ fi
 host=${host:-127.0.0.1} node_rank=${node_rank:-0}
 [[ -n "${PYTHON:-}" || ! -x $root/.venv/bin/python ]] || PYTHON=$root/.venv/bin/python
 PYTHON=${PYTHON:-python3}
+# Outside of a checkout (a wheel, or a folder that `dist-lm init` made) the installed package is started.
+train_py=("$root/dist_lm/train.py")
+[[ -f ${train_py[0]} ]] || train_py=(-m dist_lm.train)
 threads=$(($(nproc) / nproc_per_node))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # torchrun passes these signals on to the ranks. Any other signal ends torchrun alone and leaves the ranks running.
@@ -135,7 +139,7 @@ for ((start = 0; ; start++)); do
         refuse "--port $port: port $master_port is in use on this host; choose another"
     fi
     make_command
-    echo "+ ${command[*]}"
+    (echo "+ ${command[*]}")
     [[ -z $dry_run ]] || exit 0
     run_command
     code=$?

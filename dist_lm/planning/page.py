@@ -12,9 +12,9 @@ from dist_lm.errors import UserError
 from dist_lm.planning.cluster import Cluster
 from dist_lm.planning.estimate import fit, strategies
 from dist_lm.planning.memory import Memory
+from dist_lm.shipped import recipes
 from dist_lm.size import parameters, vocabulary
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT_VOCABULARY = 100  # characters of a text, where --table has none to look at
 COLUMNS = [field.name for field in fields(Memory)]
 
@@ -95,7 +95,7 @@ def table(cluster: Cluster) -> str:
         "| recipe | parameters | micro-batch | " + " | ".join(names) + " |",
         "|---" * (3 + len(names)) + "|",
     ]
-    for path in sorted(CONFIGS.glob("*.yaml")):
+    for path in recipes().values():
         lines.append(f"| {' | '.join(row_of_recipe(path, cluster))} |")
     return "\n".join(lines) + "\n"
 

@@ -12,11 +12,15 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from dist_lm.console import make_streams_last, printable, warn
 from dist_lm.launcher import RETRYABLE
 
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
+_LONGEST_LINE = 2_000  # characters of an error that are printed
+_MOST_DIGITS = 9  # of a number in the environment
+_LONGEST_WORD = 100  # characters of a name that are compared with the good ones
 
 
 class UserError(ValueError):
@@ -89,37 +93,63 @@ def error_with_code(message: str, code: int) -> UserError:
     return UserError(message)
 
 
-def run_entry(main: Callable[[list[str]], Result]) -> Result:
+def run_entry(main: Callable[[list[str]], Result], prints_result: bool = True) -> Result:
     """Run a command's main(argv) at the process edge.
 
     A UserError becomes one line, printed by rank 0, and its exit code. An interrupt ends with
-    130. A closed pipe is no error: the command ends with 0 and prints nothing.
+    130. A command that prints its result ends when standard output is gone: with 0 if its reader
+    has seen enough, else with an error. Any other command goes on without it.
     """
     # Importing torch makes many objects that stay. With the default threshold the
     # collector would look through them again and again.
     gc.set_threshold(100_000)
+    make_streams_last(_refuse_lost_output if prints_result else _warn_of_lost_output)
     try:
-        result = main(sys.argv[1:])
-        sys.stdout.flush()
-        return result
+        return _call_and_flush(main)
     except BrokenPipeError:
-        # The reader of our output has seen enough. Python would complain when it flushes at exit,
-        # so the rest goes to the null device.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(INTERRUPTED)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        if _speaks():
+            print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(error.code)
+
+
+def _speaks() -> bool:
+    """Whether this process prints errors: rank 0, or one that has no place among the ranks."""
+    rank = os.environ.get("RANK", "0")
+    world = os.environ.get("WORLD_SIZE", "1")
+    return not (rank.isdecimal() and world.isdecimal() and 0 < float(rank) < float(world))
+
+
+def _call_and_flush(main: Callable[[list[str]], Result]) -> Result:
+    """What main(argv) returns, when all that it printed has been written."""
+    try:
+        result = main(sys.argv[1:])
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return result
+
+
+def _refuse_lost_output(error: OSError) -> None:
+    """Standard output is gone, and with it the result of the command."""
+    if isinstance(error, BrokenPipeError):
+        raise error
+    raise RetryableError(f"standard output: {error.strerror}; rule: a place that can be written")
+
+
+def _warn_of_lost_output(error: OSError) -> None:
+    warn(f"standard output is gone, the command goes on: {error.strerror}")
 
 
 def nearest(value: str, options: Iterable[object]) -> str:
     """The option most like `value`, or an empty string."""
     names = [str(option) for option in options]
-    matches = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(value[:_LONGEST_WORD], names, n=1, cutoff=0.5)
     return matches[0] if matches else ""
 
 
@@ -217,6 +247,23 @@ def did_you_mean(value: str, options: Iterable[object], prefix: str = "") -> str
     return f"; did you mean {prefix}{guess}?" if guess else ""
 
 
+def environment_number(name: str, default: int) -> int:
+    """The whole number in an environment variable, or the default where there is none."""
+    text = os.environ.get(name)
+    if not text:
+        return default
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise UserError(f"{name}={text} must be a whole number; nearest: {default}, or unset it")
+    return int(text)
+
+
+def one_line(error: UserError) -> str:
+    """An error of ours for a terminal: one line, however long or hostile a value in it is."""
+    text = str(error)
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return printable(" ".join(text.splitlines()))
 def closest(value: str, options: Iterable[object]) -> str:
     """The option that is meant, or an empty string.
 

@@ -47,7 +47,7 @@ def explain_setting(error: ValidationError, origin: Mapping[str, str]) -> str:
         good = _leading_number(value) or good
     elif kind in ("greater_than_equal", "less_than_equal"):
         good = context.get("ge", context.get("le"))
-    elif kind.startswith("int_") and isinstance(value, float):
+    elif kind.startswith("int_") and isinstance(value, float) and math.isfinite(value):
         good = round(value)
     elif kind.startswith("bool_"):
         good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"

@@ -12,12 +12,13 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dist_lm.console import duration, is_terminal, say, shorten, warn
+from dist_lm.console import duration, say, shorten, warn
 from dist_lm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class ProgressLine:
     def __init__(self, steps: int | None, mfu_per_rate: float):
         self._steps = steps
         self._mfu_per_rate = mfu_per_rate
-        self._is_terminal = is_terminal()
+        self._is_terminal = sys.stdout.isatty()
         # What makes a terminal's line give way to other text.
         self._clear = "\r\x1b[K" if self._is_terminal else ""
         self._seconds_between = TERMINAL_SECONDS if self._is_terminal else PLAIN_SECONDS

@@ -46,7 +46,8 @@ def test_fields() -> None:
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip
-    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing
+    run.dir run.steps run.epochs run.seed run.precision run.compile run.deterministic
+    run.activation_checkpointing
     run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
     run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
     run.trackers run.sample_prompt
@@ -285,6 +286,7 @@ def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Pa
             "3",
             code=2,
             RANK="1",
+            WORLD_SIZE="2",
             PYTHONPATH=f"{tmp_path}:{ROOT}",
         )
         == ""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lm import scoring
+from dist_lm import families, scoring
 from dist_lm.checkpoint.load import read_model
 from dist_lm.config import (
     Config,
@@ -25,7 +25,6 @@ from dist_lm.config import (
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.score import main
@@ -70,7 +69,7 @@ def write_run(folder: Path, prepared: Path, **of_data: Any) -> Path:
     model = GPT(ModelSpec(config.model, tokenizer.vocab_size, data.seq_len))
     init_weights(model, seed=1)
     texts = {
-        "config.json": hf.config_json(
+        "config.json": families.config_json(
             ModelSpec(config.model, tokenizer.vocab_size, data.seq_len), tokenizer.eot
         ),
         "state.json": {"step": 3, "config": config.model_dump(mode="json")},

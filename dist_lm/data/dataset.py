@@ -194,7 +194,7 @@ def _open_prepared_folder(config: Config, name: str, where: str, training: bool)
     """The dataset whose only source and whose validation set are the splits of one folder."""
     train = _open_alone(config, name, _open_shards(where, "train", config.data))
     val = {"val": _open_shards(where, "val", config.data)}
-    return _checked(config, {name: train}, train, val, _tokenizer_of(where), training)
+    return _checked(config, {name: train}, train, val, tokenizer_of(where), training)
 
 
 def _open_sources(
@@ -206,7 +206,7 @@ def _open_sources(
     """The dataset of streams, of several sources, or with validation sets of its own."""
     data = config.data
     specs = data.named_sources()
-    tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
+    tokenizer = tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
     sources: dict[str, Source] = {}
     alone = None
@@ -292,7 +292,7 @@ def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
     return TokenShards(where, split, ShardCache(where, cache, round(data.cache_gb * 1e9)))
 
 
-def _tokenizer_of(folder: str) -> Tokenizer:
+def tokenizer_of(folder: str) -> Tokenizer:
     """The tokenizer of a prepared folder or URL, or of a run's data folder."""
     if not is_remote(folder):
         return Tokenizer.load(folder)
@@ -429,11 +429,11 @@ class _Preparation:
         """The one tokenizer of the prepared folders, or else one learned for the run."""
         if not self._prepared:
             learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
-            return _tokenizer_of(str(self._folder))
+            return tokenizer_of(str(self._folder))
         first, *others = self._prepared.values()
-        tokenizer = _tokenizer_of(first)
+        tokenizer = tokenizer_of(first)
         for other in others:
-            if _tokenizer_of(other).sha256 != tokenizer.sha256:
+            if tokenizer_of(other).sha256 != tokenizer.sha256:
                 raise DataError(
                     f"{other} has another tokenizer than {first}; rule: one for all; nearest:"
                     f" prepare it with --tokenizer {first}"

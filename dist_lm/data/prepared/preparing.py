@@ -227,6 +227,9 @@ class Preparation:
 
         Returns the splits' entries in the manifest, and what was left out.
         """
+        reason = tokenizer.why_slow()
+        if reason and not tokenizer.atomic:
+            self.say(f"encoding with tokenizers, not with the faster tiktoken: {reason}")
         skipped: Counter[str] = Counter()
         writers = {}
         for split in ("train", "val"):

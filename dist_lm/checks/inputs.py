@@ -95,8 +95,8 @@ def read_a_byte(paths: Iterable[str | Path]) -> None:
 def prepared_folder(config: Config) -> Path | None:
     """The first prepared folder of the run on this machine, whose tokenizer is that of all."""
     inputs = [source.input for source in config.data.named_sources().values()]
-    for folder in (*inputs, Path(config.run.dir, "data")):
-        if not is_remote(str(folder)) and find_prepared(folder):
+    for folder in (*inputs, str(Path(config.run.dir, "data"))):
+        if not is_remote(folder) and find_prepared(folder):
             return Path(folder)
     return None
 

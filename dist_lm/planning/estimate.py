@@ -115,7 +115,7 @@ def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, 
     """
     usable = {name: row for name, row in rows.items() if "refused" not in row}
     order = sorted(usable, key=lambda name: "-" in name)  # stable: zero2-offload after zero3
-    passed_over = []
+    passed_over: list[str] = []
     for name in order:
         row = usable[name]
         figures = f"{gigabytes(row['needed'])} GB of {gigabytes(room)} GB"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -42,7 +41,8 @@ def look_at_data(config: Config) -> tuple[str, str, bool]:
     What train would refuse, this refuses with the same words. What is at a URL is listed and not
     read, which is a warning.
     """
-    prepared, files = look_at_inputs(config)
+    said: list[str] = []
+    prepared, files = look_at_inputs(config, said.append)
     lines = [look_at_shards(folder) for folder in prepared.values()]
     contents = [content_of(folder) for folder in prepared.values()]
     local = [file.path for file in files if file.path and not is_remote(file.path)]
@@ -52,7 +52,10 @@ def look_at_data(config: Config) -> tuple[str, str, bool]:
         contents.append(json.dumps([[file.name, file.size] for file in files]).encode())
     is_read = len(local) == len(files) and not any(map(is_remote, prepared.values()))
     text = "; ".join(lines) + ("" if is_read else "; listed, not read")
-    return text, hashlib.sha256(b"".join(contents)).hexdigest(), not is_read
+    warnings = [line for line in said if line.startswith("warning: ")]
+    text = "; ".join([text, *warnings])
+    is_warning = bool(warnings) or not is_read
+    return text, hashlib.sha256(b"".join(contents)).hexdigest(), is_warning
 
 
 def look_at_shards(folder: str) -> str:
@@ -92,7 +95,7 @@ def read_a_byte(paths: Iterable[str | Path]) -> None:
 def prepared_folder(config: Config) -> Path | None:
     """The first prepared folder of the run on this machine, whose tokenizer is that of all."""
     inputs = [source.input for source in config.data.named_sources().values()]
-    for folder in (*inputs, os.path.join(config.run.dir, "data")):
+    for folder in (*inputs, str(Path(config.run.dir, "data"))):
         if not is_remote(folder) and find_prepared(folder):
             return Path(folder)
     return None

@@ -129,7 +129,7 @@ def open_dataset(
     return _open_sources(config, folder, prepared, streams)
 
 
-def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
+def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, str], list[TextFile]]:
     """The prepared folders or URLs of a run, by name, and the files of its text. Writes nothing.
 
     Raises what open_dataset() would raise before it reads any text, so doctor calls this on every
@@ -139,14 +139,14 @@ def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
     folder = Path(config.run.dir) / "data"
     prepared = _prepared_inputs(data)
     if not _is_one_folder(data):
-        preparation = _Preparation(config, folder, prepared, say=_be_silent)
+        preparation = _Preparation(config, folder, prepared, say)
         files = preparation.look()
         if not files:
             _open_sources(config, folder, prepared, {})
         return prepared, files
     (name,) = data.named_sources()
     if name not in prepared:
-        work = Preparation(data, folder, name, say=_be_silent)
+        work = Preparation(data, folder, name, say)
         if not work.look():
             return {}, work.reader.files
         prepared[name] = str(folder)
@@ -171,10 +171,6 @@ def validation_folders(config: Config, run_dir: Path) -> dict[str, str]:
         kept = folder / ("val" if data.stream else "sources") / name
         found["val" if len(specs) == 1 else name] = prepared.get(name, str(kept))
     return {name: where for name, where in found.items() if find_prepared(where)}
-
-
-def _be_silent(text: str) -> None:
-    """What preparing would say is of no use to who only looks."""
 
 
 def _prepared_inputs(data: DataConfig) -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from dist_lm.config import DataConfig
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
-from dist_lm.data.prepared.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.prepared.progress import Progress, Say
 from dist_lm.data.prepared.writer import (
     PROGRESS,
@@ -24,7 +24,8 @@ from dist_lm.data.prepared.writer import (
     write_state,
     write_tokenizer,
 )
-from dist_lm.data.text.files import find_files
+from dist_lm.data.remote import is_remote
+from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
@@ -122,6 +123,7 @@ class Preparation:
         manifest = read_manifest(self.folder)
         self._check_settings(manifest.get("settings", {}))
         self.say(f"{self.folder}: prepared before, used as it is")
+        self._warn_if_edited(manifest)
         return manifest
 
     def find_text(self) -> None:
@@ -130,13 +132,42 @@ class Preparation:
             raise DataError(
                 f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text"
             )
+        self.reader = Reader(self.spec, self._find_files(), self.data.bad_rows, self.field)
+        self.reader.refuse_missing_hub()
+
+    def _find_files(self) -> list[TextFile]:
         folder = self.folder.resolve()
         files = []
         for file in find_files(self.spec, self.field):
             if not file.path or folder not in Path(file.path).resolve().parents:
                 files.append(file)
-        self.reader = Reader(self.spec, files, self.data.bad_rows, self.field)
-        self.reader.refuse_missing_hub()
+        return files
+
+    def _warn_if_edited(self, manifest: dict[str, Any]) -> None:
+        """Warn if a text of this machine has another size than it had, or is newer."""
+        if is_remote(self.spec.input):
+            return
+        try:
+            files = self._find_files()
+        except DataError:  # it is gone: the preparation is all that is left of it
+            return
+        before = {source["name"]: source["bytes"] for source in manifest["sources"]}
+        prepared_at = (self.folder / MANIFEST).stat().st_mtime_ns
+        for file in files:
+            if not file.path:  # a hub dataset
+                return
+            size = before.pop(file.name, None)
+            if size != file.size or int(file.mark) > prepared_at:
+                self._say_edited(file.path)
+                return
+        if before:
+            self._say_edited(next(iter(before)))
+
+    def _say_edited(self, file: str) -> None:
+        self.say(
+            f"warning: {file} is not as it was when {self.folder} was prepared (by size and time);"
+            f" the earlier text is trained on; nearest: another run.dir, or remove {self.folder}"
+        )
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""

@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from dist_lm.config import SourceConfig
 from dist_lm.data import remote
@@ -35,6 +35,8 @@ _NOT_STDLIB = {
     "pydoc_data",
     "ensurepip",
 }
+
+_CUT_SHORT = "Truncated compressed stream"  # what pyarrow says of a packed file without an end
 
 # Readers raise these when the content of a file is bad, but also when a disk or network fails.
 DAMAGE = (ValueError, OSError, RecursionError, csv.Error)
@@ -111,18 +113,71 @@ def open_text_file(text_file: TextFile) -> Iterator[BinaryIO]:
             file = stack.enter_context(open(text_file.path, "rb"))
         # The name and not the path decides, because the path of a URL may end with a signature.
         if text_file.name.endswith(_PACKINGS):
-            import pyarrow  # slow, and needed for packed files only
-
             packing = "gzip" if text_file.name.endswith(".gz") else "zstd"
-            # pyarrow raises if the packed file is cut short.
-            unpacked = pyarrow.input_stream(file, compression=packing)
-            file = stack.enter_context(io.BufferedReader(unpacked))
+            file = stack.enter_context(io.BufferedReader(_Unpacked(file, packing)))
             if format_of(text_file.name) in _READ_FROM_THE_END:
                 copy = stack.enter_context(tempfile.TemporaryFile())
                 shutil.copyfileobj(file, copy)
                 copy.seek(0)
                 file = copy
         yield file
+
+
+class _Unpacked(io.RawIOBase):
+    """A packed file as it unpacks. If it is cut short, all that it holds comes before the error.
+
+    pyarrow's stream loses what it unpacked in a read that fails. So that part is unpacked once
+    more, byte by byte.
+    """
+
+    def __init__(self, packed: BinaryIO, packing: str):
+        self._packed = packed
+        self._packing = packing
+        self._position = 0  # unpacked bytes that were given
+        self._is_cut = False
+        self._stream = self._open()
+        self._spent: list[Any] = []  # kept, because pyarrow closes the file with its stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._read(len(buffer))
+        except OSError as error:
+            if self._is_cut or _CUT_SHORT not in str(error):
+                raise
+            self._go_on_byte_by_byte()
+            data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def _open(self) -> Any:
+        import pyarrow  # slow, and needed for packed files only
+
+        return pyarrow.input_stream(self._packed, compression=self._packing)
+
+    def _go_on_byte_by_byte(self) -> None:
+        self._is_cut = True
+        self._packed.seek(0)
+        self._spent.append(self._stream)
+        self._stream = self._open()
+        passed = 0
+        while passed < self._position:
+            passed += len(self._stream.read(min(self._position - passed, 2**20)))
+
+    def _read(self, size: int) -> bytes:
+        if not self._is_cut:
+            return bytes(self._stream.read(size))
+        data = bytearray()
+        try:
+            while len(data) < size:
+                data += self._stream.read(1)
+        except OSError:
+            if not data:
+                raise  # what came before it has been given
+        return bytes(data)
 
 
 def is_damage(error: BaseException) -> bool:
@@ -132,7 +187,7 @@ def is_damage(error: BaseException) -> bool:
         # The first OSError decides: the cause of a network's OSError may be of another kind
         # (botocore's are).
         if isinstance(cause, OSError):
-            return "Truncated compressed stream" in str(cause)
+            return _CUT_SHORT in str(cause)
         cause = cause.__cause__
     return True
 

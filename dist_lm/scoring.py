@@ -10,7 +10,7 @@ from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout, flat
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.errors import DataError, UserError
 from dist_lm.runtime.start import start
 from dist_lm.validate import validate
@@ -28,7 +28,7 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
     data = open_dataset(config, world.on_main, training=False)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
-            f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s"
+            f"data.input={config.data.title} was prepared with another tokenizer than {folder}'s"
         )
     shards, part = what_to_score(data)
     length = config.data.seq_len
@@ -37,14 +37,14 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
         longest = max(shards.sizes)
         raise DataError(
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of"
-            f" data.input={config.data.input} has {longest}; nearest: {max(longest - 1, 1)}"
+            f" data.input={config.data.title} has {longest}; nearest: {max(longest - 1, 1)}"
         )
     model.to(world.device)
     figures = validate(world, model, shards, config, batch_layout(config, 1), tokenizer)
     scored = min(sequences, config.run.eval_batches * config.data.global_batch)
     print(
         f"{folder}: {scored:,} of {sequences:,} sequences of {length} tokens,"
-        f" {part} of {config.data.input}"
+        f" {part} of {config.data.title}"
     )
     for name, value in figures.items():
         print(name, value)
@@ -95,7 +95,7 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
     return settings
 
 
-def what_to_score(data: Dataset) -> tuple[TokenShards, str]:
+def what_to_score(data: Dataset) -> tuple[TokenSequences, str]:
     """What is held out, or the whole text where nothing is."""
     held_out = data.val["val"]
     if sum(held_out.sizes) > 0:

@@ -10,6 +10,7 @@ from dist_lm.checkpoint.load import tokenizer_hash
 from dist_lm.checks.ranks import Found, Ranks, few
 from dist_lm.config import Config
 from dist_lm.console import gigabytes
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import is_remote
@@ -29,7 +30,7 @@ def data(ranks: Ranks) -> Found:
             others.append(name)
     if others:
         raise UserError(
-            f"data.input={ranks.config.data.input}: {few(others, ', ')}"
+            f"data.input={ranks.config.data.title}: {few(others, ', ')}"
             " see(s) other content than rank 0"
         )
     return text, False
@@ -37,17 +38,22 @@ def data(ranks: Ranks) -> Found:
 
 def look_at_data(config: Config) -> tuple[str, str]:
     """The data that this rank can read, in words and as a hash."""
-    folder = prepared_folder(config)
-    return look_at_shards(folder) if folder else look_at_text(config)
+    folders = folders_in_use(config)
+    return look_at_shards(folders) if folders else look_at_text(config)
 
 
-def look_at_shards(folder: Path) -> tuple[str, str]:
-    train = TokenShards(folder, "train")  # raises if a shard is missing or has another size
-    val = TokenShards(folder, "val")
-    read_a_byte(folder / name for name in (*train.files, *val.files))
-    content = b"".join((folder / name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
-    text = f"{folder}: prepared, {sum(train.sizes):,} tokens to train on"
-    return text, hashlib.sha256(content).hexdigest()
+def look_at_shards(folders: list[Path]) -> tuple[str, str]:
+    content = hashlib.sha256()
+    tokens = 0
+    for folder in folders:
+        train = TokenShards(folder, "train")  # raises if a shard is missing or has another size
+        val = TokenShards(folder, "val")
+        read_a_byte(folder / name for name in (*train.files, *val.files))
+        for name in (MANIFEST, "tokenizer.json"):
+            content.update((folder / name).read_bytes())
+        tokens += sum(train.sizes)
+    what = folders[0] if len(folders) == 1 else f"{len(folders)} folders such as {folders[0]}"
+    return f"{what}: prepared, {tokens:,} tokens to train on", content.hexdigest()
 
 
 def look_at_text(config: Config) -> tuple[str, str]:
@@ -55,13 +61,13 @@ def look_at_text(config: Config) -> tuple[str, str]:
     sources = config.data.named_sources()
     files = []
     for name, source in sources.items():
-        if not find_prepared(source.input):
+        if not prepared_folders(source):
             files += find_files(source, config.data.field_of(name))
     read_a_byte(file.path for file in files if file.path and not is_remote(file.path))
     size = gigabytes(sum(file.size for file in files))
     is_hub = any(not file.path for file in files)
     what = "a hub dataset, not looked at" if is_hub else f"{len(files)} file(s), {size} GB"
-    text = f"{', '.join(source.input for source in sources.values())}: {what}"
+    text = f"{', '.join(source.title for source in sources.values())}: {what}"
     content = json.dumps([[file.name, file.size] for file in files]).encode()
     return text, hashlib.sha256(content).hexdigest()
 
@@ -73,11 +79,12 @@ def read_a_byte(paths: Iterable[str | Path]) -> None:
             file.read(1)
 
 
-def prepared_folder(config: Config) -> Path | None:
-    for folder in (Path(config.data.input), Path(config.run.dir, "data")):
-        if find_prepared(folder):
-            return folder
-    return None
+def folders_in_use(config: Config) -> list[Path]:
+    """The prepared folders that a run reads; none if its text is not prepared yet."""
+    found = prepared_folders(config.data.as_source())
+    folders = [Path(folder) for folder in found if not is_remote(folder)]
+    own = Path(config.run.dir, "data")
+    return folders or ([own] if find_prepared(own) else [])
 
 
 def tokenizer(ranks: Ranks) -> Found:
@@ -89,8 +96,9 @@ def compare_tokenizers(config: Config) -> Found:
     """Whether tokenizer, prepared data and the checkpoints to go on from belong together."""
     spec = config.data.tokenizer
     used = spec
-    folder = prepared_folder(config)
-    if folder:
+    folders = folders_in_use(config)
+    if folders:
+        folder = folders[0]
         manifest = read_manifest(folder)
         current = Tokenizer.load(folder)
         used = manifest["tokenizer"]["name"]
@@ -121,7 +129,7 @@ def compare_checkpoints(config: Config, current: Tokenizer) -> str:
         if trained_with not in (None, current.sha256):
             raise UserError(
                 f"{folder} was trained with another tokenizer"
-                f" than data.input={config.data.input} has"
+                f" than data.input={config.data.title} has"
             )
         if trained_with:
             text += f", as {folder}"

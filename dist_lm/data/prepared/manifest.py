@@ -117,7 +117,7 @@ class Manifest(CheckedModel):
     """
 
     tokenizer: TokenizerEntry
-    settings: dict[str, Setting | dict[str, Setting]] = {}
+    settings: dict[str, Setting | list[Setting] | dict[str, Setting]] = {}
     splits: SplitEntries
     sources: Annotated[list[SourceEntry], FailFast()]
 

@@ -25,6 +25,7 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
+from dist_lm.runtime.device import prepare_device
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from dist_lm.runtime.watchdog import Watchdog
@@ -54,6 +55,7 @@ def start(
     _refuse_unsafe_loading()
     _refuse_missing_trackers(config.run.trackers)
     strategy = choose_strategy(launch)
+    prepare_device(config)
 
     settings = None
     if strategy.stage:
@@ -135,7 +137,8 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
         )
     refuse_combinations(strategy, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return zero_settings(strategy, config, batch_layout(config, world_size))
+    layout = batch_layout(config, world_size)
+    return zero_settings(strategy, config, layout, on_gpu=torch.cuda.is_available())
 
 
 # --- meeting the others

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_lm.model.dropout import GOLDEN, dropout, mix, signed
+from dist_lm.model.dropout import GOLDEN, dropout, keys_of_places, mix, signed
 
 
 def splitmix(state: int) -> int:
@@ -31,7 +31,8 @@ def test_hash_is_splitmix64() -> None:
 def mask_of(
     keys: list[int], place: int = 1, rate: float = 0.1, shape: tuple[int, int] = (64, 48)
 ) -> Tensor:
-    return dropout(torch.ones(len(keys), *shape), torch.tensor(keys), place, rate)
+    place_keys_B = keys_of_places(torch.tensor(keys), place + 1)[place]
+    return dropout(torch.ones(len(keys), *shape), place_keys_B, rate)
 
 
 def test_dropout_mask_follows_from_the_key_by_hand() -> None:

@@ -232,7 +232,8 @@ def _what_must_be_equal(config: Config) -> dict[str, str]:
     }
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
-        facts[f"data.input={source.input}"] = _as_seen_here(Path(source.input))
+        for one in source.inputs:
+            facts[f"data.input={one}"] = _as_seen_here(Path(one))
     return facts
 
 

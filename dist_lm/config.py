@@ -21,8 +21,13 @@ from dist_lm.errors import UserError, did_you_mean
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
 FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1  # of a whole number: it fits a tensor
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+# Sizes of a network, far above any that was ever trained: a slip of the finger or a hostile
+# config.json ends here, and not in a table of a billion layers.
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=10**6)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
@@ -60,9 +65,8 @@ def is_list(info: FieldInfo) -> bool:
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
     if of % value == 0:
         return
-    divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0]
-    below = [divisor for divisor in divisors if divisor < value][-1:]
-    above = [divisor for divisor in divisors if divisor > value][:1]
+    below = [divisor for divisor in range(1, min(value, of + 1)) if of % divisor == 0][-1:]
+    above = [divisor for divisor in range(value + 1, of + 1) if of % divisor == 0][:1]
     nearest = ", ".join(str(divisor) for divisor in below + above)
     raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest}")
 
@@ -75,13 +79,11 @@ def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
 class ModelConfig(Section):
     """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
 
-    layers: Positive = Field(4, description="Number of transformer blocks.")
-    heads: Positive = Field(4, description="Attention heads.")
-    kv_heads: Positive = Field(
-        FOLLOWS, description="Key/value heads (GQA); unset: as many as heads."
-    )
-    width: Positive = Field(128, description="Width of the residual stream.")
-    ffn_width: Positive = Field(
+    layers: Layers = Field(4, description="Number of transformer blocks.")
+    heads: Width = Field(4, description="Attention heads.")
+    kv_heads: Width = Field(FOLLOWS, description="Key/value heads (GQA); unset: as many as heads.")
+    width: Width = Field(128, description="Width of the residual stream.")
+    ffn_width: Width = Field(
         FOLLOWS,
         description="Hidden width of the feed-forward; unset: 4 x width"
         " (swiglu: 8/3, rounded up to 64).",

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lm import families
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.errors import DivergedError, UserError
-from dist_lm.model import hf
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
@@ -344,8 +344,8 @@ def save(run: Run, last: bool) -> None:
         data_identity=run.data.identity,
     )
     contents = {
-        "config.json": hf.config_json(spec, tokenizer.eot),
-        "generation_config.json": hf.generation_config_json(tokenizer.eot),
+        "config.json": families.config_json(spec, tokenizer.eot),
+        "generation_config.json": families.generation_config_json(tokenizer.eot),
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}

@@ -12,12 +12,13 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from dist_lm.console import duration, is_terminal, say, shorten, warn
+from dist_lm.console import duration, say, shorten, warn
 from dist_lm.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class ProgressLine:
     def __init__(self, steps: int | None, mfu_per_rate: float):
         self._steps = steps
         self._mfu_per_rate = mfu_per_rate
-        self._is_terminal = is_terminal()
+        self._is_terminal = sys.stdout.isatty()
         # What makes a terminal's line give way to other text.
         self._clear = "\r\x1b[K" if self._is_terminal else ""
         self._seconds_between = TERMINAL_SECONDS if self._is_terminal else PLAIN_SECONDS
@@ -353,7 +354,8 @@ class Trackers:
 def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The steps and the evaluations of a run in order.
 
-    The last line of each stands; torn lines are passed over.
+    The last line of each stands; torn lines are passed over. Of one step the validation sets are in
+    the order of training, whose first one decides which checkpoint is the best.
     """
     path = Path(run_dir, FILE)
     steps = {}
@@ -373,7 +375,7 @@ def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[s
             f"{path}: {error.strerror}; rule: the folder of a run that made a step"
         ) from None
     steps_in_order = [steps[step] for step in sorted(steps)]
-    evaluations_in_order = [evaluations[key] for key in sorted(evaluations)]
+    evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
     return steps_in_order, evaluations_in_order
 
 

@@ -8,24 +8,51 @@ from typing import Any
 from dist_lm.checkpoint.load import read_model
 from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout, flat
-from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.console import count
+from dist_lm.data.dataset import Dataset, open_dataset, validation_folders
 from dist_lm.data.prepared.manifest import find_prepared
 from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError, UserError
+from dist_lm.model.gpt import GPT
 from dist_lm.runtime.start import start
+from dist_lm.runtime.world import Runtime
 from dist_lm.validate import validate
 
 OF_TRAINING = ("stream", "sources", "stages", "validation", "packing")  # fields of data
 
 
-def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> None:
+def score(
+    ckpt: str, settings: dict[str, Any], scratch: str, average: bool, as_json: bool = False
+) -> None:
     """Print the figures; raw text is prepared into `scratch` with the checkpoint's tokenizer."""
     model, tokenizer, folder = read_model(ckpt, average)
     config = settings_for(folder, model.seq_len, settings, scratch)
-    world = start(config)
+    inputs = {"": config.data.input}
+    if "data.input" not in settings:
+        inputs = inputs_of_run(folder) or inputs
+    runtime = start(config)
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing has to be saved
         signal.signal(number, signal.SIG_DFL)
-    data = open_dataset(config, world.on_main, training=False)
+    model.to(runtime.device)
+    sets = []
+    for name, where in inputs.items():
+        data = config.data.model_copy(update={"input": where})
+        of_set = config.model_copy(update={"data": data})
+        sets.append(score_set(runtime, model, tokenizer, of_set, folder) | {"name": name})
+    sets[0]["decides"] = len(sets) > 1
+    if as_json:
+        print(json.dumps({"checkpoint": str(folder), "sets": sets}, indent=1))
+    else:
+        print("\n".join(describe(folder, figures) for figures in sets))
+    runtime.close()
+
+
+def score_set(
+    runtime: Runtime, model: GPT, tokenizer: Tokenizer, config: Config, folder: Path
+) -> dict[str, Any]:
+    """The figures of one text, and what they are of."""
+    data = open_dataset(config, runtime.on_main, training=False)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
             f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s"
@@ -39,16 +66,35 @@ def score(ckpt: str, settings: dict[str, Any], scratch: str, average: bool) -> N
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of"
             f" data.input={config.data.input} has {longest}; nearest: {max(longest - 1, 1)}"
         )
-    model.to(world.device)
-    figures = validate(world, model, shards, config, batch_layout(config, 1), tokenizer)
-    scored = min(sequences, config.run.eval_batches * config.data.global_batch)
-    print(
-        f"{folder}: {scored:,} of {sequences:,} sequences of {length} tokens,"
-        f" {part} of {config.data.input}"
-    )
-    for name, value in figures.items():
-        print(name, value)
-    world.close()
+    figures = validate(runtime, model, shards, config, batch_layout(config, 1), tokenizer)
+    return {
+        "input": config.data.input,
+        "part": part,
+        "decides": False,
+        "seq_len": length,
+        "scored": min(sequences, config.run.eval_batches * config.data.global_batch),
+        "sequences": sequences,
+        "figures": figures,
+    }
+
+
+def describe(folder: Path, of_set: dict[str, Any]) -> str:
+    """The figures of one text, under a line that says what they are of."""
+    name = f" {of_set['name']}:" if of_set["name"] else ""
+    mark = "; this set decides which checkpoint is the best" if of_set["decides"] else ""
+    lines = [
+        f"{folder}:{name} {of_set['scored']:,} of {count(of_set['sequences'], 'sequence')} of"
+        f" {of_set['seq_len']} tokens, {of_set['part']} of {of_set['input']}{mark}"
+    ]
+    lines += [f"{name} {value}" for name, value in of_set["figures"].items()]
+    return "\n".join(lines)
+
+
+def inputs_of_run(folder: Path) -> dict[str, str]:
+    """The validation sets of a checkpoint's run by name, if it has several."""
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    found = validation_folders(resolve((str(folder), flat(state["config"]))), folder.parent)
+    return found if len(found) > 1 else {}
 
 
 def settings_for(folder: Path, context: int, settings: dict[str, Any], scratch: str) -> Config:

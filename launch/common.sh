@@ -17,7 +17,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/net.sh"
 
 script=$(basename "$0")
-say() { echo "$script: $*" >&2; }
+# In a process of its own, which ends if nobody reads the stream any more.
+say() { (echo "$script: $*" >&2); }
 refuse() { say "error: $*"; exit 2; }
 
 gpus() {
@@ -138,7 +139,7 @@ for ((start = 0; ; start++)); do
         refuse "--port $port: port $master_port is in use on this host; choose another"
     fi
     make_command
-    echo "+ ${command[*]}"
+    (echo "+ ${command[*]}")
     [[ -z $dry_run ]] || exit 0
     run_command
     code=$?

@@ -1,9 +1,11 @@
 """report.py: the table, the picture, and errors in one line."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
+from dist_lm.curves import draw_run
 from dist_lm.errors import UserError
 from dist_lm.report import main
 
@@ -42,6 +44,15 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
+def add_evaluations(run, names):
+    """Replace the evaluations by one of several sets, the later ones with lower losses."""
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "val" not in line]
+    for number, name in enumerate(names):
+        figures = {"val_loss": 1.5 - number / 10, "val_perplexity": 1, "val_bits_per_byte": 0.9}
+        lines.append(json.dumps({"step": 3, "val_set": name, **figures}))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def test_comparison(runs, capsys):
     main(["slow", "fast", "--output", "both.png"])
     assert capsys.readouterr().out.splitlines() == [
@@ -51,6 +62,28 @@ def test_comparison(runs, capsys):
         "drawn: both.png",
     ]
     assert (runs / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_is_that_of_the_set_that_decides(runs, capsys):
+    """The first one of each evaluation, although another one's loss is lower."""
+    add_evaluations(runs / "fast", ("zoo", "animals"))
+    main(["fast", "--output", "x.png", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    (run,) = found["runs"]
+    assert (run["run"], run["steps"], run["seconds"]) == ("fast", 3, 15.0)
+    assert (run["best"]["val_set"], run["best"]["val_loss"]) == ("zoo", 1.5)
+    assert found["picture"] == "x.png"
+
+
+def test_each_validation_set_has_its_own_colour_and_marker(runs):
+    axes = Mock()
+    add_evaluations(runs / "fast", ("zoo", "animals", "zoo of ema"))
+    colors = (f"C{number}" for number in range(9))
+    draw_run(axes, "fast", runs / "fast", colors)
+    drawn = [how.kwargs for how in axes.plot.call_args_list if "marker" in how.kwargs]
+    assert [how["label"] for how in drawn] == ["fast: zoo", "fast: animals", "fast: zoo of ema"]
+    assert [how["color"] for how in drawn] == ["C1", "C2", "C3"]
+    assert len({how["marker"] for how in drawn}) == 3
 
 
 def test_where_the_picture_goes(runs):
@@ -68,7 +101,9 @@ def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert "python -m dist_lm.report RUN [RUN ...] [--output PNG]" in capsys.readouterr().out
+    assert (
+        "python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +119,7 @@ def test_help_names_the_command(capsys):
         (["slow", "--outptu", "x.png"], "unknown flag --outptu; did you mean --output?", 2),
         (
             ["--output", "x.png"],
-            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG]",
+            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]",
             2,
         ),
         (

@@ -5,26 +5,23 @@ have been damaged or tampered with since, so a checkpoint is verified before it 
 whatever lies there instead of what we wrote is refused with a UserError after bounded work.
 """
 
-import errno
 import hashlib
-import json
 import os
 import re
 import shutil
 import stat
-import sys
 from collections.abc import Callable
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_lm.data.prepared.manifest import FILE_NAME, SHA256
-from dist_lm.errors import CheckpointError, UserError
+from dist_lm import outside
+from dist_lm.errors import CheckpointError, UserError, nearest
+from dist_lm.outside import FILE_NAME, SHA256, open_regular
 
 FORMAT = 1  # of the manifest
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
 _LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
-_LARGEST_JSON = 128 * 2**20  # bytes
 _LONGEST_NAME = 255  # characters that a message shows of a file name
 
 
@@ -80,13 +77,15 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     if path.is_dir():
         folder, passed_over = newest_valid(path)
         for why in passed_over:
-            say(f"warning: passed over {why}")
+            say(f"passed over {why}")
         if folder is None:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    is_hub_name = not path.is_absolute() and not name.startswith(".") and name.count("/") == 1
+    if not is_hub_name or path.parent.is_dir():
         raise CheckpointError(
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
+            f"{_neighbours(path)}"
         )
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
@@ -96,6 +95,18 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         raise CheckpointError(
             f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
         ) from error
+
+
+def _neighbours(path: Path) -> str:
+    """Text that names what is there instead: the steps of the run, or the nearest folder."""
+    if step_folders(path.parent):
+        steps = [folder.name for folder in step_folders(path.parent)]
+        return f"; {path.parent} has {', '.join(steps[-8:])}"
+    folders: list[Path] = []
+    if path.parent.is_dir():
+        folders = [folder for folder in path.parent.iterdir() if folder.is_dir()]
+    guess = nearest(str(path), folders)
+    return f"; did you mean {guess}?" if guess else ""
 
 
 # --- checking
@@ -156,7 +167,7 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise _damaged(path, "is missing or not a regular file")
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             actual_size = os.fstat(file.fileno()).st_size
             if actual_size != size:
                 raise _damaged(path, f"has {actual_size} bytes, the manifest says {size}")
@@ -168,34 +179,9 @@ def _check_file(path: Path, size: int, sha256: str) -> None:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
 
 
-def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, largest: int = outside.LARGEST) -> dict[str, Any]:
     """A JSON object of a checkpoint."""
-    try:
-        with _open_regular(path) as file:
-            data = file.read(largest + 1)
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
-    if len(data) > largest:
-        raise _damaged(path, f"has more than {largest} bytes")
-    try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "not valid JSON") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "must be a JSON object")
-    return content
-
-
-def _open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading.
-
-    Refuses pipes and devices, where opening or reading may wait for ever.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")
+    return outside.read_json(path, partial(_damaged, path), largest)
 
 
 def _damaged(path: Path, why: str) -> UserError:
@@ -247,8 +233,3 @@ def _free_name(run_dir: Path, name: str) -> Path:
     while os.path.lexists(run_dir / f"replaced-{number}-{name}"):
         number += 1
     return run_dir / f"replaced-{number}-{name}"
-
-
-def warn(text: str) -> None:
-    """From the saver's thread, where no progress line may be touched."""
-    print(f"warning: {text}", file=sys.stderr)

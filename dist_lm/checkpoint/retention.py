@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import remove, step_folders, step_of, verify, warn
+from dist_lm.checkpoint.folder import remove, step_folders, step_of, verify
 from dist_lm.checkpoint.state import read_state
+from dist_lm.console import warn
 from dist_lm.errors import UserError
 
 

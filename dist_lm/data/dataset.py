@@ -26,7 +26,7 @@ from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.preparing import prepare_dataset
+from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
@@ -115,11 +115,8 @@ def open_dataset(
     """Open the sources, after rank 0 has prepared what they need. All ranks."""
     data = config.data
     folder = Path(config.run.dir) / "data"
-    prepared: dict[str, str] = {}  # inputs that are prepared folders, by name
-    for name, spec in (data.named_sources() | data.validation).items():
-        if find_prepared(spec.input):
-            prepared[name] = spec.input
-    if len(data.named_sources()) == 1 and not data.stream and not data.validation:
+    prepared = _prepared_inputs(data)
+    if _is_one_folder(data):
         (name,) = data.named_sources()
 
         def prepare() -> None:  # the manifest is read again by each rank
@@ -132,6 +129,68 @@ def open_dataset(
     return _open_sources(config, folder, prepared, streams)
 
 
+def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
+    """The prepared folders or URLs of a run, by name, and the files of its text. Writes nothing.
+
+    Raises what open_dataset() would raise before it reads any text, so doctor calls this on every
+    rank.
+    """
+    data = config.data
+    folder = Path(config.run.dir) / "data"
+    prepared = _prepared_inputs(data)
+    if not _is_one_folder(data):
+        preparation = _Preparation(config, folder, prepared, say=_be_silent)
+        files = preparation.look()
+        if not files:
+            _open_sources(config, folder, prepared, {})
+        return prepared, files
+    (name,) = data.named_sources()
+    if name not in prepared:
+        work = Preparation(data, folder, name, say=_be_silent)
+        if not work.look():
+            return {}, work.reader.files
+        prepared[name] = str(folder)
+    _open_prepared_folder(config, name, prepared[name], training=True)
+    return prepared, []
+
+
+def validation_folders(config: Config, run_dir: Path) -> dict[str, str]:
+    """Where a run that was started has its validation sets, by name; the first one decides.
+
+    They are prepared folders or URLs. The split `val` is that of the run.
+    """
+    data = config.data
+    folder = run_dir / "data"
+    prepared = _prepared_inputs(data)
+    specs = data.named_sources()
+    if _is_one_folder(data):
+        (name,) = specs
+        return {"val": prepared.get(name, str(folder))}
+    found = {name: prepared.get(name, str(folder / "val" / name)) for name in data.validation}
+    for name in specs:
+        kept = folder / ("val" if data.stream else "sources") / name
+        found["val" if len(specs) == 1 else name] = prepared.get(name, str(kept))
+    return {name: where for name, where in found.items() if find_prepared(where)}
+
+
+def _be_silent(text: str) -> None:
+    """What preparing would say is of no use to who only looks."""
+
+
+def _prepared_inputs(data: DataConfig) -> dict[str, str]:
+    """The inputs that are prepared folders or URLs, by name."""
+    prepared = {}
+    for name, spec in (data.named_sources() | data.validation).items():
+        if find_prepared(spec.input):
+            prepared[name] = spec.input
+    return prepared
+
+
+def _is_one_folder(data: DataConfig) -> bool:
+    """Whether one prepared folder holds all of a run's data."""
+    return len(data.named_sources()) == 1 and not data.stream and not data.validation
+
+
 # --- opening, on all ranks
 
 
@@ -139,7 +198,7 @@ def _open_prepared_folder(config: Config, name: str, where: str, training: bool)
     """The dataset whose only source and whose validation set are the splits of one folder."""
     train = _open_alone(config, name, _open_shards(where, "train", config.data))
     val = {"val": _open_shards(where, "val", config.data)}
-    return _checked(config, {name: train}, train, val, _tokenizer_of(where), training)
+    return _checked(config, {name: train}, train, val, tokenizer_of(where), training)
 
 
 def _open_sources(
@@ -151,26 +210,23 @@ def _open_sources(
     """The dataset of streams, of several sources, or with validation sets of its own."""
     data = config.data
     specs = data.named_sources()
-    tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
+    tokenizer = tokenizer_of(next(iter(prepared.values()), str(folder)))
     excluded = _validation_hashes(config, folder)
-    val: dict[str, TokenShards] = {}
-    for name in data.validation:
-        val[name] = _open_shards(prepared.get(name, str(folder / "val" / name)), "val", data)
     sources: dict[str, Source] = {}
     alone = None
     for name in specs:
         where = prepared.get(name, str(folder / "sources" / name))
         if name in streams:
-            where = str(folder / "val" / name)
             sources[name] = _open_stream(config, name, streams[name], tokenizer, excluded)
         elif len(specs) == 1:
             alone = _open_alone(config, name, _open_shards(where, "train", data))
             sources[name] = alone
         else:
             sources[name] = _open_in_mixture(config, name, _open_shards(where, "train", data))
-        if config.run.eval_every and find_prepared(where):
-            val_name = "val" if len(specs) == 1 else name
-            val[val_name] = _open_shards(where, "val", data)
+    val = {}
+    for name, where in validation_folders(config, folder.parent).items():
+        if config.run.eval_every or name in data.validation:
+            val[name] = _open_shards(where, "val", data)
     with_sequences = {name: shards for name, shards in val.items() if shards.count(data)}
     return _checked(config, sources, alone, with_sequences, tokenizer)
 
@@ -240,7 +296,7 @@ def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
     return TokenShards(where, split, ShardCache(where, cache, round(data.cache_gb * 1e9)))
 
 
-def _tokenizer_of(folder: str) -> Tokenizer:
+def tokenizer_of(folder: str) -> Tokenizer:
     """The tokenizer of a prepared folder or URL, or of a run's data folder."""
     if not is_remote(folder):
         return Tokenizer.load(folder)
@@ -328,14 +384,40 @@ class _Preparation:
                 own = self._folder / "sources" / name
                 prepare_dataset(data, own, _cores(), self._say, name, excluded, tokenizer)
             return {}
-        streams: dict[str, dict[str, list[Any]]] = {}
-        for name, reader in self._raw.items():
-            streams[name] = {"files": [*reader.files], "parts": [*reader.parts(data.lanes)]}
-        _refuse_changed(streams, self._folder / "streams.json")
+        record = self._folder / "streams.json"
+        streams = self._find_streams()
+        if streams and not record.is_file():
+            write_json(record, _files_of(streams))
         for name, reader in self._raw.items():
             self._describe(name, reader, len(streams[name]["parts"]))
             if self._config.run.eval_every and data.val_fraction:
                 self._keep_first_held_out(name, reader, tokenizer)
+        return streams
+
+    def look(self) -> list[TextFile]:
+        """The files of all text. Refuses what run() would; nothing is read or written."""
+        if self._prepared:
+            self._make_tokenizer()
+        if self._config.data.stream:
+            self._find_streams()
+        else:
+            for name in self._raw:
+                own = self._folder / "sources" / name
+                Preparation(self._config.data, own, name, self._say).look()
+        for reader in self._raw_validation.values():
+            reader.refuse_missing_hub()
+        readers = [*self._raw.values(), *self._raw_validation.values()]
+        return [file for reader in readers for file in reader.files]
+
+    def _find_streams(self) -> dict[str, dict[str, list[Any]]]:
+        """The files and parts of each stream, which are as they were when the run began."""
+        streams: dict[str, dict[str, list[Any]]] = {}
+        for name, reader in self._raw.items():
+            parts = reader.parts(self._config.data.lanes)
+            streams[name] = {"files": [*reader.files], "parts": [*parts]}
+        record = self._folder / "streams.json"
+        if record.is_file():
+            _refuse_changed(_files_of(streams), json.loads(record.read_bytes()))
         return streams
 
     def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
@@ -351,11 +433,11 @@ class _Preparation:
         """The one tokenizer of the prepared folders, or else one learned for the run."""
         if not self._prepared:
             learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
-            return _tokenizer_of(str(self._folder))
+            return tokenizer_of(str(self._folder))
         first, *others = self._prepared.values()
-        tokenizer = _tokenizer_of(first)
+        tokenizer = tokenizer_of(first)
         for other in others:
-            if _tokenizer_of(other).sha256 != tokenizer.sha256:
+            if tokenizer_of(other).sha256 != tokenizer.sha256:
                 raise DataError(
                     f"{other} has another tokenizer than {first}; rule: one for all; nearest:"
                     f" prepare it with --tokenizer {first}"
@@ -401,15 +483,17 @@ class _Preparation:
             )
 
 
-def _refuse_changed(streams: Mapping[str, Mapping[str, Sequence[Any]]], record: Path) -> None:
+def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
+    """The files of each stream, as streams.json has them."""
+    return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
+
+
+def _refuse_changed(
+    now: Mapping[str, list[list[Any]]], before: Mapping[str, list[list[Any]]]
+) -> None:
     """Refuse files that are not as they were when the run began: its cursors would not fit them."""
-    now = {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
-    if not record.is_file():
-        if now:
-            write_json(record, now)
-        return
     rule = "rule: a stream's files stay; nearest:"
-    for name, files in json.loads(record.read_bytes()).items():
+    for name, files in before.items():
         # Size and mark of each file by its name; the path in between may change.
         found = {file: marks for file, _, *marks in now.get(name, [])}
         for file, path, *marks in files:

@@ -194,4 +194,4 @@ class StreamSource:
         """Never: what a stream has is known only when it is read."""
 
     def search(self, text: str, tokenizer: Tokenizer) -> Search:
-        return StreamSearch(text, tokenizer)
+        return StreamSearch(text, tokenizer, self.spec.reader)

@@ -164,7 +164,7 @@ class Runtime:
         Standard output is for what a command prints as its result.
         """
         if self.is_main:
-            console.say(text, channel="stderr")
+            console.say(console.printable(text), channel="stderr")
 
     def profiler(self, steps: int, trace: Path) -> Any:
         """A torch profiler that traces `steps` steps after two of warm-up. Rank 0 writes the file.
@@ -224,7 +224,7 @@ class Runtime:
             self.attempt.lock.release()
 
         print(
-            f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}",
+            f"error: rank {self.rank} on {socket.gethostname()} ends: {console.printable(reason)}",
             file=sys.stderr,
             flush=True,
         )

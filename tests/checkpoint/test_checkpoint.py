@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dist_lm import families
 from dist_lm.channel import Channel
 from dist_lm.checkpoint import layout, retention, writing
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
@@ -34,7 +35,6 @@ from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
@@ -65,7 +65,7 @@ def training_of(config: ModelConfig) -> tuple[GPT, torch.optim.Optimizer, Tokeni
 def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> Path:
     model, optimizer, tokenizer = trained
     texts = {
-        "config.json": hf.config_json(
+        "config.json": families.config_json(
             ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         ),
         "state.json": {"step": step, "val_loss": val_loss},
@@ -134,7 +134,10 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         (lambda f: (f / "manifest.json").write_text(""), "manifest.json: not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object"),
         (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: is not of format 1"),
-        (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file or directory"),
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            "manifest.json: cannot be read (No such file or directory)",
+        ),
         (lambda f: _edit(f, step=4), "manifest.json: belongs to step 4"),
         (lambda f: _edit(f, step=True), "manifest.json: its step is not a number >= 0"),
         (lambda f: _edit(f, step=-2), "manifest.json: its step is not a number >= 0"),
@@ -177,11 +180,11 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         ),
         (
             lambda f: (f / "manifest.json").write_text("[" * 100_000),
-            "manifest.json: not valid JSON",
+            "manifest.json: not usable JSON: deeper than 64 levels",
         ),
         (
             lambda f: (f / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}"),
-            "manifest.json: not valid JSON",
+            "manifest.json: not usable JSON: Exceeds the limit",
         ),
         (
             lambda f: (f / "manifest.json").write_bytes(b'{"\xff": 1}'),
@@ -189,9 +192,12 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         ),
         (
             lambda f: (f / "manifest.json").write_text("{}" + " " * 2**20),
-            "manifest.json: has more than 1048576 bytes",
+            "manifest.json: has more than 1,048,576 bytes",
         ),
-        (lambda f: _pipe(f / "manifest.json"), "manifest.json: not a regular file"),
+        (
+            lambda f: _pipe(f / "manifest.json"),
+            "manifest.json: cannot be read (not a regular file)",
+        ),
         (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
         (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
         (
@@ -289,7 +295,7 @@ def test_a_manifest_that_is_a_dangling_link_is_damage(trained: Any, tmp_path: Pa
     folder = write(tmp_path, 1, trained)
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").symlink_to("nowhere")
-    with pytest.raises(UserError, match="manifest.json: No such file or directory"):
+    with pytest.raises(UserError, match=r"manifest.json: cannot be read \(No such file"):
         read_model(str(folder))
 
 
@@ -392,7 +398,9 @@ class Saves:
 
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
-        config = hf.config_json(ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
+        config = families.config_json(
+            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+        )
         texts = {
             "config.json": json.dumps(config),
             "state.json": json.dumps({"step": step, "val_loss": val_loss}),
@@ -658,6 +666,23 @@ def test_no_model_here(tmp_path: Path) -> None:
         read_model(str(tmp_path / "x"))
 
 
+def test_a_step_that_is_gone_names_those_that_exist(trained: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path / "runs/mine", step, trained)
+    steps = r"; .*/runs/mine has step-00000001, step-00000002$"
+    with pytest.raises(UserError, match=steps):
+        read_model(str(tmp_path / "runs/mine/step-00000003"))
+    with pytest.raises(UserError, match=r"; did you mean .*/runs/mine\?$"):
+        read_model(str(tmp_path / "runs/mien"))
+
+
+def test_a_run_that_is_gone_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/mien: no such folder; .*mean runs/mine\?$"):
+        read_model("runs/mien")
+
+
 def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
     folder = write(tmp_path, 1, trained)
     (folder / "manifest.json").unlink()
@@ -797,7 +822,9 @@ def save_together(
     messages = messages or Messages(len(by_rank))
     texts = {
         "config.json": json.dumps(
-            hf.config_json(ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
+            families.config_json(
+                ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+            )
         ),
         "state.json": "{}",
     }

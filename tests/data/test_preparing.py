@@ -497,7 +497,7 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
             "data.tokenizer='bpe:1': bpe:N must have at least 256 bytes",
         ),
         ("--output d --input no/such.txt", 65, "data.input='no/such.txt': no such file"),
-        ("--verify d", 65, "d/dataset.json: not a readable manifest (FileNotFoundError)"),
+        ("--verify d", 65, "d/dataset.json: cannot be read (No such file or directory)"),
     ],
 )
 def test_command_line_errors(

@@ -50,7 +50,8 @@ def encode_pieces(
     """Pieces with their tokens, in order. Workers load the tokenizer from `folder`."""
     if processes == 1:
         for piece in pieces:
-            yield piece, np.array(tokenizer.encode(piece.text), tokenizer.dtype)
+            (tokens,) = tokenizer.encode_arrays([piece.text])
+            yield piece, tokens
         return
     jobs = _make_jobs(pieces)
     pool = WorkerPool(folder, tokenizer.dtype, processes)
@@ -177,7 +178,7 @@ def serve(path: str, descriptor: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             texts = [text.decode() for text in pipe.recv_bytes().split(SEPARATOR)]
-            encoded = [np.array(ids, tokenizer.dtype) for ids in tokenizer.encode_batch(texts)]
+            encoded = tokenizer.encode_arrays(texts)
             sizes = np.array([len(ids) for ids in encoded])
             pipe.send_bytes(sizes.tobytes())
             pipe.send_bytes(np.concatenate(encoded).tobytes())

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from dist_lm.config import DataConfig
 from dist_lm.data.prepared.holdout import SplitDocument, document_hash, held_out
 from dist_lm.data.prepared.preparing import read_beginning
@@ -107,7 +105,7 @@ def _write_first_held_out(
         number, texts = document_hash(stretches)
         if held_out(number, val_fraction):
             for piece in writer.cut(reader, SplitDocument(writer.split, source, row, texts)):
-                ids = np.array(tokenizer.encode(piece.text), tokenizer.dtype)
+                (ids,) = tokenizer.encode_arrays([piece.text])
                 writer.add(piece, ids)
                 tokens += len(ids)
             hashes.append(number)

@@ -50,10 +50,12 @@ def prepare_dataset(
     `data.tokenizer` says, unless one is given.
     """
     work = Preparation(data, Path(folder), name, say)
-    if find_prepared(folder):
-        return work.read_finished()
-    work.find_text()
-    state = work.read_state() or work.begin(tokenizer)
+    finished = work.look()
+    if finished:
+        return finished
+    for stray in work.folder.glob("tmp-*"):
+        stray.unlink()
+    state = work.state or work.begin(tokenizer)
     tokenizer = Tokenizer.load(folder)
     splits, skipped = work.write_shards(state, tokenizer, excluded, processes)
     more = {"settings": work.settings, "skipped": dict(sorted(skipped.items()))}
@@ -104,6 +106,17 @@ class Preparation:
         self.settings["tokenizer"] = data.tokenizer
         self.settings["val_fraction"] = data.val_fraction
 
+    def look(self) -> dict[str, Any] | None:
+        """Find what is there: the manifest of a finished preparation, or the text to prepare.
+
+        Refuses what cannot be prepared here. Nothing is written, so doctor calls it too.
+        """
+        if find_prepared(self.folder):
+            return self.read_finished()
+        self.find_text()
+        self.state = self.read_state()
+        return None
+
     def read_finished(self) -> dict[str, Any]:
         """The manifest of a folder that was prepared before."""
         manifest = read_manifest(self.folder)
@@ -123,11 +136,10 @@ class Preparation:
             if not file.path or folder not in Path(file.path).resolve().parents:
                 files.append(file)
         self.reader = Reader(self.spec, files, self.data.bad_rows, self.field)
+        self.reader.refuse_missing_hub()
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""
-        for stray in self.folder.glob("tmp-*"):
-            stray.unlink()
         if not (self.folder / PROGRESS).is_file():
             return None
         state: SavedState = json.loads((self.folder / PROGRESS).read_bytes())
@@ -184,6 +196,9 @@ class Preparation:
 
         Returns the splits' entries in the manifest, and what was left out.
         """
+        reason = tokenizer.why_slow()
+        if reason and not tokenizer.atomic:
+            self.say(f"encoding with tokenizers, not with the faster tiktoken: {reason}")
         skipped: Counter[str] = Counter()
         writers = {}
         for split in ("train", "val"):

@@ -120,6 +120,13 @@ class Reader:
                 parts.append(Part(number, begin, end))
         return parts
 
+    def refuse_missing_hub(self) -> None:
+        """Raise if the name of a hub dataset leads to none, before anything is read."""
+        for file in self.files:
+            if not file.path:
+                with self._naming(file, Counter()):
+                    open_hub_dataset(file, self.spec)
+
     def where(self, file: int, row: int) -> str:
         """The place of a document, for messages."""
         return f"{self.files[file].path or self.files[file].name}: row {row}"

@@ -79,7 +79,8 @@ def open_hub_dataset(dataset: TextFile, spec: SourceConfig) -> Any:
         )
     except (ValueError, OSError) as error:
         raise DataError(
-            f"no such file here, and no hub dataset to be had: {one_line(error)}"
+            f"no such file here, and no hub dataset to be had: {one_line(error)};"
+            " a folder of token shards is made by python -m dist_lm.prepare"
         ) from error
     # Only Parquet can be cut finer than its files; other formats raise.
     with contextlib.suppress(NotImplementedError):

@@ -42,10 +42,12 @@ def validate(
         for _ in range(steps):
             for micro in batches.take().micros:
                 loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
-                targets = micro.targets_BT[micro.targets_BT != NO_TARGET]
+                # Sums over a mask: choosing the targets would need their number on the host.
+                is_target = micro.targets_BT != NO_TARGET
+                bytes_BT = token_bytes[micro.targets_BT * is_target]
                 sums[0] += loss
-                sums[1] += targets.numel()
-                sums[2] += token_bytes[targets].sum()
+                sums[1] += is_target.sum()
+                sums[2] += (bytes_BT * is_target).sum()
     batches.close()
     loss_sum, targets_sum, bytes_sum = runtime.sum(sums).tolist()
     mean_loss = loss_sum / targets_sum

@@ -254,10 +254,13 @@ def _short_hash(text: str) -> str:
 
 
 def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
-    """Set cores and memory on a CPU. On GPUs, warn about those that stay idle."""
-    if not torch.cuda.is_available():
-        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead.
+    """Set cores, and memory on a CPU. On GPUs, warn about those that stay idle."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu or runtime.engine.strategy.optimizer_device != "none":
+        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead. With offload the
+        # optimizer works on them.
         torch.set_num_threads(threads)
+    if not has_gpu:
         # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next
         # step, instead of giving their pages back and fetching them again each time.
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)

@@ -346,7 +346,7 @@ class _Preparation:
     Each step finds what an earlier start of the run has made, and leaves it as it is.
     """
 
-    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, str], say: Say):
+    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, list[str]], say: Say):
         self._config = config
         self._folder = folder  # where everything is put
         self._prepared = prepared  # inputs that are prepared folders, by name

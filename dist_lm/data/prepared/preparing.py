@@ -148,7 +148,7 @@ class Preparation:
 
     def _warn_if_edited(self, manifest: dict[str, Any]) -> None:
         """Warn if a text of this machine has another size than it had, or is newer."""
-        if is_remote(self.spec.input):
+        if any(map(is_remote, self.spec.inputs)):
             return
         try:
             files = self._find_files()

@@ -47,9 +47,9 @@ READ_BY_LIBRARIES = (
 )
 # What the server itself is started with. Without the first, the import of numpy starts threads.
 START = {"OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-# Modules that our code imports inside functions, because they are slow.
 # Modules that only run in a process of their own, which is started by exec. pyarrow starts a thread.
 NOT_IMPORTED = ("dist_lm.__main__", "dist_lm.data.text.table_parser")
+# Modules that our code imports inside functions, because they are slow.
 SLOW_MODULES = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo")
 
 

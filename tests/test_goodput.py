@@ -131,5 +131,5 @@ def test_a_run_that_is_killed_and_stopped(
     assert list(seconds) == list(PARTS)
     main([str(run), "--output", str(tmp_path / "x.png")])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[4].split()[:3] == ["run", "starts", "time"]
+    assert printed[3].split()[:3] == ["run", "starts", "time"]
     assert "run stopped 1 x preempted: SIGTERM" in printed

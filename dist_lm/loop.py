@@ -21,14 +21,24 @@ from dist_lm.config import NO_TARGET, Config
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
+from dist_lm.data.order import batch_of_step
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
-from dist_lm.resume import Run, build, describe, find_resume_point
+from dist_lm.resume import Run, build, describe, find_resume_point, go_back
 from dist_lm.runtime.late import LateFigures, Moment
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
+from dist_lm.spikes import (
+    LONGEST_RANGE,
+    STRETCH,
+    WINDOW,
+    Spike,
+    far_off,
+    spell_ranges,
+    with_range,
+)
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS = 96  # of each text that an evaluation writes to samples.md
@@ -85,16 +95,78 @@ def run_to_end(
 
 def _train_and_keep(run: Run) -> str:
     """Train; after an error still complete the checkpoint that is being written. All ranks."""
+    config = run.config
+    profiler = run.runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
     try:
-        return train(run)
+        while True:
+            try:
+                reason = train(run, profiler)
+            except Spike as spike:
+                return_from(run, spike)
+            else:
+                profiler.stop()
+                return reason
     except UserError:
-        if run.batches:
-            run.batches.close()
-        report_saving(run, run.saver.finish)
+        _end_reading_and_saving(run)
         raise
 
 
-def train(run: Run) -> str:
+def _end_reading_and_saving(run: Run) -> None:
+    """What has begun beside training comes to its end. All ranks."""
+    if run.batches:
+        run.batches.close()
+    report_saving(run, run.saver.finish)
+
+
+def return_from(run: Run, spike: Spike) -> None:
+    """Go back to the last good checkpoint, and step over the data up to the spike. All ranks.
+
+    What is stepped over is the same from whichever checkpoint the run goes back, and a run that is
+    killed before it has saved that meets the same spike again. So an interrupted run is the same.
+    """
+    _end_reading_and_saving(run)
+    known = run.state.stepped_over
+    latest = spike.step - STRETCH
+    go_back(run, latest)
+    step = run.state.step
+    first = batch_of_step(max(step, latest), known)
+    last = batch_of_step(spike.step - 1, known)
+    ranges = with_range(known, first, last + 1)
+    if max(stop - start for start, stop in ranges) > LONGEST_RANGE:
+        run.metrics.close()
+        raise DivergedError(
+            f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
+            f" back, the last time without global batches {spell_ranges(known)}; rule: a loss that"
+            " falls; try a smaller optim.lr, or an earlier step as run.resume"
+        )
+    run.state.stepped_over = ranges
+    done = f"went back to step {step}, steps over global batches {first} to {last}"
+    record_spike(run, spike, [first, last], done, back=step, tokens=run.state.tokens)
+
+
+def record_spike(run: Run, spike: Spike, batches: list[int], done: str, **facts: Any) -> None:
+    """Say what happened at a step, and note it with the data that it may come from. Rank 0.
+
+    `batches` has the first and the last of these global batches; their positions are those that
+    count every sequence of the run.
+    """
+    size = run.config.data.global_batch
+    first, last = batches
+    run.runtime.say(f"warning: step {spike.step}: {spike.reason}; {done}")
+    run.metrics.event(
+        "spike",
+        spike.step,
+        loss=spike.loss,
+        grad_norm=spike.norm,
+        batches=batches,
+        positions=[first * size, (last + 1) * size - 1],
+        reason=spike.reason,
+        done=done,
+        **facts,
+    )
+
+
+def train(run: Run, profiler: Any) -> str:
     """The loop. All ranks run it, with one outcome; returns why it stopped early, or nothing."""
     config = run.config
     runtime = run.runtime
@@ -109,7 +181,6 @@ def train(run: Run) -> str:
     record_start(run)
     pending: Pending | None = None
     began = Moment(runtime.device)
-    profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
     while True:
         # All ranks: is this the last turn? It only evaluates and saves.
@@ -145,10 +216,11 @@ def train(run: Run) -> str:
         waiting = time.monotonic()
         next_batch = batches.take()
         seconds_waiting = time.monotonic() - waiting
-        agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
-        loss_sum, next_targets, stop, is_lost = agreed
+        flags = runtime.with_flags(next_batch.targets)
+        agreed = runtime.sum(torch.cat([loss_sum[None], flags, runtime.of_main(norm)[None]]))
+        loss_sum, next_targets, stop, is_lost, norm = agreed
 
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        figures = torch.stack([loss_sum / targets, norm, targets, stop, is_lost])
         batch_hash = sum_of_hashes(run, batch)
         late_figures = LateFigures(figures)
 
@@ -170,7 +242,6 @@ def train(run: Run) -> str:
         targets = next_targets
         profiler.step()
 
-    profiler.stop()
     batches.close()
     if has_ended or not is_stopping:
         return ""
@@ -189,7 +260,10 @@ def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
 
 
 def record_start(run: Run) -> None:
-    """Note in metrics.jsonl where and when this start of the run begins to train. Rank 0."""
+    """Note in metrics.jsonl where and when this process begins to train. Rank 0."""
+    if run.has_begun:  # it went back
+        return
+    run.has_begun = True
     attempt = run.runtime.attempt
     run.metrics.event(
         "start",
@@ -247,31 +321,23 @@ def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
 
 
 def record_step(run: Run, pending: Pending) -> bool:
-    """Read a step's figures, refuse what is not finite, record them. All ranks.
+    """Read a step's figures, judge them, record them. All ranks.
 
     Returns whether some rank was told to stop.
     """
     runtime = run.runtime
     state = run.state
-    scaler = runtime.engine.scaler
     loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
     runtime.refuse_lost_folder(is_lost)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
-            run.metrics.close()
-            raise DivergedError(
-                f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
-                f" optim.lr={pending.lr}; no later step was saved; rule: finite on every rank; try"
-                " a smaller optim.lr, a longer warm-up or optim.clip",
-            )
-        state.skipped_updates += 1
+    judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
         (batch_hash,) = pending.batch_hash.read()
         extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
+    scaler = runtime.engine.scaler
     if scaler.is_enabled():
         extra["scale"] = scaler.get_scale()
         extra["skipped_updates"] = state.skipped_updates
@@ -288,6 +354,53 @@ def record_step(run: Run, pending: Pending) -> bool:
             **extra,
         )
     return bool(stop)
+
+
+def judge_step(run: Run, pending: Pending, loss: float, norm: float) -> None:
+    """Warn of figures that are far off, go back from them, or end the run. All ranks.
+
+    Without run.on_spike=act only figures that are not finite end it. They never reach a checkpoint.
+    """
+    state = run.state
+    scaler = run.runtime.engine.scaler
+    on_spike = run.config.run.on_spike
+    if math.isfinite(loss) and math.isfinite(norm):
+        reason = ""
+        if on_spike != "ignore":
+            forget_before_new_stage(run, pending.step)
+            reason = far_off(state.recent, loss, norm)
+        spike = Spike(pending.step, loss, norm, reason)
+        if reason and on_spike == "act":
+            raise spike
+        if reason and not run.is_spiking:
+            batch = batch_of_step(pending.step - 1, state.stepped_over)
+            record_spike(run, spike, [batch, batch], "the run goes on")
+        run.is_spiking = bool(reason)
+        state.recent = [*state.recent, [loss, norm]][-WINDOW:]
+    elif scaler.is_enabled() and scaler.get_scale() >= SMALLEST_SCALE:
+        state.skipped_updates += 1
+    elif on_spike == "act":
+        reason = f"loss={loss}, grad_norm={norm} is not finite"
+        raise Spike(pending.step, loss, norm, reason)
+    else:
+        run.metrics.close()
+        raise DivergedError(
+            f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
+            f" optim.lr={pending.lr}; no later step was saved; rule: finite on every rank; try"
+            " a smaller optim.lr, a longer warm-up or optim.clip",
+        )
+
+
+def forget_before_new_stage(run: Run, step: int) -> None:
+    """Compare the steps of a stage with each other only: another mixture has another loss."""
+    stages = run.config.data.stages
+    if not stages or step < 2:
+        return
+    state = run.state
+    before = batch_of_step(step - 2, state.stepped_over)
+    batch = batch_of_step(step - 1, state.stepped_over)
+    if any(before < stage.from_step <= batch for stage in stages):
+        state.recent = []
 
 
 def evaluate(run: Run) -> None:
@@ -428,6 +541,7 @@ def training_batches(run: Run) -> Batches:
         runtime.device,
         eot=data.tokenizer.eot,
         first_step=run.state.step,
+        stepped_over=run.state.stepped_over,
         dropout_seed=config.run.seed if config.model.dropout > 0 else None,
         hash_rows=config.run.log_batch_hash,
     )

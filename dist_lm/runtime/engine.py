@@ -45,8 +45,15 @@ class Engine(ABC):
         self.bare: Any = None  # the model without a wrapper, with our own parameter names
         self.model: Any = None  # the wrapped model, which the loop calls
         self.optimizer: Any = None
-        # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "fp16")
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """The loss scale of fp16 as a run begins.
+
+        Accelerate refuses fp16 on CPU; torch's own scaler works on both.
+        """
+        is_fp16 = self.config.run.precision == "fp16"
+        return torch.amp.GradScaler(self.device.type, enabled=is_fp16)
 
     # --- building
 
@@ -172,6 +179,18 @@ class Engine(ABC):
     @abstractmethod
     def spread(self) -> None:
         """Make the model compute with the owned parts after they were changed. All ranks."""
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Weights and state become zero, with what no checkpoint fills. All ranks.
+
+        Rows that pad the vocabulary, and what pads DeepSpeed's flat pieces, may be NaN by now.
+        """
+        for _ in self.opened():
+            for tensor in self._optimized():
+                tensor.zero_()
+                for values in self.optimizer.state[tensor].values():
+                    values.zero_()
 
     def _optimized(self) -> list[Tensor]:
         """The tensors of the optimizer's groups, as far as they are open."""

@@ -81,6 +81,17 @@ class Runtime:
         is_lost = bool(self.attempt.lock.lost)
         return self.on_device([number, self.stop.requested, is_lost], torch.float64)
 
+    def of_main(self, number: Tensor) -> Tensor:
+        """This rank's part of a sum that gives rank 0's number, or what is not finite anywhere.
+
+        What is no sum, such as a gradient norm, may differ between ranks in its last bits, but all
+        must decide alike by it.
+        """
+        number = number.double()
+        if self.is_main:
+            return number
+        return torch.where(number.isfinite(), torch.zeros_like(number), number)
+
     def on_device(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers of the host as a tensor on this rank's device, without a host sync.
 

@@ -57,6 +57,7 @@ class Pending:
     lr: float
     loss_norm_targets_flags: LateFigures
     began: Moment  # where the step before ended, or an evaluation or a save after that
+    forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
     shares: dict[str, float]  # of a mixture
@@ -124,6 +125,8 @@ def return_from(run: Run, spike: Spike) -> None:
     What is stepped over is the same from whichever checkpoint the run goes back, and a run that is
     killed before it has saved that meets the same spike again. So an interrupted run is the same.
     """
+    run.runtime.has_made_a_step = False  # what follows is a start-up
+    run.runtime.enter(run.state.step, "start-up")
     _end_reading_and_saving(run)
     known = run.state.stepped_over
     latest = spike.step - STRETCH
@@ -208,11 +211,13 @@ def train(run: Run, profiler: Any) -> str:
         # All ranks, each on its rows of the batch: gradients, and one update.
         lr = lr_at(config.optim, state.step, run.steps or 0)
         set_lr(run.optimizer, lr)
-        loss_sum = add_gradients(run, batch, targets)
+        loss_sum, forwarded = add_gradients(run, batch, targets)
+        runtime.enter(state.step, "update")
         norm = runtime.engine.update()
 
         # All ranks: one small sum carries all that they must agree on. Its flags are read one step
         # late, with the figures.
+        runtime.enter(state.step, "data")
         waiting = time.monotonic()
         next_batch = batches.take()
         seconds_waiting = time.monotonic() - waiting
@@ -228,11 +233,13 @@ def train(run: Run, profiler: Any) -> str:
         if pending:
             is_stopping = record_step(run, pending)
         state.advance(batch.after)
+        runtime.has_made_a_step = True
         pending = Pending(
             step=state.step,
             lr=lr,
             loss_norm_targets_flags=late_figures,
             began=began,
+            forwarded=forwarded,
             batch_hash=batch_hash,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
@@ -277,25 +284,32 @@ def record_start(run: Run) -> None:
     )
 
 
-def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
-    """Forward and backward of this rank's micro-batches; the sum of its losses. All ranks.
+def add_gradients(run: Run, batch: Batch, targets: Tensor) -> tuple[Tensor, Moment]:
+    """Forward and backward of this rank's micro-batches. All ranks.
 
-    The loss is the sum over the global batch divided by its number of targets, however the batch is
-    cut up.
+    Returns the sum of its losses, and when its first forward had ended. The loss is the sum over
+    the global batch divided by its number of targets, however the batch is cut up.
     """
-    engine = run.runtime.engine
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.runtime.device)
+    runtime = run.runtime
+    engine = runtime.engine
+    step = run.state.step
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    forwarded: Moment | None = None
     for number, micro in enumerate(batch.micros, 1):
         with engine.micro_step(last=number == len(batch.micros)):
+            runtime.enter(step, "forward")
             loss = engine.model(
                 micro.tokens_BT,
                 micro.targets_BT,
                 dropout_keys_B=micro.dropout_keys_B,
                 segments_BT=micro.segments_BT,
             )
+            forwarded = forwarded or Moment(runtime.device)
+            runtime.enter(step, "backward")
             engine.backward(loss / targets.float())
         loss_sum += loss.detach()
-    return loss_sum
+    assert forwarded, "a batch has a micro-batch"
+    return loss_sum, forwarded
 
 
 def loss_of_nothing(run: Run, batch: Batch) -> Tensor:
@@ -329,6 +343,9 @@ def record_step(run: Run, pending: Pending) -> bool:
     state = run.state
     loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
+    runtime.note_own_seconds(
+        pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
+    )
     runtime.refuse_lost_folder(is_lost)
     judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
@@ -408,6 +425,7 @@ def evaluate(run: Run) -> None:
 
     All ranks, in step.
     """
+    run.runtime.enter(run.state.step, "evaluation")
     with run.metrics.pause("evaluation", run.state.step):
         losses = []
         for name in run.data.val:
@@ -459,6 +477,7 @@ def save(run: Run, last: bool) -> None:
     """Begin a checkpoint, which is written beside training; wait for the last one. All ranks."""
     config = run.config
     runtime = run.runtime
+    runtime.enter(run.state.step, "save")
     tokenizer = run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))

@@ -8,11 +8,14 @@ import contextlib
 import gc
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,9 +32,10 @@ from dist_lm.config import Config
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
-from dist_lm.runtime.watchdog import Watchdog
+from dist_lm.runtime.watchdog import Place, Watchdog
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
+_OWN_STEPS = 9  # whose median says how fast this rank is
 _LOOK_SECONDS = 1.0  # how often all ranks ask whether rank 0 has ended its work
 _RECORD_SECONDS = 10.0  # for recording how the run ended; the run folder's host may be what is gone
 
@@ -57,9 +61,10 @@ class Runtime:
         self.background = self._channel_of_its_own()
         self.reading = self._channel_of_its_own()
         self.watch: Watchdog | None = None
-        self.agreements = (
-            0  # sums entered; the watchdog tells a rank that hangs from the others by it
-        )
+        # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
+        self.place = Place(phase="start-up")
+        self.has_made_a_step = False
+        self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
 
     def _channel_of_its_own(self) -> Channel:
         channel = Channel(self.rank, self.world_size, torch.device("cpu"))
@@ -67,11 +72,27 @@ class Runtime:
             channel.group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
         return channel
 
+    # --- where this rank is
+
+    def enter(self, step: int, phase: str) -> None:
+        """Note what this rank begins to do, after `step` updates."""
+        if not self.has_made_a_step:
+            phase = "start-up"  # the first step compiles
+        progress = self.place.progress + 1
+        self.place = Place(progress, step=step, phase=phase, seconds=self.place.seconds)
+
+    def note_own_seconds(self, seconds: float) -> None:
+        """Note what a step took this rank until it exchanged anything with the others."""
+        if self.has_made_a_step:
+            self._own_seconds.append(seconds)
+            median = statistics.median(self._own_seconds)
+            self.place = replace(self.place, seconds=median)
+
     # --- agreements
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
-        self.agreements += 1
+        self.place = replace(self.place, progress=self.place.progress + 1)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -7,6 +7,7 @@ along is in TrainState, the weights and the optimizer's tensors.
 
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.order import batch_of_step
-from dist_lm.errors import DivergedError, UserError
+from dist_lm.errors import DivergedError, RetryableError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point, go_back
 from dist_lm.runtime.late import LateFigures, Moment
+from dist_lm.runtime.replicas import hash_of_bits, who_differs
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
@@ -60,6 +62,7 @@ class Pending:
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
+    weight_hashes: LateFigures | None  # by rank
     shares: dict[str, float]  # of a mixture
 
 
@@ -76,14 +79,26 @@ def run_to_end(
     """
     runtime = start(config, launch, attempt)
     reason = ""
+    vocab_size = 1
     try:
         hold_folder(runtime)
         point = find_resume_point(runtime, config, allow_change)
         if point:
+            vocab_size = point.data.tokenizer.vocab_size
             run = build(runtime, config, point)
             describe(run)
             reason = _train_and_keep(run)
             finish(run, reason)
+    except torch.OutOfMemoryError as error:  # of this rank, perhaps alone
+        from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
+
+        strategy = runtime.engine.strategy
+        world = runtime.world_size
+        shortage = UserError(
+            explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
+        )
+        runtime.give_up(shortage)
+        raise shortage from error
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
         raise
@@ -227,6 +242,7 @@ def train(run: Run, profiler: Any) -> str:
 
         figures = torch.stack([loss_sum / targets, norm, targets, stop, is_lost])
         batch_hash = sum_of_hashes(run, batch)
+        weight_hashes = hashes_of_weights(run)
         late_figures = LateFigures(figures)
 
         # All ranks: read the figures of the step before, and keep those of this step.
@@ -241,6 +257,7 @@ def train(run: Run, profiler: Any) -> str:
             began=began,
             forwarded=forwarded,
             batch_hash=batch_hash,
+            weight_hashes=weight_hashes,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
@@ -334,6 +351,41 @@ def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
     return LateFigures(run.runtime.sum(run.runtime.on_device([batch.row_hashes], torch.int64)))
 
 
+def hashes_of_weights(run: Run) -> LateFigures | None:
+    """Each rank's hash of the weights after this step, if they are due to be compared. All ranks.
+
+    They are also compared before a save, so that what is saved was checked.
+    """
+    config = run.config.run
+    step = run.state.step + 1
+    is_due = due(step, config.check_every) or due(step, config.save_every)
+    engine = run.runtime.engine
+    if not (config.check_every and is_due and engine.has_replicas):
+        return None
+    hashes = torch.zeros(engine.world_size, dtype=torch.int64, device=run.runtime.device)
+    hashes[engine.rank] = hash_of_bits(engine.bare.parameters())
+    return LateFigures(run.runtime.sum(hashes))
+
+
+def refuse_corrupt_weights(run: Run, pending: Pending) -> None:
+    """End the run if some rank's weights are not those of the others. All ranks."""
+    if pending.weight_hashes is None:
+        return
+    ranks = who_differs(pending.weight_hashes.read())
+    if not ranks:
+        return
+    hosts = run.runtime.channel.gather(socket.gethostname())
+    names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+    whose = f"the weights of {names} are not those of the others"
+    if len(ranks) == len(hosts):
+        whose = f"the weights of {names} differ, and no majority says whose are right"
+    run.metrics.close()
+    raise RetryableError(
+        f"corrupt at step {pending.step}: {whose}; rule: equal bits on every rank; the same command"
+        " goes on from the newest checkpoint, better without that device"
+    )
+
+
 def record_step(run: Run, pending: Pending) -> bool:
     """Read a step's figures, judge them, record them. All ranks.
 
@@ -347,6 +399,7 @@ def record_step(run: Run, pending: Pending) -> bool:
         pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
     )
     runtime.refuse_lost_folder(is_lost)
+    refuse_corrupt_weights(run, pending)
     judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
 

@@ -347,6 +347,11 @@ def describe(run: Run) -> None:
             f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
             f" {run.steps} steps"
         )
+    if config.run.check_every and not runtime.engine.has_replicas:
+        runtime.say(
+            f"warning: run.check_every={config.run.check_every} compares nothing: no two processes"
+            f" hold the same weights under {runtime.strategy}"
+        )
     if families.family(config.model) is None:
         runtime.say(
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"

@@ -199,6 +199,11 @@ class Engine(ABC):
             tensors += group["params"]
         return tensors
 
+    @property
+    def has_replicas(self) -> bool:
+        """Whether every rank holds the same weights."""
+        return False
+
     # --- the moving average of the weights
 
     def start_average(self) -> None:
@@ -233,6 +238,10 @@ class ReplicatedEngine(Engine):
         super().__init__(accelerator, config, strategy)
         self._trainable: list[nn.Parameter] = []
         self._accumulates = False  # whether a step has several backward passes
+
+    @property
+    def has_replicas(self) -> bool:
+        return self.world_size > 1
 
     def construction(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

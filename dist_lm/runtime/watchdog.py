@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from dist_lm.errors import in_a_line
+from dist_lm.errors import RetryableError, UserError, in_a_line, one_line
 
 # Words in errors that mean that another rank ended, and this one only noticed it.
 _WORDS_OF_PEER_ERRORS = ("gloo", "NCCL", "onnection", "ocket", "imed out", "TCPStore")
@@ -63,12 +63,14 @@ class Message:
     phase: str
     seconds: float
     error: str  # in one line; empty while it has none
+    kind: str  # of the error, as outcome.json names it
     wants_stacks: bool  # of all ranks, on their standard error
 
     @property
     def has_own_error(self) -> bool:
         """Whether the rank ended by an error that is not the echo of another rank's end."""
-        return bool(self.error) and not _is_of_peers(self.error)
+        is_of_user = self.kind != RetryableError.kind
+        return bool(self.error) and (is_of_user or not _is_of_peers(self.error))
 
 
 class Watchdog:
@@ -109,6 +111,7 @@ class Watchdog:
             timeout=timedelta(seconds=timeout),
         )
         self._own_error = ""
+        self._kind_of_error = RetryableError.kind
         self._messages: dict[int, Message] = {}  # the newest of each rank
         self._heard_at: dict[int, float] = {}  # when it came, by time.monotonic()
         self._moved_at: dict[int, float] = {}  # when the rank was seen to be further
@@ -140,17 +143,22 @@ class Watchdog:
         for thread in self._threads:
             thread.join(5)
 
-    def explain(self, error: Exception) -> str:
-        """Which rank is to blame for an error of this rank."""
+    def explain(self, error: Exception) -> tuple[str, str]:
+        """Which rank is to blame for an error of this rank, and of which kind its error is."""
         self._own_error = in_a_line(error)
-        if not _is_of_peers(str(error)):
+        if isinstance(error, UserError):
+            self._own_error = one_line(error)
+            self._kind_of_error = error.kind
+        if isinstance(error, UserError) or not _is_of_peers(str(error)):
             time.sleep(2 * self.beat)  # so that the others hear of it
-            return f"rank {self.rank} on {socket.gethostname()}: {self._own_error}"
+            who = f"rank {self.rank} on {socket.gethostname()}"
+            return f"{who}: {self._own_error}", self._kind_of_error
 
         self._listening_to = range(self.world_size)
         self._heard_at = dict.fromkeys(self._listening_to, time.monotonic())
         time.sleep(4 * self.beat)
         silent = self._silent(2.5 * self.beat)
+        kind = RetryableError.kind
         failed = []
         behind = []
         for rank, message in self._messages.items():
@@ -158,6 +166,7 @@ class Watchdog:
                 continue
             if message.has_own_error:
                 failed.append(f"{self._names([rank])} ended: {message.error}")
+                kind = message.kind
             if not message.error and message.progress < self._place().progress:
                 behind.append(rank)
         if failed:
@@ -169,7 +178,7 @@ class Watchdog:
             text += f" ({self._where(behind[0])})"
         else:
             text = "all ranks were heard of"
-        return f"{text}; {self._own_error}"
+        return f"{text}; {self._own_error}", kind
 
     # --- the thread that talks to the store
 
@@ -188,6 +197,7 @@ class Watchdog:
             at=time.time(),
             host=socket.gethostname(),
             error=self._own_error,
+            kind=self._kind_of_error,
             wants_stacks=self._wants_stacks,
             **asdict(self._place()),
         )

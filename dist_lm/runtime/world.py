@@ -239,11 +239,13 @@ class Runtime:
         Returns where there is one process only, which can raise the error instead.
         """
         if self.watch:
-            traceback.print_exc()
-            self.end_at_once(self.watch.explain(error))
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            reason, kind = self.watch.explain(error)
+            self.end_at_once(reason, kind)
 
-    def end_at_once(self, reason: str) -> None:
-        """End the process.
+    def end_at_once(self, reason: str, kind: str = "retryable") -> None:
+        """End the process; `kind` is the class of the ending.
 
         Others may be gone, so neither collectives nor destructors wait for them.
         """
@@ -252,7 +254,7 @@ class Runtime:
             if not self.is_main:
                 time.sleep(2)  # rank 0 records it if it can
             if self.is_main or not self.attempt.is_recorded:
-                self.attempt.record("retryable", reason)
+                self.attempt.record(kind, reason)
             self.attempt.lock.release()
 
         print(
@@ -263,7 +265,7 @@ class Runtime:
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(_RECORD_SECONDS)
-        os._exit(CODES["retryable"])
+        os._exit(CODES[kind])
 
     def close(self) -> None:
         """Leave together: a rank that exits early aborts peers that still work. All ranks."""

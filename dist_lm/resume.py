@@ -31,6 +31,7 @@ from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
 from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
 from dist_lm.runtime.world import Runtime
+from dist_lm.spikes import STRETCH
 
 _DATA = "data (its tokens, by hash)"  # compared like a setting
 
@@ -196,6 +197,7 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         runtime.background,
         keep_last=config.run.keep_last,
         keep_every=config.run.keep_every,
+        reach=STRETCH if config.run.on_spike == "act" else 0,
         resumed=point.folder,
         lost=runtime.attempt.lock.look,
     )
@@ -273,7 +275,7 @@ def go_back(run: Run, latest: int) -> None:
 def _choose_for_going_back(run: Run, latest: int) -> str | None:
     """The newest valid checkpoint up to a step; None: the beginning of the run. Rank 0.
 
-    Where regular saves left none so early, all that are there are later: then the oldest one.
+    Where regular saves should have left one so early and it is damaged, the oldest one is next best.
     """
     config = run.config
     run_dir = Path(config.run.dir)

@@ -45,7 +45,7 @@ def test_an_ordinary_curve_has_no_spike() -> None:
 def test_jumps_are_spikes_upwards_only_and_after_some_steps() -> None:
     recent = curve(1000, seed=1)[-64:]
     assert far_off(recent, 3.0, 1.0).startswith("loss=3.0000 is far above 1.9976")
-    assert far_off(recent, 2.0, 100.0).startswith("grad_norm=100 is far above ")
+    assert far_off(recent, 2.0, 1000.0).startswith("grad_norm=1000 is far above ")
     assert far_off(recent, 2.15, 1.0) == ""  # by less than a tenth
     assert far_off(recent, 2.0, 8.0) == ""  # less than ten times the usual norm
     assert far_off(recent, 0.1, 1e-9) == ""
@@ -144,7 +144,7 @@ def test_a_run_goes_back_from_a_nan_and_an_interrupted_one_is_the_same(
     assert state(tmp_path / "whole")["stepped_over"] == [[17, 25]]
     (spike,) = spikes(tmp_path / "whole")
     assert (spike["step"], spike["back"], spike["batches"]) == (25, 10, [17, 24])
-    assert spike["positions"] == [17 * 8, 25 * 8 - 1] and math.isnan(spike["grad_norm"])
+    assert spike["positions"] == [17 * 8, 25 * 8 - 1] and not math.isfinite(spike["grad_norm"])
 
     for stop in ("20", "23", "27"):  # 20 is saved and set aside; 23 is within the stretch
         stopped = ("--run.stop_after", stop)
@@ -165,7 +165,8 @@ def test_a_run_that_goes_back_to_its_beginning_and_reports_it(
     """Before the first save there is no checkpoint. The others' batches come as they would."""
     arguments = tiny(prepared, "--run.on_spike", "act", "--optim.name", "muon")
     poisoned(tmp_path / "run", [3], "nan", 1, *arguments)
-    poisoned(tmp_path / "other", [], "nan", 1, *arguments, "--run.steps", "16")
+    longer = tiny(prepared, "--optim.name", "muon", "--run.steps", "16")
+    poisoned(tmp_path / "other", [], "nan", 1, *longer)
     theirs = {step["step"]: step["batch_hash"] for step in losses(tmp_path / "other")}
     ours = {step["step"]: step["batch_hash"] for step in losses(tmp_path / "run")}
     assert [ours[step] for step in range(1, 13)] == [theirs[step] for step in range(5, 17)]
@@ -177,9 +178,9 @@ def test_a_run_that_goes_back_to_its_beginning_and_reports_it(
 @pytest.mark.slow
 def test_streams_read_and_leave_out_what_is_stepped_over(prepared: Path, tmp_path: Path) -> None:
     """Two ranks: the batches after the stretch are those of an undisturbed run."""
-    source = ("--data.input", str(prepared.parent / "text.txt"), "--data.stream", "true")
-    source += ("--data.separator", "\n\n", "--data.tokenizer", "byte")
-    arguments = tiny(prepared, *source, "--run.steps", "24", "--run.save_every", "5")
+    text = prepared.parent / "text.txt"
+    source = ("--data.stream", "true", "--data.separator", "\n\n", "--data.tokenizer", "byte")
+    arguments = tiny(text, *source, "--run.steps", "24", "--run.save_every", "5")
     act = ("--run.on_spike", "act")
     poisoned(tmp_path / "run", [15], "nan", 2, *arguments, *act)
     poisoned(tmp_path / "other", [], "nan", 2, *arguments)

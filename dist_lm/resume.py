@@ -275,7 +275,7 @@ def go_back(run: Run, latest: int) -> None:
 def _choose_for_going_back(run: Run, latest: int) -> str | None:
     """The newest valid checkpoint up to a step; None: the beginning of the run. Rank 0.
 
-    Where regular saves should have left one so early and it is damaged, the oldest one is next best.
+    Where a regular save left one so early, but it is damaged, the oldest one is next best.
     """
     config = run.config
     run_dir = Path(config.run.dir)

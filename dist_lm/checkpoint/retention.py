@@ -14,8 +14,8 @@ class Retention:
     """Decides which steps of a run stay, and deletes the others.
 
     Rank 0 uses it, in the saver's thread. The newest `keep_last` stay, the best by validation loss,
-    every multiple of `keep_every`, and always the step that was just saved. So does the newest that is
-    `reach` steps older than that, if a run may have to go back so far. Only valid steps count:
+    every multiple of `keep_every`, and always the step that was just saved. So does the newest that
+    is `reach` steps older than that, if a run may have to go back so far. Only valid steps count:
     those that this process saved or verified. A step of an earlier start is verified when its turn
     comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
     counts, is deleted or is renamed.

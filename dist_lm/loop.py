@@ -36,6 +36,7 @@ from dist_lm.spikes import (
     LONGEST_RANGE,
     STRETCH,
     WINDOW,
+    Ranges,
     Spike,
     far_off,
     spell_ranges,
@@ -144,22 +145,27 @@ def return_from(run: Run, spike: Spike) -> None:
     run.runtime.enter(run.state.step, "start-up")
     _end_reading_and_saving(run)
     known = run.state.stepped_over
-    latest = spike.step - STRETCH
+    latest = max(spike.step - STRETCH, 0)
+    last = batch_of_step(spike.step - 1, known)
+    refuse_endless_returns(run, spike, with_range(known, batch_of_step(latest, known), last + 1))
     go_back(run, latest)
     step = run.state.step
     first = batch_of_step(max(step, latest), known)
-    last = batch_of_step(spike.step - 1, known)
-    ranges = with_range(known, first, last + 1)
-    if max(stop - start for start, stop in ranges) > LONGEST_RANGE:
-        run.metrics.close()
-        raise DivergedError(
-            f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
-            f" back, the last time without global batches {spell_ranges(known)}; rule: a loss that"
-            " falls; try a smaller optim.lr, or an earlier step as run.resume"
-        )
-    run.state.stepped_over = ranges
+    run.state.stepped_over = with_range(known, first, last + 1)
     done = f"went back to step {step}, steps over global batches {first} to {last}"
     record_spike(run, spike, [first, last], done, back=step, tokens=run.state.tokens)
+
+
+def refuse_endless_returns(run: Run, spike: Spike, ranges: Ranges) -> None:
+    """End a run that spikes again and again in one place, before it steps over more. All ranks."""
+    if max(stop - start for start, stop in ranges) <= LONGEST_RANGE:
+        return
+    run.metrics.close()
+    raise DivergedError(
+        f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
+        f" back, the last time without global batches {spell_ranges(run.state.stepped_over)}; rule:"
+        " a loss that falls; try a smaller optim.lr, or an earlier step as run.resume"
+    )
 
 
 def record_spike(run: Run, spike: Spike, batches: list[int], done: str, **facts: Any) -> None:

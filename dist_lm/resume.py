@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from dist_lm import families
-from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders
+from dist_lm.checkpoint.folder import (
+    locate,
+    newest_valid,
+    set_aside_newer,
+    step_folders,
+    step_of,
+)
 from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
@@ -279,31 +285,27 @@ def _choose_for_going_back(run: Run, latest: int) -> str | None:
     """
     config = run.config
     run_dir = Path(config.run.dir)
-    folders = step_folders(run_dir)
+    by_step = {step_of(folder): folder for folder in step_folders(run_dir)}
     begun = run.point.folder
-    if begun and begun not in folders:  # run.resume names one elsewhere
-        folders.append(begun)
-    steps = {}
-    for folder in folders:
-        step = _valid_step(run, folder)
-        if step is not None:
-            steps[step] = folder
-    early = [step for step in steps if step <= latest]
-    chosen = max(early, default=0)
-    if not early and 0 < config.run.save_every <= latest:
-        chosen = min(steps, default=0)
+    if begun and begun.is_dir():  # run.resume may name one elsewhere
+        by_step.setdefault(run.point.facts["step"], begun)
+    steps = sorted(by_step)
+    candidates = [step for step in reversed(steps) if step <= latest]
+    if 0 < config.run.save_every <= latest:
+        candidates += [step for step in steps if step > latest]
+    chosen = next((step for step in candidates if _is_valid(run, by_step[step])), 0)
     set_aside_newer(run_dir, chosen, run.runtime.say)
-    return str(steps[chosen]) if chosen else None
+    return str(by_step[chosen]) if chosen else None
 
 
-def _valid_step(run: Run, folder: Path) -> int | None:
-    """The step of a checkpoint; None if it is damaged, after saying so."""
+def _is_valid(run: Run, folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint. Says so if it cannot."""
     try:
-        step: int = verify_state(folder)["step"]
-        return step
+        verify_state(folder)
     except UserError as error:
         run.runtime.say(f"warning: passed over a damaged checkpoint: {error}")
-        return None
+        return False
+    return True
 
 
 def start_from(run: Run, name: str) -> None:

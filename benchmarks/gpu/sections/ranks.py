@@ -15,12 +15,11 @@ from benchmarks.gpu.runs import (
     steps_of,
 )
 
-# Two ranks on one card: NCCL refuses that. accelerate would give the second rank a card of its own
-# number, and gloo would look for a network.
+# Two ranks on one card: NCCL refuses that, and accelerate would give the second rank a card of its
+# own number.
 SHARED_CARD = {
     "DIST_LM_BACKEND": "gloo",
     "ACCELERATE_BYPASS_DEVICE_MAP": "true",
-    "GLOO_SOCKET_IFNAME": "lo",
     "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
 }
 STRATEGIES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")

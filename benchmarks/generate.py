@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from dist_lm import families
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
@@ -110,7 +111,9 @@ def write_folder(folder: str, model: GPT) -> None:
         for entry in hf.layout(model.spec)
     }
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
-    Path(folder, "config.json").write_text(json.dumps(hf.config_json(model.spec, eot_id=None)))
+    Path(folder, "config.json").write_text(
+        json.dumps(families.config_json(model.spec, eot_id=None))
+    )
 
 
 if __name__ == "__main__":

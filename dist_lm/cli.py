@@ -10,20 +10,22 @@ at once.
 import re
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import UserError, closest, did_you_mean, nearest
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.pretrained import settings_to_take
+from dist_lm.safe_yaml import LARGEST, parse
+from dist_lm.shipped import recipes
 
 ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
 # Marks a list of texts: each takes one value at a time, so that a forgotten quote in
@@ -38,7 +40,7 @@ class ConfigFlags(Section):
     """Flags of every command that takes the settings of a run."""
 
     config: tuple[str, ...] = Field(
-        (), description="YAML file with the settings that differ from the defaults."
+        (), description="YAML file with settings that differ from the defaults, or a recipe's name."
     )
     print_config: bool = Field(False, description="Print the resolved settings and stop.")
 
@@ -57,6 +59,8 @@ class Command(Generic[Flags]):
     settings: Mapping[str, str] = field(default_factory=dict)
     positional: str = ""  # the flag that words without a name belong to
     refusal: str = ""  # why the other settings of a run cannot be given
+    # Flags of the scripts that start this command: from the name to the script.
+    of_scripts: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fields(self) -> dict[str, FieldInfo]:
@@ -64,7 +68,13 @@ class Command(Generic[Flags]):
         return fields_by_name(self.flags)
 
     def hint(self, name: str) -> str:
-        return did_you_mean(name, [*self.settings, *self.fields], "--")
+        """Text that names the flag that is meant, or nothing."""
+        guess = closest(name, [*self.settings, *self.fields, *self.of_scripts])
+        if not guess:
+            return ""
+        if guess in self.of_scripts:
+            guess += f" of {self.of_scripts[guess]}"
+        return f"; did you mean --{guess}?"
 
 
 # --- reading
@@ -91,11 +101,15 @@ def read_flags_and_settings(
 def load(argv: Sequence[str], command: Command[RunFlags]) -> tuple[Config, RunFlags]:
     """The settings of a run, from the defaults, --config and the command line, and the flags.
 
+    What run.init_from names brings its shape, context and tokenizer along.
     Answers --help, with these settings as values, and --print_config.
     """
     flags, settings = _read([word for word in argv if word not in _HELP], command)
     levels = [(path, read_yaml(path)) for path in flags.config]
-    config = resolve(*levels, ("command line", settings))
+    levels.append(("command line", settings))
+    given, _ = _merge(levels)
+    taken = settings_to_take(given)
+    config = resolve(*levels, (f"run.init_from={given.get('run.init_from')}", taken))
     if _HELP & set(argv):
         _print_help(command, flags.model_dump(by_alias=True), config)
     if flags.print_config:
@@ -106,6 +120,21 @@ def load(argv: Sequence[str], command: Command[RunFlags]) -> tuple[Config, RunFl
 
 def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
     """Merge levels of (origin, settings) and validate. A later level wins over the earlier ones."""
+    merged, origin = _merge(levels)
+    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in merged.items():
+        section, _, field_name = name.partition(".")
+        nested[section][field_name] = value
+    try:
+        return Config.model_validate(nested)
+    except ValidationError as error:
+        raise UserError(explain_setting(error, origin)) from None
+
+
+def _merge(
+    levels: Iterable[tuple[str, Mapping[str, Any]]],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of all levels, not validated yet, and where each was set."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for where, settings in levels:
@@ -117,14 +146,7 @@ def resolve(*levels: tuple[str, Mapping[str, Any]]) -> Config:
             origin[name] = where
             if value is None and FIELDS[name].default is None:  # null: unset again
                 del merged[name]
-    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    for name, value in merged.items():
-        section, _, field_name = name.partition(".")
-        nested[section][field_name] = value
-    try:
-        return Config.model_validate(nested)
-    except ValidationError as error:
-        raise UserError(explain_setting(error, origin)) from None
+    return merged, origin
 
 
 def _let_one_length_stand(where: str, settings: Mapping[str, Any], merged: dict[str, Any]) -> None:
@@ -151,27 +173,6 @@ def _print_help(command: Command[Any], given: Mapping[str, Any], config: Config)
 # --- YAML
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{key} is given twice (line {line}); rule: once")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The settings of a YAML file as {'section.field': value}."""
     content = _parse_file(path)
@@ -182,7 +183,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     settings = {}
     for section, fields in content.items():
         if section not in SECTIONS:
-            hint = did_you_mean(str(section), SECTIONS)
+            hint = did_you_mean(str(section), [*SECTIONS, *FIELDS])
             raise UserError(f"{path}: unknown section {section!r}{hint}")
         if not isinstance(fields, dict):
             raise UserError(f"{path}: {section} must be a mapping of its fields, not {fields!r}")
@@ -191,27 +192,37 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def find_yaml(name: str | Path) -> Path:
+    """A file by its path, or a recipe by its name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    return recipes().get(str(name), path)
+
+
 def _parse_file(path: str | Path) -> Any:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(find_yaml(path), encoding="utf-8") as file:
+            text = file.read(LARGEST + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        hint = did_you_mean(str(path), Path(path).parent.glob("*.yaml"))
+        guess = nearest(str(path), [*recipes(), *Path(path).parent.glob("*.yaml")])
+        hint = f"; did you mean {guess}?" if guess else ""
         raise UserError(f"--config {path}: cannot be read ({reason}){hint}") from error
     try:
-        return yaml.load(text, _Loader) or {}
+        return parse(text) or {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def parse_value(name: str, words: list[str]) -> Any:
     """The value of a setting: text as it stands where the field is text, otherwise as YAML."""
     annotation = FIELDS[name].annotation
+    if len(words) > 1 and get_origin(annotation) is not tuple:
+        return words  # of a field that takes one or several
     if get_origin(annotation) is tuple:
         is_text = get_args(annotation)[0] is str
-        return words if is_text else [yaml.load(word, _Loader) for word in words]
+        return words if is_text else [_parse_word(word) for word in words]
     (word,) = words
     if annotation is str:
         return word
@@ -219,9 +230,14 @@ def parse_value(name: str, words: list[str]) -> Any:
         return None
     if str in get_args(annotation) and word != "null":
         return word
+    return _parse_word(word)
+
+
+def _parse_word(word: str) -> Any:
+    """The value of a word; what is no YAML stays text, which validation judges."""
     try:
-        return yaml.load(word, _Loader)
-    except yaml.YAMLError:
+        return parse(word)
+    except UserError:
         return word
 
 

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from dist_lm.errors import UserError, did_you_mean
@@ -21,9 +21,28 @@ from dist_lm.errors import UserError, did_you_mean
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
 FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1  # of a whole number: it fits a tensor
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
+# Sizes of a network, far above any that was ever trained: a slip of the finger or a hostile
+# config.json ends here, and not in a table of a billion layers.
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=10**6)]
+LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def _one_or_several(value: Any) -> Any:
+    """A list of one as that one, and YAML's list of several as a tuple."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+# One place of a source, or several, which are read in that order.
+Inputs = Annotated[
+    str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_one_or_several)
+]
 
 
 class Section(BaseModel):
@@ -52,17 +71,23 @@ def fields_by_name(section: type[Section]) -> dict[str, FieldInfo]:
     return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
+def list_type(info: FieldInfo) -> Any:
+    """The kind of tuple that a field takes, if it takes several values; else None."""
+    options = (plain_type(info.annotation), *get_args(info.annotation))
+    kinds = [plain_type(option) for option in options]
+    return next((kind for kind in kinds if get_origin(kind) is tuple), None)
+
+
 def is_list(info: FieldInfo) -> bool:
     """Whether a field takes several values."""
-    return get_origin(plain_type(info.annotation)) is tuple
+    return list_type(info) is not None
 
 
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
     if of % value == 0:
         return
-    divisors = [divisor for divisor in range(1, of + 1) if of % divisor == 0]
-    below = [divisor for divisor in divisors if divisor < value][-1:]
-    above = [divisor for divisor in divisors if divisor > value][:1]
+    below = [divisor for divisor in range(1, min(value, of + 1)) if of % divisor == 0][-1:]
+    above = [divisor for divisor in range(value + 1, of + 1) if of % divisor == 0][:1]
     nearest = ", ".join(str(divisor) for divisor in below + above)
     raise ValueError(f"{name}={value} does not divide {of_name}={of}; nearest: {nearest}")
 
@@ -75,13 +100,11 @@ def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
 class ModelConfig(Section):
     """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
 
-    layers: Positive = Field(4, description="Number of transformer blocks.")
-    heads: Positive = Field(4, description="Attention heads.")
-    kv_heads: Positive = Field(
-        FOLLOWS, description="Key/value heads (GQA); unset: as many as heads."
-    )
-    width: Positive = Field(128, description="Width of the residual stream.")
-    ffn_width: Positive = Field(
+    layers: Layers = Field(4, description="Number of transformer blocks.")
+    heads: Width = Field(4, description="Attention heads.")
+    kv_heads: Width = Field(FOLLOWS, description="Key/value heads (GQA); unset: as many as heads.")
+    width: Width = Field(128, description="Width of the residual stream.")
+    ffn_width: Width = Field(
         FOLLOWS,
         description="Hidden width of the feed-forward; unset: 4 x width"
         " (swiglu: 8/3, rounded up to 64).",
@@ -139,7 +162,9 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Where a text lies, and its share of the tokens."""
 
-    input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
+    input: Inputs = Field(
+        description="Text file, glob, folder, URL, hub dataset or prepared folder; or several."
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the tokens, relative to the other sources'."
     )
@@ -160,6 +185,16 @@ class SourceConfig(Section):
         "repeat",
         description="After a pass: begin again, end the run, or leave the share to the others.",
     )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The input, or all of them in their order."""
+        return (self.input,) if isinstance(self.input, str) else self.input
+
+    @property
+    def title(self) -> str:
+        """The inputs as they are given on a command line, for messages."""
+        return " ".join(self.inputs)
 
     def template_columns(self) -> list[str]:
         """The columns that the template names; raises ValueError for a brace alone."""
@@ -193,8 +228,9 @@ class Stage(Section):
 class DataConfig(Section):
     """Which text, as which tokens, in which order."""
 
-    input: str = Field(
-        "stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib."
+    input: Inputs = Field(
+        "stdlib",
+        description="Text file, glob, folder, hub dataset, prepared folder, or several; or stdlib.",
     )
     sources: dict[SourceName, SourceConfig] = Field(
         {}, description="Several inputs by name, instead of input."
@@ -208,7 +244,9 @@ class DataConfig(Section):
     stream: bool = Field(
         False, description="Read raw text while training, instead of preparing it first."
     )
-    lanes: Positive = Field(8, description="Parts of a stream that are read side by side.")
+    lanes: Positive = Field(
+        8, le=2**16, description="Parts of a stream that are read side by side."
+    )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="Streams: cut the tokens every seq_len, or keep documents whole and fill up.",
@@ -229,17 +267,19 @@ class DataConfig(Section):
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text."
     )
-    seq_len: Positive = Field(256, description="Input tokens of a sequence.")
+    seq_len: Positive = Field(256, le=LONGEST_CONTEXT, description="Input tokens of a sequence.")
     stride: Positive = Field(
         FOLLOWS, description="Input tokens between sequence starts; unset: seq_len."
     )
     document_mask: bool = Field(False, description="No attention and no target across documents.")
-    global_batch: Positive = Field(16, description="Sequences in one step, over all processes.")
+    global_batch: Positive = Field(
+        16, le=2**24, description="Sequences in one step, over all processes."
+    )
     micro_batch: Positive | None = Field(
         None, description="Sequences in one backward; unset: a rank's whole share."
     )
     workers: NotNegative = Field(
-        1, description="Threads that read batches ahead; 0 reads in the step itself."
+        1, le=1024, description="Threads that read batches ahead; 0 reads in the step itself."
     )
 
     @model_validator(mode="after")
@@ -295,6 +335,11 @@ class DataConfig(Section):
             return f"data.sources.{name}.input"
         return "data.input"
 
+    @property
+    def title(self) -> str:
+        """What `input` is on a command line, for messages."""
+        return self.as_source().title
+
     def as_source(self) -> SourceConfig:
         """`input` alone as a source."""
         return SourceConfig(
@@ -347,6 +392,9 @@ class RunConfig(Section):
         "fp32", description="Arithmetic of the forward; weights and gradients stay fp32."
     )
     compile: bool = Field(False, description="Compile the model with torch.compile.")
+    deterministic: bool = Field(
+        False, description="On GPUs too, resume with the same bits; costs speed."
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward to save memory."
     )

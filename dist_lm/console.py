@@ -1,36 +1,79 @@
-"""Lines to people: printing that never stops a run, numbers and durations in short, safe text."""
+"""Lines to people: streams that outlive their reader, numbers and durations in short, safe text."""
 
-import contextlib
+import io
 import os
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class LastingFile(io.FileIO):
+    """Standard output or error, which may be gone at any time: a closed pipe, a full disk.
+
+    At the first write that fails it leads to the null device from then on, and `lost` is called.
+    """
+
+    def __init__(self, descriptor: int, lost: Callable[[OSError], None]):
+        super().__init__(descriptor, "w", closefd=False)
+        self.lost = lost
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            self.lost(error)
+            return len(data)
+
+
+def make_streams_last(lost: Callable[[OSError], None]) -> None:
+    """Let a command outlive its standard streams. Called once, at the process edge.
+
+    `lost` is called if standard output is gone, and may raise. If standard error is gone, there is
+    nobody to tell. A stream that was closed before the start leads to the null device: otherwise
+    the next file that is opened would take its number, and lines would be printed into that file.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            # As long as the process.
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, LastingFile):  # a command that another one calls
+        raw.lost = lost
+    elif sys.stdout is sys.__stdout__:  # nobody has put another in its place
+        sys.stdout = _lasting_stream(1, sys.stdout, lost)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _lasting_stream(2, sys.stderr, _ignore)
+
+
+def _lasting_stream(descriptor: int, old: Any, lost: Callable[[OSError], None]) -> io.TextIOWrapper:
+    """A stream that writes as the old one, but for what cannot be encoded: that is escaped."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(LastingFile(descriptor, lost)),
+        encoding=old.encoding,
+        errors="backslashreplace" if old.errors == "strict" else old.errors,
+        line_buffering=old.line_buffering or old.write_through,
+    )
+
+
+def _ignore(error: OSError) -> None:
+    pass
 
 
 def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
-    """Print, but never stop a run.
-
-    A channel that is gone (closed pipe, full disk) leads nowhere from then on.
-    """
-    stream = getattr(sys, channel)
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if channel == "stdout":
-            warn(f"standard output is gone, the run goes on: {error}")
+    """Print at once. Commands give their streams to make_streams_last(), so this cannot fail."""
+    print(text, end=end, file=getattr(sys, channel), flush=True)
 
 
 def warn(text: str) -> None:
-    say(f"warning: {text}", channel="stderr")
-
-
-def is_terminal() -> bool:
-    """Whether standard output is one."""
-    try:
-        return sys.stdout.isatty()
-    except (AttributeError, ValueError):  # there is no standard output, or it is closed
-        return False
+    say(f"warning: {printable(text)}", channel="stderr")
 
 
 def shorten(number: float) -> str:
@@ -44,6 +87,13 @@ def shorten(number: float) -> str:
 def gigabytes(number: float) -> str:
     """Bytes in units of 10^9, without the unit: 83, or 1,234."""
     return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
+
+
+def count(number: int, thing: str, things: str = "") -> str:
+    """1 file, or 1,234 files; `things` is the plural where an s is not enough."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {things or thing + 's'}"
 
 
 def duration(seconds: float) -> str:

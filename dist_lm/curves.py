@@ -1,14 +1,19 @@
 """Pictures of runs: loss against the step, raw, smoothed and validated."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
+from dist_lm.console import printable
 from dist_lm.metrics import read_metrics
 
+# Of the validation sets of a run, so that they can be told apart without colours.
+MARKERS = "os^DvP*X"
 # A smoothed curve averages over about this part of it to each side.
 _WINDOWS = 50
+_LONGEST_LABEL = 200  # characters
 
 
 def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
@@ -20,25 +25,42 @@ def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a token)")
-    for number, (name, run_dir) in enumerate(zip(run_names(run_dirs), run_dirs, strict=True)):
-        _draw_run(axes, name, run_dir, color=f"C{number}")
+    colors = (f"C{number}" for number in count())  # matplotlib begins again after C9
+    for name, run_dir in zip(run_names(run_dirs), run_dirs, strict=True):
+        draw_run(axes, name, run_dir, colors)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(png, format="png", dpi=120)
 
 
-def _draw_run(axes: Any, name: str, run_dir: str | Path, color: str) -> None:
+def draw_run(axes: Any, name: str, run_dir: str | Path, colors: Iterator[str]) -> None:
+    """Each curve has a colour of its own, and each validation set a marker as well."""
+    color = next(colors)
     steps, evaluations = read_metrics(run_dir)
     x = [figures["step"] for figures in steps]
     loss = [figures["loss"] for figures in steps]
     axes.plot(x, loss, color=color, alpha=0.25, linewidth=0.6)
-    label = f"{name}: training, smoothed"
+    label = _plain(f"{name}: training, smoothed")
     axes.plot(x, smooth(loss), color=color, linewidth=1.5, label=label)
-    for val_set in sorted({figures["val_set"] for figures in evaluations}):
+    val_sets = dict.fromkeys(figures["val_set"] for figures in evaluations)
+    for val_set, marker in zip(val_sets, cycle(MARKERS), strict=False):
         of_set = [figures for figures in evaluations if figures["val_set"] == val_set]
         x = [figures["step"] for figures in of_set]
         loss = [figures["val_loss"] for figures in of_set]
-        axes.plot(x, loss, "o--", color=color, markersize=5, label=f"{name}: {val_set}")
+        axes.plot(
+            x,
+            loss,
+            linestyle="--",
+            marker=marker,
+            color=next(colors),
+            markersize=5,
+            label=_plain(f"{name}: {val_set}"),
+        )
+
+
+def _plain(label: str) -> str:
+    """A label that is drawn as it is: no dollar begins a formula, and all characters are shown."""
+    return printable(label[:_LONGEST_LABEL]).replace("$", r"\$")
 
 
 def run_names(run_dirs: Sequence[str | Path]) -> list[str]:

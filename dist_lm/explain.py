@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, NESTED, plain_type
-from dist_lm.errors import did_you_mean, nearest
+from dist_lm.errors import closest, did_you_mean
 
 UNTOLD = 10**9  # an upper limit from here on is told only to those who exceed it
 
@@ -35,15 +35,30 @@ def explain_setting(error: ValidationError, origin: Mapping[str, str]) -> str:
     if kind == "literal_error":
         options = re.findall(r"'(.*?)'", context["expected"])
         rule = "be one of " + ", ".join(options)
-        good = nearest(str(value), options)
+        good = closest(str(value), options)
+    elif kind in ("missing", "too_long") and isinstance(value, tuple):
+        number = len(get_args(FIELDS[name].annotation))
+        rule = f"have {number} values"
+        rest = FIELDS[name].default[len(value) :]
+        good = " ".join(str(part) for part in (*value, *rest)[:number])
+        value = " ".join(map(str, value))
+        return f"{where}: {field}={value} must {rule}; nearest: {good}"
+    elif kind.startswith(("int_", "float_")) and isinstance(value, str):
+        good = _leading_number(value) or good
     elif kind in ("greater_than_equal", "less_than_equal"):
         good = context.get("ge", context.get("le"))
-    elif kind.startswith("int_") and isinstance(value, float):
+    elif kind.startswith("int_") and isinstance(value, float) and math.isfinite(value):
         good = round(value)
     elif kind.startswith("bool_"):
         good = "true" if str(value).lower() in ("1", "yes", "on", "y", "t") else "false"
     hint = "" if good in ("", None) else f"; nearest: {good}"
     return f"{where}: {field}={value!r} must {rule}{hint}"
+
+
+def _leading_number(text: str) -> str:
+    """The number that a text begins with, or nothing: 3e-4 of 3e-4x."""
+    found = re.match(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", text.strip())
+    return found[0] if found else ""
 
 
 def _with_origin(text: str, origin: Mapping[str, str]) -> str:

@@ -312,8 +312,9 @@ def _write_new(path: Path, text: str) -> int:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
         _flock(descriptor)
-        if os.write(descriptor, text.encode()) != len(text.encode()):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        left = text.encode()
+        while left:  # one call may write a part
+            left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     except BaseException:
         os.close(descriptor)

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_lm import families
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.errors import DivergedError, UserError
-from dist_lm.model import hf
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
+from dist_lm.runtime.late import LateFigures, Moment
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
@@ -37,17 +38,17 @@ SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself
 
 @dataclass
 class Pending:
-    """Figures of a step that are still on the device.
+    """Figures of a step that are on their way to the host.
 
-    Reading them is the one host sync, one step late.
+    They are read one step late, while the device works on the next step.
     """
 
     step: int
     lr: float
-    loss_norm_targets_flags: Tensor
-    seconds: float
+    loss_norm_targets_flags: LateFigures
+    began: Moment  # where the step before ended, or an evaluation or a save after that
     seconds_waiting: float  # for data
-    batch_hash: Tensor | None
+    batch_hash: LateFigures | None
     shares: dict[str, float]  # of a mixture
 
 
@@ -106,6 +107,7 @@ def train(run: Run) -> str:
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
     pending: Pending | None = None
+    began = Moment(runtime.device)
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
     while True:
@@ -127,10 +129,11 @@ def train(run: Run) -> str:
             save(run, last=is_leaving)
         if is_leaving:
             break
+        if is_evaluating or is_saving:
+            began = Moment(runtime.device)  # a step's time is that of training alone
         report_saving(run, run.saver.poll)
 
         # All ranks, each on its rows of the batch: gradients, and one update.
-        started = time.monotonic()
         lr = lr_at(config.optim, state.step, run.steps or 0)
         set_lr(run.optimizer, lr)
         loss_sum = add_gradients(run, batch, targets)
@@ -144,20 +147,24 @@ def train(run: Run) -> str:
         agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
         loss_sum, next_targets, stop, is_lost = agreed
 
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        batch_hash = sum_of_hashes(run, batch)
+        late_figures = LateFigures(figures)
+
         # All ranks: read the figures of the step before, and keep those of this step.
         if pending:
             is_stopping = record_step(run, pending)
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
         state.advance(batch.after)
         pending = Pending(
             step=state.step,
             lr=lr,
-            loss_norm_targets_flags=figures,
-            batch_hash=sum_of_hashes(run, batch),
-            seconds=time.monotonic() - started,
+            loss_norm_targets_flags=late_figures,
+            began=began,
+            batch_hash=batch_hash,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
+        began = late_figures.moment
         batch = next_batch
         targets = next_targets
         profiler.step()
@@ -202,17 +209,25 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
 
 
 def loss_of_nothing(run: Run, batch: Batch) -> Tensor:
-    """A loss without targets: zero, with gradients of zero."""
-    tokens_BT = batch.micros[0].tokens_BT
-    loss: Tensor = run.runtime.engine.model(tokens_BT, torch.full_like(tokens_BT, NO_TARGET))
+    """A loss without targets: zero, with gradients of zero.
+
+    Its arguments are those of a step, so that a compiled model compiles what the step needs.
+    """
+    micro = batch.micros[0]
+    loss: Tensor = run.runtime.engine.model(
+        micro.tokens_BT,
+        torch.full_like(micro.targets_BT, NO_TARGET),
+        dropout_keys_B=micro.dropout_keys_B,
+        segments_BT=micro.segments_BT,
+    )
     return loss
 
 
-def sum_of_hashes(run: Run, batch: Batch) -> Tensor | None:
+def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
     """The hash of the global batch, if the run logs it: the sum over its rows. All ranks."""
     if not run.config.run.log_batch_hash:
         return None
-    return run.runtime.sum(torch.tensor([batch.row_hashes], device=run.runtime.device))
+    return LateFigures(run.runtime.sum(run.runtime.on_device([batch.row_hashes], torch.int64)))
 
 
 def record_step(run: Run, pending: Pending) -> bool:
@@ -223,7 +238,8 @@ def record_step(run: Run, pending: Pending) -> bool:
     runtime = run.runtime
     state = run.state
     scaler = runtime.engine.scaler
-    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.tolist()
+    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
+    seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
     runtime.refuse_lost_folder(is_lost)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
@@ -238,7 +254,8 @@ def record_step(run: Run, pending: Pending) -> bool:
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
-        extra["batch_hash"] = f"{int(pending.batch_hash) % 2**64:016x}"
+        (batch_hash,) = pending.batch_hash.read()
+        extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
     if scaler.is_enabled():
         extra["scale"] = scaler.get_scale()
         extra["skipped_updates"] = state.skipped_updates
@@ -250,8 +267,8 @@ def record_step(run: Run, pending: Pending) -> bool:
             lr=pending.lr,
             grad_norm=norm,
             tokens=state.tokens,
-            tokens_per_second=targets / pending.seconds,
-            data_wait=pending.seconds_waiting / pending.seconds,
+            tokens_per_second=targets / seconds,
+            data_wait=pending.seconds_waiting / seconds,
             **extra,
         )
     return bool(stop)
@@ -327,8 +344,8 @@ def save(run: Run, last: bool) -> None:
         data_identity=run.data.identity,
     )
     contents = {
-        "config.json": hf.config_json(spec, tokenizer.eot),
-        "generation_config.json": hf.generation_config_json(tokenizer.eot),
+        "config.json": families.config_json(spec, tokenizer.eot),
+        "generation_config.json": families.generation_config_json(tokenizer.eot),
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}

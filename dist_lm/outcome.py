@@ -15,6 +15,7 @@ DIST_LM_START_ID of its launch script. `after` of that script reads the file and
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -24,14 +25,26 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.errors import CODES, UserError, in_a_line, kind, run_entry
+from dist_lm.console import printable, warn
+from dist_lm.errors import (
+    CODES,
+    CheckpointError,
+    UserError,
+    environment_number,
+    in_a_line,
+    kind,
+    one_line,
+    run_entry,
+)
 from dist_lm.lock import RunLock
+from dist_lm.outside import CheckedModel, Count, Text, check, read_json
 
+_LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
 PATIENCE = 3  # failures without a new step after which nothing is started again
 
 
@@ -53,6 +66,10 @@ TRAIN = Command(
     "accelerate launch dist_lm/train.py [--config FILE] [--section.field VALUE ...]",
     TrainFlags,
     settings=ALL_SETTINGS,
+    of_scripts=dict.fromkeys(
+        ("nproc", "nnodes", "host", "node-rank", "port", "interface", "restarts", "dry-run"),
+        "launch/torchrun.sh",
+    ),
 )
 
 
@@ -67,7 +84,7 @@ class Stop:
         self.reason = ""
         # The variable has seconds since 1970, by the scheduler's clock. Later changes of our clock
         # do not matter.
-        stop_at = float(os.environ.get("DIST_LM_STOP_AT") or "inf")
+        stop_at = _end_of_job()
         self._deadline = time.monotonic() + stop_at - time.time()
 
     def listen(self) -> None:
@@ -79,7 +96,9 @@ class Stop:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
         if _rank() == 0:  # not print(): a handler may interrupt a print
-            os.write(2, f"{self.reason}: stopping at the next step, with a checkpoint\n".encode())
+            text = f"{self.reason}: stopping at the next step, with a checkpoint\n"
+            with contextlib.suppress(OSError):  # standard error may be gone
+                os.write(2, text.encode())
 
     @property
     def requested(self) -> bool:
@@ -88,13 +107,23 @@ class Stop:
         return bool(self.reason)
 
 
+class Outcome(CheckedModel):
+    """What outcome.json holds."""
+
+    kind: Literal[tuple(CODES)] = Field(alias="class")  # type: ignore[valid-type]
+    step: Count
+    reason: Text
+    attempt: Count
+    failures: Count
+
+
 def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
     """How a run ended; empty if there is no readable file."""
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(folder / name, CheckpointError, _LARGEST)
+        return check(content, Outcome, CheckpointError).model_dump(by_alias=True)
+    except CheckpointError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 class Attempt:
@@ -111,11 +140,10 @@ class Attempt:
         start_id = os.environ.get("DIST_LM_START_ID", "")
         self.refusal = ""  # name of the file for our launch script, if one started us
         if start_id:
-            printable_id = re.sub(r"[^A-Za-z0-9._-]", "_", start_id)
+            printable_id = re.sub(r"[^A-Za-z0-9._-]", "_", start_id[:100])
             self.refusal = f".refused-{printable_id}.json"
-        self.number = number or int(
-            os.environ.get("DIST_LM_ATTEMPT") or self.before.get("attempt", 0) + 1
-        )
+        number = number or environment_number("DIST_LM_ATTEMPT", 0)
+        self.number = number or self.before.get("attempt", 0) + 1
 
     @property
     def is_recorded(self) -> bool:
@@ -153,7 +181,7 @@ class Attempt:
             if name:
                 self._write(name, json.dumps(outcome) + "\n")
         except OSError as error:  # a full disk must not change how a run ends
-            print(f"warning: {self.folder}/{name} could not be written: {error}", file=sys.stderr)
+            warn(f"{self.folder}/{name} could not be written: {error}")
         return outcome
 
     def _newest_step(self) -> int:
@@ -184,6 +212,10 @@ class Attempt:
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, self.folder / name)
+        if self.lock.text:
+            # Files of attempts that were killed in here.
+            for left_over in self.folder.glob(".outcome.json.*"):
+                left_over.unlink(missing_ok=True)
 
     def run(self, work: Callable[[], str]) -> None:
         """Do the work, record how it ended, and exit accordingly.
@@ -225,9 +257,10 @@ class Attempt:
         if rank:
             self._wait_for_record(seconds=5)
         if rank == 0 or not self.is_recorded:
-            self.record(kind(error.code), str(error))
+            self.record(kind(error.code), one_line(error))
             if rank and not self.lock.is_anothers():
-                print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+                text = f"rank {rank} on {socket.gethostname()}: {one_line(error)}"
+                print(f"error: {text}", file=sys.stderr)
 
     def _wait_for_record(self, seconds: float) -> None:
         """Give rank 0 time to record the ending, unless another run has the folder."""
@@ -238,8 +271,33 @@ class Attempt:
             time.sleep(0.1)
 
 
+def refuse_bad_environment() -> None:
+    """Refuse what a launcher has set wrongly, before it is used anywhere."""
+    for name in ("LOCAL_RANK", "MASTER_PORT", "DIST_LM_ATTEMPT"):
+        environment_number(name, 0)
+    _end_of_job()
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if environment_number(name, 1) < 1:
+            raise UserError(f"{name}=0 must be at least 1; nearest: 1, or unset it")
+    world = environment_number("WORLD_SIZE", 1)
+    if _rank() >= world:
+        raise UserError(f"RANK={_rank()} must be below WORLD_SIZE={world}; nearest: {world - 1}")
+
+
+def _end_of_job() -> float:
+    """When the job ends, in seconds since 1970; never without a scheduler."""
+    text = os.environ.get("DIST_LM_STOP_AT") or "inf"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise UserError(f"DIST_LM_STOP_AT={text} must be a time in seconds since 1970; or unset it")
+    return seconds
+
+
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return environment_number("RANK", 0)
 
 
 def main(argv: list[str]) -> None:
@@ -276,7 +334,7 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     ending = outcome["class"]
     print(
         f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}:"
-        f" {outcome['reason']}",
+        f" {printable(str(outcome['reason']))}",
         file=sys.stderr,
     )
     failures = outcome["failures"]

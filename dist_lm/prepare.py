@@ -70,4 +70,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_entry(main, prints_result=False)

@@ -4,8 +4,9 @@ Prints a table and draws training and validation loss against the step, from the
 alone; a run may still be going on.
 """
 
+import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,12 @@ from pydantic import Field
 
 from dist_lm.cli import Command, read_flags
 from dist_lm.config import Section
-from dist_lm.console import duration, shorten
+from dist_lm.console import duration, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
 from dist_lm.metrics import read_metrics
 
-COLUMNS = (
-    "run",
-    "steps",
-    "tokens",
-    "tokens/s",
-    "time",
-    "data wait",
-    "loss",
-    "best val loss",
-    "bits per byte",
-)
+_SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has none
 
 
 class ReportFlags(Section):
@@ -42,19 +33,21 @@ class ReportFlags(Section):
 
     run: tuple[str, ...] = Field(description="The folder of a run; several are compared.")
     output: str | None = Field(None, description="The picture to draw, a PNG.")
+    as_json: bool = Field(
+        False, alias="json", description="Print one JSON object instead of the table."
+    )
 
 
 REPORT = Command(
-    "python -m dist_lm.report RUN [RUN ...] [--output PNG]", ReportFlags, positional="run"
+    "python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]", ReportFlags, positional="run"
 )
 
 
 def main(argv: list[str]) -> None:
     flags = read_flags(argv, REPORT)
-    rows: list[Sequence[str]] = [COLUMNS]
+    runs = []
     for name, run in zip(run_names(flags.run), flags.run, strict=True):
-        rows.append(summary(name, run))
-    print_table(rows)
+        runs.append(summary(name, run))
     png = where_to_draw(flags)
     try:
         draw_curves(flags.run, png)
@@ -62,6 +55,10 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--output {png}: {error.strerror}; rule: a file that can be written"
         ) from error
+    if flags.as_json:
+        print(json.dumps({"runs": runs, "picture": str(png)}, indent=1))
+        return
+    print_table([tuple(COLUMNS), *(spell(run) for run in runs)])
     print(f"drawn: {png}")
 
 
@@ -73,34 +70,51 @@ def where_to_draw(flags: ReportFlags) -> Path:
     return Path("comparison.png")
 
 
-def summary(name: str, run_dir: str) -> tuple[str, ...]:
-    """A run's row of the table.
+# The columns of the table, and how each is made of a run's figures.
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "run": lambda run: str(run["run"]),
+    "steps": lambda run: str(run["steps"]),
+    "tokens": lambda run: shorten(run["tokens"]),
+    "tokens/s": lambda run: shorten(run["tokens_per_second"]),
+    "time": lambda run: duration(run["seconds"]),
+    "data wait": lambda run: f"{run['data_wait']:.1%}",
+    "loss": lambda run: f"{run['loss']:.4f}",
+    "best val loss": lambda run: spell_best(run["best"], "{val_loss:.4f} at {step}"),
+    "bits per byte": lambda run: spell_best(run["best"], "{val_bits_per_byte:.4f}"),
+}
 
-    `time` is what its steps took. `loss` is the mean of its last losses.
+
+def spell(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """A run's row of the table."""
+    return tuple(column(run) for column in COLUMNS.values())
+
+
+def spell_best(best: Mapping[str, Any] | None, text: str) -> str:
+    return text.format(**best) if best else "-"
+
+
+def summary(name: str, run_dir: str) -> dict[str, Any]:
+    """A run's figures.
+
+    `seconds` is what its steps took. `loss` is the mean of its last losses. `best` is the best
+    evaluation of the set that decides: the first one of each evaluation.
     """
-    steps, evaluations = read_metrics(run_dir)
+    steps, evaluations = read_metrics(run_dir, warn)
     if not steps:
         raise CheckpointError(f"{run_dir}: metrics.jsonl has no whole line of a step yet")
-    rate = statistics.median(step["tokens_per_second"] for step in steps)
-    data_wait = statistics.fmean(step.get("data_wait", 0.0) for step in steps)
-    loss = trailing_means([step["loss"] for step in steps])[-1]
-    best_loss = "-"
-    bits_per_byte = "-"
-    if evaluations:
-        best = min(evaluations, key=lambda evaluation: float(evaluation["val_loss"]))
-        best_loss = f"{best['val_loss']:.4f} at {best['step']}"
-        bits_per_byte = f"{best['val_bits_per_byte']:.4f}"
-    return (
-        name,
-        str(steps[-1]["step"]),
-        shorten(steps[-1]["tokens"]),
-        shorten(rate),
-        duration(seconds_of(steps)),
-        f"{data_wait:.1%}",
-        f"{loss:.4f}",
-        best_loss,
-        bits_per_byte,
-    )
+    deciding = [
+        figures for figures in evaluations if figures["val_set"] == evaluations[0]["val_set"]
+    ]
+    return {
+        "run": name,
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_second": statistics.median(step["tokens_per_second"] for step in steps),
+        "seconds": seconds_of(steps),
+        "data_wait": statistics.fmean(step.get("data_wait", 0.0) for step in steps),
+        "loss": trailing_means([step["loss"] for step in steps])[-1],
+        "best": min(deciding, key=lambda figures: float(figures["val_loss"]), default=None),
+    }
 
 
 def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
@@ -108,7 +122,7 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
     tokens = [0.0, *(step["tokens"] for step in steps)]
     seconds = 0.0
     for (before, after), step in zip(pairwise(tokens), steps, strict=True):
-        seconds += (after - before) / step["tokens_per_second"]
+        seconds += (after - before) / max(step["tokens_per_second"], _SLOWEST)
     return seconds
 
 

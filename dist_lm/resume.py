@@ -14,23 +14,25 @@ from typing import Any
 
 import torch
 
-from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders, verify
-from dist_lm.checkpoint.load import read_description, restore, tokenizer_hash
+from dist_lm import families
+from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders
+from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
-from dist_lm.checkpoint.state import TrainState, read_state
+from dist_lm.checkpoint.state import TrainState, read_state, verify_state
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
+from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 from dist_lm.metrics import Metrics
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
+from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
 from dist_lm.runtime.world import Runtime
 
 _DATA = "data (its tokens, by hash)"  # compared like a setting
-_FREE_OF_MODEL = ("dropout", "init")  # a model may start from weights that were trained with others
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,17 @@ def find_resume_point(
 
     `allowed` names settings that may differ from those of the checkpoint.
     """
+    is_beginning = config.run.resume in ("auto", "never")
+    is_beginning &= not step_folders(Path(config.run.dir))
+    if config.run.init_from and is_beginning:
+        runtime.on_main(lambda: refuse_other_tokenizers(config))
     data = open_dataset(config, runtime.on_main)
     steps = data.steps(config)
     # Rank 0 decides, because others may see the folder otherwise for a while.
     chosen = runtime.on_main(lambda: _choose_checkpoint(runtime, config))
     if chosen is None:
         return ResumePoint(data, steps, folder=None, facts={})
-    facts = read_state(Path(chosen))
+    facts = runtime.together(lambda: read_state(Path(chosen)))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(
@@ -103,10 +109,10 @@ def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
         return None
     if config.run.resume != "auto":
         folder = Path(config.run.resume)
-        step = verify(folder)["step"]
+        step = verify_state(folder)["step"]
         set_aside_newer(run_dir, step, runtime.say)
         return str(folder)
-    newest, passed_over = newest_valid(run_dir)
+    newest, passed_over = newest_valid(run_dir, verify_state)
     for why in passed_over:
         runtime.say(f"warning: passed over a damaged checkpoint: {why}")
     return str(newest) if newest else None
@@ -232,43 +238,24 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
     runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
     engine.spread()
     if engine.scaler.is_enabled():
+        if facts["scaler"].keys() != engine.scaler.state_dict().keys():
+            raise CheckpointError(f"{folder.name}/state.json: has no loss scale, which fp16 needs")
         engine.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState.restored(facts)
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
 
 
 def start_from(run: Run, name: str) -> None:
-    """Take only the weights of a checkpoint or transformers folder.
-
-    Refuses another model or tokenizer.
-    """
+    """Take only the weights of a checkpoint or transformers folder."""
     config = run.config
     tokenizer = run.data.tokenizer
     folder = locate(name)
-    described = read_description(folder)
-    ours = config.model.model_dump()
-    theirs = described.config.model_dump()
-    different = []
-    for key in ours:
-        if ours[key] != theirs[key] and key not in _FREE_OF_MODEL:
-            different.append(f"--model.{key} {theirs[key]}")
-    if different:
-        raise UserError(
-            f"run.init_from={name} is another model; rule: the same one: {' '.join(different)}"
-        )
-    is_same_size = tokenizer.vocab_size == described.vocab_size
-    if not is_same_size or tokenizer_hash(folder) not in (None, tokenizer.sha256):
-        raise UserError(
-            f"run.init_from={name} was trained with another tokenizer ({described.vocab_size}"
-            f" tokens) than data.input={config.data.input} ({tokenizer.vocab_size}); nearest:"
-            f" data.tokenizer={folder}"
-        )
-    if described.seq_len < config.data.seq_len and config.model.positions == "learned":
-        raise UserError(
-            f"data.seq_len={config.data.seq_len} exceeds the context of run.init_from; nearest:"
-            f" {described.seq_len}"
-        )
-    spec = config.model_spec(described.vocab_size)
+    model = Pretrained(name, folder, read_spec(folder))
+    given = config.flat()
+    del given["data.tokenizer"]  # the data says which one it has
+    refuse_disagreements(model, given)
+    refuse_tokenizer(model, tokenizer, f"data.input={config.data.title}")
+    spec = config.model_spec(model.spec.vocab_size)
     restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
 
 
@@ -301,7 +288,7 @@ def describe(run: Run) -> None:
             f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
             f" {run.steps} steps"
         )
-    if hf.family(config.model) is None:
+    if families.family(config.model) is None:
         runtime.say(
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )

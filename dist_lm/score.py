@@ -21,8 +21,9 @@ class ScoreFlags(Section):
     """A checkpoint's validation figures.
 
     Without --data.input: the number that training prints at an evaluation, of the run's own
-    held-out documents. With it: of that text's (or prepared folder's) held-out documents, chosen as
-    training would; --data.val_fraction 0 scores the whole text.
+    held-out documents; of a run with several validation sets all by name. With it: of that text's
+    (or prepared folder's) held-out documents, chosen as training would; --data.val_fraction 0
+    scores the whole text.
 
     One process; nothing is trained, and the run's folder is only read. The settings start as the
     run's, not at the values shown here.
@@ -34,6 +35,7 @@ class ScoreFlags(Section):
     ema: bool = Field(
         False, description="Score the moving average of the weights that a run with run.ema kept."
     )
+    as_json: bool = Field(False, alias="json", description="Print one JSON object.")
 
 
 SCORE = Command(
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
     from dist_lm.scoring import score  # torch, which is slow to import
 
     with tempfile.TemporaryDirectory(prefix="dist_lm-score-") as scratch:
-        score(flags.ckpt, settings, scratch, average=flags.ema)
+        score(flags.ckpt, settings, scratch, average=flags.ema, as_json=flags.as_json)
 
 
 if __name__ == "__main__":

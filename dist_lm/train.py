@@ -16,9 +16,10 @@ def main(argv: list[str]) -> None:
     from pathlib import Path
 
     from dist_lm.cli import load
-    from dist_lm.outcome import TRAIN, Attempt
+    from dist_lm.outcome import TRAIN, Attempt, refuse_bad_environment
 
     config, flags = load(argv, TRAIN)
+    refuse_bad_environment()
     attempt = Attempt(Path(config.run.dir))
     attempt.stop.listen()
 
@@ -32,4 +33,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     die_with_launcher()  # before all imports that take time: a launcher may be killed during them
-    run_entry(main)
+    run_entry(main, prints_result=False)

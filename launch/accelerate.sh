@@ -9,7 +9,7 @@ make_command() {
     [[ $all -gt 1 || $file != ddp ]] || file=single
     command=("$PYTHON" -m accelerate.commands.launch --config_file "$root/launch/$file.yaml" --num_processes "$all")
     command+=(--num_machines "$nnodes" --machine_rank "$node_rank" --main_process_ip "$host")
-    command+=(--main_process_port "$master_port" "$root/dist_lm/train.py" "${train[@]}")
+    command+=(--main_process_port "$master_port" "${train_py[@]}" "${train[@]}")
 }
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

@@ -12,7 +12,7 @@ make_command() {
     else # a static rendezvous: torchrun's elastic agents were seen to hang after a cut link
         command+=(--node-rank "$node_rank" --master-addr "$host" --master-port "$master_port")
     fi
-    command+=("$root/dist_lm/train.py" --launch "$launch" "${train[@]}")
+    command+=("${train_py[@]}" --launch "$launch" "${train[@]}")
 }
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"

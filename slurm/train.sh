@@ -32,6 +32,8 @@ outcome() { # runs dist_lm.outcome in the environment that trains
     fi
 }
 
+train_py=(dist_lm/train.py)
+[[ -f ${train_py[0]} ]] || train_py=(-m dist_lm.train) # outside of a checkout the installed package is started
 train=("$@" --launch "$LAUNCH")
 numbers=$(outcome before "${train[@]}") || exit
 read -r DIST_LM_ATTEMPT run_dir <<<"$numbers"
@@ -65,7 +67,7 @@ trap ':' TERM USR1 # the ranks get these signals too, and this script still has 
 if [[ "${DOCTOR:-0}" == 1 ]]; then
     "${run[@]}" slurm/rank.sh "$PYTHON" -m dist_lm.doctor "${train[@]}" || exit
 fi
-run+=(--output="$run_dir/logs/%N-rank%t.log" --open-mode=append slurm/rank.sh "$PYTHON" dist_lm/train.py "${train[@]}")
+run+=(--output="$run_dir/logs/%N-rank%t.log" --open-mode=append slurm/rank.sh "$PYTHON" "${train_py[@]}" "${train[@]}")
 say "attempt $DIST_LM_ATTEMPT, $WORLD_SIZE processes on $DIST_LM_HOSTS, port $MASTER_PORT, logs in $run_dir/logs"
 say "${run[*]}"
 "${run[@]}"

@@ -23,7 +23,7 @@ from dist_lm.config import (
     Stage,
     batch_layout,
 )
-from dist_lm.errors import UserError
+from dist_lm.errors import OTHER_NAMES, UserError
 from dist_lm.outcome import TRAIN
 from tests.procs import ROOT, clean_env, train
 
@@ -46,12 +46,31 @@ def test_fields() -> None:
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip
-    run.dir run.steps run.epochs run.seed run.precision run.compile run.activation_checkpointing
+    run.dir run.steps run.epochs run.seed run.precision run.compile run.deterministic
+    run.activation_checkpointing
     run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
     run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
     run.trackers run.sample_prompt
     """
     assert set(expected.split()) == set(FIELDS)
+
+
+def test_several_inputs_are_one_source(tmp_path: Path) -> None:
+    """On the command line and in YAML; one in a list is that one, as before."""
+    config = settings("--data.input", "b", "a/*.txt", "--run.steps", "3")
+    assert config.data.input == config.data.as_source().inputs == ("b", "a/*.txt")
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert settings("--config", str(tmp_path / "run.yaml")) == config
+    assert settings("--data.input", "b").data.input == "b"
+    (tmp_path / "one.yaml").write_text(
+        "data: {sources: {a: {input: [x]}, b: {input: [y, z]}}, seq_len: 8}"
+    )
+    sources = settings("--config", str(tmp_path / "one.yaml")).data.sources
+    assert [source.input for source in sources.values()] == ["x", ("y", "z")]
+    with pytest.raises(UserError, match="data.input"):
+        resolve(("file", {"data.input": []}))
+    with pytest.raises(UserError, match="--data.seq_len takes one value, not '1 2'"):
+        settings("--data.seq_len", "1", "2")
 
 
 def test_every_field_is_read_by_code() -> None:
@@ -95,6 +114,11 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         ("--layers 4", "unknown flag --layers; did you mean --model.layers?"),
         ("--optim.dropout 0.1", "unknown flag --optim.dropout; did you mean --model.dropout?"),
         ("--cofig x", "unknown flag --cofig; did you mean --config?"),
+        ("--optim.learning_rate 1", "unknown flag --optim.learning_rate; did you mean --optim.lr?"),
+        ("--batch-size 8", "unknown flag --batch_size; did you mean --data.global_batch?"),
+        ("--bf16", "unknown flag --bf16; did you mean --run.precision bf16?"),
+        ("--warmup 8", "unknown flag --warmup; did you mean --optim.warmup_steps?"),
+        ("--nprocs 2", "unknown flag --nprocs; did you mean --nproc of launch/torchrun.sh?"),
         ("x", "'x' is not a flag; rule: --section.field VALUE"),
         ("--model.layers", "--model.layers needs a value: --model.layers 4"),
         ("--model.layers 3 --model.layers 4", "--model.layers is given twice; rule: once"),
@@ -121,6 +145,23 @@ def test_steps_or_epochs_the_later_level_stands(tmp_path: Path) -> None:
         (
             "--optim.betas 1 0.5",
             "command line: optim.betas=1 must be less than 1; nearest: (0.9, 0.95)",
+        ),
+        (
+            "--optim.betas 0.8",
+            "command line: optim.betas=0.8 must have 2 values; nearest: 0.8 0.95",
+        ),
+        (
+            "--optim.betas 0.8 0.9 0.95",
+            "command line: optim.betas=0.8 0.9 0.95 must have 2 values; nearest: 0.8 0.9",
+        ),
+        (
+            "--optim.lr 3e-4x",
+            "command line: optim.lr='3e-4x' must be a valid number; nearest: 3e-4",
+        ),
+        (
+            "--model.positions rotary",
+            "command line: model.positions='rotary' must be one of learned, rope, sinusoidal,"
+            " none; nearest: rope",
         ),
         (
             "--model.positions rop",
@@ -184,10 +225,13 @@ def test_command_line_errors(argv: str, message: str) -> None:
         ("modle: {}", "FILE: unknown section 'modle'; did you mean model?"),
         ("model: {layer: 3}", "FILE: unknown field model.layer; did you mean model.layers?"),
         ("model: {lr: 3}", "FILE: unknown field model.lr; did you mean optim.lr?"),
+        ("learning_rate: 1", "FILE: unknown section 'learning_rate'; did you mean optim.lr?"),
+        ("train: {n_layer: 3}", "FILE: unknown section 'train'"),
+        ("model: {n_layer: 3}", "FILE: unknown field model.n_layer; did you mean model.layers?"),
         ("model: 3", "FILE: model must be a mapping of its fields, not 3"),
         ("- 3", "FILE: must be a mapping of the sections model, data, optim, run, not [3]"),
         ("model:\n  layers: 3\n  layers: 4", "FILE: layers is given twice (line 3); rule: once"),
-        ("model: {layers: '3'}", "FILE: model.layers='3' must be a valid integer; nearest: 4"),
+        ("model: {layers: '3'}", "FILE: model.layers='3' must be a valid integer; nearest: 3"),
         ("model: {layers: [", "FILE: not valid YAML: "),
         (
             "run: !!python/object:os.system {}",
@@ -227,6 +271,28 @@ def test_missing_yaml_names_the_nearest(tmp_path: Path) -> None:
         read_yaml(tmp_path / "debgu.yaml")
 
 
+def test_a_recipe_of_another_name_names_the_nearest() -> None:
+    """Not the first file with the same ending."""
+    with pytest.raises(UserError, match=r"; did you mean configs/char.yaml\?$"):
+        settings("--config", "configs/chr.yaml")
+
+
+def test_names_of_other_trainers_lead_to_settings_that_exist() -> None:
+    for name, setting in OTHER_NAMES.items():
+        field, _, value = setting.partition(" ")
+        assert field in FIELDS, name
+        assert name not in {known.rpartition(".")[2] for known in FIELDS}, name
+        if value:
+            settings(f"--{field}", value)
+        with pytest.raises(UserError, match=re.escape(f"; did you mean --{setting}?")):
+            settings(f"--{name}", "1")
+    of_issue = """learning_rate lr batch_size epochs output_dir n_layer n_head n_embd block_size
+        max_steps bf16 warmup gradient_accumulation_steps"""
+    for name in of_issue.split():
+        with pytest.raises(UserError, match=f"^unknown flag --{name}; did you mean --"):
+            settings(f"--{name}", "1")
+
+
 def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     output = train(tmp_path / "run", "--model.layerz", "3", code=2, PYTHONPATH=f"{tmp_path}:{ROOT}")
@@ -238,6 +304,7 @@ def test_a_typing_mistake_is_one_line_code_2_and_comes_before_torch(tmp_path: Pa
             "3",
             code=2,
             RANK="1",
+            WORLD_SIZE="2",
             PYTHONPATH=f"{tmp_path}:{ROOT}",
         )
         == ""

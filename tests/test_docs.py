@@ -19,6 +19,8 @@ DESIGN = ROOT / "docs" / "design.md"
 README = ROOT / "README.md"
 GUIDES = [
     README,
+    ROOT / "AGENTS.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "slurm" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),

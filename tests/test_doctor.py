@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,16 +16,18 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import pytest
 import torch
 
 from dist_lm.checks.command import DOCTOR
 from dist_lm.checks.examination import CHECKS, Result, page
+from dist_lm.checks.inputs import look_at_data
 from dist_lm.checks.links import rendezvous
 from dist_lm.checks.machines import clocks
 from dist_lm.checks.ranks import run_within
 from dist_lm.cli import load
-from dist_lm.config import DataConfig
+from dist_lm.config import Config, DataConfig, RunConfig
 from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.errors import DataError, UserError
 from tests.conftest import TINY, text_of
@@ -273,6 +276,42 @@ def test_damaged_data(tmp_path: Path) -> None:
     shard = next(folder.glob("train*.safetensors"))
     shard.unlink()
     assert "missing where dataset.json has" in entry("doctor", *arguments, code=65)
+
+
+def test_what_train_refuses_doctor_refuses_with_its_words(tmp_path: Path) -> None:
+    """A forgotten prepare, and a text that is gone while the run folder still has its shards."""
+    (tmp_path / "text.txt").write_text(text_of(50))
+    data = DataConfig(input=str(tmp_path / "text.txt"), separator="\n\n", tokenizer="byte")
+    prepare_dataset(data, tmp_path / "run/data", 1, say=lambda text: None)
+    gone = ("--data.input", str(tmp_path / "gone.txt"), "--run.dir", str(tmp_path / "run"))
+    forgotten = ("--data.input", "shards/corpus", "--run.dir", str(tmp_path / "new"))
+    for arguments in (forgotten, gone, ("--data.stream", "true", *gone)):
+        words = (*SETTINGS, "--data.tokenizer", "byte", *arguments)
+        refused = entry("train", *words, code=65, HF_HUB_OFFLINE="1")
+        page = entry("doctor", *words, code=65, HF_HUB_OFFLINE="1")
+        rule = refused.strip().splitlines()[-1].removeprefix("error: ")
+        assert f"fail  data        rank 0 ({socket.gethostname()}): {rule}\n" in page
+
+
+def test_an_edited_text_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text\n" * 500)
+    data = DataConfig(input=str(tmp_path / "text.txt"), tokenizer="byte", seq_len=16)
+    prepare_dataset(data, tmp_path / "run/data", 1, say=lambda text: None)
+    config = Config(data=data, run=RunConfig(dir=str(tmp_path / "run")))
+    assert not look_at_data(config)[2]
+    (tmp_path / "text.txt").write_text("some other text\n" * 500)
+    text, _, is_warning = look_at_data(config)
+    assert is_warning and f"; warning: {tmp_path}/text.txt is not as it was when " in text
+
+
+def test_text_at_a_url_is_listed_and_not_read(tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/doctor/text.txt", b"some text")
+    config = Config(data=DataConfig(input="memory://doctor"), run=RunConfig(dir=str(tmp_path)))
+    text, _, is_warning = look_at_data(config)
+    assert (text, is_warning) == (
+        "memory:///doctor/text.txt: 1 file, 9e-09 GB; listed, not read",
+        True,
+    )
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lm import generate
+from dist_lm import families, generate
 from dist_lm.cli import read_flags
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from dist_lm.generate import GENERATE
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from tests.conftest import write_step
+from tests.conftest import state_of, write_step
 from tests.procs import PIPE, ROOT, Process, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
@@ -49,9 +49,9 @@ def write_random(
     for parameter in gpt.parameters():  # a livelier text than GPT-2's small weights make
         parameter.data *= 8 if parameter.dim() == 2 else 1
     texts = {
-        "config.json": hf.config_json(spec, tokenizer.eot),
-        "state.json": {"step": step},
-        "generation_config.json": hf.generation_config_json(tokenizer.eot),
+        "config.json": families.config_json(spec, tokenizer.eot),
+        "state.json": state_of(step),
+        "generation_config.json": families.generation_config_json(tokenizer.eot),
     }
     return write_step(run, step, gpt, texts, tokenizer)
 

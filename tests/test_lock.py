@@ -307,6 +307,13 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(
     assert error.value.code == 70 and list(tmp_path.iterdir()) == []
 
 
+def test_a_write_of_a_part_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: really(file, data[:10]))
+    with held(tmp_path) as mine:
+        assert (tmp_path / "run.lock").read_text() == mine.text and len(mine.text) > 10
+
+
 def test_another_node_with_another_folder_is_refused(tmp_path: Path) -> None:
     with held(tmp_path / "one") as mine:
         (tmp_path / "two").mkdir()

@@ -207,16 +207,20 @@ def test_trackers_are_told_once_a_second_and_of_the_ends(tmp_path, clock):
 SCRIPT = """
 import sys
 from types import SimpleNamespace
+from dist_lm.errors import run_entry
 from dist_lm.metrics import Metrics
 CPU = SimpleNamespace(type="cpu")  # torch would take a second to import
 VAL = {"val_loss": 1.0, "val_perplexity": 2.0, "val_bits_per_byte": 3.0}
 STEP = {"loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens_per_second": 1.0, "data_wait": 0.0}
-recorder = Metrics(sys.argv[1], steps=3, flops_per_token=1, device=CPU, world_size=1, is_main=True)
-sys.stdin.readline()
-for n in (1, 2, 3):
-    recorder.evaluation(n, "val", VAL)
-    recorder.step(step=n, tokens=n, **STEP)
-recorder.close()
+def main(argv):
+    recorder = Metrics(argv[0], steps=3, flops_per_token=1, device=CPU, world_size=1, is_main=True)
+    sys.stdin.readline()
+    for n in (1, 2, 3):
+        recorder.evaluation(n, "val", VAL)
+        recorder.step(step=n, tokens=n, **STEP)
+    recorder.close()
+
+run_entry(main, prints_result=False)
 """
 
 
@@ -244,11 +248,11 @@ def test_training_outlives_its_standard_output(tmp_path, where):
     assert process.returncode == 0, errors
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
     expected = {
-        "closed pipe": "[Errno 32] Broken pipe",
-        "full disk": "[Errno 28] No space left on device",
+        "closed pipe": "Broken pipe",
+        "full disk": "No space left on device",
     }.get(where)
     assert (errors or "") == (
-        f"warning: standard output is gone, the run goes on: {expected}\n" if expected else ""
+        f"warning: standard output is gone, the command goes on: {expected}\n" if expected else ""
     )
 
 
@@ -286,7 +290,7 @@ def test_a_stopped_run_prints_its_last_step(tmp_path, capsys, clock):
 
 
 def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
-    monkeypatch.setattr(metrics, "is_terminal", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: os.terminal_size((50, 24)))
     recorder = make(tmp_path)
     for n in (1, 2, 3):  # step 2 comes too soon after step 1

@@ -1,25 +1,35 @@
 """score.py: the same number as training's own evaluation, on its text and on any other."""
 
 import contextlib
+import json
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from dist_lm import scoring
+from dist_lm import families, scoring
 from dist_lm.checkpoint.load import read_model
-from dist_lm.config import Config, DataConfig, ModelConfig, ModelSpec, RunConfig, batch_layout
+from dist_lm.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ModelSpec,
+    RunConfig,
+    SourceConfig,
+    batch_layout,
+)
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.score import main
 from dist_lm.validate import validate
-from tests.conftest import TINY, text_of, write_step
+from tests.conftest import TINY, state_of, text_of, write_step
 from tests.procs import entry, train
 
 ONE_PROCESS = SimpleNamespace(
@@ -37,11 +47,18 @@ ONE_PROCESS = SimpleNamespace(
 @pytest.fixture(scope="module")
 def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run on `prepared` with one checkpoint, of an untrained model."""
-    folder = tmp_path_factory.mktemp("run")
+    return write_run(tmp_path_factory.mktemp("run"), prepared)
+
+
+def write_run(folder: Path, prepared: Path, **of_data: Any) -> Path:
     # Raw text is encoded with the checkpoint's own tokenizer, whatever the run's settings made it
     # from.
     data = DataConfig(
-        input=str(prepared), tokenizer="bpe:300", seq_len=32, global_batch=8, workers=0
+        tokenizer="bpe:300",
+        seq_len=32,
+        global_batch=8,
+        workers=0,
+        **(of_data or {"input": str(prepared)}),
     )
     config = Config(
         model=ModelConfig(layers=1, heads=2, width=16),
@@ -52,10 +69,10 @@ def run(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = GPT(ModelSpec(config.model, tokenizer.vocab_size, data.seq_len))
     init_weights(model, seed=1)
     texts = {
-        "config.json": hf.config_json(
+        "config.json": families.config_json(
             ModelSpec(config.model, tokenizer.vocab_size, data.seq_len), tokenizer.eot
         ),
-        "state.json": {"step": 3, "config": config.model_dump(mode="json")},
+        "state.json": state_of(3, config=config.model_dump(mode="json")),
     }
     write_step(folder, 3, model, texts, tokenizer)
     return folder
@@ -92,6 +109,33 @@ def test_the_runs_own_text(run, prepared, capsys):
         f"{run}/step-00000003: 16 of {count} sequences of 32 tokens, the held-out part of"
         f" {prepared}"
     )
+
+
+def test_several_validation_sets_are_scored_by_name(prepared, run, tmp_path, capsys):
+    """In the order of training, whose first one decides which checkpoint is the best."""
+    for name in ("b", "c"):
+        shutil.copytree(prepared, tmp_path / name)
+    sources = {"c": SourceConfig(input="c"), "a": SourceConfig(input=str(prepared))}
+    validation = {"b": SourceConfig(input="b")}
+    write_run(tmp_path / "RUN", prepared, sources=sources, validation=validation)
+    main(["--ckpt", "RUN", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["checkpoint"] == "RUN/step-00000003"
+    assert [(of["name"], of["decides"], of["input"]) for of in found["sets"]] == [
+        ("b", True, "b"),
+        ("c", False, "c"),
+        ("a", False, str(prepared)),
+    ]
+    whole = expected(run, TokenShards(prepared, "val"))
+    assert [of["figures"] for of in found["sets"]] == [whole] * 3
+    main(["--ckpt", "RUN"])
+    heads = capsys.readouterr().out.splitlines()[::4]
+    assert heads[0].startswith("RUN/step-00000003: b: 16 of ")
+    assert [head.endswith("decides which checkpoint is the best") for head in heads] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_settings_of_the_evaluation(run, prepared, capsys):

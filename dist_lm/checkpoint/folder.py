@@ -5,26 +5,22 @@ have been damaged or tampered with since, so a checkpoint is verified before it 
 whatever lies there instead of what we wrote is refused with a UserError after bounded work.
 """
 
-import errno
 import hashlib
-import json
 import os
 import re
 import shutil
-import stat
-import sys
 from collections.abc import Callable
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_lm.data.prepared.manifest import FILE_NAME, SHA256
-from dist_lm.errors import CheckpointError, UserError
+from dist_lm import outside
+from dist_lm.errors import CheckpointError, UserError, nearest
+from dist_lm.outside import FILE_NAME, SHA256, open_regular
 
 FORMAT = 1  # of the manifest
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
 _LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
-_LARGEST_JSON = 128 * 2**20  # bytes
 _LONGEST_NAME = 255  # characters that a message shows of a file name
 
 
@@ -46,15 +42,18 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    run_dir: Path, check: Callable[[Path], Any] | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over.
 
-    Refuses if there are only bad ones.
+    `check` refuses what is not fit for the caller's use; without one, files must match their
+    hashes. Refuses if there are only bad ones.
     """
     passed_over: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
-            verify(folder)
+            (check or verify)(folder)
             return folder, passed_over
         except UserError as error:
             passed_over.append(str(error))
@@ -80,13 +79,15 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
     if path.is_dir():
         folder, passed_over = newest_valid(path)
         for why in passed_over:
-            say(f"warning: passed over {why}")
+            say(f"passed over {why}")
         if folder is None:
             raise CheckpointError(f"{name}: holds neither a checkpoint (step-*) nor a config.json")
         return folder
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    is_hub_name = not path.is_absolute() and not name.startswith(".") and name.count("/") == 1
+    if not is_hub_name or path.parent.is_dir():
         raise CheckpointError(
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
+            f"{_neighbours(path)}"
         )
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
@@ -96,6 +97,18 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
         raise CheckpointError(
             f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
         ) from error
+
+
+def _neighbours(path: Path) -> str:
+    """Text that names what is there instead: the steps of the run, or the nearest folder."""
+    if step_folders(path.parent):
+        steps = [folder.name for folder in step_folders(path.parent)]
+        return f"; {path.parent} has {', '.join(steps[-8:])}"
+    folders: list[Path] = []
+    if path.parent.is_dir():
+        folders = [folder for folder in path.parent.iterdir() if folder.is_dir()]
+    guess = nearest(str(path), folders)
+    return f"; did you mean {guess}?" if guess else ""
 
 
 # --- checking
@@ -111,14 +124,14 @@ def verify(folder: Path) -> dict[str, Any]:
     files = manifest["files"]
     step = manifest["step"]
     if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
-        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
+        raise damaged(folder / "manifest.json", f"belongs to step {step}")
     try:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
     extra = present - set(files) - {"manifest.json"}
     if extra:
-        raise _damaged(folder / min(extra), "is not in the manifest")
+        raise damaged(folder / min(extra), "is not in the manifest")
     for name, facts in files.items():
         _check_file(folder / name, facts["size"], facts["sha256"])
     return manifest
@@ -132,18 +145,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, _LARGEST_MANIFEST)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise _damaged(path, f"is not of format {FORMAT}")
+        raise damaged(path, f"is not of format {FORMAT}")
     if not _is_count(manifest.get("step")):
-        raise _damaged(path, "its step is not a number >= 0")
+        raise damaged(path, "its step is not a number >= 0")
     for name, facts in manifest["files"].items():
         if not FILE_NAME.fullmatch(name):
-            raise _damaged(path, f"{_printable(name)} is not a file name")
+            raise damaged(path, f"{_printable(name)} is not a file name")
         if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
-            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
+            raise damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
         if not _is_count(facts["size"]):
-            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
+            raise damaged(path, f"the size of {_printable(name)} is not a number >= 0")
         if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
-            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
+            raise damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
     return manifest
 
 
@@ -154,51 +167,24 @@ def _is_count(value: Any) -> bool:
 def _check_file(path: Path, size: int, sha256: str) -> None:
     """Refuse a file that is not as the manifest describes it."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise _damaged(path, "is missing or not a regular file")
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             actual_size = os.fstat(file.fileno()).st_size
             if actual_size != size:
-                raise _damaged(path, f"has {actual_size} bytes, the manifest says {size}")
+                raise damaged(path, f"has {actual_size} bytes, the manifest says {size}")
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise _damaged(path, "does not match its hash in the manifest")
+                raise damaged(path, "does not match its hash in the manifest")
     except FileNotFoundError as error:
-        raise _damaged(path, "is missing or not a regular file") from error
+        raise damaged(path, "is missing") from error
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+        raise damaged(path, f"cannot be read ({error.strerror})") from error
 
 
-def read_json(path: Path, largest: int = _LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, largest: int = outside.LARGEST) -> dict[str, Any]:
     """A JSON object of a checkpoint."""
-    try:
-        with _open_regular(path) as file:
-            data = file.read(largest + 1)
-    except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from error
-    if len(data) > largest:
-        raise _damaged(path, f"has more than {largest} bytes")
-    try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, "not valid JSON") from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "must be a JSON object")
-    return content
+    return outside.read_json(path, partial(damaged, path), largest)
 
 
-def _open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading.
-
-    Refuses pipes and devices, where opening or reading may wait for ever.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")
-
-
-def _damaged(path: Path, why: str) -> UserError:
+def damaged(path: Path, why: str) -> UserError:
     return CheckpointError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}")
 
 
@@ -247,8 +233,3 @@ def _free_name(run_dir: Path, name: str) -> Path:
     while os.path.lexists(run_dir / f"replaced-{number}-{name}"):
         number += 1
     return run_dir / f"replaced-{number}-{name}"
-
-
-def warn(text: str) -> None:
-    """From the saver's thread, where no progress line may be touched."""
-    print(f"warning: {text}", file=sys.stderr)

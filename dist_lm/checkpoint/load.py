@@ -5,7 +5,6 @@ how they were divided among them.
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dist_lm import families
 from dist_lm.checkpoint.folder import locate, read_json
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import ModelSpec
+from dist_lm.console import warn
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import CheckpointError
 from dist_lm.model import hf
@@ -29,7 +30,7 @@ _Getter = Callable[[str], Any]
 
 def read_description(folder: Path) -> ModelSpec:
     """The network of a folder, from its config.json."""
-    return hf.from_config_json(read_json(folder / "config.json"))
+    return families.from_config_json(read_json(folder / "config.json"))
 
 
 def tokenizer_hash(folder: Path) -> str | None:
@@ -55,7 +56,7 @@ def read_weights(folder: Path, spec: ModelSpec, average: bool = False) -> dict[s
 
 def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
     """A model ready to be used, its tokenizer, and the folder they came from; on CPU, in fp32."""
-    folder = locate(name, lambda text: print(text, file=sys.stderr))
+    folder = locate(name, warn)
     spec = read_description(folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > spec.vocab_size:
@@ -63,8 +64,9 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model"
             f" {spec.vocab_size}; rule: no more",
         )
+    weights = read_weights(folder, spec, average)  # first: it refuses sizes that no file has
     model = GPT(spec)
-    model.load_state_dict(read_weights(folder, spec, average), assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer, folder
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.folder import FORMAT, delete, remove, warn
+from dist_lm.checkpoint.folder import FORMAT, delete, remove
 from dist_lm.checkpoint.layout import PlannedTensor
+from dist_lm.console import warn
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import safetensors_head, sync_folder, write_parts
 from dist_lm.errors import CODES, UserError, error_with_code

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.checkpoint.load import tokenizer_hash
 from dist_lm.checks.ranks import Found, Ranks, few
 from dist_lm.config import Config
-from dist_lm.console import gigabytes
+from dist_lm.console import count, gigabytes
+from dist_lm.data.dataset import look_at_inputs
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
-from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import is_remote
-from dist_lm.data.text.files import find_files
-from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.data.text.files import TextFile
+from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import is_trained_spec
 from dist_lm.errors import UserError
 
@@ -22,48 +23,68 @@ from dist_lm.errors import UserError
 def data(ranks: Ranks) -> Found:
     """Reachable and the same from every rank. All ranks."""
     seen = ranks.ask(lambda: look_at_data(ranks.config))
-    text, expected = seen[0]
+    text, expected, is_warning = seen[0]
     others = []
-    for name, (_, content) in zip(ranks.names, seen, strict=True):
+    for name, (_, content, _) in zip(ranks.names, seen, strict=True):
         if content != expected:
             others.append(name)
     if others:
         raise UserError(
-            f"data.input={ranks.config.data.input}: {few(others, ', ')}"
+            f"data.input={ranks.config.data.title}: {few(others, ', ')}"
             " see(s) other content than rank 0"
         )
-    return text, False
+    return text, is_warning
 
 
-def look_at_data(config: Config) -> tuple[str, str]:
-    """The data that this rank can read, in words and as a hash."""
-    folder = prepared_folder(config)
-    return look_at_shards(folder) if folder else look_at_text(config)
+def look_at_data(config: Config) -> tuple[str, str, bool]:
+    """The data that this rank can read: in words, as a hash, and whether that is a warning.
+
+    What train would refuse, this refuses with the same words. What is at a URL is listed and not
+    read, which is a warning.
+    """
+    said: list[str] = []
+    prepared, files = look_at_inputs(config, said.append)
+    folders = [folder for parts in prepared.values() for folder in parts]
+    lines = [look_at_shards(folder) for folder in folders]
+    contents = [content_of(folder) for folder in folders]
+    local = [file.path for file in files if file.path and not is_remote(file.path)]
+    read_a_byte(local)
+    if files:
+        lines.append(describe_text(files))
+        contents.append(json.dumps([[file.name, file.size] for file in files]).encode())
+    is_read = len(local) == len(files) and not any(map(is_remote, folders))
+    text = "; ".join(lines) + ("" if is_read else "; listed, not read")
+    warnings = [line for line in said if line.startswith("warning: ")]
+    text = "; ".join([text, *warnings])
+    is_warning = bool(warnings) or not is_read
+    return text, hashlib.sha256(b"".join(contents)).hexdigest(), is_warning
 
 
-def look_at_shards(folder: Path) -> tuple[str, str]:
-    train = TokenShards(folder, "train")  # raises if a shard is missing or has another size
-    val = TokenShards(folder, "val")
-    read_a_byte(folder / name for name in (*train.files, *val.files))
-    content = b"".join((folder / name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
-    text = f"{folder}: prepared, {sum(train.sizes):,} tokens to train on"
-    return text, hashlib.sha256(content).hexdigest()
+def look_at_shards(folder: str) -> str:
+    """A prepared folder in words; each of its shards can be read, if it is not at a URL."""
+    splits = read_manifest(folder)["splits"]
+    if not is_remote(folder):
+        shards = [shard["file"] for split in splits.values() for shard in split["shards"]]
+        read_a_byte(Path(folder, shard) for shard in shards)
+    return f"{folder}: prepared, {splits['train']['tokens']:,} tokens to train on"
 
 
-def look_at_text(config: Config) -> tuple[str, str]:
-    """Files by name and size; what they hold is not read."""
-    sources = config.data.named_sources()
-    files = []
-    for name, source in sources.items():
-        if not find_prepared(source.input):
-            files += find_files(source, config.data.field_of(name))
-    read_a_byte(file.path for file in files if file.path and not is_remote(file.path))
+def content_of(folder: str) -> bytes:
+    """What tells one prepared folder from another: the hashes of its shards are in it."""
+    if is_remote(folder):
+        return json.dumps(read_manifest(folder), sort_keys=True).encode()
+    return b"".join(Path(folder, name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
+
+
+def describe_text(files: Sequence[TextFile]) -> str:
+    """How much text there is; what it holds is not read."""
     size = gigabytes(sum(file.size for file in files))
-    is_hub = any(not file.path for file in files)
-    what = "a hub dataset, not looked at" if is_hub else f"{len(files)} file(s), {size} GB"
-    text = f"{', '.join(source.input for source in sources.values())}: {what}"
-    content = json.dumps([[file.name, file.size] for file in files]).encode()
-    return text, hashlib.sha256(content).hexdigest()
+    hub_datasets = [file.name for file in files if not file.path]
+    if len(hub_datasets) == len(files):
+        return f"{', '.join(hub_datasets)}: hub"
+    first = files[0].path or files[0].name
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{first}{more}: {count(len(files), 'file')}, {size} GB"
 
 
 def read_a_byte(paths: Iterable[str | Path]) -> None:
@@ -74,9 +95,13 @@ def read_a_byte(paths: Iterable[str | Path]) -> None:
 
 
 def prepared_folder(config: Config) -> Path | None:
-    for folder in (Path(config.data.input), Path(config.run.dir, "data")):
-        if find_prepared(folder):
-            return folder
+    """The first prepared folder of the run on this machine, whose tokenizer is that of all."""
+    folders: list[str] = []
+    for source in config.data.named_sources().values():
+        folders += prepared_folders(source)
+    for folder in (*folders, str(Path(config.run.dir, "data"))):
+        if not is_remote(folder) and find_prepared(folder):
+            return Path(folder)
     return None
 
 
@@ -100,10 +125,8 @@ def compare_tokenizers(config: Config) -> Found:
             )
     elif is_trained_spec(spec):
         return f"{spec}: made from the text as a run begins", False
-    elif not Path(spec).exists():
-        return f"{spec}: from the hub, not looked at", False
     else:
-        current = Tokenizer.load(spec)
+        current = load_tokenizer(spec)
     text = f"{current.vocab_size:,} tokens" + compare_checkpoints(config, current)
     if used != spec:
         text += f"; prepared with data.tokenizer={used}, which stands, not {spec}"
@@ -121,7 +144,7 @@ def compare_checkpoints(config: Config, current: Tokenizer) -> str:
         if trained_with not in (None, current.sha256):
             raise UserError(
                 f"{folder} was trained with another tokenizer"
-                f" than data.input={config.data.input} has"
+                f" than data.input={config.data.title} has"
             )
         if trained_with:
             text += f", as {folder}"

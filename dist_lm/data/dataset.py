@@ -22,12 +22,13 @@ from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
-from dist_lm.data.prepared.cache import ShardCache
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.preparing import prepare_dataset
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.parts import open_shards
+from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
 from dist_lm.data.text.files import Part, TextFile, find_files
@@ -50,7 +51,7 @@ class Dataset:
     # The only source, where it is prepared shards: its length is known, and any step can be read
     # without those before it.
     alone: PreparedSource | None
-    val: dict[str, TokenShards]
+    val: dict[str, TokenSequences]
     tokenizer: Tokenizer
     identity: str  # equal exactly where the tokens of all sources are
 
@@ -65,7 +66,7 @@ class Dataset:
         return self.alone.sequences if self.alone else None
 
     @property
-    def train(self) -> TokenShards:
+    def train(self) -> TokenSequences:
         """The shards of the only source."""
         assert self.alone, "a stream or a mixture is not shards"
         return self.alone.shards
@@ -115,11 +116,8 @@ def open_dataset(
     """Open the sources, after rank 0 has prepared what they need. All ranks."""
     data = config.data
     folder = Path(config.run.dir) / "data"
-    prepared: dict[str, str] = {}  # inputs that are prepared folders, by name
-    for name, spec in (data.named_sources() | data.validation).items():
-        if find_prepared(spec.input):
-            prepared[name] = spec.input
-    if len(data.named_sources()) == 1 and not data.stream and not data.validation:
+    prepared = _prepared_inputs(data)
+    if _is_one_folder(data):
         (name,) = data.named_sources()
 
         def prepare() -> None:  # the manifest is read again by each rank
@@ -127,55 +125,112 @@ def open_dataset(
 
         if not prepared:
             on_main(prepare)
-        return _open_prepared_folder(config, name, prepared.get(name, str(folder)), training)
+        return _open_prepared(config, name, prepared.get(name, [str(folder)]), training)
     streams = on_main(lambda: _Preparation(config, folder, prepared, say).run())
     return _open_sources(config, folder, prepared, streams)
+
+
+def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list[TextFile]]:
+    """The prepared folders or URLs of a run, by name, and the files of its text. Writes nothing.
+
+    Raises what open_dataset() would raise before it reads any text, so doctor calls this on every
+    rank.
+    """
+    data = config.data
+    folder = Path(config.run.dir) / "data"
+    prepared = _prepared_inputs(data)
+    if not _is_one_folder(data):
+        preparation = _Preparation(config, folder, prepared, say)
+        files = preparation.look()
+        if not files:
+            _open_sources(config, folder, prepared, {})
+        return prepared, files
+    (name,) = data.named_sources()
+    if name not in prepared:
+        work = Preparation(data, folder, name, say)
+        if not work.look():
+            return {}, work.reader.files
+        prepared[name] = [str(folder)]
+    _open_prepared(config, name, prepared[name], training=True)
+    return prepared, []
+
+
+def validation_folders(config: Config, run_dir: Path) -> dict[str, list[str]]:
+    """Where a run that was started has its validation sets, by name; the first one decides.
+
+    Each is in prepared folders or URLs, of which the split `val` is the run's.
+    """
+    data = config.data
+    folder = run_dir / "data"
+    prepared = _prepared_inputs(data)
+    specs = data.named_sources()
+    if _is_one_folder(data):
+        (name,) = specs
+        return {"val": prepared.get(name, [str(folder)])}
+    found = {name: prepared.get(name, [str(folder / "val" / name)]) for name in data.validation}
+    for name in specs:
+        kept = folder / ("val" if data.stream else "sources") / name
+        found["val" if len(specs) == 1 else name] = prepared.get(name, [str(kept)])
+    return {name: folders for name, folders in found.items() if find_prepared(folders[0])}
+
+
+def _prepared_inputs(data: DataConfig) -> dict[str, list[str]]:
+    """The prepared folders or URLs of the sources that have such, by name."""
+    prepared = {}
+    for name, spec in (data.named_sources() | data.validation).items():
+        folders = prepared_folders(spec, data.field_of(name))
+        if folders:
+            prepared[name] = folders
+    return prepared
+
+
+def _is_one_folder(data: DataConfig) -> bool:
+    """Whether one prepared folder holds all of a run's data."""
+    return len(data.named_sources()) == 1 and not data.stream and not data.validation
 
 
 # --- opening, on all ranks
 
 
-def _open_prepared_folder(config: Config, name: str, where: str, training: bool) -> Dataset:
-    """The dataset whose only source and whose validation set are the splits of one folder."""
-    train = _open_alone(config, name, _open_shards(where, "train", config.data))
-    val = {"val": _open_shards(where, "val", config.data)}
-    return _checked(config, {name: train}, train, val, _tokenizer_of(where), training)
+def _open_prepared(config: Config, name: str, folders: Sequence[str], training: bool) -> Dataset:
+    """The dataset whose only source and whose validation set are the splits of prepared folders."""
+    train = _open_alone(config, name, open_shards(folders, "train", config.data))
+    val = {"val": open_shards(folders, "val", config.data)}
+    return _checked(config, {name: train}, train, val, tokenizer_of(folders[0]), training)
 
 
 def _open_sources(
     config: Config,
     folder: Path,
-    prepared: Mapping[str, str],
+    prepared: Mapping[str, list[str]],
     streams: Mapping[str, dict[str, list[Any]]],
 ) -> Dataset:
     """The dataset of streams, of several sources, or with validation sets of its own."""
     data = config.data
     specs = data.named_sources()
-    tokenizer = _tokenizer_of(next(iter(prepared.values()), str(folder)))
+    (first, *_) = next(iter(prepared.values()), [str(folder)])
+    tokenizer = tokenizer_of(first)
     excluded = _validation_hashes(config, folder)
-    val: dict[str, TokenShards] = {}
-    for name in data.validation:
-        val[name] = _open_shards(prepared.get(name, str(folder / "val" / name)), "val", data)
     sources: dict[str, Source] = {}
     alone = None
     for name in specs:
-        where = prepared.get(name, str(folder / "sources" / name))
+        folders = prepared.get(name, [str(folder / "sources" / name)])
         if name in streams:
-            where = str(folder / "val" / name)
             sources[name] = _open_stream(config, name, streams[name], tokenizer, excluded)
         elif len(specs) == 1:
-            alone = _open_alone(config, name, _open_shards(where, "train", data))
+            alone = _open_alone(config, name, open_shards(folders, "train", data))
             sources[name] = alone
         else:
-            sources[name] = _open_in_mixture(config, name, _open_shards(where, "train", data))
-        if config.run.eval_every and find_prepared(where):
-            val_name = "val" if len(specs) == 1 else name
-            val[val_name] = _open_shards(where, "val", data)
+            sources[name] = _open_in_mixture(config, name, open_shards(folders, "train", data))
+    val = {}
+    for name, folders in validation_folders(config, folder.parent).items():
+        if config.run.eval_every or name in data.validation:
+            val[name] = open_shards(folders, "val", data)
     with_sequences = {name: shards for name, shards in val.items() if shards.count(data)}
     return _checked(config, sources, alone, with_sequences, tokenizer)
 
 
-def _open_alone(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+def _open_alone(config: Config, name: str, shards: TokenSequences) -> PreparedSource:
     """Prepared shards that are the only source."""
     data = config.data
     source = PreparedSource(name, shards, data.seq_len, data.stride, seed=config.run.seed)
@@ -184,7 +239,7 @@ def _open_alone(config: Config, name: str, shards: TokenShards) -> PreparedSourc
     return replace(source, end=config.run.epochs * source.sequences)
 
 
-def _open_in_mixture(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+def _open_in_mixture(config: Config, name: str, shards: TokenSequences) -> PreparedSource:
     """Prepared shards that are one of several sources, each with an order of its own."""
     data = config.data
     number = zlib.crc32(name.encode())
@@ -232,15 +287,7 @@ def _keep(
     return None if held_out(number, val_fraction) or number in excluded else texts
 
 
-def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
-    """A prepared folder, or one at a URL through this machine's cache."""
-    if not is_remote(where):
-        return TokenShards(where, split)
-    cache = Path(os.environ.get("DIST_LM_CACHE") or Path.home() / ".cache" / "dist_lm")
-    return TokenShards(where, split, ShardCache(where, cache, round(data.cache_gb * 1e9)))
-
-
-def _tokenizer_of(folder: str) -> Tokenizer:
+def tokenizer_of(folder: str) -> Tokenizer:
     """The tokenizer of a prepared folder or URL, or of a run's data folder."""
     if not is_remote(folder):
         return Tokenizer.load(folder)
@@ -264,7 +311,7 @@ def _checked(
     config: Config,
     sources: dict[str, Source],
     alone: PreparedSource | None,
-    val: dict[str, TokenShards],
+    val: dict[str, TokenSequences],
     tokenizer: Tokenizer,
     training: bool = True,
 ) -> Dataset:
@@ -275,7 +322,7 @@ def _checked(
     marks = [tokenizer.sha256]
     for name, source in sources.items():
         if training or not val_sequences:
-            source.refuse_too_short(f"{data.field_of(name)}={specs[name].input}")
+            source.refuse_too_short(f"{data.field_of(name)}={specs[name].title}")
         marks += source.identity(data.val_fraction)
         if len(sources) > 1:
             marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
@@ -299,7 +346,7 @@ class _Preparation:
     Each step finds what an earlier start of the run has made, and leaves it as it is.
     """
 
-    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, str], say: Say):
+    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, list[str]], say: Say):
         self._config = config
         self._folder = folder  # where everything is put
         self._prepared = prepared  # inputs that are prepared folders, by name
@@ -328,14 +375,40 @@ class _Preparation:
                 own = self._folder / "sources" / name
                 prepare_dataset(data, own, _cores(), self._say, name, excluded, tokenizer)
             return {}
-        streams: dict[str, dict[str, list[Any]]] = {}
-        for name, reader in self._raw.items():
-            streams[name] = {"files": [*reader.files], "parts": [*reader.parts(data.lanes)]}
-        _refuse_changed(streams, self._folder / "streams.json")
+        record = self._folder / "streams.json"
+        streams = self._find_streams()
+        if streams and not record.is_file():
+            write_json(record, _files_of(streams))
         for name, reader in self._raw.items():
             self._describe(name, reader, len(streams[name]["parts"]))
             if self._config.run.eval_every and data.val_fraction:
                 self._keep_first_held_out(name, reader, tokenizer)
+        return streams
+
+    def look(self) -> list[TextFile]:
+        """The files of all text. Refuses what run() would; nothing is read or written."""
+        if self._prepared:
+            self._make_tokenizer()
+        if self._config.data.stream:
+            self._find_streams()
+        else:
+            for name in self._raw:
+                own = self._folder / "sources" / name
+                Preparation(self._config.data, own, name, self._say).look()
+        for reader in self._raw_validation.values():
+            reader.refuse_missing_hub()
+        readers = [*self._raw.values(), *self._raw_validation.values()]
+        return [file for reader in readers for file in reader.files]
+
+    def _find_streams(self) -> dict[str, dict[str, list[Any]]]:
+        """The files and parts of each stream, which are as they were when the run began."""
+        streams: dict[str, dict[str, list[Any]]] = {}
+        for name, reader in self._raw.items():
+            parts = reader.parts(self._config.data.lanes)
+            streams[name] = {"files": [*reader.files], "parts": [*parts]}
+        record = self._folder / "streams.json"
+        if record.is_file():
+            _refuse_changed(_files_of(streams), json.loads(record.read_bytes()))
         return streams
 
     def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
@@ -351,11 +424,11 @@ class _Preparation:
         """The one tokenizer of the prepared folders, or else one learned for the run."""
         if not self._prepared:
             learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
-            return _tokenizer_of(str(self._folder))
-        first, *others = self._prepared.values()
-        tokenizer = _tokenizer_of(first)
+            return tokenizer_of(str(self._folder))
+        first, *others = [folder for folders in self._prepared.values() for folder in folders]
+        tokenizer = tokenizer_of(first)
         for other in others:
-            if _tokenizer_of(other).sha256 != tokenizer.sha256:
+            if tokenizer_of(other).sha256 != tokenizer.sha256:
                 raise DataError(
                     f"{other} has another tokenizer than {first}; rule: one for all; nearest:"
                     f" prepare it with --tokenizer {first}"
@@ -389,7 +462,7 @@ class _Preparation:
         lanes = self._config.data.lanes
         if parts < lanes:
             self._say(
-                f"{reader.spec.input} has {parts} parts, so {name} is read in as many lanes, not"
+                f"{reader.spec.title} has {parts} parts, so {name} is read in as many lanes, not"
                 f" data.lanes={lanes}"
             )
         names = [file.name for file in reader.files]
@@ -401,15 +474,17 @@ class _Preparation:
             )
 
 
-def _refuse_changed(streams: Mapping[str, Mapping[str, Sequence[Any]]], record: Path) -> None:
+def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
+    """The files of each stream, as streams.json has them."""
+    return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
+
+
+def _refuse_changed(
+    now: Mapping[str, list[list[Any]]], before: Mapping[str, list[list[Any]]]
+) -> None:
     """Refuse files that are not as they were when the run began: its cursors would not fit them."""
-    now = {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
-    if not record.is_file():
-        if now:
-            write_json(record, now)
-        return
     rule = "rule: a stream's files stay; nearest:"
-    for name, files in json.loads(record.read_bytes()).items():
+    for name, files in before.items():
         # Size and mark of each file by its name; the path in between may change.
         found = {file: marks for file, _, *marks in now.get(name, [])}
         for file, path, *marks in files:

@@ -155,13 +155,11 @@ class Lane:
 
     def _tokenize(self, documents: list[Document]) -> list[Document]:
         tokenizer = self._spec.tokenizer
-        beginnings = tokenizer.encode_batch([document.text[0] for document in documents])
+        beginnings = tokenizer.encode_arrays([document.text[0] for document in documents])
         tokenized = []
         for document, beginning in zip(documents, beginnings, strict=True):
-            parts = [np.array(beginning, tokenizer.dtype)]
             # A long document comes in pieces, so that there is never a list of all its tokens.
-            for piece in document.text[1:]:
-                parts.append(np.array(tokenizer.encode(piece), tokenizer.dtype))
+            parts = [beginning, *tokenizer.encode_arrays(document.text[1:])]
             parts.append(np.array([tokenizer.eot], tokenizer.dtype))
             tokenized.append(document._replace(text=[], tokens=np.concatenate(parts)))
         return tokenized

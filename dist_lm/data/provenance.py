@@ -3,14 +3,14 @@
 Both are for `show`: training carries the small objects along, and asks them nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dist_lm.data.packing import DocumentSpan, PackedSequence
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class PreparedSequence(NamedTuple):
     """A sequence of prepared shards."""
 
     source: str
-    shards: TokenShards
+    shards: TokenSequences
     seq_len: int
     stride: int
     number: int
@@ -79,7 +79,7 @@ class PreparedSearch:
     """
 
     def __init__(
-        self, shards: TokenShards, seq_len: int, stride: int, text: str, tokenizer: Tokenizer
+        self, shards: TokenSequences, seq_len: int, stride: int, text: str, tokenizer: Tokenizer
     ):
         self._holding: set[int] = set()
         before = np.empty(0, np.int64)
@@ -114,20 +114,23 @@ class StreamedSequence(NamedTuple):
         return self.packed.tokens
 
     def documents(self) -> Sequence[DocumentSpan]:
-        files = {file.name: number for number, file in enumerate(self.reader.files)}
-        row_number = cache(self.reader.row_number)  # it may read the file up to the row
-        spans = []
-        for span in self.packed.spans:
-            spans.append(span._replace(row=row_number(files[span.file], span.row)))
-        return spans
+        row_number = _row_numbers(self.reader)
+        return [span._replace(row=row_number(*span[:2])) for span in self.packed.spans]
+
+
+def _row_numbers(reader: Reader) -> Callable[[str, int], int]:
+    """Gives the row as a person counts it, of a file and the row that a span names."""
+    files = {file.name: number for number, file in enumerate(reader.files)}
+    return cache(lambda file, row: reader.row_number(files[file], row))  # it may read the file
 
 
 class StreamSearch:
     """Joins the parts of a document that sequences end in and go on with."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer):
+    def __init__(self, text: str, tokenizer: Tokenizer, reader: Reader):
         self._text = text
         self._tokenizer = tokenizer
+        self._row_number = _row_numbers(reader)
         # By file and row of a document that goes on: the step and the tokens of its newest part.
         self._ends: dict[tuple[str, int], tuple[int, np.ndarray]] = {}
 
@@ -139,8 +142,9 @@ class StreamSearch:
             going_on = tokens[min(1, len(begin)) :]
             if self._holds(np.concatenate([begin, going_on])):
                 steps = {step} if self._holds(tokens) else {earlier, step}
+                where = f"{file} row {self._row_number(file, row)}"
                 for at in steps:
-                    yield at, f"{file} row {row}"
+                    yield at, where
             if stop == len(sequence.packed.tokens):
                 self._ends[file, row] = step, tokens
 

@@ -13,26 +13,42 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HOPPER = (9, 0)  # the compute capability of H100 and H200
+# cuDNN up to this version is wrong where the length is no multiple of 128 (pytorch #169849).
+LAST_FAULTY_CUDNN = 91500
 
 
-def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention over the keys that `mask` allows.
+def attend(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, cached: bool = False
+) -> Tensor:
+    """Attention over the keys that `mask` allows, or to whose scores it adds.
 
-    Without a mask it is causal, and a single query sees all keys.
+    Without a mask it is causal, and a single query sees all keys. `cached` says that keys and
+    values come from a cache, so that their number changes from call to call.
     """
     causal = mask is None
     # A branch, because under torch.compile a comparison of lengths is a symbol and not a bool.
     if q_BHTE.shape[2] == 1:
         causal = False
-    with attention_kernels(q_BHTE):
+    has_groups = q_BHTE.shape[1] != k_BKSE.shape[1]
+    if has_groups and mask is not None and is_gpu(q_BHTE.device):
+        # Of the fused kernels only flash attention knows groups in all versions of torch, and it
+        # takes no mask. What is left would write out the scores, T x S for each head.
+        groups = q_BHTE.shape[1] // k_BKSE.shape[1]
+        k_BKSE = k_BKSE.repeat_interleave(groups, 1)
+        v_BKSE = v_BKSE.repeat_interleave(groups, 1)
+        has_groups = False
+    with attention_kernels(q_BHTE.device, is_plain=mask is None and not cached):
         return F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=mask,
-            is_causal=causal,
-            enable_gqa=q_BHTE.shape[1] != k_BKSE.shape[1],
+            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=has_groups
         )
+
+
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask of bools as what is added to scores: 0 or -inf, in the type of the products.
+
+    torch makes it of a mask of bools in every call, and keeps it for every backward.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -math.inf)
 
 
 def attend_plainly(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None) -> Tensor:
@@ -50,23 +66,35 @@ def attend_plainly(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor 
     return scores_BHTS.masked_fill(~mask, -math.inf).softmax(-1) @ v_BHSE
 
 
-def attention_kernels(x: Tensor) -> AbstractContextManager[Any]:
-    """On H100 and H200 prefer cuDNN's attention, about twice as fast there (pytorch #142132)."""
-    if not is_hopper(x.device):
+def attention_kernels(device: torch.device, is_plain: bool) -> AbstractContextManager[Any]:
+    """Which kernels torch may choose from.
+
+    cuDNN's attention is about twice as fast as the others on H100 and H200 (pytorch #142132), so it
+    comes first in plain causal attention. It is left out with a mask, where its gradients were NaN
+    at some lengths (pytorch #196678), and with a cache, because it builds a plan for each new
+    length, which takes longer than generating the token.
+    """
+    if not is_gpu(device):
         return nullcontext()
-    kernels = [
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ]
-    return sdpa_kernel(kernels, set_priority=True)
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not is_plain:
+        return sdpa_kernel(others)
+    if prefers_cudnn(device):
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
+    return nullcontext()  # torch's own order
 
 
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def prefers_cudnn(device: torch.device) -> bool:
+    """Whether cuDNN's attention is right and the fastest here."""
+    is_hopper = torch.cuda.get_device_capability(device) == HOPPER
+    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return is_hopper and version > LAST_FAULTY_CUDNN
 
 
 # torch.compile asks once, when it traces, and keeps the answer. The decorator
 # torch.compiler.assume_constant_result does the same, but its import takes a second.
-is_hopper._dynamo_marked_constant = True  # type: ignore[attr-defined]
+prefers_cudnn._dynamo_marked_constant = True  # type: ignore[attr-defined]

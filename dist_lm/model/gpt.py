@@ -12,8 +12,9 @@ Names of tensors end in their shape:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.model.attention import attend
+from dist_lm.model.attention import attend, bias_of
 from dist_lm.model.cache import KVCache
-from dist_lm.model.dropout import dropout
-from dist_lm.model.layers import Embedding, Linear, make_norm
-from dist_lm.model.loss import LOGITS_AT_A_TIME, cross_entropy_sum
+from dist_lm.model.dropout import dropout, keys_of_places
+from dist_lm.model.layers import Embedding, Linear, compute_dtype, make_norm
+from dist_lm.model.loss import (
+    LOGITS_AT_A_TIME,
+    LossOfChunk,
+    cross_entropy_sum,
+    loss_in_one_pass,
+)
 from dist_lm.model.positions import rope_tables, rotate, sinusoid
 
 Rope = tuple[Tensor, Tensor]  # cosines and signed sines, (T, 1, E) or (B, T, 1, E)
@@ -48,6 +54,7 @@ class GPT(nn.Module):
         self.vocab_size = spec.vocab_size
         self.seq_len = spec.seq_len  # the longest context
         self.activation_checkpointing = activation_checkpointing
+        self._compiled_loss: LossOfChunk | None = None
         self.device_type = ""  # a caller that only plans for a GPU writes its type here
 
         rows = padded_vocab(spec.vocab_size)
@@ -78,8 +85,10 @@ class GPT(nn.Module):
         The mask is made once a forward; it is slower than plain causal attention, whose kernels
         need none.
         """
-        index, mask = self._index_and_mask(tokens_BT, segments_BT, cache)
         x_BTD = self.embed(tokens_BT)
+        index, mask = self._index_and_mask(tokens_BT, segments_BT, cache)
+        if segments_BT is not None and mask is not None:
+            mask = bias_of(mask, compute_dtype(x_BTD))
         rope = None
         if self.config.positions == "learned":
             x_BTD = x_BTD + self.positions(index)
@@ -87,10 +96,16 @@ class GPT(nn.Module):
             x_BTD = x_BTD + self.sinusoid[index]
         elif self.config.positions == "rope":
             rope = (self.rope_cos[index].unsqueeze(-2), self.rope_sin[index].unsqueeze(-2))
-        x_BTD = dropout(x_BTD, dropout_keys_B, place=0, rate=self.config.dropout)
+        # The embeddings have the first place. Each branch of each layer has a place, and so a mask,
+        # of its own.
+        keys_PB: Sequence[Tensor | None] = [None] * (1 + 2 * self.config.layers)
+        if dropout_keys_B is not None:
+            keys_PB = keys_of_places(dropout_keys_B, len(keys_PB)).unbind()
+        x_BTD = dropout(x_BTD, keys_PB[0], self.config.dropout)
 
-        for block in self.blocks:
-            x_BTD = self._run_block(block, x_BTD, rope, mask, dropout_keys_B, cache)
+        for layer, block in enumerate(self.blocks):
+            keys = keys_PB[2 * layer + 1 : 2 * layer + 3]
+            x_BTD = self._run_block(block, x_BTD, rope, mask, keys, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         if last_only:
@@ -107,7 +122,20 @@ class GPT(nn.Module):
             self.vocab_padding,
             targets_BT.flatten(),
             LOGITS_AT_A_TIME[self.device_type or x_BTD.device.type],
+            self._compiled_loss,
         )
+
+    def compile_for_training(self, loss: bool, **options: Any) -> None:
+        """Compile each block, once for all of them, and if asked the loss.
+
+        `options` are torch.compile's.
+        """
+        options = {"fullgraph": True, "dynamic": False, **options}
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.compile_for_training(**options)
+        if loss:
+            self._compiled_loss = torch.compile(loss_in_one_pass, **options)
 
     def new_cache(
         self, batch: int, capacity: int, pad_B: Tensor | None = None, static: bool = False
@@ -151,7 +179,7 @@ class GPT(nn.Module):
         x_BTD: Tensor,
         rope: Rope | None,
         mask: Tensor | None,
-        dropout_keys_B: Tensor | None,
+        dropout_keys: Sequence[Tensor | None],
         cache: KVCache | None,
     ) -> Tensor:
         """Run a block.
@@ -165,12 +193,12 @@ class GPT(nn.Module):
                 x_BTD,
                 rope,
                 mask,
-                dropout_keys_B,
+                *dropout_keys,
                 use_reentrant=False,
                 preserve_rng_state=False,  # no generator is used
             )
         else:
-            out_BTD = block(x_BTD, rope, mask, dropout_keys_B, cache)
+            out_BTD = block(x_BTD, rope, mask, *dropout_keys, cache)
         return out_BTD
 
     def _register_tables(self, rows: int) -> None:
@@ -201,35 +229,57 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
         self.pre = config.norm_placement == "pre"
         self.dropout = config.dropout
         self.norm1 = make_norm(config)
         self.attn = Attention(config, layer)
         self.norm2 = make_norm(config)
         self.ffn = FeedForward(config)
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def compile_for_training(self, **options: Any) -> None:
+        """Compile the computation without a cache, whose shapes do not change.
+
+        All blocks share one graph, so nothing in it may depend on the number of the layer. It is
+        not the module that is compiled but what is inside its hooks, because a graph cannot contain
+        those of ZeRO-3. `options` are torch.compile's.
+        """
+        options = {"fullgraph": True, "dynamic": False, **options}
+        self._compiled = torch.compile(self.compute, **options)
 
     def forward(
         self,
         x_BTD: Tensor,
         rope: Rope | None,
         mask: Tensor | None,
-        dropout_keys_B: Tensor | None,
+        keys1_B: Tensor | None,
+        keys2_B: Tensor | None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        # Place 0 is the embeddings'; each branch of each layer has a place, and so a mask, of its
-        # own.
-        place1 = 2 * self.layer + 1
-        place2 = 2 * self.layer + 2
+        """`keys1_B` and `keys2_B` are the dropout keys of the two branches."""
+        compute = self.compute
+        if self._compiled and cache is None:
+            compute = self._compiled
+        return compute(x_BTD, rope, mask, keys1_B, keys2_B, cache)
+
+    def compute(
+        self,
+        x_BTD: Tensor,
+        rope: Rope | None,
+        mask: Tensor | None,
+        keys1_B: Tensor | None,
+        keys2_B: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         if self.pre:
             branch_BTD = self.attn(self.norm1(x_BTD), rope, mask, cache)
-            x_BTD = x_BTD + dropout(branch_BTD, dropout_keys_B, place1, self.dropout)
+            x_BTD = x_BTD + dropout(branch_BTD, keys1_B, self.dropout)
             branch_BTD = self.ffn(self.norm2(x_BTD))
-            return x_BTD + dropout(branch_BTD, dropout_keys_B, place2, self.dropout)
+            return x_BTD + dropout(branch_BTD, keys2_B, self.dropout)
         branch_BTD = self.attn(x_BTD, rope, mask, cache)
-        x_BTD = self.norm1(x_BTD + dropout(branch_BTD, dropout_keys_B, place1, self.dropout))
+        x_BTD = self.norm1(x_BTD + dropout(branch_BTD, keys1_B, self.dropout))
         branch_BTD = self.ffn(x_BTD)
-        x_BTD = self.norm2(x_BTD + dropout(branch_BTD, dropout_keys_B, place2, self.dropout))
+        x_BTD = self.norm2(x_BTD + dropout(branch_BTD, keys2_B, self.dropout))
         return x_BTD
 
 
@@ -271,7 +321,7 @@ class Attention(nn.Module):
         v_BKSE = v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.append(self.layer, k_BKSE, v_BKSE)
-        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask)
+        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, mask, cached=cache is not None)
         out_BTD: Tensor = self.out(y_BHTE.transpose(1, 2).flatten(2))
         return out_BTD
 

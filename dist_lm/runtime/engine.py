@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
-from dist_lm.config import Config
+from dist_lm.config import Config, batch_layout
+from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state
 from dist_lm.runtime.strategy import Strategy
 
@@ -55,7 +56,7 @@ class Engine(ABC):
 
     def prepare(
         self,
-        model: nn.Module,
+        model: GPT,
         optimizer: torch.optim.Optimizer,
         shapes: Shapes,
         channel: Channel,
@@ -69,7 +70,7 @@ class Engine(ABC):
         self.optimizer = optimizer
         self._move(model)
         if self.config.run.compile:
-            model.compile()  # in place, so that parameter names stay
+            _compile(model, self.device)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; older versions know no other name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -212,6 +213,7 @@ class ReplicatedEngine(Engine):
     def __init__(self, accelerator: Accelerator, config: Config, strategy: Strategy):
         super().__init__(accelerator, config, strategy)
         self._trainable: list[nn.Parameter] = []
+        self._accumulates = False  # whether a step has several backward passes
 
     def construction(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -224,20 +226,31 @@ class ReplicatedEngine(Engine):
         for parameter in self.bare.parameters():
             if parameter.requires_grad:
                 self._trainable.append(parameter)
+        self._accumulates = batch_layout(self.config, self.world_size).accumulation > 1
 
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
         """Two backward passes of a zero loss. All ranks.
 
         DDP reorders its gradient buckets after the first backward, which changes the order of sums
         in a ring of more than two ranks. It happens before step 1, so that a resumed run is
-        bit-identical to an undisturbed one.
+        bit-identical to an undisturbed one. It also makes the gradients views of the final buckets.
         """
         if self.world_size == 1:
             return
         for _ in range(_FIRST_BACKWARDS):
             with self.micro_step(last=True):
                 self.backward(loss_of_nothing())
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        """Set the gradients to zero, or give their memory back.
+
+        Under DDP they are views of its buckets, which stay. A step of several backward passes must
+        keep those views: a gradient that begins as nothing gets memory of its own until the last
+        pass, so all gradients would exist twice.
+        """
+        keeps_views = self.world_size > 1 and self._accumulates
+        self.optimizer.zero_grad(set_to_none=not keeps_views)
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -251,15 +264,21 @@ class ReplicatedEngine(Engine):
     def _step(self) -> Tensor:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self._trainable,
-            self.config.optim.clip or float("inf"),
-            foreach=self.device.type == "cuda",
-        )
+        norm = self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return norm.detach()
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to optim.clip; their norm before that."""
+        foreach = self.device.type == "cuda"
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
+        clip = self.config.optim.clip
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(self._trainable, clip, norm, foreach=foreach)
+        return norm
 
     def opened(self) -> Iterator[Sequence[int]]:
         yield range(len(self._optimized()))
@@ -271,3 +290,17 @@ class ReplicatedEngine(Engine):
 
     def spread(self) -> None:
         """Nothing to do: the owned parts are the model's own weights."""
+
+
+def _compile(model: GPT, device: torch.device) -> None:
+    """Compile the model block by block.
+
+    All layers share what is compiled, so the start takes seconds; and the backward hands out each
+    block's gradients when it is through with it, so that DDP can exchange them meanwhile. The loss
+    is compiled where its logits are slower to move than to compute.
+    """
+    import torch._dynamo  # slow
+
+    # It would cut each block's graph where DDP's buckets end.
+    torch._dynamo.config.optimize_ddp = False
+    model.compile_for_training(loss=device.type == "cuda")

@@ -25,6 +25,7 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
+from dist_lm.runtime.device import prepare_device
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from dist_lm.runtime.watchdog import Watchdog
@@ -54,6 +55,7 @@ def start(
     _refuse_unsafe_loading()
     _refuse_missing_trackers(config.run.trackers)
     strategy = choose_strategy(launch)
+    prepare_device(config)
 
     settings = None
     if strategy.stage:
@@ -135,7 +137,8 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
         )
     refuse_combinations(strategy, config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return zero_settings(strategy, config, batch_layout(config, world_size))
+    layout = batch_layout(config, world_size)
+    return zero_settings(strategy, config, layout, on_gpu=torch.cuda.is_available())
 
 
 # --- meeting the others
@@ -229,7 +232,8 @@ def _what_must_be_equal(config: Config) -> dict[str, str]:
     }
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
-        facts[f"data.input={source.input}"] = _as_seen_here(Path(source.input))
+        for one in source.inputs:
+            facts[f"data.input={one}"] = _as_seen_here(Path(one))
     return facts
 
 
@@ -250,10 +254,13 @@ def _short_hash(text: str) -> str:
 
 
 def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
-    """Set cores and memory on a CPU. On GPUs, warn about those that stay idle."""
-    if not torch.cuda.is_available():
-        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead.
+    """Set cores, and memory on a CPU. On GPUs, warn about those that stay idle."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu or runtime.engine.strategy.optimizer_device != "none":
+        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead. With offload the
+        # optimizer works on them.
         torch.set_num_threads(threads)
+    if not has_gpu:
         # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next
         # step, instead of giving their pages back and fetching them again each time.
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)

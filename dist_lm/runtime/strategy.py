@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_lm.config import Config
 from dist_lm.errors import UserError, did_you_mean
+from dist_lm.safe_yaml import parse
+from dist_lm.shipped import shipped
 
-LAUNCH_FILES = Path(__file__).parents[2] / "launch"
+LAUNCH_FILES = shipped("launch")
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at once
 # ZeRO works on slices of parameters. An elementwise optimizer can do so too, and Muon collects its
 # matrices.
@@ -121,10 +121,10 @@ def _from_file(launch: str) -> Strategy:
     if "/" not in launch and not launch.endswith(".yaml"):
         path = LAUNCH_FILES / f"{launch}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
         kind = str(content["distributed_type"])
         deepspeed = content.get("deepspeed_config") or {}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         names = [file.stem for file in sorted(LAUNCH_FILES.glob("*.yaml"))]
         raise UserError(
             f"--launch {launch}: no readable launch file; rule: one of {', '.join(names)}, or a"

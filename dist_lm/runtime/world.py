@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,9 +79,16 @@ class Runtime:
     def with_flags(self, number: int) -> Tensor:
         """This rank's part of a sum: a number, was it told to stop, did it lose the run folder."""
         is_lost = bool(self.attempt.lock.lost)
-        return torch.tensor(
-            [number, self.stop.requested, is_lost], dtype=torch.float64, device=self.device
-        )
+        return self.on_device([number, self.stop.requested, is_lost], torch.float64)
+
+    def on_device(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """Numbers of the host as a tensor on this rank's device, without a host sync.
+
+        torch.tensor(..., device="cuda") copies from memory that is not pinned, and waits for it.
+        """
+        is_gpu = self.device.type == "cuda"
+        numbers_on_host = torch.tensor(numbers, dtype=dtype, pin_memory=is_gpu)
+        return numbers_on_host.to(self.device, non_blocking=True)
 
     @property
     def why_stopped(self) -> str:
@@ -157,7 +164,7 @@ class Runtime:
         Standard output is for what a command prints as its result.
         """
         if self.is_main:
-            console.say(text, channel="stderr")
+            console.say(console.printable(text), channel="stderr")
 
     def profiler(self, steps: int, trace: Path) -> Any:
         """A torch profiler that traces `steps` steps after two of warm-up. Rank 0 writes the file.
@@ -217,7 +224,7 @@ class Runtime:
             self.attempt.lock.release()
 
         print(
-            f"error: rank {self.rank} on {socket.gethostname()} ends: {reason}",
+            f"error: rank {self.rank} on {socket.gethostname()} ends: {console.printable(reason)}",
             file=sys.stderr,
             flush=True,
         )

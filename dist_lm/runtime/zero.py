@@ -9,9 +9,10 @@ package, slow to import, and one process or DDP must do without it.
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from dist_lm.runtime.async_io import build_async_io
 from dist_lm.runtime.engine import Engine, Shapes
 from dist_lm.runtime.strategy import BUCKET, Strategy
 
+LEAF = "Block"  # the class of the modules that ZeRO-3 gathers at once
+_BLOCKS_AT_A_TIME = 3  # that ZeRO-3 has gathered on a GPU: in use, on its way, and just used
 _M_TRIM_THRESHOLD = -1  # numbers of glibc's mallopt()
 _M_MMAP_THRESHOLD = -3
 
@@ -55,11 +58,12 @@ class ZeroEngine(Engine):
         accelerator: Accelerator,
         config: Config,
         strategy: Strategy,
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
     ):
         super().__init__(accelerator, config, strategy)
         self.stage = strategy.stage
         self.settings = settings  # as zero_settings() makes them
+        self.on_gpu = self.device.type == "cuda"
         self.zero: Any = None  # DeepSpeed's ZeRO optimizer, around ours
         self._is_last_micro = False
 
@@ -89,6 +93,8 @@ class ZeroEngine(Engine):
             buffer.data = buffer.data.to(self.device)
 
     def _wrap(self, shapes: Shapes, channel: Channel) -> None:
+        if self.stage == 3 and self.on_gpu:
+            self._bound_gathered(shapes)
         self.model, _ = self.accelerator.prepare(self.bare, self.optimizer)
         self.zero = self.model.optimizer
         self._refuse_other_settings()
@@ -96,9 +102,23 @@ class ZeroEngine(Engine):
             slices = self._matrix_slices(shapes, channel)
             self.optimizer.share_matrices(self.rank, slices, channel.exchange)
 
+    def _bound_gathered(self, shapes: Shapes) -> None:
+        """Let ZeRO-3 keep few blocks gathered.
+
+        By default it keeps 10^9 elements, so it would save nothing of the weights of a smaller
+        model. Weights outside of blocks are in use during the whole step.
+        """
+        limit = gathered_elements(shapes)
+        for name in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+            self.settings["zero_optimization"][name] = limit
+            plugin = self.accelerator.deepspeed_plugin
+            plugin.deepspeed_config["zero_optimization"][name] = limit
+
     def _refuse_other_settings(self) -> None:
         """Read back what DeepSpeed made of our settings."""
         engine = self.model
+        zero = self.settings["zero_optimization"]
+        made = engine._config.zero_config
         kind = "DeepSpeedZeroOptimizer_Stage3" if self.stage == 3 else "DeepSpeedZeroOptimizer"
         is_cast = engine.bfloat16_enabled() or engine.fp16_enabled()
         autocasts = "torch_autocast" in self.settings
@@ -115,6 +135,14 @@ class ZeroEngine(Engine):
             "gradient_clipping",
         ):
             actual_and_asked[name] = (getattr(engine, name)(), self.settings[name])
+        if "overlap_comm" in zero:
+            actual_and_asked["overlap_comm"] = (engine.zero_overlap_comm(), True)
+        if "leaf_module" in zero and self.stage == 3:
+            leaves = [hasattr(block, "_z3_leaf") for block in self.bare.blocks]
+            actual_and_asked["blocks gathered at once"] = (leaves, [True] * len(leaves))
+        for name in ("max_live_parameters", "max_reuse_distance"):
+            if f"stage3_{name}" in zero:
+                actual_and_asked[name] = (getattr(made, name), zero[f"stage3_{name}"])
         different = []
         for name, (actual, asked) in actual_and_asked.items():
             if actual != asked:
@@ -256,7 +284,9 @@ class ZeroEngine(Engine):
         return slices
 
 
-def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> dict[str, Any]:
+def zero_settings(
+    strategy: Strategy, config: Config, layout: BatchLayout, on_gpu: bool
+) -> dict[str, Any]:
     """DeepSpeed's settings, from the strategy and the run's config."""
     zero: dict[str, Any] = {
         "stage": strategy.stage,
@@ -265,6 +295,15 @@ def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> di
         "stage3_prefetch_bucket_size": BUCKET,
         "stage3_param_persistence_threshold": 10 * config.model.width,
     }
+    if on_gpu:
+        # Gradients are reduced while the backward goes on. DeepSpeed does so by itself in ZeRO-3
+        # only. On a CPU nothing can overlap.
+        zero["overlap_comm"] = True
+    if on_gpu or config.run.compile:
+        # ZeRO-3 gathers a whole block, not each of its layers by itself. So there are fewer and
+        # larger exchanges, and the hooks that gather are outside of what is compiled. On a CPU
+        # sums would have another order.
+        zero["leaf_module"] = {"classes": [LEAF], "names": [], "name_suffixes": []}
     devices = {"optimizer": strategy.optimizer_device, "param": strategy.param_device}
     for part, device in devices.items():
         if device != "none":
@@ -289,6 +328,18 @@ def zero_settings(strategy: Strategy, config: Config, layout: BatchLayout) -> di
             "lower_precision_safe_modules": [],
         }
     return settings
+
+
+def gathered_elements(shapes: Shapes) -> int:
+    """How many elements ZeRO-3 has gathered at most on a GPU: three blocks, and what is in none."""
+    of_block = 0
+    outside = 0
+    for name, shape in shapes.items():
+        if name.startswith("blocks.0."):
+            of_block += math.prod(shape)
+        elif not name.startswith("blocks."):
+            outside += math.prod(shape)
+    return _BLOCKS_AT_A_TIME * of_block + outside
 
 
 def _nvme_folder(strategy: Strategy, config: Config) -> str:

@@ -24,22 +24,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dist_lm import families
 from dist_lm.channel import Channel
 from dist_lm.checkpoint import layout, retention, writing
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.load import read_model, read_weights, restore
 from dist_lm.checkpoint.save import Saver
+from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
 from tests import procs
-from tests.conftest import owned, write_step
+from tests.conftest import owned, state_of, write_step
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
 
@@ -65,10 +66,10 @@ def training_of(config: ModelConfig) -> tuple[GPT, torch.optim.Optimizer, Tokeni
 def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> Path:
     model, optimizer, tokenizer = trained
     texts = {
-        "config.json": hf.config_json(
+        "config.json": families.config_json(
             ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         ),
-        "state.json": {"step": step, "val_loss": val_loss},
+        "state.json": state_of(step, val_loss=val_loss),
     }
     return write_step(run, step, model, texts, tokenizer, optimizer)
 
@@ -129,12 +130,15 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
             "model.safetensors: does not match its hash in the manifest",
         ),
         (lambda f: _flip(f / "state.json"), "state.json: does not match its hash in the manifest"),
-        (lambda f: (f / "state.json").unlink(), "state.json: is missing or not a regular file"),
+        (lambda f: (f / "state.json").unlink(), "state.json: is missing"),
         (lambda f: (f / "extra.bin").write_text(""), "extra.bin: is not in the manifest"),
         (lambda f: (f / "manifest.json").write_text(""), "manifest.json: not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object"),
         (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json: is not of format 1"),
-        (lambda f: (f / "manifest.json").unlink(), "manifest.json: No such file or directory"),
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            "manifest.json: cannot be read (No such file or directory)",
+        ),
         (lambda f: _edit(f, step=4), "manifest.json: belongs to step 4"),
         (lambda f: _edit(f, step=True), "manifest.json: its step is not a number >= 0"),
         (lambda f: _edit(f, step=-2), "manifest.json: its step is not a number >= 0"),
@@ -177,11 +181,11 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         ),
         (
             lambda f: (f / "manifest.json").write_text("[" * 100_000),
-            "manifest.json: not valid JSON",
+            "manifest.json: not usable JSON: deeper than 64 levels",
         ),
         (
             lambda f: (f / "manifest.json").write_text('{"step": ' + "9" * 5000 + "}"),
-            "manifest.json: not valid JSON",
+            "manifest.json: not usable JSON: Exceeds the limit",
         ),
         (
             lambda f: (f / "manifest.json").write_bytes(b'{"\xff": 1}'),
@@ -189,14 +193,16 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
         ),
         (
             lambda f: (f / "manifest.json").write_text("{}" + " " * 2**20),
-            "manifest.json: has more than 1048576 bytes",
+            "manifest.json: has more than 1,048,576 bytes",
         ),
-        (lambda f: _pipe(f / "manifest.json"), "manifest.json: not a regular file"),
-        (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
-        (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
+        (
+            lambda f: _pipe(f / "manifest.json"),
+            "manifest.json: cannot be read (not a regular file)",
+        ),
+        (lambda f: _pipe(f / "state.json"), "state.json: cannot be read (not a regular file)"),
         (
             lambda f: _link(f / "config.json", to="/dev/zero"),
-            "config.json: is missing or not a regular file",
+            "config.json: cannot be read (not a regular file)",
         ),
     ],
 )
@@ -216,6 +222,13 @@ def test_damage_is_seen_and_the_step_before_is_taken(
         match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently",
     ):
         newest_valid(tmp_path)
+
+
+def test_a_link_is_followed(trained: Any, tmp_path: Path) -> None:
+    """A cache of the hub is made of links."""
+    folder = write(tmp_path, 1, trained)
+    _link(folder / "state.json")
+    assert newest_valid(tmp_path, verify_state) == (folder, [])
 
 
 def _flip(file: Path) -> None:
@@ -289,7 +302,7 @@ def test_a_manifest_that_is_a_dangling_link_is_damage(trained: Any, tmp_path: Pa
     folder = write(tmp_path, 1, trained)
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").symlink_to("nowhere")
-    with pytest.raises(UserError, match="manifest.json: No such file or directory"):
+    with pytest.raises(UserError, match=r"manifest.json: cannot be read \(No such file"):
         read_model(str(folder))
 
 
@@ -392,10 +405,12 @@ class Saves:
 
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
-        config = hf.config_json(ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
+        config = families.config_json(
+            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+        )
         texts = {
             "config.json": json.dumps(config),
-            "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+            "state.json": json.dumps(state_of(step, val_loss=val_loss)),
         }
         self.saver.begin(
             step,
@@ -465,7 +480,7 @@ def test_a_step_of_an_earlier_start_is_verified_once(
         looked_at.append(folder.name)
         return verify(folder)
 
-    monkeypatch.setattr(retention, "verify", look)
+    monkeypatch.setattr(retention, "verify_state", look)
     save = Saves(tmp_path, trained, keep_last=2, resumed=tmp_path / "step-00000006")
     for step in (7, 8, 9):
         save(step)
@@ -568,7 +583,7 @@ def _sign(folder: Path, name: str, content: bytes) -> None:
 
 def plant(folder: Path, template: Path, step: int, loss: float | None, damage: str | None) -> None:
     shutil.copytree(template, folder)
-    _sign(folder, "state.json", json.dumps({"step": step, "val_loss": loss}).encode())
+    _sign(folder, "state.json", json.dumps(state_of(step, val_loss=loss)).encode())
     _edit(folder, step=step)
     if damage:
         DAMAGES[damage](folder)
@@ -656,6 +671,23 @@ def test_no_model_here(tmp_path: Path) -> None:
         read_model(str(tmp_path))
     with pytest.raises(UserError, match="no such folder; rule: a run, a step folder"):
         read_model(str(tmp_path / "x"))
+
+
+def test_a_step_that_is_gone_names_those_that_exist(trained: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        write(tmp_path / "runs/mine", step, trained)
+    steps = r"; .*/runs/mine has step-00000001, step-00000002$"
+    with pytest.raises(UserError, match=steps):
+        read_model(str(tmp_path / "runs/mine/step-00000003"))
+    with pytest.raises(UserError, match=r"; did you mean .*/runs/mine\?$"):
+        read_model(str(tmp_path / "runs/mien"))
+
+
+def test_a_run_that_is_gone_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/mien: no such folder; .*mean runs/mine\?$"):
+        read_model("runs/mien")
 
 
 def test_a_missing_tensor_is_named(trained: Any, tmp_path: Path) -> None:
@@ -797,7 +829,9 @@ def save_together(
     messages = messages or Messages(len(by_rank))
     texts = {
         "config.json": json.dumps(
-            hf.config_json(ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot)
+            families.config_json(
+                ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+            )
         ),
         "state.json": "{}",
     }

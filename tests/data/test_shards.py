@@ -190,7 +190,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(
         UserError,
-        match=r"dataset\.json: not a readable manifest \(JSONDecodeError\); prepare again",
+        match=r"dataset\.json: not valid JSON: .*; nearest: prepare again",
     ):
         verify(tmp_path)
     (tmp_path / MANIFEST).write_text(json.dumps({"format": 99}))

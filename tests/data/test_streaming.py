@@ -420,6 +420,25 @@ def test_an_empty_source(tmp_path: Path) -> None:
 # --- provenance
 
 
+def test_find_names_rows_as_show_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the bytes at which the lines of a .jsonl begin, by which a stream remembers them."""
+    texts = documents(40, 3)
+    texts[26] = "the needle"
+    rows = write_rows(tmp_path / "text/a.jsonl", texts)
+    config, data = opened(tmp_path / "run", rows, run={"eval_every": 0}, val_fraction=0)
+    step = 0
+    rows_seen: set[int] = set()
+    for origins in history.read_steps(config, data, 0):
+        step += 1
+        for origin in origins.values():
+            rows_seen.update(span.row for span in origin.documents())
+        if 27 in rows_seen:
+            break
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    history.find(config, data, "the needle")
+    assert f"step {step}: a.jsonl row 27\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_show_and_find_read_a_stream_again(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

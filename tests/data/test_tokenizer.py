@@ -331,6 +331,14 @@ def test_transformers_load_it_as_it_is(kind: str, tmp_path: Path) -> None:
     assert (ours.sha256, ours.eot, ours.unk) == (tokenizer.sha256, tokenizer.eot, tokenizer.unk)
 
 
+def test_a_run_is_no_tokenizer_but_its_newest_step_has_one(tmp_path: Path) -> None:
+    for step in ("step-00000003", "step-00000012"):
+        (tmp_path / "RUN" / step).mkdir(parents=True)
+        tokenizer_of("sentencepiece").save(tmp_path / "RUN" / step)
+    with pytest.raises(UserError, match=r"RUN': a run, .*; nearest: .*/RUN/step-00000012$"):
+        load_tokenizer(str(tmp_path / "RUN"))
+
+
 def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
     stored = json.loads(tokenizer_of("sentencepiece").stored)
     stored["added_tokens"][0]["content"] = stored["model"]["vocab"][0][0] = "<end>"

@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lm.model import attention
@@ -31,8 +32,9 @@ def test_attention_equals_the_plain_path(
     fast = gradients(model, model(tokens(1), some_targets(), segments_BT=segments_BT))
     masks = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        masks.append(mask)
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cached: bool) -> Tensor:
+        masks.append(bias)
+        mask = None if bias is None else bias == 0
         return attention.attend_plainly(q, k, v, mask)
 
     monkeypatch.setattr(model_module, "attend", attend)
@@ -42,22 +44,122 @@ def test_attention_equals_the_plain_path(
     assert len(masks) == 4 and (masks[0] is not None) == masked
 
 
-def test_preferred_kernels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On Hopper cuDNN's attention comes first; on a CPU the same list falls through to its own."""
-    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(1))
+def test_a_bias_is_a_mask_to_the_last_bit() -> None:
+    """Forward and gradients, made once for all layers instead of in each."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=generator).requires_grad_()
+    mask = torch.rand(2, 1, 16, 16, generator=generator).tril() > 0.2
+    mask |= torch.eye(16, dtype=torch.bool)
+    found = []
+    for given in (mask, attention.bias_of(mask, torch.float32)):
+        out = attention.attend(q, k, v, given)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+FALL_BACK = [
+    attention.SDPBackend.FLASH_ATTENTION,
+    attention.SDPBackend.EFFICIENT_ATTENTION,
+    attention.SDPBackend.MATH,
+]
+CUDNN_FIRST = [attention.SDPBackend.CUDNN_ATTENTION, *FALL_BACK]
+
+
+@pytest.mark.parametrize(
+    ("hopper", "cudnn", "masked", "cached", "expected"),
+    [
+        (True, 91900, False, False, (CUDNN_FIRST, {"set_priority": True})),
+        (True, 91500, False, False, None),
+        (True, None, False, False, None),
+        (False, 91900, False, False, None),
+        (True, 91900, True, False, (FALL_BACK, {})),
+        (True, 91900, False, True, (FALL_BACK, {})),
+        (False, 91900, True, True, (FALL_BACK, {})),
+    ],
+)
+def test_kernels_of_a_gpu(
+    hopper: bool,
+    cudnn: int | None,
+    masked: bool,
+    cached: bool,
+    expected: tuple[list, dict] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuDNN for plain causal attention alone, where its version is right; None is torch's order.
+
+    On a CPU the same lists fall through to its own kernel, with the same result.
+    """
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 4, 16, 8, generator=generator)
+    k, v = torch.randn(2, 2, 2, 16, 8, generator=generator)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril() if masked else None
+    plain = attention.attend_plainly(q, k, v, mask)
+    capability = (9, 0) if hopper else (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(attention, "is_gpu", lambda device: True)
     lists = []
     sdpa_kernel = attention.sdpa_kernel
 
     def record(kernels: list, **how: bool) -> AbstractContextManager:
-        lists.append((kernels[0], how))
+        lists.append((kernels, how))
         return sdpa_kernel(kernels, **how)
 
     monkeypatch.setattr(attention, "sdpa_kernel", record)
-    for hopper in (False, True):
-        monkeypatch.setattr(attention, "is_hopper", lambda device, hopper=hopper: hopper)
-        assert close(attention.attend(q, k, v, None), attention.attend_plainly(q, k, v, None))
-        assert len(lists) == hopper
-    assert lists == [(attention.SDPBackend.CUDNN_ATTENTION, {"set_priority": True})]
+    assert close(attention.attend(q, k, v, mask, cached), plain)
+    assert lists == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_are_repeated_for_a_mask_on_a_gpu(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.randn(2, 4, 16, 8)
+    k, v = torch.randn(2, 2, 2, 16, 8)
+    mask = torch.ones(16, 16, dtype=torch.bool).tril() if masked else None
+    calls = []
+    kernel = F.scaled_dot_product_attention
+
+    def record(q: Tensor, k: Tensor, v: Tensor, **how: object) -> Tensor:
+        calls.append((k.shape[1], how["enable_gqa"]))
+        return kernel(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(attention, "prefers_cudnn", lambda device: False)
+    on_cpu = attention.attend(q, k, v, mask)
+    monkeypatch.setattr(attention, "is_gpu", lambda device: True)
+    assert close(attention.attend(q, k, v, mask), on_cpu)
+    assert calls == [(2, True), (4, False) if masked else (2, True)]
+
+
+def test_the_model_says_when_it_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cached: bool) -> Tensor:
+        told.append(cached)
+        return attention.attend(q, k, v, mask, cached)
+
+    monkeypatch.setattr(model_module, "attend", record)
+    model = make(layers=1)
+    model(tokens(1))
+    model(tokens(1), cache=model.new_cache(B, T))
+    assert told == [False, True]
+
+
+def test_the_mask_of_documents_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers get the same tensor, in the type of the products."""
+    masks = []
+
+    def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cached: bool) -> Tensor:
+        masks.append(mask)
+        return attention.attend(q, k, v, mask, cached)
+
+    monkeypatch.setattr(model_module, "attend", record)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        make()(tokens(1), some_targets(), segments_BT=torch.arange(T).expand(B, T) // 5)
+    assert len(masks) == 2
+    assert masks[0] is masks[1]
+    assert masks[0].dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_lm.model import gpt as model_module
+from dist_lm.model.dropout import keys_of_places
 from dist_lm.model.gpt import padded_vocab
 from tests.model.models import (
     B,
@@ -122,16 +123,19 @@ def test_dropout_acts_only_with_keys_and_a_rate() -> None:
 
 
 def test_dropout_has_its_own_mask_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = []
+    used: list[tuple[list[int], float]] = []
 
-    def record(x: Tensor, keys: Tensor, place: int, rate: float) -> Tensor:
-        places.append((place, rate))
+    def record(x: Tensor, keys: Tensor, rate: float) -> Tensor:
+        used.append((keys.tolist(), rate))
         return x
 
     monkeypatch.setattr(model_module, "dropout", record)
-    make(dropout=0.3)(tokens(1), dropout_keys_B=torch.tensor([1, 2, 3]))
+    row_keys_B = torch.tensor([1, 2, 3])
+    make(dropout=0.3)(tokens(1), dropout_keys_B=row_keys_B)
     # Of the embeddings, then of each branch of each block.
-    assert places == [(place, 0.3) for place in range(5)]
+    expected = keys_of_places(row_keys_B, 5).tolist()
+    assert used == [(keys, 0.3) for keys in expected]
+    assert len({key for keys in expected for key in keys}) == 15
 
 
 @every_model

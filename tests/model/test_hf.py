@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dist_lm import families
 from dist_lm.cli import load
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import UserError
@@ -140,9 +141,9 @@ def write(model: GPT, folder: Path) -> None:
         folder / "model.safetensors",
     )
     (folder / "config.json").write_text(
-        json.dumps(hf.config_json(ModelSpec(model.config, V, T), EOT))
+        json.dumps(families.config_json(ModelSpec(model.config, V, T), EOT))
     )
-    (folder / "generation_config.json").write_text(json.dumps(hf.generation_config_json(EOT)))
+    (folder / "generation_config.json").write_text(json.dumps(families.generation_config_json(EOT)))
 
 
 def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
@@ -176,7 +177,7 @@ def assert_same_network(ours: GPT, theirs: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_a_folder_of_ours_is_a_model_of_theirs(name: str, tmp_path: Path) -> None:
     kind, config = OURS[name][0], config_of(name)
-    assert hf.family(config) == kind
+    assert families.family(config) == kind
     ours = make(config)
     write(ours, tmp_path)
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -200,10 +201,10 @@ def test_a_folder_of_ours_is_read_back(name: str, tmp_path: Path) -> None:
         ModelSpec(ours.config, V, T), tensors.__getitem__
     ).items():
         assert torch.equal(value, weights[name_of_tensor])
-    described = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    described = families.from_config_json(json.loads((tmp_path / "config.json").read_text()))
     assert (described.vocab_size, described.seq_len) == (V, T)
     # In their terms positions are a learned table and biases are there.
-    gpt = hf.family(ours.config) != "llama"
+    gpt = families.family(ours.config) != "llama"
     assert described.config == ours.config.model_copy(
         update={"positions": "learned", "bias": True} if gpt else {}
     )
@@ -220,9 +221,9 @@ def test_a_model_of_theirs_is_read(name: str, tmp_path: Path) -> None:
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path)
-    spec = hf.from_config_json(json.loads((tmp_path / "config.json").read_text()))
+    spec = families.from_config_json(json.loads((tmp_path / "config.json").read_text()))
     assert (spec.vocab_size, spec.seq_len) == (V, T)
-    assert hf.family(spec.config) == THEIRS[name].model_type
+    assert families.family(spec.config) == THEIRS[name].model_type
     ours = GPT(spec)
     tensors = theirs.state_dict()
     ours.load_state_dict(hf.import_tensors(spec, tensors.__getitem__))
@@ -233,19 +234,19 @@ def test_a_model_of_theirs_is_read(name: str, tmp_path: Path) -> None:
 def test_defaults_left_out_are_theirs(family: str) -> None:
     """A config.json holds little more than what differs from transformers' defaults."""
     full = transformers.AutoConfig.for_model(family).to_dict()
-    assert hf.from_config_json({"model_type": family}) == hf.from_config_json(full)
+    assert families.from_config_json({"model_type": family}) == families.from_config_json(full)
 
 
 def test_older_and_other_spellings_are_read() -> None:
     older = {**LLAMA_JSON, "rope_theta": 500.0, "rope_scaling": None, "hidden_act": "swish"}
-    assert hf.from_config_json(older).config.rope_theta == 500.0
+    assert families.from_config_json(older).config.rope_theta == 500.0
     for name, ours in (
         ("gelu_pytorch_tanh", "gelu_tanh"),
         ("gelu_fast", "gelu_tanh"),
         ("swish", "silu"),
     ):
         assert (
-            hf.from_config_json({**GPT2_JSON, "activation_function": name}).config.activation
+            families.from_config_json({**GPT2_JSON, "activation_function": name}).config.activation
             == ours
         )
 
@@ -266,7 +267,7 @@ def test_names_without_their_first_part_are_found() -> None:
 @pytest.mark.parametrize("name", NO_FAMILY)
 def test_other_combinations_keep_our_names(name: str) -> None:
     config = ModelConfig(**{"layers": 2, "heads": 4, "width": 32, **NO_FAMILY[name]})
-    assert hf.family(config) is None
+    assert families.family(config) is None
     ours = make(config)
     weights = dict(ours.named_parameters())
     entries = hf.layout(ModelSpec(config, V, T))
@@ -275,17 +276,17 @@ def test_other_combinations_keep_our_names(name: str) -> None:
     assert tensors["embed.weight"].shape == (V, 32)  # unpadded
     back = hf.import_tensors(ModelSpec(config, V, T), tensors.__getitem__)
     assert all(torch.equal(back[name], value) for name, value in weights.items())
-    described = json.loads(json.dumps(hf.config_json(ModelSpec(config, V, T), None)))
+    described = json.loads(json.dumps(families.config_json(ModelSpec(config, V, T), None)))
     assert described["model_type"] == "dist_lm"
-    assert hf.from_config_json(described) == ModelSpec(config, V, T)
+    assert families.from_config_json(described) == ModelSpec(config, V, T)
 
 
 def test_every_recipe_is_in_a_family() -> None:
-    families = {}
+    found = {}
     for path in (ROOT / "configs").glob("*.yaml"):
         config, _ = load(["--config", str(path)], TRAIN)
-        families[path.stem.split("-")[0]] = hf.family(config.model)
-    assert families == {"char": "openai-gpt", "gpt2": "gpt2", "llama": "llama", "debug": "llama"}
+        found[path.stem.split("-")[0]] = families.family(config.model)
+    assert found == {"char": "openai-gpt", "gpt2": "gpt2", "llama": "llama", "debug": "llama"}
 
 
 def test_layout_is_data() -> None:
@@ -365,19 +366,19 @@ GPT2_JSON: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
         ({**GPT2_JSON, "add_cross_attention": True}, "add_cross_attention=True is not supported"),
         (
             {**GPT2_JSON, "n_layer": 0},
-            "cannot be a model of ours: model.layers=0 Input should be greater than",
+            "cannot be a model of ours: model.layers=0: Input should be greater than",
         ),
         ({**GPT2_JSON, "n_head": 5}, "model.heads=5 does not divide model.width=32; nearest: 4, 8"),
-        ({"model_type": "dist_lm"}, "not as transformers or dist_lm write it (KeyError('model'))"),
+        ({"model_type": "dist_lm"}, "not as transformers or dist_lm write it (KeyError: 'model')"),
         (
             {**LLAMA_JSON, "hidden_size": "wide"},
-            "not as transformers or dist_lm write it (TypeError(",
+            "not as transformers or dist_lm write it (TypeError: ",
         ),
     ],
 )
 def test_what_we_cannot_compute_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        hf.from_config_json(config)
+        families.from_config_json(config)
     assert str(error.value).startswith("config.json: ") and message in str(error.value)
     assert "\n" not in str(error.value) and error.value.code == 66
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ from dist_lm.checkpoint.save import Saver
 from dist_lm.cli import load, resolve
 from dist_lm.errors import UserError
 from dist_lm.metrics import Metrics
-from dist_lm.outcome import TRAIN
+from dist_lm.outcome import TRAIN, Attempt
 from dist_lm.runtime import start as runtime_start
 from dist_lm.runtime.async_io import only_builder
 from dist_lm.runtime.engine import Engine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
+from dist_lm.runtime.zero import ZeroEngine
 from tests.procs import ROOT, clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tensors, tiny
 
@@ -160,6 +162,45 @@ def test_compiled_recomputed_and_masked(prepared: Path, tmp_path: Path) -> None:
     assert_same_curve(tmp_path / "zero2", tmp_path / "one", 1e-5)
     spread(tmp_path / "compiled", "zero3", 2, *common, "--run.compile", "true")
     assert_same_curve(tmp_path / "compiled", tmp_path / "one", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero1", "zero3"])
+def test_the_settings_for_gpus_give_the_same_curve(
+    prepared: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Overlapped sums, whole blocks gathered at once, few of them: as far as a CPU can run that."""
+    common = tiny(prepared, "--model.layers", "5", "--data.micro_batch", "2", "--run.steps", "6")
+    words = ("--run.dir", str(tmp_path / "gpu"), *common, "--launch", strategy)
+    code = f"from tests.runtime import test_zero; test_zero.train_as_on_gpus(*{words})"
+    got, output = finish(start_ranks(2, "-c", code))
+    assert got == 0, output
+    limit = 3 * 16_448 + 264 * 32 + 32  # elements of three blocks, the embedding and the last norm
+    made = {"zero1": "overlap True, blocks [], limit 1000000000"}
+    made["zero3"] = f"overlap True, blocks [True, True, True, True, True], limit {limit}"
+    assert output.count(f"{made[strategy]}\n") == 2, output
+    train(tmp_path / "one", *common)
+    assert_same_curve(tmp_path / "gpu", tmp_path / "one", 1e-5)
+
+
+def train_as_on_gpus(*words: str) -> None:
+    """As a rank: train with DeepSpeed's settings for GPUs, and print what it made of them."""
+    settings, prepare = runtime_start.zero_settings, ZeroEngine.prepare
+
+    def noted_prepare(engine: ZeroEngine, *arguments: Any) -> None:
+        engine.on_gpu = True
+        prepare(engine, *arguments)
+        blocks = [block._z3_leaf for block in engine.bare.blocks if hasattr(block, "_z3_leaf")]
+        made = engine.model._config.zero_config
+        overlap = engine.model.zero_overlap_comm()
+        said = f"overlap {overlap}, blocks {blocks * (engine.stage == 3)}"
+        print(f"{said}, limit {made.max_live_parameters}", flush=True)
+        assert made.max_reuse_distance == made.max_live_parameters
+
+    runtime_start.zero_settings = lambda *arguments, on_gpu: settings(*arguments, on_gpu=True)
+    ZeroEngine.prepare = noted_prepare
+    config, flags = load(list(words), TRAIN)
+    loop.run_to_end(config, Attempt(Path(config.run.dir)), flags.launch)
 
 
 # --- one checkpoint

@@ -222,9 +222,18 @@ def _write_content(url: str, descriptor: int, most: int) -> tuple[int, str]:
                 break
             digest.update(block)
             if size + len(block) <= most:
-                os.pwrite(descriptor, block, size)
+                _write_at(descriptor, block, size)
             size += len(block)
     return size, digest.hexdigest()
+
+
+def _write_at(descriptor: int, data: bytes, place: int) -> None:
+    """Write all of it. One call may write a part, and raises at the next call why."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, place)
+        view = view[written:]
+        place += written
 
 
 def _create_locked(path: Path, size: int) -> int:

@@ -7,15 +7,16 @@ sizes and types fits the file.
 import mmap
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field
 
-from dist_lm.data.prepared.manifest import CheckedModel, Count, first_fault
 from dist_lm.disk import safetensors_head, write_file
 from dist_lm.errors import DataError, UserError
+from dist_lm.outside import CheckedModel, Count, check, parse_json
 
 _LONGEST_HEADER = 2**16  # bytes of a shard's header; ours have less than 2**9
 _HEADER_SIZE_BYTES = 8  # in front of the header
@@ -31,8 +32,8 @@ class TensorHeader(CheckedModel):
     """A one-dimensional tensor in the header of a safetensors file."""
 
     dtype: Literal["U16", "U32", "I64"]
-    shape: tuple[Count]
-    data_offsets: tuple[Count, Count]
+    shape: Annotated[list[Count], Field(min_length=1, max_length=1)]
+    data_offsets: Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class ShardHeader(CheckedModel):
@@ -82,10 +83,8 @@ def map_shard(path: Path) -> dict[str, np.ndarray]:
     base = _HEADER_SIZE_BYTES + header_size  # where the tensors begin
     if header_size > _LONGEST_HEADER or base > len(data):
         raise bad_shard(path, f"its header has {header_size} bytes of {size}")
-    try:
-        header = ShardHeader.model_validate_json(data[_HEADER_SIZE_BYTES:base])
-    except ValidationError as error:
-        raise bad_shard(path, first_fault(error)) from error
+    refuse = partial(bad_shard, path)
+    header = check(parse_json(data[_HEADER_SIZE_BYTES:base], refuse), ShardHeader, refuse)
     arrays = {}
     for name, tensor in header:
         dtype = _DTYPES[tensor.dtype]

@@ -24,6 +24,7 @@ from dist_lm.data.text.columns import Columns, FilteredError, Rows, ToText
 from dist_lm.data.text.csv_rows import csv_rows
 from dist_lm.data.text.files import (
     DAMAGE,
+    LostRestError,
     Part,
     TextFile,
     format_of,
@@ -31,7 +32,7 @@ from dist_lm.data.text.files import (
     one_line,
     open_text_file,
 )
-from dist_lm.data.text.json_rows import LostRestError, json_rows
+from dist_lm.data.text.json_rows import json_rows
 from dist_lm.data.text.tables import (
     arrow_rows,
     count_row_groups,
@@ -119,6 +120,13 @@ class Reader:
             for begin, end in pairwise(bounds):
                 parts.append(Part(number, begin, end))
         return parts
+
+    def refuse_missing_hub(self) -> None:
+        """Raise if the name of a hub dataset leads to none, before anything is read."""
+        for file in self.files:
+            if not file.path:
+                with self._naming(file, Counter()):
+                    open_hub_dataset(file, self.spec)
 
     def where(self, file: int, row: int) -> str:
         """The place of a document, for messages."""

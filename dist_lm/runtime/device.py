@@ -1,0 +1,40 @@
+"""What torch and CUDA must know before the first kernel runs.
+
+CUDA reads its variables when it starts, so a process calls prepare_device() before it meets the
+others. Nothing here changes what a CPU computes, unless run.deterministic is set.
+"""
+
+import os
+
+import torch
+import torch.utils.deterministic
+
+from dist_lm.config import Config
+
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def prepare_device(config: Config) -> None:
+    """Set torch up for this run. What the user has set in the environment stays."""
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        # Segments that grow leave no holes that are too small for the next tensor.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    # Partial sums of a bf16 product stay fp32, as on a CPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if config.run.deterministic:
+        _be_deterministic()
+
+
+def _be_deterministic() -> None:
+    """Refuse or replace every kernel whose result may differ from run to run.
+
+    On GPUs that is, among others, the backward of fast attention and of the embedding, which add by
+    atomics in any order. Attention then is flash or memory-efficient attention with a fixed order,
+    never cuDNN's.
+    """
+    # Without it cuBLAS chooses by the memory that happens to be free, and torch refuses to use it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # By default the strict mode also fills new memory, which costs time. Nothing here reads memory
+    # before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -425,9 +425,8 @@ def test_a_process_that_crashes_or_hangs(tmp_path: Path, kind: str) -> None:
     assert hanging.poll() is None
     hanging.kill()
     assert hanging.poll() is not None
-    child = Path(f"/proc/{pid_file.read_text()}")
     end = time.monotonic() + 20
-    while child.exists() and "Z" not in (child / "stat").read_text().rpartition(")")[2]:
+    while is_running(int(pid_file.read_text())):
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -453,6 +452,35 @@ def test_with_a_card_sections_are_commands(
         assert "CUDA" in result["why"] or "NVIDIA" in result["why"]
         assert "Traceback" in result["log"]
     assert "C7" in capsys.readouterr().out
+
+
+def test_a_section_ends_with_the_command(tmp_path: Path) -> None:
+    """It leads a session of its own, so nothing else would end it."""
+    code = (
+        "import subprocess, sys\n"
+        "child = 'from benchmarks.gpu.section import end_with_parent; import time;"
+        " end_with_parent(); print(1, flush=True); time.sleep(1000)'\n"
+        "process = subprocess.Popen([sys.executable, '-c', child], start_new_session=True,"
+        " stdout=subprocess.PIPE)\n"
+        "process.stdout.readline()\n"
+        "print(process.pid)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    end = time.monotonic() + 20
+    while is_running(int(done.stdout)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,7 @@ def main() -> int:
             must = "must run" if section.task.must else ""
             print(f"{section.task.name:10} {section.task.seconds:4.0f} s  {section.title}  {must}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends all sections
     folder = Path(tempfile.mkdtemp(prefix="dist_lm-gpu-"))
     try:
         return Whole(args, sections, folder).run()

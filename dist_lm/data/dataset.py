@@ -70,6 +70,14 @@ class Dataset:
         assert self.alone, "a stream or a mixture is not shards"
         return self.alone.shards
 
+    def shards(self) -> list[TokenShards]:
+        """All prepared shards that it reads."""
+        found = [*self.val.values()]
+        for source in self.sources.values():
+            if isinstance(source, PreparedSource):
+                found.append(source.shards)
+        return found
+
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""
         return total_steps(config, self.sequences)
@@ -342,8 +350,35 @@ def _checked(
             f" sequence; rule: at least {data.seq_len + 1}; nearest: a larger data.val_fraction,"
             " or run.eval_every=0"
         )
+    for name, shards in val.items():
+        _refuse_unknown_text(name, shards)
     identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
-    return Dataset(sources, alone, val, tokenizer, identity)
+    dataset = Dataset(sources, alone, val, tokenizer, identity)
+    for shards in dataset.shards():
+        _refuse_other_tokenizer(shards, tokenizer)
+    return dataset
+
+
+def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
+    """Refuse shards whose manifest is of another tokenizer than the one beside them."""
+    entry = shards.manifest["tokenizer"]
+    if (entry["sha256"], entry["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
+        raise DataError(
+            f"{shards.folder}: its tokens are of a tokenizer {entry['sha256'][:12]} with"
+            f" {entry['vocab_size']} tokens, but its tokenizer.json is {tokenizer.sha256[:12]} with"
+            f" {tokenizer.vocab_size}; nearest: prepare again"
+        )
+
+
+def _refuse_unknown_text(name: str, shards: TokenShards) -> None:
+    """Refuse a validation set of which the tokenizer knows nothing but the ends of documents."""
+    split = shards.manifest["splits"]["val"]
+    if split["unknown"] and split["tokens"] <= split["unknown"] + split["documents"]:
+        raise DataError(
+            f"validation set {name} ({shards.folder}): the tokenizer knows nothing of its text, all"
+            f" {split['unknown']:,} tokens are unknown; rule: text in the alphabet of what is"
+            " trained on; nearest: another data.validation, or data.tokenizer=byte"
+        )
 
 
 # --- preparing, on rank 0

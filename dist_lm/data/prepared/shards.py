@@ -69,6 +69,7 @@ class TokenShards:
     - `entries`: what the manifest says of each shard
     - `files`, `sizes`: their names, and how many tokens each has
     - `dtype`: in which tokens are stored
+    - `vocab_size`: above all tokens
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
@@ -82,6 +83,7 @@ class TokenShards:
         self.files: list[str] = [entry["file"] for entry in self.entries]
         self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
         if cache is None:
             self._check_sizes()
         self._map_local = lru_cache(maxsize=_MAPPED_SHARDS)(self._open_local)
@@ -134,7 +136,17 @@ class TokenShards:
                 tokens = arrays["tokens"]
                 for _, first, row in in_shard:
                     tokens_NT[row] = tokens[first : first + seq_len + 1]
+        if tokens_NT.size and tokens_NT.max() >= self.vocab_size:
+            self._refuse_unknown_id(tokens_NT, places)
         return tokens_NT
+
+    def _refuse_unknown_id(self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+        """Raise over a token that the tokenizer does not have."""
+        for shard, _, row in places:
+            largest = int(tokens_NT[row].max())
+            if largest >= self.vocab_size:
+                path = f"{self.folder}/{self.files[shard]}"
+                raise bad_shard(path, f"token {largest} is none of {self.vocab_size}")
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
         """The documents that a sequence's T+1 tokens come from."""

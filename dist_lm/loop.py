@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
+from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
@@ -69,9 +72,11 @@ def run_to_end(
         hold_folder(runtime)
         point = find_resume_point(runtime, config, allow_change)
         if point:
-            run = build(runtime, config, point)
-            describe(run)
-            reason = _train_and_keep(run)
+            with _shard_check(runtime, config, point.data) as check:
+                run = build(runtime, config, point)
+                describe(run)
+                runtime.on_main(check.wait)
+                reason = _train_and_keep(run)
             finish(run, reason)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
@@ -81,6 +86,16 @@ def run_to_end(
         raise
     runtime.close()
     return reason
+
+
+def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
+    """The check of the shards, which rank 0 does. Damage makes it refuse in the next sum."""
+
+    def refuse(error: UserError) -> None:
+        runtime.refusal = error
+
+    sets = data.shards() if runtime.is_main else []
+    return ShardCheck(Path(config.run.dir), sets, refuse)
 
 
 def _train_and_keep(run: Run) -> str:
@@ -102,7 +117,7 @@ def train(run: Run) -> str:
     # All ranks: the first batch, and what they must agree on before its step.
     batches = training_batches(run)
     run.batches = batches
-    batch = batches.take()
+    batch = take_batch(run, batches)
     runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
@@ -142,12 +157,12 @@ def train(run: Run) -> str:
         # All ranks: one small sum carries all that they must agree on. Its flags are read one step
         # late, with the figures.
         waiting = time.monotonic()
-        next_batch = batches.take()
+        next_batch = take_batch(run, batches)
         seconds_waiting = time.monotonic() - waiting
         agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
-        loss_sum, next_targets, stop, is_lost = agreed
+        loss_sum, next_targets, stop, are_refusing = agreed
 
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
         late_figures = LateFigures(figures)
 
@@ -176,14 +191,22 @@ def train(run: Run) -> str:
     return runtime.why_stopped
 
 
+def take_batch(run: Run, batches: Batches) -> Batch:
+    """The next batch. Rows that this rank cannot read make it refuse in the next sum. All ranks."""
+    batch = batches.take()
+    if batch.failure:
+        run.runtime.refusal = batch.failure
+    return batch
+
+
 def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
     """The targets of the first global batch, and whether a rank was told to stop during start-up.
 
     All ranks.
     """
     runtime = run.runtime
-    targets, stop, is_lost = runtime.sum(runtime.with_flags(batch.targets))
-    runtime.refuse_lost_folder(float(is_lost))
+    targets, stop, are_refusing = runtime.sum(runtime.with_flags(batch.targets))
+    runtime.refuse_together(float(are_refusing))
     return targets, bool(stop)
 
 
@@ -238,9 +261,9 @@ def record_step(run: Run, pending: Pending) -> bool:
     runtime = run.runtime
     state = run.state
     scaler = runtime.engine.scaler
-    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
+    loss, norm, targets, stop, are_refusing = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
-    runtime.refuse_lost_folder(is_lost)
+    runtime.refuse_together(are_refusing)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()

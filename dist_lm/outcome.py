@@ -30,7 +30,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.console import printable, warn
+from dist_lm.console import dispensable, printable
+from dist_lm.disk import open_own
 from dist_lm.errors import (
     CODES,
     CheckpointError,
@@ -175,13 +176,11 @@ class Attempt:
             "failures": self._count_failures(kind, reason, step),
         }
         name = "outcome.json"
-        try:
+        with dispensable(self.folder / name):  # a full disk must not change how a run ends
             if self.lock.is_anothers():
                 name = self.refusal
             if name:
                 self._write(name, json.dumps(outcome) + "\n")
-        except OSError as error:  # a full disk must not change how a run ends
-            warn(f"{self.folder}/{name} could not be written: {error}")
         return outcome
 
     def _newest_step(self) -> int:
@@ -210,7 +209,8 @@ class Attempt:
         """Write aside and rename, so that nobody reads half a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
+        with open_own(aside, "w", encoding="utf-8") as file:
+            file.write(text)
         os.replace(aside, self.folder / name)
         if self.lock.text:
             # Files of attempts that were killed in here.

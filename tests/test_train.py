@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -683,3 +684,41 @@ def test_environment_is_not_logged(prepared: Path, tmp_path: Path) -> None:
         p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()
     ]
     assert "hunter2" not in output and logged == [] and os.environ.get("A_SECRET") is None
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_warnings(
+    prepared: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """Of samples, figures, trackers and checkpoints; what can be written later is written."""
+    disk = small_disk(2**23)
+    run = disk / "run"
+    steps = ("--run.steps", "300", "--run.eval_every", "20", "--run.save_every", "50")
+    flags = tiny(prepared, *steps)
+    at = flags.index("--run.trackers") + 1
+    words = ["dist_lm/train.py", "--run.dir", str(run), *flags[:at], "tensorboard", *flags[at:]]
+    ranks = start_ranks(1, *words)
+    wait_for_step(run, 30, ranks)
+    with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", 0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    time.sleep(3)
+    (disk / "filler").unlink()
+    code, said = finish(ranks)
+    assert code == 0 and "Traceback" not in said, said
+    assert "metrics.jsonl could not be written, the run goes on: No space left on device" in said
+    verify(run / "step-00000300")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_run_folder_that_is_gone_is_an_error(prepared: Path, tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    steps = ("--run.steps", "100000", "--run.save_every", "50")
+    ranks = start_ranks(1, "dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, *steps))
+    wait_for_step(run, 10, ranks)
+    run.rename(tmp_path / "moved")
+    if how == "replaced":
+        shutil.copytree(tmp_path / "moved", run, ignore=shutil.ignore_patterns(".step-*"))
+    code, said = finish(ranks, timeout=60)
+    assert code == 2 and "is no longer this run's" in said, said

@@ -176,7 +176,8 @@ class Runtime:
 
         def write(profile: Any) -> None:
             if self.is_main:
-                profile.export_chrome_trace(str(trace))
+                with console.dispensable(trace):
+                    profile.export_chrome_trace(str(trace))
 
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)

@@ -651,6 +651,62 @@ def test_ranks_end_when_their_launcher_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 1, 3])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_during_start_up_takes_the_others_along(
+    prepared: Path, tmp_path: Path, how: signal.Signals, after: float
+) -> None:
+    """So many seconds after the ranks appear; torch would wait for it, and torchrun for them."""
+    run = tmp_path / "run"
+    timeout = 3 if how == signal.SIGSTOP else 100
+    command = [sys.executable, *LAUNCHERS["torchrun"].split(), str(free_port())]
+    command += ["dist_lm/train.py", "--run.dir", str(run), "--run.timeout_seconds", str(timeout)]
+    command += tiny(prepared, "--run.steps", "100000")
+    with open(tmp_path / "out", "w") as out:
+        parent = Process(command, stdout=out, stderr=out)
+        try:
+            while len(running(run)) < 3:
+                assert parent.poll() is None
+                time.sleep(0.05)
+            time.sleep(after)
+            (victim,) = [pid for pid in running(run) if rank_of(pid) == "1"]
+            os.kill(victim, how)
+            imports = 15  # of torch, on a busy machine: a stopped rank is missed after them
+            left = 8 if how == signal.SIGKILL else imports + timeout + 10
+            assert all_gone(run, left), (tmp_path / "out").read_text()
+        finally:
+            for pid in (parent.pid, *running(run)):
+                kill(pid)
+            parent.wait()
+    assert outcome.read(run).get("class", "retryable") == "retryable"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_with_the_others(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, *LAUNCHERS["torchrun"].split(), str(free_port())]
+    command += ["dist_lm/train.py", "--run.dir", str(run), "--run.timeout_seconds", "10"]
+    command += tiny(prepared, "--run.steps", "100000")
+    with open(tmp_path / "out", "w") as out:
+        parent = Process(command, stdout=out, stderr=out)
+        try:
+            wait_for_step(run, 3, [parent])
+            (victim,) = [pid for pid in running(run) if rank_of(pid) == "1"]
+            os.kill(victim, signal.SIGSTOP)
+            assert all_gone(run, 20), (tmp_path / "out").read_text()
+        finally:
+            for pid in (parent.pid, *running(run)):
+                kill(pid)
+            parent.wait()
+    assert "rank 1" in outcome.read(run)["reason"]
+
+
+def rank_of(pid: int) -> str:
+    """The RANK of a process; empty for a launcher."""
+    return psutil.Process(pid).environ().get("RANK", "")
+
+
+@pytest.mark.slow
 def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]

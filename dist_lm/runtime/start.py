@@ -23,6 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from dist_lm.config import Config, batch_layout
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
 from dist_lm.runtime.device import prepare_device
@@ -79,6 +80,7 @@ def start(
         runtime.say(f"offloading to files in {strategy.nvme_path}")
     if runtime.world_size > 1 and not examining:
         _start_watchdog(runtime, config)
+    runtime.attempt.has_met.set()
     return runtime
 
 
@@ -172,6 +174,7 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
             project_dir=os.path.join(config.run.dir, "tensorboard"),
         )
     except dist.DistError as error:
+        end_stopped_ranks()
         raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
 
 

@@ -27,6 +27,7 @@ from dist_lm import console
 from dist_lm.channel import Channel
 from dist_lm.config import Config
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
 from dist_lm.runtime.watchdog import Watchdog
@@ -232,6 +233,7 @@ class Runtime:
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(_RECORD_SECONDS)
+        end_stopped_ranks()
         os._exit(CODES["retryable"])
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -184,7 +184,7 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
         # Opened at the first line: a run that does nothing leaves no history.
-        self.stream: BinaryIO | None = None
+        self.stream: IO[bytes] | None = None
         self._is_torn = False  # the file ends inside a line
 
     def write(self, figures: Mapping[str, Any]) -> None:

@@ -24,15 +24,17 @@ from safetensors.torch import load_file
 from dist_lm import outcome
 from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.cli import load
-from dist_lm.config import ModelSpec
+from dist_lm.config import Config, ModelSpec
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import SecurityError
 from dist_lm.metrics import read_metrics
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
+from dist_lm.runtime.start import start
 from tests import procs
 from tests.conftest import TINY
 from tests.machines import kill
@@ -778,3 +780,21 @@ def test_a_run_folder_that_is_gone_is_an_error(prepared: Path, tmp_path: Path, h
         shutil.copytree(tmp_path / "moved", run, ignore=shutil.ignore_patterns(".step-*"))
     code, said = finish(ranks, timeout=60)
     assert code == 2 and "is no longer this run's" in said, said
+
+
+@pytest.mark.parametrize("value", ["1", "y", "YES", "true", "True", "on"])
+def test_no_value_lets_torch_run_code(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", value)
+    with pytest.raises(SecurityError, match=f"={value} lets torch.load run code"):
+        start(Config())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "is_told"), [(0o777, True), (0o775, False)])
+def test_a_folder_that_anybody_may_write_is_told(
+    prepared: Path, tmp_path: Path, mode: int, is_told: bool
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(mode)
+    said = train(tmp_path / "run", *tiny(prepared, "--run.steps", "1"))
+    assert ("may be written by anybody (mode 777)" in said) == is_told

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_lm.config import Config, batch_layout
+from dist_lm.console import warn
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
@@ -89,6 +91,18 @@ def hold_folder(runtime: Runtime) -> None:
     lock = runtime.attempt.lock
     text = runtime.on_main(lambda: lock.take(runtime.say))
     runtime.together(lambda: lock.see(text))
+    if runtime.is_main:
+        _warn_of_strangers(lock.path.parent)
+
+
+def _warn_of_strangers(folder: Path) -> None:
+    """A folder that a group shares is normal, one that anybody may write into is not."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IWOTH:
+        warn(
+            f"run.dir={folder} may be written by anybody (mode {mode:o}), who can put another"
+            f" checkpoint there; nearest: chmod o-w {folder}"
+        )
 
 
 # --- what one process can check alone
@@ -109,10 +123,10 @@ def refuse_silent_single() -> None:
 
 
 def _refuse_unsafe_loading() -> None:
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise SecurityError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
-        )
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    value = os.environ.get(name, "")
+    if value.lower() not in ("", "0", "n", "no", "false"):
+        raise SecurityError(f"{name}={value} lets torch.load run code; rule: unset it")
 
 
 def _refuse_missing_trackers(names: tuple[str, ...]) -> None:

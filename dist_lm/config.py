@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from dist_lm.errors import UserError, did_you_mean
@@ -30,6 +30,19 @@ Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
 LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def _one_or_several(value: Any) -> Any:
+    """A list of one as that one, and YAML's list of several as a tuple."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+# One place of a source, or several, which are read in that order.
+Inputs = Annotated[
+    str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_one_or_several)
+]
 
 
 class Section(BaseModel):
@@ -58,9 +71,16 @@ def fields_by_name(section: type[Section]) -> dict[str, FieldInfo]:
     return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
+def list_type(info: FieldInfo) -> Any:
+    """The kind of tuple that a field takes, if it takes several values; else None."""
+    options = (plain_type(info.annotation), *get_args(info.annotation))
+    kinds = [plain_type(option) for option in options]
+    return next((kind for kind in kinds if get_origin(kind) is tuple), None)
+
+
 def is_list(info: FieldInfo) -> bool:
     """Whether a field takes several values."""
-    return get_origin(plain_type(info.annotation)) is tuple
+    return list_type(info) is not None
 
 
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
@@ -142,7 +162,9 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Where a text lies, and its share of the tokens."""
 
-    input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
+    input: Inputs = Field(
+        description="Text file, glob, folder, URL, hub dataset or prepared folder; or several."
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the tokens, relative to the other sources'."
     )
@@ -163,6 +185,16 @@ class SourceConfig(Section):
         "repeat",
         description="After a pass: begin again, end the run, or leave the share to the others.",
     )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The input, or all of them in their order."""
+        return (self.input,) if isinstance(self.input, str) else self.input
+
+    @property
+    def title(self) -> str:
+        """The inputs as they are given on a command line, for messages."""
+        return " ".join(self.inputs)
 
     def template_columns(self) -> list[str]:
         """The columns that the template names; raises ValueError for a brace alone."""
@@ -196,8 +228,9 @@ class Stage(Section):
 class DataConfig(Section):
     """Which text, as which tokens, in which order."""
 
-    input: str = Field(
-        "stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib."
+    input: Inputs = Field(
+        "stdlib",
+        description="Text file, glob, folder, hub dataset, prepared folder, or several; or stdlib.",
     )
     sources: dict[SourceName, SourceConfig] = Field(
         {}, description="Several inputs by name, instead of input."
@@ -301,6 +334,11 @@ class DataConfig(Section):
         if self.sources:
             return f"data.sources.{name}.input"
         return "data.input"
+
+    @property
+    def title(self) -> str:
+        """What `input` is on a command line, for messages."""
+        return self.as_source().title
 
     def as_source(self) -> SourceConfig:
         """`input` alone as a source."""

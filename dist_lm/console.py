@@ -110,9 +110,11 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 
-def count(number: int, thing: str) -> str:
-    """1 file, or 1,234 files."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+def count(number: int, thing: str, things: str = "") -> str:
+    """1 file, or 1,234 files; `things` is the plural where an s is not enough."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {things or thing + 's'}"
 
 
 def duration(seconds: float) -> str:

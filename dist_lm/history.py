@@ -12,7 +12,8 @@ from dist_lm.checkpoint.state import read_state
 from dist_lm.config import Config
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.prepared.manifest import MANIFEST, find_prepared
+from dist_lm.data.prepared.found import prepared_folders
+from dist_lm.data.prepared.manifest import MANIFEST
 from dist_lm.data.provenance import Origin
 from dist_lm.errors import DataError, UserError
 from dist_lm.metrics import read_metrics
@@ -40,7 +41,7 @@ def refuse_unprepared(config: Config) -> None:
     """Refuse sources that would have to be prepared first."""
     folder = Path(config.run.dir, "data")
     sources = config.data.named_sources() | config.data.validation
-    raw = {name: source for name, source in sources.items() if not find_prepared(source.input)}
+    raw = {name: source for name, source in sources.items() if not prepared_folders(source)}
     for name, source in raw.items():
         is_validation = name in config.data.validation
         if len(raw) == len(sources):
@@ -53,7 +54,7 @@ def refuse_unprepared(config: Config) -> None:
         if not made.is_file():
             raise DataError(
                 f"{config.run.dir}: its data is neither in {folder} nor prepared at"
-                f" {config.data.field_of(name)}={source.input} (seen from here);"
+                f" {config.data.field_of(name)}={source.title} (seen from here);"
                 " rule: run this where the run was started"
             )
 

@@ -257,7 +257,7 @@ def start_from(run: Run, name: str) -> None:
     given = config.flat()
     del given["data.tokenizer"]  # the data says which one it has
     refuse_disagreements(model, given)
-    refuse_tokenizer(model, tokenizer, f"data.input={config.data.input}")
+    refuse_tokenizer(model, tokenizer, f"data.input={config.data.title}")
     spec = config.model_spec(model.spec.vocab_size)
     restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
 

@@ -19,11 +19,13 @@ from torch import Tensor
 from dist_lm import families
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
+from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.prepared.shard_check import ShardCheck
+from dist_lm.disk import open_own
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
@@ -345,7 +347,8 @@ def write_samples(run: Run, val_loss: float) -> None:
     for temperature, continuation in zip(SAMPLE_TEMPERATURES, continuations, strict=True):
         texts.append(f"temperature {temperature}\n```\n{prompt}{continuation.text}\n```")
     if run.runtime.is_main:
-        with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
+        path = run.dir / "samples.md"
+        with dispensable(path), open_own(path, "a", encoding="utf-8") as file:
             file.write("\n".join(texts) + "\n\n")
 
 
@@ -406,9 +409,11 @@ def finish(run: Run, reason: str) -> None:
     if not run.runtime.is_main:
         return
     try:
-        draw_curves([run.dir], run.dir / "loss.png")
+        path = run.dir / "loss.png"
+        with dispensable(path), open_own(path, "wb") as file:
+            draw_curves([run.dir], file)
     except Exception as error:
-        # A picture that cannot be drawn or stored must not spoil a finished run.
+        # A picture that cannot be drawn must not spoil a finished run.
         run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
     what_next = f"try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
     if reason:

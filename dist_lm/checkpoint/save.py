@@ -5,6 +5,7 @@ plain Hugging Face folder; the optimizer's tensors lie beside them by parameter 
 safetensors and JSON are ever read back.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedRange, OwnedSlice, PlannedTensor, plan_tensors
 from dist_lm.checkpoint.retention import Retention
-from dist_lm.checkpoint.writing import CheckpointWriter
+from dist_lm.checkpoint.writing import CheckpointWriter, size_of
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 
@@ -59,6 +60,16 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def plan(self, spec: ModelSpec, owned: Callable[[], Iterable[OwnedSlice]]) -> None:
+        """Decide which files a checkpoint has, and warn if few of them fit. All ranks."""
+        if self._plan:
+            return
+        facts = [part.facts() for part in owned()]
+        self._plan = plan_tensors(spec, self.channel.gather(facts))
+        if self.channel.rank == 0:
+            with contextlib.suppress(OSError):
+                self._retention.warn_if_short(size_of(self._plan))
+
     def begin(
         self,
         step: int,
@@ -69,9 +80,7 @@ class Saver:
     ) -> None:
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
-        if not self._plan:
-            facts = [part.facts() for part in owned()]
-            self._plan = plan_tensors(spec, self.channel.gather(facts))
+        self.plan(spec, owned)
         self._attempts += 1
         writer = CheckpointWriter(
             run_dir=self.run_dir,
@@ -83,6 +92,7 @@ class Saver:
             texts=texts,
             tokenizer=tokenizer,
             lost=self._lost,
+            make_room=self._retention.make_room,
         )
         # A daemon, so that it ends with a crash elsewhere.
         self._thread = threading.Thread(

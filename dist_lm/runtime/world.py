@@ -27,6 +27,7 @@ from dist_lm import console
 from dist_lm.channel import Channel
 from dist_lm.config import Config
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
 from dist_lm.runtime.watchdog import Watchdog
@@ -185,7 +186,8 @@ class Runtime:
 
         def write(profile: Any) -> None:
             if self.is_main:
-                profile.export_chrome_trace(str(trace))
+                with console.dispensable(trace):
+                    profile.export_chrome_trace(str(trace))
 
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
@@ -240,6 +242,7 @@ class Runtime:
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(_RECORD_SECONDS)
+        end_stopped_ranks()
         os._exit(CODES["retryable"])
 
     def close(self) -> None:

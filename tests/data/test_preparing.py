@@ -259,7 +259,7 @@ def test_a_worker_that_cannot_be_started_says_why(
     write_documents(tmp_path / "a.jsonl", 20)
     monkeypatch.setattr(sys, "executable", "/no/python")
     with pytest.raises(
-        RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"
+        RuntimeError, match=r"a process could not be started: .*No such file.*/no/python"
     ):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_lm.config import DataConfig
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
 from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.prepared.progress import Progress, Say
@@ -100,7 +101,9 @@ class Preparation:
         self.field = data.field_of(name)  # where the input was given, for messages
         # The later fields of a source are there only if they are given: manifests of folders that
         # were prepared without them stay as they are.
-        self.settings = self.spec.model_dump(include={"input", "text_column", "separator"})
+        self.settings = self.spec.model_dump(
+            mode="json", include={"input", "text_column", "separator"}
+        )
         self.settings |= self.spec.model_dump(
             include={"template", "filter", "subset", "split"}, exclude_defaults=True
         )
@@ -128,7 +131,7 @@ class Preparation:
 
     def find_text(self) -> None:
         """Find the files of the source; those inside the folder itself are left out."""
-        if find_prepared(self.spec.input):
+        if prepared_folders(self.spec, self.field):
             raise DataError(
                 f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text"
             )
@@ -276,7 +279,7 @@ class Preparation:
         if is_whole or is_small:
             self.say(
                 f"found {seen.documents:,} documents, {seen.bytes:,} bytes of text in"
-                f" {self.spec.input}"
+                f" {self.spec.title}"
             )
         if is_small and self.data.val_fraction:
             self.say(

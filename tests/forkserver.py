@@ -80,7 +80,9 @@ def import_modules(also: list[str]) -> None:
         f"dist_lm is imported from {package.__path__[0]}"
     )
     for module in pkgutil.walk_packages(package.__path__, "dist_lm."):
-        if not module.name.endswith("__main__"):
+        # The parser of tables runs in a process of its own; pyarrow, which it imports, starts a
+        # thread.
+        if not module.name.endswith(("__main__", ".table_parser")):
             importlib.import_module(module.name)
     if "deepspeed" in also:
         os.environ.setdefault(

@@ -194,16 +194,22 @@ class Runtime:
         profiler.start()
         return profiler
 
-    def start_trackers(self, config: Config) -> None:
+    def start_trackers(self, config: Config, first_step: int) -> None:
         """TensorBoard and others through Accelerate, which works on rank 0 alone.
 
-        A failing one never stops a run.
+        `first_step`: where this start goes on. A failing tracker never stops a run.
         """
         name = os.path.basename(os.path.normpath(config.run.dir))
-        # TensorBoard refuses nested values.
+        # TensorBoard shows one run over all starts: it hides what an earlier start did after the
+        # checkpoint that this one goes on from.
+        of_tensorboard = {"purge_step": first_step + 1} if first_step else {}
         settings = {key: str(value) for key, value in config.flat().items()}
         try:
-            self.accelerator.init_trackers(name, config=settings)
+            self.accelerator.init_trackers(name, init_kwargs={"tensorboard": of_tensorboard})
+            for tracker in self.accelerator.trackers:
+                # TensorBoard would show the settings of each start as a run of their own.
+                if tracker.name != "tensorboard":
+                    tracker.store_init_configuration(settings)
         except Exception as error:
             self.say(f"warning: tracking is off, the run goes on: {type(error).__name__}: {error}")
 

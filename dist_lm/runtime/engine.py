@@ -51,8 +51,12 @@ class Engine(ABC):
     # --- building
 
     @abstractmethod
-    def construction(self) -> contextlib.AbstractContextManager[None]:
-        """Surrounds the building of the model, so that ZeRO-3 never has a whole one anywhere."""
+    def construction(self) -> contextlib.AbstractContextManager[Any]:
+        """Surrounds the building of the model.
+
+        It is built on the device at once, not in host memory on each rank; under ZeRO-3 there is
+        never a whole one anywhere.
+        """
 
     def prepare(
         self,
@@ -215,8 +219,8 @@ class ReplicatedEngine(Engine):
         self._trainable: list[nn.Parameter] = []
         self._accumulates = False  # whether a step has several backward passes
 
-    def construction(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def construction(self) -> contextlib.AbstractContextManager[Any]:
+        return built_on(self.device)
 
     def _move(self, model: nn.Module) -> None:
         model.to(self.device)
@@ -304,3 +308,8 @@ def _compile(model: GPT, device: torch.device) -> None:
     # It would cut each block's graph where DDP's buckets end.
     torch._dynamo.config.optimize_ddp = False
     model.compile_for_training(loss=device.type == "cuda")
+
+
+def built_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Parameters made inside lie on the device. On a CPU they do so anyway."""
+    return contextlib.nullcontext() if device.type == "cpu" else device

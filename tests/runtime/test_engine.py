@@ -1,6 +1,7 @@
 """The engine of one process and DDP: where gradients lie, and what is compiled."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from torch._dynamo.testing import CompileCounter
 
 from dist_lm import loop
 from dist_lm.cli import load
+from dist_lm.config import Config, ModelConfig, ModelSpec
 from dist_lm.model.gpt import GPT
 from dist_lm.outcome import TRAIN, Attempt
 from dist_lm.runtime.engine import ReplicatedEngine
+from dist_lm.runtime.start import _bucket_mb
+from dist_lm.runtime.strategy import Strategy
+from dist_lm.runtime.zero import ZeroEngine
 from tests.procs import finish, start_ranks
 from tests.test_train import losses, tiny
 
@@ -98,3 +103,27 @@ def train_counting_graphs(*words: str) -> None:
     run((*words, "--run.compile", "true"))
     assert not torch._dynamo.config.optimize_ddp
     print(f"graphs of the warm-up {of_warm_up[0]}, of all {counter.frame_count}")
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(stage=1), Strategy(stage=2)])
+def test_a_model_is_built_on_the_device(strategy: Strategy) -> None:
+    """Whole models in host memory, one a rank, would not fit. The device here is torch's meta."""
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("meta"))
+    make = ZeroEngine if strategy.stage else ReplicatedEngine
+    settings = [{}] if strategy.stage else []
+    spec = ModelSpec(ModelConfig(layers=1, width=32), vocab_size=11, seq_len=8)
+    with make(accelerator, Config(), strategy, *settings).construction():
+        model = GPT(spec)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {table.device.type for table in model.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "has_gpu", "expected"),
+    [("gpt2-774m", True, 25), ("gpt2-1558m", True, 100), ("gpt2-1558m", False, 1024)],
+)
+def test_gradients_of_large_models_are_summed_in_large_buckets(
+    recipe: str, has_gpu: bool, expected: int
+) -> None:
+    config, _ = load(["--config", f"configs/{recipe}.yaml"], TRAIN)
+    assert _bucket_mb(config, has_gpu) == expected

@@ -61,7 +61,6 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, config, strategy)
         self.stage = strategy.stage
         self.settings = settings  # as zero_settings() makes them
-        self.on_gpu = self.device.type == "cuda"
         self.zero: Any = None  # DeepSpeed's ZeRO optimizer, around ours
         self._is_last_micro = False
 

@@ -206,6 +206,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         state=TrainState(),
     )
     restore_or_init(run, point)
+    if runtime.device.type == "cuda":
+        saver.make_ready(spec, runtime.engine.owned)
     return run
 
 

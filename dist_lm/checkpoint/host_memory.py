@@ -60,5 +60,6 @@ class HostMemory:
 
 def _cuda(function: str, *arguments: int) -> bool:
     """Call CUDA's runtime. Whether it did as asked: without locked pages a copy is only slower."""
-    error = getattr(torch.cuda.cudart(), function)(*arguments)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = getattr(runtime, function)(*arguments)
     return int(error) == 0

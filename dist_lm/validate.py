@@ -8,7 +8,7 @@ from torch import nn
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.runtime.world import Runtime
@@ -20,7 +20,7 @@ _LARGEST_EXPONENT = 700.0  # exp() of more overflows
 def validate(
     runtime: Runtime,
     model: nn.Module,
-    shards: TokenShards,
+    shards: TokenSequences,
     config: Config,
     layout: BatchLayout,
     tokenizer: Tokenizer,

@@ -159,6 +159,8 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
         plugin = deepspeed_plugin(settings)
         accumulation = settings["gradient_accumulation_steps"]
         process_group.backend = "nccl" if has_gpu else "gloo"
+    # gloo lets two ranks share a GPU, which NCCL refuses: benchmarks/gpu has them compared so.
+    process_group.backend = os.environ.get("DIST_LM_BACKEND", process_group.backend)
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
@@ -245,7 +247,8 @@ def _what_must_be_equal(config: Config) -> dict[str, str]:
     }
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
-        facts[f"data.input={source.input}"] = _as_seen_here(Path(source.input))
+        for one in source.inputs:
+            facts[f"data.input={one}"] = _as_seen_here(Path(one))
     return facts
 
 

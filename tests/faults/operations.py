@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dist_lm.errors import UserError
 from tests.procs import ROOT, clean_env
 
 HERE = Path(__file__).parent
@@ -206,8 +207,6 @@ def do(scenario: Scenario, folder: Path, fault: Fault) -> Ended:
 def _work_in_child(
     scenario: Scenario, folder: Path, fault: Fault, printed: int, report: int
 ) -> NoReturn:
-    from dist_lm.errors import UserError
-
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     fault.arm(folder / scenario.below)
@@ -286,7 +285,7 @@ class Enumeration:
         """What is wrong in the folder, and after the same work is done again."""
         try:
             self.scenario.check(folder, fault, ended)
-        except AssertionError as error:
+        except (AssertionError, UserError) as error:
             return [f"{STATE}: right after the fault ({ended.how}): {error}"]
         again = do(self.scenario, folder, Fault("count", 0))
         if again.how != "done":

@@ -221,7 +221,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         state=TrainState(),
     )
     restore_or_init(run, point)
-    run.saver.plan(spec, runtime.engine.owned)
+    is_on_gpu = runtime.device.type == "cuda"
+    run.saver.make_ready(spec, runtime.engine.owned, make_memory=is_on_gpu)
     return run
 
 

@@ -218,6 +218,8 @@ def _parse_file(path: str | Path) -> Any:
 def parse_value(name: str, words: list[str]) -> Any:
     """The value of a setting: text as it stands where the field is text, otherwise as YAML."""
     annotation = FIELDS[name].annotation
+    if len(words) > 1 and get_origin(annotation) is not tuple:
+        return words  # of a field that takes one or several
     if get_origin(annotation) is tuple:
         is_text = get_args(annotation)[0] is str
         return words if is_text else [_parse_word(word) for word in words]

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from dist_lm import families
-from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders, verify
+from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders
 from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
-from dist_lm.checkpoint.state import TrainState, read_state
+from dist_lm.checkpoint.state import TrainState, read_state, verify_state
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
 from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 from dist_lm.metrics import Metrics
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
@@ -86,7 +86,7 @@ def find_resume_point(
     chosen = runtime.on_main(lambda: _choose_checkpoint(runtime, config))
     if chosen is None:
         return ResumePoint(data, steps, folder=None, facts={})
-    facts = read_state(Path(chosen))
+    facts = runtime.together(lambda: read_state(Path(chosen)))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(
@@ -109,10 +109,10 @@ def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
         return None
     if config.run.resume != "auto":
         folder = Path(config.run.resume)
-        step = verify(folder)["step"]
+        step = verify_state(folder)["step"]
         set_aside_newer(run_dir, step, runtime.say)
         return str(folder)
-    newest, passed_over = newest_valid(run_dir)
+    newest, passed_over = newest_valid(run_dir, verify_state)
     for why in passed_over:
         runtime.say(f"warning: passed over a damaged checkpoint: {why}")
     return str(newest) if newest else None
@@ -238,6 +238,8 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
     runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
     engine.spread()
     if engine.scaler.is_enabled():
+        if facts["scaler"].keys() != engine.scaler.state_dict().keys():
+            raise CheckpointError(f"{folder.name}/state.json: has no loss scale, which fp16 needs")
         engine.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState.restored(facts)
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
@@ -252,7 +254,7 @@ def start_from(run: Run, name: str) -> None:
     given = config.flat()
     del given["data.tokenizer"]  # the data says which one it has
     refuse_disagreements(model, given)
-    refuse_tokenizer(model, tokenizer, f"data.input={config.data.input}")
+    refuse_tokenizer(model, tokenizer, f"data.input={config.data.title}")
     spec = config.model_spec(model.spec.vocab_size)
     restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
 

@@ -8,7 +8,7 @@ from torch import nn
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.runtime.world import Runtime
@@ -20,7 +20,7 @@ _LARGEST_EXPONENT = 700.0  # exp() of more overflows
 def validate(
     runtime: Runtime,
     model: nn.Module,
-    shards: TokenShards,
+    shards: TokenSequences,
     config: Config,
     layout: BatchLayout,
     tokenizer: Tokenizer,
@@ -42,10 +42,12 @@ def validate(
         for _ in range(steps):
             for micro in batches.take().micros:
                 loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
-                targets = micro.targets_BT[micro.targets_BT != NO_TARGET]
+                # Sums over a mask: choosing the targets would need their number on the host.
+                is_target = micro.targets_BT != NO_TARGET
+                bytes_BT = token_bytes[micro.targets_BT * is_target]
                 sums[0] += loss
-                sums[1] += targets.numel()
-                sums[2] += token_bytes[targets].sum()
+                sums[1] += is_target.sum()
+                sums[2] += (bytes_BT * is_target).sum()
     batches.close()
     loss_sum, targets_sum, bytes_sum = runtime.sum(sums).tolist()
     mean_loss = loss_sum / targets_sum

@@ -69,6 +69,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+def state_of(step: int, **changes: Any) -> dict[str, Any]:
+    """A state.json with all that it must have."""
+    return {
+        "step": step,
+        "tokens": 0,
+        "skipped_updates": 0,
+        "val_loss": None,
+        "streams": {},
+        "strategy": "single",
+        "world_size": 1,
+        "scaler": {},
+        "config": {},
+        "data": "",
+        **changes,
+    }
+
+
 def owned(model: GPT, optimizer: torch.optim.Optimizer | None = None) -> list[OwnedSlice]:
     """What one process alone holds: everything."""
     return [

@@ -55,6 +55,24 @@ def test_fields() -> None:
     assert set(expected.split()) == set(FIELDS)
 
 
+def test_several_inputs_are_one_source(tmp_path: Path) -> None:
+    """On the command line and in YAML; one in a list is that one, as before."""
+    config = settings("--data.input", "b", "a/*.txt", "--run.steps", "3")
+    assert config.data.input == config.data.as_source().inputs == ("b", "a/*.txt")
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert settings("--config", str(tmp_path / "run.yaml")) == config
+    assert settings("--data.input", "b").data.input == "b"
+    (tmp_path / "one.yaml").write_text(
+        "data: {sources: {a: {input: [x]}, b: {input: [y, z]}}, seq_len: 8}"
+    )
+    sources = settings("--config", str(tmp_path / "one.yaml")).data.sources
+    assert [source.input for source in sources.values()] == ["x", ("y", "z")]
+    with pytest.raises(UserError, match="data.input"):
+        resolve(("file", {"data.input": []}))
+    with pytest.raises(UserError, match="--data.seq_len takes one value, not '1 2'"):
+        settings("--data.seq_len", "1", "2")
+
+
 def test_every_field_is_read_by_code() -> None:
     code = "".join(p.read_text() for p in (ROOT / "dist_lm").rglob("*.py") if p.name != "config.py")
     unread = [name for name in FIELDS if f".{name.split('.')[1]}" not in code]

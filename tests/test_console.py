@@ -65,6 +65,15 @@ def test_a_file_never_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.parametrize("gone", ["| true", ">/dev/full"])
+def test_a_command_by_its_short_name_outlives_them_too(gone: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text(text_of(100))
+    words = ["--input", str(tmp_path / "in.txt"), "--tokenizer", "byte"]
+    done = without(gone, "-m", "dist_lm", "prepare", *words, "--output", str(tmp_path / "made"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made/dataset.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gone", GONE)
 def test_a_run_outlives_its_streams(gone: str, tmp_path: Path) -> None:

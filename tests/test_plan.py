@@ -22,11 +22,12 @@ from dist_lm.planning.cluster import GPUS, Cluster, GpuKind
 from dist_lm.planning.estimate import (
     estimate,
     largest_micro_batch,
+    recommend,
     strategies,
     with_changes,
 )
 from dist_lm.planning.memory import memory
-from dist_lm.planning.page import describe
+from dist_lm.planning.page import describe, describe_time
 from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from tests.conftest import TINY
@@ -93,6 +94,50 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
     weights = 2 * (12 * D * D)  # bf16 copies
     kept = 12 * (block + weights)
     assert live.activations == pytest.approx(kept, rel=0.05)
+
+
+def rows(**largest: int) -> dict[str, dict[str, object]]:
+    """What each strategy takes: one GB too much unless the micro-batch of 4 fits."""
+    return {
+        name.replace("_", "-"): {
+            "needed": 1e9 if size >= 4 else 9e9,
+            "fits": size >= 4,
+            "largest_micro_batch": size,
+        }
+        for name, size in largest.items()
+    }
+
+
+def test_which_strategy_to_take_and_at_which_micro_batch() -> None:
+    everything = rows(ddp=8, zero1=8, zero2=8, zero2_offload=8, zero3=8)
+    assert recommend(everything, 4, 2e9) == {
+        "launch": "ddp",
+        "micro_batch": 4,
+        "why": "the first that fits: 1 GB of 2 GB",
+    }
+    whole_before_offloaded = rows(ddp=0, zero1=2, zero2=0, zero2_offload=8, zero3=4)
+    taken = recommend(whole_before_offloaded, 4, 2e9)
+    assert (taken["launch"], taken["micro_batch"]) == ("zero3", 4)
+    assert taken["why"].endswith("; ddp, zero1, zero2 would not")
+    smaller = recommend(rows(ddp=0, zero1=2, zero2=3), 4, 2e9)
+    assert (smaller["launch"], smaller["micro_batch"]) == ("zero1", 2)
+    assert recommend({**rows(ddp=0), "zero1": {"refused": "x"}}, 4, 2e9)["launch"] is None
+
+
+def test_the_page_says_what_to_take_and_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*TINY, "--data.tokenizer", "byte", "--gpus-per-node", "1", "--gpu", "h100"])
+    page = capsys.readouterr().out
+    assert "1 x h100, 1 node of 1;" in page and ", 1 backward pass a step\n" in page
+    assert "\ntake single at micro-batch 8: the first that fits: " in page
+    assert " 0 seconds, " in page and "days" not in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(50, "50 seconds"), (120, "2.0 minutes"), (7200, "2.0 hours"), (180000, "2.1 days")],
+)
+def test_times_are_in_the_unit_that_people_use(seconds: float, text: str) -> None:
+    assert describe_time(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import remove, step_folders, step_of, verify
-from dist_lm.checkpoint.state import read_state
+from dist_lm.checkpoint.folder import remove, step_folders, step_of
+from dist_lm.checkpoint.state import read_state, verify_state
 from dist_lm.console import warn
 from dist_lm.errors import UserError
 
@@ -100,7 +100,7 @@ class Retention:
         """
         if folder not in self._valid:
             try:
-                verify(folder)
+                verify_state(folder)
                 self._valid[folder] = True
             except UserError as error:
                 warn(f"a damaged checkpoint is left alone: {error}")

@@ -70,7 +70,7 @@ class Engine(ABC):
         self.optimizer = optimizer
         self._move(model)
         if self.config.run.compile:
-            _compile(model)
+            _compile(model, self.device)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; older versions know no other name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -292,14 +292,15 @@ class ReplicatedEngine(Engine):
         """Nothing to do: the owned parts are the model's own weights."""
 
 
-def _compile(model: GPT) -> None:
+def _compile(model: GPT, device: torch.device) -> None:
     """Compile the model block by block.
 
     All layers share what is compiled, so the start takes seconds; and the backward hands out each
-    block's gradients when it is through with it, so that DDP can exchange them meanwhile.
+    block's gradients when it is through with it, so that DDP can exchange them meanwhile. The loss
+    is compiled where its logits are slower to move than to compute.
     """
     import torch._dynamo  # slow
 
     # It would cut each block's graph where DDP's buckets end.
     torch._dynamo.config.optimize_ddp = False
-    model.compile_for_training()
+    model.compile_for_training(loss=device.type == "cuda")

@@ -154,6 +154,8 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
         plugin = deepspeed_plugin(settings)
         accumulation = settings["gradient_accumulation_steps"]
         process_group.backend = "nccl" if has_gpu else "gloo"
+    # gloo lets two ranks share a GPU, which NCCL refuses: benchmarks/gpu has them compared so.
+    process_group.backend = os.environ.get("DIST_LM_BACKEND", process_group.backend)
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
@@ -230,7 +232,8 @@ def _what_must_be_equal(config: Config) -> dict[str, str]:
     }
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
-        facts[f"data.input={source.input}"] = _as_seen_here(Path(source.input))
+        for one in source.inputs:
+            facts[f"data.input={one}"] = _as_seen_here(Path(one))
     return facts
 
 
@@ -251,10 +254,13 @@ def _short_hash(text: str) -> str:
 
 
 def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
-    """Set cores and memory on a CPU. On GPUs, warn about those that stay idle."""
-    if not torch.cuda.is_available():
-        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead.
+    """Set cores, and memory on a CPU. On GPUs, warn about those that stay idle."""
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu or runtime.engine.strategy.optimizer_device != "none":
+        # Launchers set OMP_NUM_THREADS=1; the ranks share the cores instead. With offload the
+        # optimizer works on them.
         torch.set_num_threads(threads)
+    if not has_gpu:
         # glibc learns from what is freed: from here on it keeps blocks of up to 32 MB for the next
         # step, instead of giving their pages back and fetching them again each time.
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)

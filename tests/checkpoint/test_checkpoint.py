@@ -31,6 +31,7 @@ from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folder
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.load import read_model, read_weights, restore
 from dist_lm.checkpoint.save import Saver
+from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
@@ -39,7 +40,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
 from tests import procs
-from tests.conftest import owned, write_step
+from tests.conftest import owned, state_of, write_step
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
 
@@ -68,7 +69,7 @@ def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> 
         "config.json": families.config_json(
             ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         ),
-        "state.json": {"step": step, "val_loss": val_loss},
+        "state.json": state_of(step, val_loss=val_loss),
     }
     return write_step(run, step, model, texts, tokenizer, optimizer)
 
@@ -129,7 +130,7 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
             "model.safetensors: does not match its hash in the manifest",
         ),
         (lambda f: _flip(f / "state.json"), "state.json: does not match its hash in the manifest"),
-        (lambda f: (f / "state.json").unlink(), "state.json: is missing or not a regular file"),
+        (lambda f: (f / "state.json").unlink(), "state.json: is missing"),
         (lambda f: (f / "extra.bin").write_text(""), "extra.bin: is not in the manifest"),
         (lambda f: (f / "manifest.json").write_text(""), "manifest.json: not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object"),
@@ -198,11 +199,10 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
             lambda f: _pipe(f / "manifest.json"),
             "manifest.json: cannot be read (not a regular file)",
         ),
-        (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
-        (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
+        (lambda f: _pipe(f / "state.json"), "state.json: cannot be read (not a regular file)"),
         (
             lambda f: _link(f / "config.json", to="/dev/zero"),
-            "config.json: is missing or not a regular file",
+            "config.json: cannot be read (not a regular file)",
         ),
     ],
 )
@@ -222,6 +222,13 @@ def test_damage_is_seen_and_the_step_before_is_taken(
         match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently",
     ):
         newest_valid(tmp_path)
+
+
+def test_a_link_is_followed(trained: Any, tmp_path: Path) -> None:
+    """A cache of the hub is made of links."""
+    folder = write(tmp_path, 1, trained)
+    _link(folder / "state.json")
+    assert newest_valid(tmp_path, verify_state) == (folder, [])
 
 
 def _flip(file: Path) -> None:
@@ -403,7 +410,7 @@ class Saves:
         )
         texts = {
             "config.json": json.dumps(config),
-            "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+            "state.json": json.dumps(state_of(step, val_loss=val_loss)),
         }
         self.saver.begin(
             step,
@@ -473,7 +480,7 @@ def test_a_step_of_an_earlier_start_is_verified_once(
         looked_at.append(folder.name)
         return verify(folder)
 
-    monkeypatch.setattr(retention, "verify", look)
+    monkeypatch.setattr(retention, "verify_state", look)
     save = Saves(tmp_path, trained, keep_last=2, resumed=tmp_path / "step-00000006")
     for step in (7, 8, 9):
         save(step)
@@ -576,7 +583,7 @@ def _sign(folder: Path, name: str, content: bytes) -> None:
 
 def plant(folder: Path, template: Path, step: int, loss: float | None, damage: str | None) -> None:
     shutil.copytree(template, folder)
-    _sign(folder, "state.json", json.dumps({"step": step, "val_loss": loss}).encode())
+    _sign(folder, "state.json", json.dumps(state_of(step, val_loss=loss)).encode())
     _edit(folder, step=step)
     if damage:
         DAMAGES[damage](folder)

@@ -6,6 +6,7 @@ Documents are held out by their text.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -258,7 +259,7 @@ def test_a_worker_that_cannot_be_started_says_why(
     write_documents(tmp_path / "a.jsonl", 20)
     monkeypatch.setattr(sys, "executable", "/no/python")
     with pytest.raises(
-        RuntimeError, match=r"an encoding process could not be started: .*No such file.*/no/python"
+        RuntimeError, match=r"a process could not be started: .*No such file.*/no/python"
     ):
         prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
 
@@ -357,6 +358,35 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path: Path) -> None:
         assert raised.value.code == 65
     with pytest.raises(UserError, match=r"/d' is a prepared folder already; rule: text"):
         prepare_dataset(DataConfig(input=str(tmp_path / "d")), tmp_path / "e", 1, quiet)
+
+
+def test_a_text_that_was_edited_since_is_warned_about(tmp_path: Path) -> None:
+    """By its size, by its time, or because a file came or went."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("some text\n" * 50)
+    data = DataConfig(input=str(text), tokenizer="byte")
+    prepare_dataset(data, tmp_path / "d", 1, say=lambda line: None)
+
+    def warnings() -> list[str]:
+        said: list[str] = []
+        prepare_dataset(data, tmp_path / "d", 1, say=said.append)
+        return [line for line in said if line.startswith("warning: ")]
+
+    assert warnings() == []
+    (text / "a.txt").write_text("some text\n" * 51)
+    (line,) = warnings()
+    assert line.startswith(f"warning: {text}/a.txt is not as it was when {tmp_path}/d was prepared")
+    (text / "a.txt").write_text("more text\n" * 50)
+    later = (tmp_path / "d/dataset.json").stat().st_mtime + 5
+    os.utime(text / "a.txt", (later, later))
+    assert len(warnings()) == 1
+    os.utime(text / "a.txt", (later - 10, later - 10))
+    assert warnings() == []
+    (text / "b.txt").write_text("new")
+    assert len(warnings()) == 1
+    shutil.rmtree(text)
+    assert warnings() == []
 
 
 def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:

@@ -85,8 +85,9 @@ def train_counting_graphs(*words: str) -> None:
     of_warm_up = []
     compile_blocks, warm_up = GPT.compile_for_training, ReplicatedEngine.warm_up
 
-    def counted(model: GPT) -> None:
-        compile_blocks(model, backend=counter)
+    def counted(model: GPT, loss: bool) -> None:
+        assert not loss  # on a CPU
+        compile_blocks(model, loss=False, backend=counter)
 
     def noted_warm_up(engine: ReplicatedEngine, loss: object) -> None:
         warm_up(engine, loss)

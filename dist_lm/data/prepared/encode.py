@@ -5,20 +5,17 @@ number of processes.
 """
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from dist_lm.data.child import start_child
 from dist_lm.data.tokenizer import Tokenizer
 
 # A job is what a worker process encodes at once.
@@ -88,9 +85,7 @@ def _make_jobs(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
 class WorkerPool:
     """Worker processes, each fed by a thread of its own.
 
-    Workers are plain subprocesses. So nothing is pickled, and the caller's main module is not
-    imported again. A worker ends when its pipe closes, however the parent ends, and Ctrl-C reaches
-    only the parent.
+    A worker ends when its pipe closes, however the parent ends.
     """
 
     def __init__(self, folder: Path, dtype: np.dtype, processes: int):
@@ -128,13 +123,8 @@ class Worker:
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self.dtype = dtype
-        self.pipe, far_end = Pipe()
-        try:
-            with far_end:
-                self.process = _start_worker(folder, far_end.fileno())
-        except OSError as error:
-            self.pipe.close()
-            raise RuntimeError(f"an encoding process could not be started: {error}") from error
+        alone = {"TOKENIZERS_PARALLELISM": "false"}
+        self.pipe, self.process = start_child(WORKER, str(folder), env=alone)
 
     def encode(self, job: list[TextPiece]) -> list[np.ndarray]:
         """The tokens of each piece."""
@@ -147,24 +137,6 @@ class Worker:
             code = self.process.wait()
             raise RuntimeError(f"an encoding process ended with exit code {code}") from error
         return np.split(tokens, np.cumsum(sizes)[:-1])
-
-
-def _start_worker(folder: Path, descriptor: int) -> subprocess.Popen[bytes]:
-    """Start a process that serves one end of a pipe."""
-    search_path = [str(Path(__file__).parents[3])]
-    if os.environ.get("PYTHONPATH"):
-        search_path.append(os.environ["PYTHONPATH"])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(search_path),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", WORKER, str(folder), str(descriptor)],
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        pass_fds=[descriptor],
-        process_group=0,
-    )
 
 
 def serve(path: str, descriptor: int) -> None:

@@ -24,6 +24,7 @@ from dist_lm.data.text.columns import Columns, FilteredError, Rows, ToText
 from dist_lm.data.text.csv_rows import csv_rows
 from dist_lm.data.text.files import (
     DAMAGE,
+    LostRestError,
     Part,
     TextFile,
     format_of,
@@ -31,7 +32,7 @@ from dist_lm.data.text.files import (
     one_line,
     open_text_file,
 )
-from dist_lm.data.text.json_rows import LostRestError, json_rows
+from dist_lm.data.text.json_rows import json_rows
 from dist_lm.data.text.tables import (
     arrow_rows,
     count_row_groups,

@@ -14,11 +14,7 @@ from typing import Any, BinaryIO
 
 from dist_lm.data.text import lines
 from dist_lm.data.text.columns import Columns, Rows, ToText
-from dist_lm.data.text.files import Part
-
-
-class LostRestError(ValueError):
-    """The rest of a file cannot be read."""
+from dist_lm.data.text.files import LostRestError, Part
 
 
 def json_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tuple[Rows, ToText]:

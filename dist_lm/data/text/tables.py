@@ -6,7 +6,7 @@ Parquet is read here because the reader of `datasets` was seen to hold a whole r
 
 import contextlib
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
 from dist_lm.data.text.columns import Columns, Rows, ToText
 from dist_lm.data.text.files import Part, TextFile, one_line
+from dist_lm.data.text.table_file import TableFile
 from dist_lm.errors import DataError
 
 _BATCH_ROWS = 64  # rows taken from Parquet or the hub at once
@@ -22,47 +23,27 @@ _BATCH_BYTES = 2**24  # text that such a batch of Parquet has at most, by the av
 
 def parquet_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tuple[Rows, ToText]:
     """The rows of some row groups, numbered in the whole file, from the row `start` on."""
-    import pyarrow.parquet  # slow, and needed for these files only
-
-    # Without pre-buffering, a page is read when it is needed.
-    table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=lines.CHUNK)
-    columns.check_schema(table.schema_arrow)
-    rows_before = 0
-    for group in range(part.begin):
-        rows_before += table.metadata.row_group(group).num_rows
+    table = _open_table(file, ".parquet", columns)
+    rows_before = sum(rows for rows, _ in table.groups[: part.begin])
     first = max(start, rows_before + 1)
-    row_bytes = sum(_average_bytes(table, name) for name in columns.names)
-    batches = table.iter_batches(
-        batch_size=max(1, min(_BATCH_ROWS, _BATCH_BYTES // row_bytes)),
-        row_groups=list(range(part.begin, part.end or table.num_row_groups)),
-        columns=columns.names,
-        use_threads=False,
+    batches = table.batches(
+        row_groups=list(range(part.begin, part.end or len(table.groups))),
+        batch_rows=max(1, min(_BATCH_ROWS, _BATCH_BYTES // _row_bytes(table))),
+        passed_over=first - rows_before - 1,
     )
-    wanted = _without_first(first - rows_before - 1, batches)
-    return zip(count(first), columns.read_tables(wanted)), columns.text_of_scalars
+    return zip(count(first), columns.read_tables(batches)), columns.text_of_scalars
 
 
 def count_row_groups(file: BinaryIO) -> int:
     """How many row groups a Parquet file has."""
-    import pyarrow.parquet  # slow, and needed for these files only
-
-    groups: int = pyarrow.parquet.ParquetFile(file).num_row_groups
-    return groups
+    with contextlib.closing(TableFile(file, ".parquet", [])) as table:
+        return len(table.groups)
 
 
 def arrow_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tuple[Rows, ToText]:
     """The rows of an Arrow file, or of a stream of Arrow batches that was saved as a file."""
-    import pyarrow as pa  # slow, and needed for these files only
-
-    batches: Iterable[Any]
-    if file.peek()[:6] == b"ARROW1":  # type: ignore[attr-defined]
-        table = pa.ipc.open_file(file)
-        batches = map(table.get_batch, range(table.num_record_batches))
-    else:
-        table = pa.ipc.open_stream(file)
-        batches = table
-    columns.check_schema(table.schema)
-    return zip(count(1), columns.read_tables(batches)), columns.text_of_scalars
+    table = _open_table(file, ".arrow", columns)
+    return zip(count(1), columns.read_tables(table.batches())), columns.text_of_scalars
 
 
 def open_hub_dataset(dataset: TextFile, spec: SourceConfig) -> Any:
@@ -108,28 +89,25 @@ def _hub_tables(stream: Any, part: Part, columns: Columns) -> Iterator[Any]:
         gc.collect()
 
 
-def _without_first(rows: int, batches: Iterable[Any]) -> Iterator[Any]:
-    """Record batches without the first rows of them all."""
-    for batch in batches:
-        passed = min(rows, len(batch))
-        rows -= passed
-        yield batch.slice(passed)
+def _open_table(file: BinaryIO, format: str, columns: Columns) -> TableFile:
+    """Open a table with these columns; refuses one whose rows are too long to be even read."""
+    table = TableFile(file, format, columns.names)
+    try:
+        columns.check_schema(table.schema)
+        _row_bytes(table)
+    except ValueError:
+        table.close()
+        raise
+    return table
 
 
-def _average_bytes(table: Any, column: str) -> int:
-    """Bytes of a column in an average row of the row group where that is most.
-
-    Refuses a row group whose average row is too long, so that it is not even read.
-    """
-    paths = [table.schema.column(n).path for n in range(len(table.schema.names))]
-    if column not in paths:
-        return 1
-    index = paths.index(column)
-    sizes = [0]  # row groups count from 1 in messages
-    for number in range(table.num_row_groups):
-        group = table.metadata.row_group(number)
-        sizes.append(group.column(index).total_uncompressed_size // max(group.num_rows, 1))
-    largest = max(sizes)
-    if lines.is_too_long(largest):
-        raise ValueError(f"row group {sizes.index(largest)}: its rows are {lines.TOO_LONG}")
-    return largest + 1
+def _row_bytes(table: TableFile) -> int:
+    """Bytes of an average row of Parquet, in the row groups where each column has most."""
+    largest: dict[int, int] = {}
+    for number, (rows, sizes) in enumerate(table.groups):
+        for column, size in enumerate(sizes):
+            average = max(size, 0) // max(rows, 1)
+            if lines.is_too_long(average):  # row groups count from 1 in messages
+                raise ValueError(f"row group {number + 1}: its rows are {lines.TOO_LONG}")
+            largest[column] = max(largest.get(column, 0), average)
+    return sum(largest.values()) + 1

@@ -1,0 +1,160 @@
+"""S3: what each choice of the 124M model's step is worth: one line each, all in a bare loop.
+
+Each variant compiles for itself. What does not fit into the section's time is left out, the last
+ones first.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch._dynamo.utils
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.drive import config_of
+from benchmarks.gpu.sections.training import Sizes
+from benchmarks.gpu.timing import Batch, PlainStep, adamw, random_batches, take_turns
+from dist_lm.config import ModelSpec
+from dist_lm.model import attention, gpt
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
+
+WARM_UP = 2
+SECONDS_OF_A_VARIANT = 15.0
+AUTOTUNE = "max-autotune-no-cudagraphs"
+
+
+def ablate(ctx: Context) -> None:
+    sizes = Sizes(ctx)
+    config = config_of(sizes.settings(ctx)).model
+    vocabulary = 512 if ctx.is_dry else 50_257
+    length = 32 if ctx.is_dry else 1024
+    spec = ModelSpec(config, vocabulary, length)
+    batches = random_batches(
+        ctx, sizes.accumulation, rows=sizes.rows, length=length, vocabulary=vocabulary
+    )
+    for name, variant in VARIANTS.items():
+        if not ctx.is_dry and ctx.seconds_left < SECONDS_OF_A_VARIANT:
+            ctx.measure(name, "no time left")
+            continue
+        measure_variant(ctx, name, variant, spec, batches)
+
+
+def measure_variant(
+    ctx: Context,
+    name: str,
+    variant: Callable[[Context, GPT], object],
+    spec: ModelSpec,
+    batches: list[Batch],
+) -> None:
+    """Build the model anew, so that no variant inherits another's kernels."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = GPT(spec).to(ctx.device)
+    init_weights(model, seed=1)
+
+    def loss_of(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        loss: Tensor = model(tokens_BT, targets_BT)
+        return loss / targets_BT.numel()
+
+    step = PlainStep(ctx, model, adamw(model), loss_of, batches)
+    try:
+        with variant(ctx, model):  # type: ignore[attr-defined]
+            for _ in range(WARM_UP):
+                step()
+            seconds = take_turns(ctx, {name: step}, times=1 if ctx.is_dry else 2)[name]
+    except RuntimeError as error:  # a kernel that this card lacks, or no memory
+        ctx.measure(name, " ".join(str(error).split())[:80])
+        return
+    finally:
+        ctx.free()
+    tokens = sum(tokens_BT.numel() for tokens_BT, _ in batches)
+    ctx.measure(name, tokens / seconds, "tokens/s")
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    if graphs:
+        ctx.measure(f"{name}, graphs compiled", graphs)
+
+
+# --- the variants: each surrounds the steps
+
+
+@contextmanager
+def uncompiled(ctx: Context, model: GPT) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def whole(ctx: Context, model: GPT) -> Iterator[None]:
+    model.compile(backend=ctx.compile_backend)
+    yield
+
+
+@contextmanager
+def by_blocks(ctx: Context, model: GPT, mode: str | None = None) -> Iterator[None]:
+    """Each block is compiled once, and all blocks use the same graph if nothing hinders it."""
+    options: dict[str, str] = {"backend": ctx.compile_backend}
+    if mode:
+        options = {"mode": mode}
+    compile_blocks(model, options)
+    yield
+
+
+def compile_blocks(model: GPT, options: dict[str, str]) -> None:
+    """As training compiles, where the model knows how; otherwise each block by itself."""
+    compile_for_training = getattr(model, "compile_for_training", None)
+    if compile_for_training:
+        compile_for_training(**options)
+        return
+    for block in model.blocks:
+        block.compile(dynamic=False, **options)
+
+
+@contextmanager
+def autotuned(ctx: Context, model: GPT) -> Iterator[None]:
+    mode = None
+    if not ctx.is_dry:
+        mode = AUTOTUNE
+    with by_blocks(ctx, model, mode):
+        yield
+
+
+@contextmanager
+def plain_loss(ctx: Context, model: GPT) -> Iterator[None]:
+    """All logits at once, as torch's own cross-entropy wants them."""
+    with mock.patch.dict(gpt.LOGITS_AT_A_TIME, {ctx.device.type: 2**62}), whole(ctx, model):
+        yield
+
+
+@contextmanager
+def only_kernel(ctx: Context, model: GPT, kernel: SDPBackend) -> Iterator[None]:
+    """Attention by one kernel alone."""
+    if ctx.is_dry:
+        kernel = SDPBackend.MATH
+
+    def kernels(*args: object, **kwargs: object) -> object:
+        return sdpa_kernel([kernel])
+
+    with mock.patch.object(attention, "attention_kernels", kernels), by_blocks(ctx, model):
+        yield
+
+
+def by_flash(ctx: Context, model: GPT) -> object:
+    return only_kernel(ctx, model, SDPBackend.FLASH_ATTENTION)
+
+
+def by_cudnn(ctx: Context, model: GPT) -> object:
+    return only_kernel(ctx, model, SDPBackend.CUDNN_ATTENTION)
+
+
+VARIANTS: dict[str, Callable[[Context, GPT], object]] = {
+    "uncompiled": uncompiled,
+    "compiled by blocks": by_blocks,
+    "compiled whole": whole,
+    "compiled whole, plain loss": plain_loss,
+    "by blocks, flash attention": by_flash,
+    "by blocks, cuDNN attention": by_cudnn,
+    "by blocks, autotuned": autotuned,
+}

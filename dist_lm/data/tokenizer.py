@@ -30,6 +30,7 @@ EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 CONTEXT = 256  # characters on each side of a cut that must encode the same with and without it
 # Characters without a place to cut, before a document is refused; this bounds memory.
 LONGEST_WORD = 4 * 2**20
+_LONGEST_REASON = 500  # characters of a library's error, which may repeat all of a file
 
 # Places that are tried as cuts: before white space, or else before a sign, that follows something
 # else. There the runs of a pre-tokenizer end, whatever came before. Whether this tokenizer cuts
@@ -115,7 +116,7 @@ class Tokenizer:
             eot_token = _eos_token(file.with_name("tokenizer_config.json"))
             return cls(file.read_text(encoding="utf-8"), eot_token)
         except Exception as error:  # tokenizers raises bare Exception
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
             raise DataError(f"{file}: not a usable tokenizer ({reason})") from error
 
     @cached_property

@@ -274,7 +274,11 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 @pytest.mark.slow
 def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
-    train(run, *common)
+    output = train(run, *common)
+    assert output.endswith(
+        "step 4 is saved; unfinished: run.stop_after=4 of 12 steps; the same command without"
+        " run.stop_after, or with a larger one, goes on\n"
+    )
     unbuildable = "import runpy; from dist_lm.runtime import engine; engine.Engine.prepare = None; "
     script = (
         unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')",
@@ -285,7 +289,7 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     code, output = finish(start_ranks(1, "-c", *script))  # it says so before it builds anything
     assert (
         code == 0
-        and "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in output
+        and f"{run} is unfinished at step 4, where run.stop_after=4 ends it; to go on" in output
     ), output
     output = train(run, *tiny(prepared, "--optim.lr", "2e-3", "--model.dropout", "0.5"), code=2)
     assert (
@@ -295,8 +299,12 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
         " model.dropout" in output
     )
     faster = ["--optim.lr", "2e-3", "--allow_change", "optim.lr"]
-    train(run, *tiny(prepared, *faster, "--run.steps", "6"), "--allow_change", "run.steps")
+    shorter = tiny(prepared, *faster, "--run.steps", "6")
+    output = train(run, *shorter, "--allow_change", "run.steps")
     assert losses(run)[-1]["step"] == 6
+    assert output.endswith(
+        f"step 6 is saved; try: python -m dist_lm.generate --ckpt {run} --prompt ...\n"
+    )
     output = train(run, *tiny(prepared, *faster, "--run.steps", "8"))
     assert "run.steps grows from 6 to 8" in output and losses(run)[-1]["step"] == 8
     output = train(run, *tiny(prepared, "--run.resume", "never"), code=2)
@@ -568,7 +576,15 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
     (a, b), (c, d) = read_metrics(tmp_path / "1")[1], read_metrics(tmp_path / "3")[1]
     for key in ("val_loss", "val_perplexity", "val_bits_per_byte"):
         assert (c[key], d[key]) == pytest.approx((a[key], b[key]), rel=1e-6)
-    assert (tmp_path / "3/samples.md").read_text().count("## step") == 2
+    samples = (tmp_path / "3/samples.md").read_text()
+    assert re.findall("## step .*", samples) == [
+        f"## step {n}, loss {loss['val_loss']:.4f}, checkpoint step-{n:08d}"
+        for n, loss in ((6, c), (12, d))
+    ]
+    # Without run.sample_prompt it is the beginning of the held-out text, of which both texts go on.
+    shards = TokenShards(prepared, "val")
+    prompt = Tokenizer.load(prepared).decode(shards.read([0], 32, 32)[0][:16])
+    assert samples.count(f"prompt {prompt!r}\ntemperature 0.0\n```\n{prompt}") == 2
     assert (tmp_path / "1/loss.png").stat().st_size > 10_000
     # The last one, which is also the best here.
     kept = [folder.name for folder in step_folders(tmp_path / "1")]
@@ -578,8 +594,12 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
 @pytest.mark.slow
 def test_trackers_and_profile(prepared: Path, tmp_path: Path) -> None:
     flags = [word for word in tiny(prepared) if word != "--run.trackers"]
-    train(tmp_path / "run", *flags, "--run.trackers", "tensorboard", "--run.profile_steps", "2")
-    assert list((tmp_path / "run/tensorboard").rglob("events*"))
+    flags += ["--run.trackers", "tensorboard"]
+    train(tmp_path / "run", *flags, "--run.profile_steps", "2", "--run.stop_after", "6")
+    train(tmp_path / "run", *flags)
+    # TensorBoard takes each folder with events for a run: there is one over both starts.
+    events = list((tmp_path / "run/tensorboard").rglob("events*"))
+    assert len(events) == 2 and {file.parent.name for file in events} == {"run"}
     trace = json.loads((tmp_path / "run/trace.json").read_text())
     assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
 
@@ -718,9 +738,9 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
 
     port = ["--main_process_port", str(free_port())]
     done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")
-    assert done.returncode == 0 and "ddp on 2 process(es) of cpu" in done.stdout, done.stdout
+    assert done.returncode == 0 and "ddp on 2 processes of cpu" in done.stdout, done.stdout
     done = launch(run="one")
-    assert done.returncode == 0 and "single on 1 process(es) of cpu" in done.stdout, done.stdout
+    assert done.returncode == 0 and "single on 1 process of cpu" in done.stdout, done.stdout
     assert_same_curve(tmp_path / "two", tmp_path / "one", 1e-5)
     if torch.cuda.is_available():
         return

@@ -7,6 +7,7 @@ differs.
 """
 
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.console import warn
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.launcher import end_stopped_ranks
+from dist_lm.model.init import parameter_shapes
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
 from dist_lm.runtime.device import prepare_device
@@ -36,6 +38,9 @@ from dist_lm.runtime.world import Runtime
 from dist_lm.runtime.zero import ZeroEngine, deepspeed_plugin, zero_settings
 
 _BUCKET_MB_ON_GPU = 25  # torch's own choice
+# Of models of 10^9 parameters and more: across machines each sum has a latency, which 25 MB do not
+# hide.
+_BUCKET_MB_OF_LARGE_MODELS = 100
 _BUCKET_MB_ON_CPU = (
     1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
 )
@@ -175,7 +180,7 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
-        bucket_cap_mb=_BUCKET_MB_ON_GPU if has_gpu else _BUCKET_MB_ON_CPU,
+        bucket_cap_mb=_bucket_mb(config, has_gpu),
     )
     try:
         return Accelerator(
@@ -192,6 +197,16 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     except dist.DistError as error:
         end_stopped_ranks()
         raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
+
+
+def _bucket_mb(config: Config, has_gpu: bool) -> int:
+    """How many megabytes of gradients DDP sums at once."""
+    if not has_gpu:
+        return _BUCKET_MB_ON_CPU
+    # Without the embedding: the tokenizer, which decides its size, is not loaded yet.
+    shapes = parameter_shapes(config.model_spec(vocab_size=1))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return _BUCKET_MB_OF_LARGE_MODELS if parameters >= 10**9 else _BUCKET_MB_ON_GPU
 
 
 def _why_not_met(error: Exception, seconds: float) -> str:

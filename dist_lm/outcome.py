@@ -30,7 +30,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.console import printable, warn
+from dist_lm.console import count, printable, warn
 from dist_lm.errors import (
     CODES,
     CheckpointError,
@@ -340,7 +340,7 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     failures = outcome["failures"]
     if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(
-            f"{folder}: failed {failures} times without a new step; not started again",
+            f"{folder}: failed {count(failures, 'time')} without a new step; not started again",
             file=sys.stderr,
         )
         return 1

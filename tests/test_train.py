@@ -33,9 +33,9 @@ from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
 from tests import procs
-from tests.conftest import TINY
+from tests.conftest import TINY, text_of
 from tests.machines import kill
-from tests.procs import Process, clean_env, entry, finish, free_port, start_ranks, train
+from tests.procs import ROOT, Process, clean_env, entry, finish, free_port, start_ranks, train
 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
@@ -694,6 +694,36 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
         "use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
         in done.stdout
     )
+
+
+@pytest.mark.slow
+def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text_of(300))
+    words = ("--data.input", str(tmp_path / "text.txt"), "--data.separator", "\\n\\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "dist_lm/train.py",
+            *TINY,
+            *words,
+            *("--data.tokenizer", "byte", "--run.eval_every", "6", "--run.trackers"),
+            *("--run.dir", str(tmp_path / "run")),
+        ],
+        cwd=ROOT,
+        env=clean_env(),
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = re.compile(r"step \d+(/12)?  .*|12 steps in .*")
+    assert [line for line in done.stdout.splitlines() if not results.fullmatch(line)] == []
+    assert len(re.findall("  val: loss ", done.stdout)) == 2
+    for notice in (
+        "prepared 300 documents, ",
+        "sequences to train on, ",
+        "step 12 is saved; try: ",
+    ):
+        assert notice in done.stderr
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ from torch import Tensor
 from dist_lm import families
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
+from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
+from dist_lm.data.prepared.shard_check import ShardCheck
+from dist_lm.disk import open_own
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
@@ -70,9 +75,11 @@ def run_to_end(
         hold_folder(runtime)
         point = find_resume_point(runtime, config, allow_change)
         if point:
-            run = build(runtime, config, point)
-            describe(run)
-            reason = _train_and_keep(run)
+            with _shard_check(runtime, config, point.data) as check:
+                run = build(runtime, config, point)
+                describe(run)
+                runtime.on_main(check.wait)
+                reason = _train_and_keep(run)
             finish(run, reason)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
@@ -82,6 +89,16 @@ def run_to_end(
         raise
     runtime.close()
     return reason
+
+
+def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
+    """The check of the shards, which rank 0 does. Damage makes it refuse in the next sum."""
+
+    def refuse(error: UserError) -> None:
+        runtime.refusal = error
+
+    sets = data.shards() if runtime.is_main else []
+    return ShardCheck(Path(config.run.dir), sets, refuse)
 
 
 def _train_and_keep(run: Run) -> str:
@@ -103,7 +120,7 @@ def train(run: Run) -> str:
     # All ranks: the first batch, and what they must agree on before its step.
     batches = training_batches(run)
     run.batches = batches
-    batch = batches.take()
+    batch = take_batch(run, batches)
     runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
@@ -143,12 +160,12 @@ def train(run: Run) -> str:
         # All ranks: one small sum carries all that they must agree on. Its flags are read one step
         # late, with the figures.
         waiting = time.monotonic()
-        next_batch = batches.take()
+        next_batch = take_batch(run, batches)
         seconds_waiting = time.monotonic() - waiting
         agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
-        loss_sum, next_targets, stop, is_lost = agreed
+        loss_sum, next_targets, stop, are_refusing = agreed
 
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
         late_figures = LateFigures(figures)
 
@@ -178,14 +195,22 @@ def train(run: Run) -> str:
     return runtime.why_stopped
 
 
+def take_batch(run: Run, batches: Batches) -> Batch:
+    """The next batch. Rows that this rank cannot read make it refuse in the next sum. All ranks."""
+    batch = batches.take()
+    if batch.failure:
+        run.runtime.refusal = batch.failure
+    return batch
+
+
 def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
     """The targets of the first global batch, and whether a rank was told to stop during start-up.
 
     All ranks.
     """
     runtime = run.runtime
-    targets, stop, is_lost = runtime.sum(runtime.with_flags(batch.targets))
-    runtime.refuse_lost_folder(float(is_lost))
+    targets, stop, are_refusing = runtime.sum(runtime.with_flags(batch.targets))
+    runtime.refuse_together(float(are_refusing))
     return targets, bool(stop)
 
 
@@ -240,9 +265,9 @@ def record_step(run: Run, pending: Pending) -> bool:
     runtime = run.runtime
     state = run.state
     scaler = runtime.engine.scaler
-    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
+    loss, norm, targets, stop, are_refusing = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
-    runtime.refuse_lost_folder(is_lost)
+    runtime.refuse_together(are_refusing)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()
@@ -326,7 +351,8 @@ def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
     for temperature, continuation in zip(SAMPLE_TEMPERATURES, continuations, strict=True):
         texts.append(f"temperature {temperature}\n```\n{prompt}{continuation.text}\n```")
     if run.runtime.is_main:
-        with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
+        path = run.dir / "samples.md"
+        with dispensable(path), open_own(path, "a", encoding="utf-8") as file:
             file.write("\n".join(texts) + "\n\n")
 
 
@@ -402,9 +428,11 @@ def finish(run: Run, reason: str) -> None:
     if not run.runtime.is_main:
         return
     try:
-        draw_curves([run.dir], run.dir / "loss.png")
+        path = run.dir / "loss.png"
+        with dispensable(path), open_own(path, "wb") as file:
+            draw_curves([run.dir], file)
     except Exception as error:
-        # A picture that cannot be drawn or stored must not spoil a finished run.
+        # A picture that cannot be drawn must not spoil a finished run.
         run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
     run.runtime.say(f"step {run.state.step} is saved; {what_next(run, reason)}")
 

@@ -20,10 +20,11 @@ from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
-from dist_lm.console import count
+from dist_lm.console import count, dispensable
 from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.metrics import Metrics
 from dist_lm.model import hf
@@ -220,6 +221,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         state=TrainState(),
     )
     restore_or_init(run, point)
+    is_on_gpu = runtime.device.type == "cuda"
+    run.saver.make_ready(spec, runtime.engine.owned, make_memory=is_on_gpu)
     return run
 
 
@@ -308,7 +311,9 @@ def describe(run: Run) -> None:
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )
     if runtime.is_main:
-        (run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        path = run.dir / "config.yaml"
+        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
+            file.write(config.to_yaml())
     runtime.start_trackers(config, run.state.step)
 
 

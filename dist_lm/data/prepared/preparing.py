@@ -149,7 +149,7 @@ class Preparation:
 
     def _warn_if_edited(self, manifest: dict[str, Any]) -> None:
         """Warn if a text of this machine has another size than it had, or is newer."""
-        if is_remote(self.spec.input):
+        if any(map(is_remote, self.spec.inputs)):
             return
         try:
             files = self._find_files()
@@ -307,7 +307,8 @@ class Preparation:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Refuse a folder that was begun with other settings."""
-        for name, value in self.settings.items():
+        for name in {**self.settings, **before}:  # a field that is not given may have been
+            value = self.settings.get(name)
             if before.get(name) == value:
                 continue
             section = self.field.removesuffix("input")

@@ -758,16 +758,10 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(text_of(300))
-    words = ("--data.input", str(tmp_path / "text.txt"), "--data.separator", "\\n\\n")
+    words = tiny(tmp_path / "text.txt", "--run.eval_every", "6", "--data.separator", "\n\n")
+    words += ["--data.tokenizer", "byte", "--run.dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [
-            sys.executable,
-            "dist_lm/train.py",
-            *TINY,
-            *words,
-            *("--data.tokenizer", "byte", "--run.eval_every", "6", "--run.trackers"),
-            *("--run.dir", str(tmp_path / "run")),
-        ],
+        [sys.executable, "dist_lm/train.py", *words],
         cwd=ROOT,
         env=clean_env(),
         text=True,
@@ -783,6 +777,26 @@ def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
         "step 12 is saved; try: ",
     ):
         assert notice in done.stderr
+
+
+@pytest.mark.slow
+def test_the_guide_has_every_key_of_metrics(prepared: Path, tmp_path: Path) -> None:
+    """Those that are written by a run of a mixture in fp16, and those that a GPU adds."""
+    sources = {"web": {"input": str(prepared)}, "books": {"input": str(prepared)}}
+    (tmp_path / "mixture.yaml").write_text(json.dumps({"data": {"sources": sources}}))
+    words = tiny(prepared, "--run.eval_every", "6", "--run.precision", "fp16")[2:]
+    words += ["--config", str(tmp_path / "mixture.yaml")]
+    train(tmp_path / "run", *words, "--run.ema", "0.9")
+    written = {"mfu", "memory_gb"}
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        for key in json.loads(line):
+            written.add(re.sub("_(web|books)$", "_NAME", key))
+    guide = (ROOT / "docs/training.md").read_text()
+    explained: set[str] = set()
+    for table in guide.split("| key | meaning |\n|---|---|\n")[1:]:
+        for row in table.split("\n\n", maxsplit=1)[0].splitlines():
+            explained.update(re.findall("`([a-zA-Z_]+)`", row.split("|")[1]))
+    assert explained == written
 
 
 @pytest.mark.slow

@@ -75,8 +75,13 @@ def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
     print(text, end=end, file=getattr(sys, channel), flush=True)
 
 
+def notice(text: str, end: str = "\n") -> None:
+    """Print what is not the result of a command, on standard error."""
+    say(text, end, channel="stderr")
+
+
 def warn(text: str) -> None:
-    say(f"warning: {printable(text)}", channel="stderr")
+    notice(f"warning: {printable(text)}")
 
 
 @cache

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from dist_lm.console import dispensable, duration, say, shorten, warn
+from dist_lm.console import count, dispensable, duration, say, shorten, warn
 from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError
 from dist_lm.outside import CheckedModel, Count, Text, check, open_regular, parse_json
@@ -235,7 +235,8 @@ class RunClock:
         starting = (self.first_step_at - self.started_at) / total
         paused = self.paused_seconds / total
         return (
-            f"{self.steps} steps in {duration(total)}: goodput {1 - (starting + paused):.0%},"
+            f"{count(self.steps, 'step')} in {duration(total)}:"
+            f" goodput {1 - (starting + paused):.0%},"
             f" up to the first step {starting:.0%}, evaluating and saving {paused:.0%}"
         )
 
@@ -411,7 +412,8 @@ def read_metrics(
             f"{path}: {error.strerror}; rule: the folder of a run that made a step"
         ) from None
     if broken:
-        say(f"{path}: {broken} lines are broken and were passed over")
+        what = "line is broken and was" if broken == 1 else "lines are broken and were"
+        warn(f"{path}: {broken} {what} passed over")
     steps_in_order = [steps[step] for step in sorted(steps)]
     evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
     return steps_in_order, evaluations_in_order

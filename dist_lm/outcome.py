@@ -31,7 +31,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.console import dispensable, printable
+from dist_lm.console import count, dispensable, printable
 from dist_lm.disk import open_own
 from dist_lm.errors import (
     CODES,
@@ -405,7 +405,7 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     failures = outcome["failures"]
     if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(
-            f"{folder}: failed {failures} times without a new step; not started again",
+            f"{folder}: failed {count(failures, 'time')} without a new step; not started again",
             file=sys.stderr,
         )
         return 1

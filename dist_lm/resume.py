@@ -323,7 +323,8 @@ def _describe_size(run: Run) -> None:
     data = run.data
     shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    length = f"{run.steps:,} steps" if run.steps else f"{config.run.epochs} passes"
+    plural = "steps" if run.steps else "passes"
+    length = count(run.steps or config.run.epochs or 0, "step" if run.steps else "pass", plural)
     run.runtime.say(
         f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
         f" {run.layout.tokens_per_step:,} tokens a step, {length}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
+from dist_lm.console import count, notice
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
@@ -107,8 +108,8 @@ class Dataset:
             epochs = steps * data.global_batch / self.alone.sequences
             tail = self.alone.shards.tail_tokens(data.seq_len, data.stride)
             return [
-                f"{self.alone.sequences:,} sequences to train on, for {epochs:.2f} epochs;"
-                f" {tail} tokens at the ends of shards are left out"
+                f"{count(self.alone.sequences, 'sequence')} to train on, for {epochs:.2f} epochs;"
+                f" left out at the ends of shards: {count(tail, 'token')}"
             ]
         lines = []
         for name, source in self.sources.items():
@@ -119,7 +120,7 @@ class Dataset:
 def open_dataset(
     config: Config,
     on_main: Callable[[Callable[[], Any]], Any],
-    say: Say = print,
+    say: Say = notice,
     training: bool = True,
 ) -> Dataset:
     """Open the sources, after rank 0 has prepared what they need. All ranks."""
@@ -506,8 +507,8 @@ class _Preparation:
         lanes = self._config.data.lanes
         if parts < lanes:
             self._say(
-                f"{reader.spec.title} has {parts} parts, so {name} is read in as many lanes, not"
-                f" data.lanes={lanes}"
+                f"{reader.spec.title} has {count(parts, 'part')}, so {name} is read in as many"
+                f" lanes, not data.lanes={lanes}"
             )
         names = [file.name for file in reader.files]
         read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]

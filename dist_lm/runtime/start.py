@@ -24,7 +24,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_lm.config import Config, batch_layout
-from dist_lm.console import warn
+from dist_lm.console import count, warn
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
@@ -297,8 +297,9 @@ def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
         # step, instead of giving their pages back and fetching them again each time.
         torch.empty(_LARGEST_KEPT_BLOCK, dtype=torch.uint8)
     elif torch.cuda.device_count() > local_world:
+        processes = count(local_world, "process", "processes")
         runtime.say(
-            f"warning: {torch.cuda.device_count()} GPUs here and {local_world} process(es): some"
+            f"warning: {torch.cuda.device_count()} GPUs here and {processes}: some"
             " stay idle; start one process per GPU, e.g. with torchrun --nproc_per_node"
         )
 

@@ -174,7 +174,7 @@ class Runtime:
         Standard output is for what a command prints as its result.
         """
         if self.is_main:
-            console.say(console.printable(text), channel="stderr")
+            console.notice(console.printable(text))
 
     def profiler(self, steps: int, trace: Path) -> Any:
         """A torch profiler that traces `steps` steps after two of warm-up. Rank 0 writes the file.

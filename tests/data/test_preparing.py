@@ -134,7 +134,7 @@ def test_unknown_characters_are_counted_and_said(tmp_path: Path) -> None:
     manifest = prepare_dataset(config, tmp_path / "b", 1, said.append)
     assert [manifest["splits"][split]["unknown"] for split in ("train", "val")] == [80, 20]
     assert (
-        "train: 1 documents, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shards"
+        "train: 1 document, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shard"
         in said
     )
 
@@ -229,7 +229,7 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
         assert time.monotonic() < deadline, f"{workers} live on"
         time.sleep(0.05)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "killed: going on after " in again.stdout
+    assert "killed: going on after " in again.stderr
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
     subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, check=True)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -399,7 +399,7 @@ def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:
         prepared()
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(
-        UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"
+        UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 file"
     ):
         prepared()
     write_documents(tmp_path / "a.jsonl", 20)
@@ -453,10 +453,10 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
         clock[0] = float(now)
         progress.add(more, file)
     assert said == [
-        "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
+        "prepared 1 document, 1.0 MB, 0.10 MB/s, about 70 s left",
         # The first file had 0.75 bytes of text a byte.
-        "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",
-        "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
+        "prepared 1 document, 1.5 MB, 0.07 MB/s, about 60 s left",
+        "prepared 1 document, 3.0 MB, 0.10 MB/s, about 30 s left",
     ]
 
 
@@ -491,8 +491,8 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
     )
     words = "--tokenizer byte --text-column=body --val-fraction 0.2 --processes 2".split()
     done = run("--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "d"), *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "train: " in done.stdout and "val: " in done.stdout
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "train: " in done.stderr and "val: " in done.stderr
     assert json.loads((tmp_path / "d" / MANIFEST).read_text())["settings"]["text_column"] == "body"
     assert run("--verify", str(tmp_path / "d")).stdout == f"{tmp_path}/d: every hash is right\n"
     with open(tmp_path / "d" / "train-00000.safetensors", "r+b") as file:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count
 from dist_lm.data.prepared.holdout import SplitDocument, document_hash, held_out
 from dist_lm.data.prepared.preparing import read_beginning
 from dist_lm.data.prepared.progress import Progress, Say
@@ -74,7 +75,8 @@ def keep_validation(
     write_tokenizer(folder, tokenizer)
     write_manifest(folder, data, tokenizer, reader, splits, {})
     write_json(hashes_file, hashes)
-    say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.title} are kept for validation")
+    kept = count(len(hashes), "document")
+    say(f"{folder.name}: {kept} of {reader.spec.title} kept for validation")
     return hashes
 
 

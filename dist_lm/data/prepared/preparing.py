@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count, notice
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
@@ -40,7 +41,7 @@ def prepare_dataset(
     data: DataConfig,
     folder: str | Path,
     processes: int = 1,
-    say: Say = print,
+    say: Say = notice,
     name: str = "text",
     excluded: Container[int] = (),
     tokenizer: Tokenizer | None = None,
@@ -256,9 +257,11 @@ class Preparation:
         """Say how much there is, and what was left out."""
         for split, entry in manifest["splits"].items():
             lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
+            shards = count(len(entry["shards"]), "shard")
             self.say(
-                f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
-                f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards"
+                f"{split}: {count(entry['documents'], 'document')},"
+                f" {count(entry['bytes'], 'byte')} of text,"
+                f" {count(entry['tokens'], 'token')}{lost} in {shards}"
             )
             if not entry["shards"]:
                 self.say(
@@ -274,11 +277,11 @@ class Preparation:
         if not seen.documents:
             setting = f"{self.field}={self.spec.input!r}"
             number = len(self.reader.files)
-            raise DataError(f"{setting}: no document with text in {number} files")
+            raise DataError(f"{setting}: no document with text in {count(number, 'file')}")
         is_small = seen.documents < SMALL
         if is_whole or is_small:
             self.say(
-                f"found {seen.documents:,} documents, {seen.bytes:,} bytes of text in"
+                f"found {count(seen.documents, 'document')}, {count(seen.bytes, 'byte')} of text in"
                 f" {self.spec.title}"
             )
         if is_small and self.data.val_fraction:

@@ -264,6 +264,8 @@ def one_line(error: UserError) -> str:
         half = _LONGEST_LINE // 2
         text = f"{text[:half]} ... {text[-half:]}"
     return printable(" ".join(text.splitlines()))
+
+
 def closest(value: str, options: Iterable[object]) -> str:
     """The option that is meant, or an empty string.
 

@@ -233,6 +233,12 @@ def _connect(url: str) -> tuple[Any, str]:
     """
     import fsspec.core  # slow, and needed for URLs only
 
+    schemes = {part.partition("://")[0].lower() for part in url.split("::")}
+    if "reference" in schemes:
+        raise UserError(
+            f"{_without_query(url)}: a reference file says itself which other files are read; rule:"
+            " the URL of the files themselves"
+        )
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:

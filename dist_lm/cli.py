@@ -218,6 +218,8 @@ def _parse_file(path: str | Path) -> Any:
 def parse_value(name: str, words: list[str]) -> Any:
     """The value of a setting: text as it stands where the field is text, otherwise as YAML."""
     annotation = FIELDS[name].annotation
+    if len(words) > 1 and get_origin(annotation) is not tuple:
+        return words  # of a field that takes one or several
     if get_origin(annotation) is tuple:
         is_text = get_args(annotation)[0] is str
         return words if is_text else [_parse_word(word) for word in words]
@@ -226,7 +228,8 @@ def parse_value(name: str, words: list[str]) -> Any:
         return word
     if word == "None":
         return None
-    if str in get_args(annotation) and word != "null":
+    may_be_text = str in get_args(annotation) and get_origin(annotation) is not dict
+    if may_be_text and word != "null":
         return word
     return _parse_word(word)
 

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from dist_lm.errors import UserError, did_you_mean
@@ -29,7 +29,21 @@ NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # config.json ends here, and not in a table of a billion layers.
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
+LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def _one_or_several(value: Any) -> Any:
+    """A list of one as that one, and YAML's list of several as a tuple."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+# One place of a source, or several, which are read in that order.
+Inputs = Annotated[
+    str | Annotated[tuple[str, ...], Field(min_length=1)], BeforeValidator(_one_or_several)
+]
 
 
 class Section(BaseModel):
@@ -58,9 +72,16 @@ def fields_by_name(section: type[Section]) -> dict[str, FieldInfo]:
     return {info.alias or name: info for name, info in section.model_fields.items()}
 
 
+def list_type(info: FieldInfo) -> Any:
+    """The kind of tuple that a field takes, if it takes several values; else None."""
+    options = (plain_type(info.annotation), *get_args(info.annotation))
+    kinds = [plain_type(option) for option in options]
+    return next((kind for kind in kinds if get_origin(kind) is tuple), None)
+
+
 def is_list(info: FieldInfo) -> bool:
     """Whether a field takes several values."""
-    return get_origin(plain_type(info.annotation)) is tuple
+    return list_type(info) is not None
 
 
 def _check_divides(name: str, value: int, of_name: str, of: int) -> None:
@@ -142,7 +163,9 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """Where a text lies, and its share of the tokens."""
 
-    input: str = Field(description="Text file, glob, folder, URL, hub dataset or prepared folder.")
+    input: Inputs = Field(
+        description="Text file, glob, folder, URL, hub dataset or prepared folder; or several."
+    )
     weight: float = Field(
         1.0, gt=0, description="Share of the tokens, relative to the other sources'."
     )
@@ -163,6 +186,16 @@ class SourceConfig(Section):
         "repeat",
         description="After a pass: begin again, end the run, or leave the share to the others.",
     )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The input, or all of them in their order."""
+        return (self.input,) if isinstance(self.input, str) else self.input
+
+    @property
+    def title(self) -> str:
+        """The inputs as they are given on a command line, for messages."""
+        return " ".join(self.inputs)
 
     def template_columns(self) -> list[str]:
         """The columns that the template names; raises ValueError for a brace alone."""
@@ -206,8 +239,9 @@ class Stage(Section):
 class DataConfig(Section):
     """Which text, as which tokens, in which order."""
 
-    input: str = Field(
-        "stdlib", description="Text file, glob, folder, hub dataset, prepared folder; or stdlib."
+    input: Inputs = Field(
+        "stdlib",
+        description="Text file, glob, folder, hub dataset, prepared folder, or several; or stdlib.",
     )
     sources: dict[SourceName, SourceConfig] = Field(
         {}, description="Several inputs by name, instead of input."
@@ -221,7 +255,9 @@ class DataConfig(Section):
     stream: bool = Field(
         False, description="Read raw text while training, instead of preparing it first."
     )
-    lanes: Positive = Field(8, description="Parts of a stream that are read side by side.")
+    lanes: Positive = Field(
+        8, le=2**16, description="Parts of a stream that are read side by side."
+    )
     packing: Literal["concat", "best_fit"] = Field(
         "concat",
         description="Streams: cut the tokens every seq_len, or keep documents whole and fill up.",
@@ -236,23 +272,31 @@ class DataConfig(Section):
         "text", description="Column of the text in .jsonl, .json, .csv and .parquet."
     )
     separator: str | None = Field(None, description="Text that ends a document inside a .txt file.")
+    template: str | None = Field(
+        None, description="Text made of several columns, e.g. '{title}: {body}'."
+    )
+    filter: dict[str, str | int | float | bool | None] = Field(
+        {}, description="Column: the value that rows must have, e.g. '{lang: en}'."
+    )
     tokenizer: str = Field(
         "bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name."
     )
     val_fraction: float = Field(
         0.1, ge=0, lt=1, description="Share of documents held out, by a hash of their text."
     )
-    seq_len: Positive = Field(256, description="Input tokens of a sequence.")
+    seq_len: Positive = Field(256, le=LONGEST_CONTEXT, description="Input tokens of a sequence.")
     stride: Positive = Field(
         FOLLOWS, description="Input tokens between sequence starts; unset: seq_len."
     )
     document_mask: bool = Field(False, description="No attention and no target across documents.")
-    global_batch: Positive = Field(16, description="Sequences in one step, over all processes.")
+    global_batch: Positive = Field(
+        16, le=2**24, description="Sequences in one step, over all processes."
+    )
     micro_batch: Positive | None = Field(
         None, description="Sequences in one backward; unset: a rank's whole share."
     )
     workers: NotNegative = Field(
-        1, description="Threads that read batches ahead; 0 reads in the step itself."
+        1, le=1024, description="Threads that read batches ahead; 0 reads in the step itself."
     )
 
     @model_validator(mode="after")
@@ -275,6 +319,7 @@ class DataConfig(Section):
         return self
 
     def _check_sources(self) -> None:
+        _check_template("data.template", self.as_source())
         if self.sources and self.input != DataConfig.model_fields["input"].default:
             raise ValueError(
                 f"data.input={self.input!r} and data.sources exclude each other; rule: give one"
@@ -308,10 +353,19 @@ class DataConfig(Section):
             return f"data.sources.{name}.input"
         return "data.input"
 
+    @property
+    def title(self) -> str:
+        """What `input` is on a command line, for messages."""
+        return self.as_source().title
+
     def as_source(self) -> SourceConfig:
         """`input` alone as a source."""
         return SourceConfig(
-            input=self.input, text_column=self.text_column, separator=self.separator
+            input=self.input,
+            text_column=self.text_column,
+            separator=self.separator,
+            template=self.template,
+            filter=self.filter,
         )
 
 
@@ -402,8 +456,11 @@ class RunConfig(Section):
     trackers: tuple[str, ...] = Field(
         ("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb."
     )
-    sample_prompt: str = Field(
-        "\n", min_length=1, description="Prompt of the samples at each evaluation."
+    sample_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompt of the samples at each evaluation; unset: the first words of the"
+        " held-out text.",
     )
 
     @model_validator(mode="after")
@@ -495,6 +552,8 @@ FREE_ON_RESUME = frozenset(
         "data.validation",
         "data.text_column",
         "data.separator",
+        "data.template",
+        "data.filter",
         "data.tokenizer",
         "data.val_fraction",
         "data.micro_batch",

@@ -1,10 +1,13 @@
 """Lines to people: streams that outlive their reader, numbers and durations in short, safe text."""
 
+import contextlib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -16,7 +19,7 @@ class LastingFile(io.FileIO):
 
     def __init__(self, descriptor: int, lost: Callable[[OSError], None]):
         super().__init__(descriptor, "w", closefd=False)
-        self._lost = lost
+        self.lost = lost
 
     def write(self, data: Any) -> int:
         try:
@@ -25,7 +28,7 @@ class LastingFile(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            self._lost(error)
+            self.lost(error)
             return len(data)
 
 
@@ -44,7 +47,10 @@ def make_streams_last(lost: Callable[[OSError], None]) -> None:
             # As long as the process.
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, encoding="utf-8"))  # noqa: SIM115
-    if sys.stdout is sys.__stdout__:  # nobody has put another in its place
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if isinstance(raw, LastingFile):  # a command that another one calls
+        raw.lost = lost
+    elif sys.stdout is sys.__stdout__:  # nobody has put another in its place
         sys.stdout = _lasting_stream(1, sys.stdout, lost)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _lasting_stream(2, sys.stderr, _ignore)
@@ -73,6 +79,24 @@ def warn(text: str) -> None:
     say(f"warning: {printable(text)}", channel="stderr")
 
 
+@cache
+def warn_once(text: str) -> None:
+    """Warn, but not again in the same words."""
+    warn(text)
+
+
+@contextlib.contextmanager
+def dispensable(path: str | Path) -> Iterator[None]:
+    """Surrounds the writing of a file without which a run goes on.
+
+    What a full disk or a planted link makes fail costs one warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{path} could not be written, the run goes on: {error.strerror or error}")
+
+
 def shorten(number: float) -> str:
     """1234567 -> 1.23M"""
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -86,9 +110,11 @@ def gigabytes(number: float) -> str:
     return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:,.0f}"
 
 
-def count(number: int, thing: str) -> str:
-    """1 file, or 1,234 files."""
-    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+def count(number: int, thing: str, things: str = "") -> str:
+    """1 file, or 1,234 files; `things` is the plural where an s is not enough."""
+    if number == 1:
+        return f"1 {thing}"
+    return f"{number:,} {things or thing + 's'}"
 
 
 def duration(seconds: float) -> str:

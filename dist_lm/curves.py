@@ -4,17 +4,19 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from dist_lm.console import printable
 from dist_lm.metrics import read_metrics
 
 # Of the validation sets of a run, so that they can be told apart without colours.
 MARKERS = "os^DvP*X"
 # A smoothed curve averages over about this part of it to each side.
 _WINDOWS = 50
+_LONGEST_LABEL = 200  # characters
 
 
-def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
+def draw_curves(run_dirs: Sequence[str | Path], png: str | Path | IO[bytes]) -> None:
     """Training loss (raw and smoothed) and validation loss against the step, of runs by name."""
     # Slow to import, and needed at the end of a run only.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,7 +40,7 @@ def draw_run(axes: Any, name: str, run_dir: str | Path, colors: Iterator[str]) -
     x = [figures["step"] for figures in steps]
     loss = [figures["loss"] for figures in steps]
     axes.plot(x, loss, color=color, alpha=0.25, linewidth=0.6)
-    label = f"{name}: training, smoothed"
+    label = _plain(f"{name}: training, smoothed")
     axes.plot(x, smooth(loss), color=color, linewidth=1.5, label=label)
     val_sets = dict.fromkeys(figures["val_set"] for figures in evaluations)
     for val_set, marker in zip(val_sets, cycle(MARKERS), strict=False):
@@ -52,8 +54,13 @@ def draw_run(axes: Any, name: str, run_dir: str | Path, colors: Iterator[str]) -
             marker=marker,
             color=next(colors),
             markersize=5,
-            label=f"{name}: {val_set}",
+            label=_plain(f"{name}: {val_set}"),
         )
+
+
+def _plain(label: str) -> str:
+    """A label that is drawn as it is: no dollar begins a formula, and all characters are shown."""
+    return printable(label[:_LONGEST_LABEL]).replace("$", r"\$")
 
 
 def run_names(run_dirs: Sequence[str | Path]) -> list[str]:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.errors import CheckpointError, nearest
+from dist_lm.config import LONGEST_CONTEXT, ModelConfig, ModelSpec
+from dist_lm.errors import CheckpointError, in_a_line, nearest
+from dist_lm.outside import CheckedModel, check, first_fault
 
 Json = dict[str, Any]
 
@@ -140,19 +141,28 @@ def from_config_json(config: Json) -> ModelSpec:
     reader = READERS[kind]
     try:
         model = ModelConfig(**reader.read(config))
-        vocab_size = int(config.get("vocab_size", reader.default_vocab_size))
-        seq_len = int(config.get(reader.context_field, reader.default_context))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = "".join(f" model.{part}={first['input']!r}" for part in first["loc"])
         raise CheckpointError(
-            f"config.json: cannot be a model of ours:{where} {first['msg']}"
+            f"config.json: cannot be a model of ours: model.{first_fault(error)}"
         ) from None
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    # Of what arithmetic with foreign values raises.
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(
-            f"config.json: not as transformers or dist_lm write it ({error!r})"
+            f"config.json: not as transformers or dist_lm write it ({in_a_line(error)})"
         ) from None
-    return ModelSpec(model, vocab_size, seq_len)
+    found = {
+        "vocab_size": config.get("vocab_size", reader.default_vocab_size),
+        "context": config.get(reader.context_field, reader.default_context),
+    }
+    sizes = check(found, _Sizes, lambda why: CheckpointError(f"config.json: {why}"))
+    return ModelSpec(model, sizes.vocab_size, sizes.context)
+
+
+class _Sizes(CheckedModel):
+    """Sizes of a network beside those of ModelConfig, with limits above any that was trained."""
+
+    vocab_size: int = Field(ge=1, le=10**8)
+    context: int = Field(ge=1, le=LONGEST_CONTEXT)
 
 
 def _require(config: Mapping[str, Any], field: str, default: Any, *allowed: Any) -> Any:

@@ -21,6 +21,7 @@ from dist_lm.config import (
     Section,
     fields_by_name,
     is_list,
+    list_type,
     plain_type,
 )
 
@@ -116,7 +117,7 @@ def name_of_type(info: FieldInfo) -> str:
         return "|".join(get_args(kind))
     if is_list(info):
         names = []
-        for part in get_args(kind):
+        for part in get_args(list_type(info)):
             name = TYPE_NAMES.get(plain_type(part), "YAML")
             names.append("..." if part is Ellipsis else name)
         return " ".join(names)

@@ -3,18 +3,19 @@
 Nothing is prepared or written, and data that is not what the run trained on is refused.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dist_lm.checkpoint.state import read_state
 from dist_lm.config import Config
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.prepared.manifest import MANIFEST, find_prepared
+from dist_lm.data.prepared.found import prepared_folders
+from dist_lm.data.prepared.manifest import MANIFEST
 from dist_lm.data.provenance import Origin
-from dist_lm.errors import CheckpointError, DataError, UserError
+from dist_lm.errors import DataError, UserError
 from dist_lm.metrics import read_metrics
 
 # --- the data of a run
@@ -29,7 +30,7 @@ def open_data(config: Config) -> Dataset:
 
     data = open_dataset(config, only_if_prepared, say=lambda _: None)
     for path in _checkpoints(config)[-1:]:
-        if _read_state(path)["data"] != data.identity:
+        if read_state(path.parent)["data"] != data.identity:
             first = next(iter(data.sources.values()))
             where = first.folder or f"the text of {config.run.dir}"
             raise DataError(f"{where}: its hashes are not those that {path.parent} trained on")
@@ -40,7 +41,7 @@ def refuse_unprepared(config: Config) -> None:
     """Refuse sources that would have to be prepared first."""
     folder = Path(config.run.dir, "data")
     sources = config.data.named_sources() | config.data.validation
-    raw = {name: source for name, source in sources.items() if not find_prepared(source.input)}
+    raw = {name: source for name, source in sources.items() if not prepared_folders(source)}
     for name, source in raw.items():
         is_validation = name in config.data.validation
         if len(raw) == len(sources):
@@ -53,7 +54,7 @@ def refuse_unprepared(config: Config) -> None:
         if not made.is_file():
             raise DataError(
                 f"{config.run.dir}: its data is neither in {folder} nor prepared at"
-                f" {config.data.field_of(name)}={source.input} (seen from here);"
+                f" {config.data.field_of(name)}={source.title} (seen from here);"
                 " rule: run this where the run was started"
             )
 
@@ -74,7 +75,7 @@ def _newest_before(config: Config, step: int) -> dict[str, Any]:
     """What the newest checkpoint says that is not behind a step; without one, the beginning."""
     newest: dict[str, Any] = {"step": 0, "streams": None}
     for path in _checkpoints(config):
-        state = _read_state(path)
+        state = read_state(path.parent)
         if newest["step"] < state["step"] <= step:
             newest = state
     return newest
@@ -82,18 +83,6 @@ def _newest_before(config: Config, step: int) -> dict[str, Any]:
 
 def _checkpoints(config: Config) -> list[Path]:
     return sorted(Path(config.run.dir).glob("step-*/state.json"))
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            "step": state.get("step", 0),
-            "data": state["data"],
-            "streams": state.get("streams"),
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
 
 
 # --- one step

@@ -16,15 +16,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
-from dist_lm.console import duration, say, shorten, warn
+from pydantic import AfterValidator, Field
+
+from dist_lm.console import dispensable, duration, say, shorten, warn
+from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError
+from dist_lm.outside import CheckedModel, Count, Text, check, open_regular, parse_json
 
 if TYPE_CHECKING:
     import torch
 
 FILE = "metrics.jsonl"
+LARGEST_FIGURE = 1e100
+_LONGEST_LINE = 2**16  # bytes that are read at once
 PLAIN_SECONDS = 10.0  # between lines of progress
 TERMINAL_SECONDS = 0.1  # between changes of a terminal's line
 TRACK_SECONDS = 1.0  # between calls of trackers: TensorBoard takes 0.2 ms each time
@@ -178,9 +184,8 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
         # Opened at the first line: a run that does nothing leaves no history.
-        self.stream: BinaryIO | None = None
+        self.stream: IO[bytes] | None = None
         self._is_torn = False  # the file ends inside a line
-        self._has_warned = False
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """One line by one unbuffered write (microseconds, no fsync).
@@ -189,19 +194,15 @@ class MetricsFile:
         """
         written = {key: _to_json(value) for key, value in figures.items()}
         data = json.dumps(written).encode() + b"\n"
-        try:
+        was_torn = self._is_torn
+        self._is_torn = True  # unless all is written
+        with dispensable(self.path):
             if self.stream is None:
-                # Open as long as the run.
-                self.stream = open(self.path, "ab", buffering=0)  # noqa: SIM115
-                self._is_torn = self.stream.tell() > 0 and _last_byte(self.path) != b"\n"
-            if self._is_torn:
+                self.stream = open_own(self.path, "ab", buffering=0)
+                was_torn = self.stream.tell() > 0 and _last_byte(self.path) != b"\n"
+            if was_torn:
                 data = b"\n" + data
             self._is_torn = self.stream.write(data) != len(data)
-        except OSError as error:
-            self._is_torn = True
-            if not self._has_warned:
-                self._has_warned = True
-                warn(f"{self.path} misses lines, the run goes on: {error.strerror}")
 
     def close(self) -> None:
         if self.stream:
@@ -351,32 +352,84 @@ class Trackers:
 # --- reading metrics.jsonl
 
 
-def read_metrics(run_dir: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _finite_or_told(value: float) -> float:
+    """A figure, whose sums and squares are numbers too, or one that is known to be none."""
+    if math.isfinite(value) and abs(value) > LARGEST_FIGURE:
+        raise ValueError(f"must be at most {LARGEST_FIGURE:g}")
+    return value
+
+
+Figure = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_finite_or_told)]
+
+
+class StepLine(CheckedModel):
+    """What readers use of a step's line."""
+
+    step: Count
+    loss: Figure
+    tokens: Count
+    tokens_per_second: float = Field(ge=0)
+    data_wait: float = 0.0
+
+
+class EvaluationLine(CheckedModel):
+    """What readers use of an evaluation's line."""
+
+    step: Count
+    val_set: Text
+    val_loss: Figure
+    val_bits_per_byte: Figure
+
+
+def read_metrics(
+    run_dir: str | Path, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The steps and the evaluations of a run in order.
 
-    The last line of each stands; torn lines are passed over. Of one step the validation sets are in
-    the order of training, whose first one decides which checkpoint is the best.
+    The last line of each stands. Lines that are broken, e.g. torn by a kill or a full disk, are
+    passed over, and `say` is told their number. Of one step the validation sets are in the order of
+    training, whose first one decides which checkpoint is the best.
     """
     path = Path(run_dir, FILE)
     steps = {}
     evaluations = {}
+    broken = 0
     try:
-        with open(path, "rb") as file:
-            for line in file:
-                # A line torn by a kill or a full disk is no JSON, or no dict.
-                with contextlib.suppress(ValueError, AttributeError):
-                    figures = _from_json(json.loads(line))
-                    if "val_loss" in figures:
-                        evaluations[figures["step"], figures["val_set"]] = figures
-                    elif "loss" in figures:
-                        steps[figures["step"]] = figures
+        with open_regular(path) as file:
+            while line := file.readline(_LONGEST_LINE):
+                try:
+                    figures = _read_line(line)
+                except CheckpointError:
+                    broken += 1
+                    continue
+                if "val_loss" in figures:
+                    evaluations[figures["step"], figures["val_set"]] = figures
+                elif "loss" in figures:
+                    steps[figures["step"]] = figures
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}; rule: the folder of a run that made a step"
         ) from None
+    if broken:
+        say(f"{path}: {broken} lines are broken and were passed over")
     steps_in_order = [steps[step] for step in sorted(steps)]
     evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
     return steps_in_order, evaluations_in_order
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    """The figures of a line as they were. Raises CheckpointError for a broken one."""
+    content = parse_json(line, CheckpointError)
+    if not isinstance(content, dict):
+        raise CheckpointError("must be a JSON object")
+    figures = {}
+    for key, value in content.items():
+        figures[key] = float(value) if value in ("nan", "inf", "-inf") else value
+    if "val_loss" in figures:
+        check(figures, EvaluationLine, CheckpointError)
+    elif "loss" in figures:
+        check(figures, StepLine, CheckpointError)
+    return figures
 
 
 def _to_json(value: Any) -> Any:
@@ -384,14 +437,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _from_json(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a line as they were."""
-    read = {}
-    for key, value in figures.items():
-        read[key] = float(value) if value in ("nan", "inf", "-inf") else value
-    return read
 
 
 def _last_byte(path: Path) -> bytes:

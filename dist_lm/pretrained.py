@@ -5,7 +5,6 @@ model is refused at once, before any text is read or prepared.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,11 +16,11 @@ from pydantic import ValidationError
 from dist_lm.config import ModelConfig, ModelSpec, RunConfig
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.families import from_config_json
+from dist_lm.outside import read_json
 
 # A run may choose these itself: trained weights can go on with others.
 FREE_OF_MODEL = ("dropout", "init")
 _STEP_NAME = re.compile(r"step-[0-9]{8,}")
-_LARGEST_JSON = 128 * 2**20  # bytes; a step's state.json may list the lanes of many streams
 _SIZE_OF_BYTE = 257  # tokens of data.tokenizer=byte: the bytes and the end of text
 
 
@@ -185,15 +184,7 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
-            raise OSError("no regular file of a sensible size")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must be a JSON object")
-    return content
+    return read_json(path, lambda why: CheckpointError(f"{path}: {why}"))
 
 
 def _hash_of_file(path: Path) -> str | None:

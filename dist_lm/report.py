@@ -15,10 +15,12 @@ from pydantic import Field
 
 from dist_lm.cli import Command, read_flags
 from dist_lm.config import Section
-from dist_lm.console import duration, shorten
+from dist_lm.console import duration, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
 from dist_lm.metrics import read_metrics
+
+_SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has none
 
 
 class ReportFlags(Section):
@@ -97,7 +99,7 @@ def summary(name: str, run_dir: str) -> dict[str, Any]:
     `seconds` is what its steps took. `loss` is the mean of its last losses. `best` is the best
     evaluation of the set that decides: the first one of each evaluation.
     """
-    steps, evaluations = read_metrics(run_dir)
+    steps, evaluations = read_metrics(run_dir, warn)
     if not steps:
         raise CheckpointError(f"{run_dir}: metrics.jsonl has no whole line of a step yet")
     deciding = [
@@ -120,7 +122,7 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
     tokens = [0.0, *(step["tokens"] for step in steps)]
     seconds = 0.0
     for (before, after), step in zip(pairwise(tokens), steps, strict=True):
-        seconds += (after - before) / step["tokens_per_second"]
+        seconds += (after - before) / max(step["tokens_per_second"], _SLOWEST)
     return seconds
 
 
@@ -131,7 +133,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         cells = [row[0].ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):
             cells.append(cell.rjust(width))
-        print("  ".join(cells))
+        print(printable("  ".join(cells)))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.checkpoint.load import read_model
+from dist_lm.checkpoint.state import read_state
 from dist_lm.cli import resolve
 from dist_lm.config import Config, batch_layout, flat
 from dist_lm.console import count
 from dist_lm.data.dataset import Dataset, open_dataset, validation_folders
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError, UserError
 from dist_lm.model.gpt import GPT
@@ -55,7 +56,7 @@ def score_set(
     data = open_dataset(config, runtime.on_main, training=False)
     if data.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
-            f"data.input={config.data.input} was prepared with another tokenizer than {folder}'s"
+            f"data.input={config.data.title} was prepared with another tokenizer than {folder}'s"
         )
     shards, part = what_to_score(data)
     length = config.data.seq_len
@@ -64,11 +65,11 @@ def score_set(
         longest = max(shards.sizes)
         raise DataError(
             f"data.seq_len={length} needs {length + 1} tokens in one shard, what is held out of"
-            f" data.input={config.data.input} has {longest}; nearest: {max(longest - 1, 1)}"
+            f" data.input={config.data.title} has {longest}; nearest: {max(longest - 1, 1)}"
         )
     figures = validate(runtime, model, shards, config, batch_layout(config, 1), tokenizer)
     return {
-        "input": config.data.input,
+        "input": config.data.title,
         "part": part,
         "decides": False,
         "seq_len": length,
@@ -90,11 +91,13 @@ def describe(folder: Path, of_set: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def inputs_of_run(folder: Path) -> dict[str, str]:
+def inputs_of_run(folder: Path) -> dict[str, str | tuple[str, ...]]:
     """The validation sets of a checkpoint's run by name, if it has several."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = read_state(folder)
     found = validation_folders(resolve((str(folder), flat(state["config"]))), folder.parent)
-    return found if len(found) > 1 else {}
+    if len(found) < 2:
+        return {}
+    return {name: tuple(folders) for name, folders in found.items()}
 
 
 def settings_for(folder: Path, context: int, settings: dict[str, Any], scratch: str) -> Config:
@@ -126,12 +129,11 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
     """The settings that a checkpoint was trained with, its data found where the run prepared it."""
     if not (folder / "state.json").is_file():
         return {"data.seq_len": context}
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    settings = flat(state["config"])
-    if settings["data.stride"] == settings["data.seq_len"]:
-        del settings["data.stride"]  # it followed, and goes on following a new seq_len
+    settings = flat(read_state(folder)["config"])
+    if settings.get("data.stride") == settings.get("data.seq_len"):
+        settings.pop("data.stride", None)  # it followed, and goes on following a new seq_len
     for name in OF_TRAINING:
-        del settings[f"data.{name}"]
+        settings.pop(f"data.{name}", None)
     prepared = folder.parent / "data"
     held_out_of_streams = sorted(path.parent for path in prepared.glob("val/*/dataset.json"))
     for place in (prepared, *held_out_of_streams):
@@ -141,7 +143,7 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
     return settings
 
 
-def what_to_score(data: Dataset) -> tuple[TokenShards, str]:
+def what_to_score(data: Dataset) -> tuple[TokenSequences, str]:
     """What is held out, or the whole text where nothing is."""
     held_out = data.val["val"]
     if sum(held_out.sizes) > 0:

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 from dist_lm.config import Config, total_steps
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import find_prepared, read_manifest
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.parts import open_shards
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import UserError
@@ -19,7 +20,7 @@ HUB_VOCABULARIES = {"gpt2": 50257}
 def vocabulary(config: Config) -> int:
     """Tokens of the tokenizer that the config names, without reading text."""
     name = config.data.tokenizer
-    for folder in (config.data.input, Path(config.run.dir, "data")):
+    for folder in [*prepared_folders(config.data.as_source()), f"{config.run.dir}/data"]:
         if find_prepared(folder):
             return int(read_manifest(folder)["tokenizer"]["vocab_size"])
     if name == "byte":
@@ -31,7 +32,7 @@ def vocabulary(config: Config) -> int:
     if name in HUB_VOCABULARIES:
         return HUB_VOCABULARIES[name]
     raise UserError(
-        f"data.tokenizer={name} and data.input={config.data.input} do not tell the size of the"
+        f"data.tokenizer={name} and data.input={config.data.title} do not tell the size of the"
         " vocabulary without reading text; rule: a prepared folder, or --vocab_size N"
     )
 
@@ -39,13 +40,14 @@ def vocabulary(config: Config) -> int:
 def steps_of(config: Config) -> int:
     """Updates of the whole run, without reading text."""
     sequences = None
-    if not config.run.steps and find_prepared(config.data.input):
-        shards = TokenShards(config.data.input, "train")
+    folders = prepared_folders(config.data.as_source())
+    if not config.run.steps and folders:
+        shards = open_shards(folders, "train", config.data)
         sequences = sum(shards.counts(config.data.seq_len, config.data.stride or 1))
     steps = total_steps(config, sequences)
     if steps is None:
         raise UserError(
-            f"run.epochs={config.run.epochs} of data.input={config.data.input} is of unknown"
+            f"run.epochs={config.run.epochs} of data.input={config.data.title} is of unknown"
             " length; rule: a prepared folder, or run.steps"
         )
     return steps

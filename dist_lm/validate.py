@@ -8,7 +8,7 @@ from torch import nn
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError
@@ -21,7 +21,7 @@ _LARGEST_EXPONENT = 700.0  # exp() of more overflows
 def validate(
     runtime: Runtime,
     model: nn.Module,
-    shards: TokenShards,
+    shards: TokenSequences,
     config: Config,
     layout: BatchLayout,
     tokenizer: Tokenizer,
@@ -47,17 +47,19 @@ def validate(
                 runtime.refusal = batch.failure
             for micro in batch.micros:
                 loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
-                targets = micro.targets_BT[micro.targets_BT != NO_TARGET]
+                # Sums over a mask: choosing the targets would need their number on the host.
+                is_target = micro.targets_BT != NO_TARGET
+                bytes_BT = token_bytes[micro.targets_BT * is_target]
                 sums[0] += loss
-                sums[1] += targets.numel()
-                sums[2] += token_bytes[targets].sum()
+                sums[1] += is_target.sum()
+                sums[2] += (bytes_BT * is_target).sum()
     batches.close()
     sums[3] += runtime.refusal is not None
     loss_sum, targets_sum, bytes_sum, are_refusing = runtime.sum(sums).tolist()
     runtime.refuse_together(are_refusing)
     if not bytes_sum:
         raise DataError(
-            f"the validation set in {shards.folder}: none of the {targets_sum:.0f} tokens of an"
+            f"the validation set in {shards.title}: none of the {targets_sum:.0f} tokens of an"
             " evaluation stands for text; rule: text that the tokenizer knows; nearest: another"
             " data.validation"
         )

@@ -104,13 +104,44 @@ forward() {
     forwarded=1
 }
 
-run_command() { # runs the command to its end and returns its exit code
-    local had_ranks='' alone=0
+# FILE: passes standard input on to standard error, but puts into FILE what the launcher says about the end of its ranks:
+# its log lines, and its traceback with all that follows. torchrun and accelerate print these after any exit code but 0,
+# also after a run that was told to stop and has saved.
+hold_launcher() {
+    trap '' TERM USR1 INT PIPE # ends with its input, so that nothing gets lost
+    local line block='' rest=''
+    while IFS= read -r line || [[ -n $line ]]; do
+        if [[ -n $rest ]]; then
+            printf '%s\n' "$line" >>"$1"
+        elif [[ $line == 'Traceback (most recent call last):' ]]; then
+            [[ -z $block ]] || printf '%s\n' "$block" >&2
+            block=$line
+        elif [[ -n $block ]]; then # whose traceback is it?
+            block+=$'\n'$line
+            case $line in
+                *torch/distributed/run.py* | *accelerate/commands/*) printf '%s\n' "$block" >>"$1" && block='' rest=1 ;;
+                '  File "<frozen runpy>"'* | '    '*) ;;
+                *) printf '%s\n' "$block" >&2 && block='' ;;
+            esac
+        elif [[ $line =~ ^[IWE][0-9]{4}\ .*torch/distributed/ && $nnodes != *:* ]]; then
+            printf '%s\n' "$line" >>"$1"
+        else
+            printf '%s\n' "$line" >&2
+        fi
+    done
+    [[ -z $block ]] || printf '%s\n' "$block" >&2
+}
+
+run_command() { # FILE: runs the command to its end, with hold_launcher FILE, and returns its exit code
+    local had_ranks='' alone=0 code errors holder
+    exec {errors}> >(hold_launcher "$1")
+    holder=$!
     set -m # gives the command its own process group, so that a terminal's Ctrl-C reaches it once, through us
     # shellcheck disable=SC2154
-    "${command[@]}" </dev/null &
+    "${command[@]}" </dev/null 2>&"$errors" {errors}>&- &
     launcher=$! forwarded=''
     set +m
+    exec {errors}>&-
     for name in TERM USR1 INT; do
         # shellcheck disable=SC2064
         trap "forward $name" "$name"
@@ -127,6 +158,12 @@ run_command() { # runs the command to its end and returns its exit code
     done
     trap - TERM USR1 INT
     wait "$launcher"
+    code=$?
+    for ((tenths = 0; tenths < 20; tenths++)); do # a rank that is left behind may keep it
+        kill -0 "$holder" 2>/dev/null || break
+        sleep 0.1
+    done
+    return "$code"
 }
 
 for ((start = 0; ; start++)); do
@@ -139,12 +176,20 @@ for ((start = 0; ; start++)); do
         refuse "--port $port: port $master_port is in use on this host; choose another"
     fi
     make_command
-    (echo "+ ${command[*]}")
-    [[ -z $dry_run ]] || exit 0
-    run_command
+    if [[ -n $dry_run ]]; then
+        (echo "+ ${command[*]}")
+        exit 0
+    fi
+    (echo "+ ${command[*]}" >&2)
+    held=$(mktemp) || exit
+    run_command "$held"
     code=$?
-    "$PYTHON" -m dist_lm.outcome after "$DIST_LM_ATTEMPT" "$code" "${train[@]}"
+    ending=$("$PYTHON" -m dist_lm.outcome after "$DIST_LM_ATTEMPT" "$code" "${train[@]}" 2>&1)
     code=$?
+    # Only of a run that is done (0) or was preempted (75) the launcher's words are of no use.
+    [[ $code == 0 || $code == 75 ]] || (cat "$held" >&2)
+    rm -f "$held"
+    (echo "$ending" >&2)
     [[ $code == 70 && $start -lt $restarts ]] || exit "$code"
     say "restart $((start + 1)) of at most $restarts"
 done

@@ -42,7 +42,8 @@ def test_fields() -> None:
     model.norm_placement model.activation model.bias model.qk_norm model.dropout
     model.tie_embeddings model.init model.norm_eps model.rope_theta
     data.input data.sources data.stages data.validation data.stream data.lanes data.packing
-    data.bad_rows data.cache_gb data.text_column data.separator data.tokenizer data.val_fraction
+    data.bad_rows data.cache_gb data.text_column data.separator data.template
+    data.filter data.tokenizer data.val_fraction
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip
@@ -53,6 +54,24 @@ def test_fields() -> None:
     run.trackers run.sample_prompt
     """
     assert set(expected.split()) == set(FIELDS)
+
+
+def test_several_inputs_are_one_source(tmp_path: Path) -> None:
+    """On the command line and in YAML; one in a list is that one, as before."""
+    config = settings("--data.input", "b", "a/*.txt", "--run.steps", "3")
+    assert config.data.input == config.data.as_source().inputs == ("b", "a/*.txt")
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert settings("--config", str(tmp_path / "run.yaml")) == config
+    assert settings("--data.input", "b").data.input == "b"
+    (tmp_path / "one.yaml").write_text(
+        "data: {sources: {a: {input: [x]}, b: {input: [y, z]}}, seq_len: 8}"
+    )
+    sources = settings("--config", str(tmp_path / "one.yaml")).data.sources
+    assert [source.input for source in sources.values()] == ["x", ("y", "z")]
+    with pytest.raises(UserError, match="data.input"):
+        resolve(("file", {"data.input": []}))
+    with pytest.raises(UserError, match="--data.seq_len takes one value, not '1 2'"):
+        settings("--data.seq_len", "1", "2")
 
 
 def test_every_field_is_read_by_code() -> None:
@@ -329,7 +348,7 @@ def test_help_shows_every_field_once_with_the_given_yaml(
         "  --optim.betas FLOAT FLOAT (0.9 0.95)\n",
         "  --run.epochs INT (unset)\n",
         "  --run.trackers TEXT ... (tensorboard)\n",
-        "  --run.sample_prompt TEXT ('\\n')\n",
+        "  --run.sample_prompt TEXT (unset)\n",
         "      Let FIELD differ from what the run was started with (repeatable).\n",
     ):
         assert text.count(shown) == 1, shown

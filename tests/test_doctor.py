@@ -293,6 +293,17 @@ def test_what_train_refuses_doctor_refuses_with_its_words(tmp_path: Path) -> Non
         assert f"fail  data        rank 0 ({socket.gethostname()}): {rule}\n" in page
 
 
+def test_an_edited_text_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text\n" * 500)
+    data = DataConfig(input=str(tmp_path / "text.txt"), tokenizer="byte", seq_len=16)
+    prepare_dataset(data, tmp_path / "run/data", 1, say=lambda text: None)
+    config = Config(data=data, run=RunConfig(dir=str(tmp_path / "run")))
+    assert not look_at_data(config)[2]
+    (tmp_path / "text.txt").write_text("some other text\n" * 500)
+    text, _, is_warning = look_at_data(config)
+    assert is_warning and f"; warning: {tmp_path}/text.txt is not as it was when " in text
+
+
 def test_text_at_a_url_is_listed_and_not_read(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/doctor/text.txt", b"some text")
     config = Config(data=DataConfig(input="memory://doctor"), run=RunConfig(dir=str(tmp_path)))

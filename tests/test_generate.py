@@ -24,7 +24,7 @@ from dist_lm.generate import GENERATE
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from tests.conftest import write_step
+from tests.conftest import state_of, write_step
 from tests.procs import PIPE, ROOT, Process, clean_env
 
 LLAMA = ModelConfig(layers=2, heads=4, kv_heads=2, width=32)
@@ -50,7 +50,7 @@ def write_random(
         parameter.data *= 8 if parameter.dim() == 2 else 1
     texts = {
         "config.json": families.config_json(spec, tokenizer.eot),
-        "state.json": {"step": step},
+        "state.json": state_of(step),
         "generation_config.json": families.generation_config_json(tokenizer.eot),
     }
     return write_step(run, step, gpt, texts, tokenizer)

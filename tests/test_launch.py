@@ -95,6 +95,65 @@ def test_refusals_before_anything_starts(arguments: str, answer: str, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_the_launchers_words_are_held_and_no_others(tmp_path: Path) -> None:
+    of_a_rank = """Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "<frozen runpy>", line 88, in _run_code
+  File "/x/dist_lm/train.py", line 41, in <module>
+    run_entry(main)
+ValueError: of a rank"""
+    of_torchrun = """W1127 17:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:900] Sending
+Traceback (most recent call last):
+  File "<frozen runpy>", line 198, in _run_module_as_main
+  File "<frozen runpy>", line 88, in _run_code
+  File "/x/torch/distributed/run.py", line 900, in <module>
+    main()
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+ <no hostname> exitcode  : 75 (pid: 1)"""
+    common = (ROOT / "launch/common.sh").read_text()
+    function = common[common.index("hold_launcher() {") : common.index("run_command() {")]
+    done = subprocess.run(
+        ["bash", "-c", f"nnodes=1\n{function}hold_launcher held"],
+        input=f"warning: x\n{of_a_rank}\nlater\n{of_torchrun}",
+        text=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    assert done.stderr == f"warning: x\n{of_a_rank}\nlater\n"
+    assert (tmp_path / "held").read_text() == f"{of_torchrun}\n"
+
+
+def slurm_script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in clean_env(**env).items() if not name.startswith("SLURM_")}
+    command = ["bash", f"slurm/{name}.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=own | env, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "generate"])
+def test_a_slurm_script_outside_of_a_job_says_how_to_submit_it(name: str) -> None:
+    done = slurm_script(name, "--config", "configs/debug.yaml")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        f"slurm/{name}.sh: error: this is no job; submit it with sbatch: sbatch "
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_srun_line_of_a_pretended_allocation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--config", "configs/debug.yaml", "--run.dir", str(run), "--dry-run")
+    done = slurm_script("train", *words, PYTHON=sys.executable)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --overcommit ")
+    assert done.stdout.endswith(
+        f" --open-mode=append slurm/rank.sh {sys.executable} dist_lm/train.py"
+        f" --config configs/debug.yaml --run.dir {run} --launch ddp\n"
+    )
+    done = slurm_script("train", *words, PYTHON=sys.executable, SLURM_JOB_NUM_NODES="3")
+    assert done.stdout.startswith("srun --nodes=3 --ntasks=24 ")
+    assert not run.exists()
+
+
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -140,6 +199,11 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
         assert (
             int(step_folders(run)[-1].name[5:]) == losses(run)[-1]["step"] == outcome(run)["step"]
         )
+        # The launcher's traceback comes after a failure, and not after a stop that has saved.
+        assert ("ChildFailedError" in said()) == (script == "torchrun")
+        ending = said()[said().rindex("stopping at the next step") :]
+        assert "Traceback" not in ending and "torch/distributed" not in ending, ending
+        assert "is saved; stopped: SIG" in ending
         # Each signal is answered once.
         assert said().count(": stopping at the next step") - said().count("SIGTERM: stopping") == 1
         assert running(run) == []

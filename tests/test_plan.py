@@ -17,16 +17,17 @@ from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
 from dist_lm.outcome import TRAIN
 from dist_lm.plan import PlanFlags, main
-from dist_lm.planning.activations import MemoryCounter, live_bytes, run_fake
+from dist_lm.planning.activations import LiveBytes, MemoryCounter, live_bytes, run_fake
 from dist_lm.planning.cluster import GPUS, Cluster, GpuKind
 from dist_lm.planning.estimate import (
     estimate,
     largest_micro_batch,
+    recommend,
     strategies,
     with_changes,
 )
-from dist_lm.planning.memory import memory
-from dist_lm.planning.page import describe
+from dist_lm.planning.memory import Step, ZeroBackward, memory
+from dist_lm.planning.page import describe, describe_time
 from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 from tests.conftest import TINY
@@ -93,6 +94,50 @@ def test_activations_of_gpt2_124m_by_hand() -> None:
     weights = 2 * (12 * D * D)  # bf16 copies
     kept = 12 * (block + weights)
     assert live.activations == pytest.approx(kept, rel=0.05)
+
+
+def rows(**largest: int) -> dict[str, dict[str, object]]:
+    """What each strategy takes: one GB too much unless the micro-batch of 4 fits."""
+    return {
+        name.replace("_", "-"): {
+            "needed": 1e9 if size >= 4 else 9e9,
+            "fits": size >= 4,
+            "largest_micro_batch": size,
+        }
+        for name, size in largest.items()
+    }
+
+
+def test_which_strategy_to_take_and_at_which_micro_batch() -> None:
+    everything = rows(ddp=8, zero1=8, zero2=8, zero2_offload=8, zero3=8)
+    assert recommend(everything, 4, 2e9) == {
+        "launch": "ddp",
+        "micro_batch": 4,
+        "why": "the first that fits: 1 GB of 2 GB",
+    }
+    whole_before_offloaded = rows(ddp=0, zero1=2, zero2=0, zero2_offload=8, zero3=4)
+    taken = recommend(whole_before_offloaded, 4, 2e9)
+    assert (taken["launch"], taken["micro_batch"]) == ("zero3", 4)
+    assert taken["why"].endswith("; ddp, zero1, zero2 would not")
+    smaller = recommend(rows(ddp=0, zero1=2, zero2=3), 4, 2e9)
+    assert (smaller["launch"], smaller["micro_batch"]) == ("zero1", 2)
+    assert recommend({**rows(ddp=0), "zero1": {"refused": "x"}}, 4, 2e9)["launch"] is None
+
+
+def test_the_page_says_what_to_take_and_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    main([*TINY, "--data.tokenizer", "byte", "--gpus-per-node", "1", "--gpu", "h100"])
+    page = capsys.readouterr().out
+    assert "1 x h100, 1 node of 1;" in page and ", 1 backward pass a step\n" in page
+    assert "\ntake single at micro-batch 8: the first that fits: " in page
+    assert " 0 seconds, " in page and "days" not in page
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(50, "50 seconds"), (120, "2.0 minutes"), (7200, "2.0 hours"), (180000, "2.1 days")],
+)
+def test_times_are_in_the_unit_that_people_use(seconds: float, text: str) -> None:
+    assert describe_time(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -206,6 +251,20 @@ def test_strategies_divide_what_they_say() -> None:
     assert found["zero3-nvme"].disk > 0 and found["zero3-offload"].disk == 0
     assert [m.disk + m.host for m in found.values()][:3] == [0, 0, 0]
     assert "single" in strategies(1) and "ddp" not in strategies(1)
+
+
+def test_zero3_keeps_three_blocks_gathered_on_gpus_alone() -> None:
+    """And ZeRO-1 and 2 have two buckets there, because one fills while the other is summed."""
+    config, vocab = recipe("llama-1b"), 32000
+    whole = 4 * 1_100_048_384
+    blocks = 22 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 5632 + 2 * 2048)
+    gathered = whole - 4 * blocks + 4 * 3 * blocks / 22
+    zero3 = strategies(8)["zero3"]
+    assert memory(config, zero3, 8, vocab, True).weights == pytest.approx(whole / 8 + gathered)
+    assert memory(config, zero3, 8, vocab, False).weights == pytest.approx(whole / 8 + 4 * 10**9)
+    step = Step(LiveBytes(0, 0, 0, 0), 4e9, 8e9, 0, 8, False, True, 0)
+    fixed = {stage: ZeroBackward(step, Strategy(stage=stage)).fixed for stage in (1, 2, 3)}
+    assert fixed == {1: 4e8, 2: 4e8, 3: 2e8}
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:

@@ -1,6 +1,7 @@
 """report.py: the table, the picture, and errors in one line."""
 
 import json
+import os
 from unittest.mock import Mock
 
 import pytest
@@ -135,3 +136,67 @@ def test_errors(runs, argv, message, code):
     with pytest.raises(UserError) as refusal:
         main(argv)
     assert (str(refusal.value), refusal.value.code) == (message, code)
+
+
+BROKEN = [
+    '{"loss": 1.0, "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": "4", "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 4, "loss": "x", "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 4, "loss": [1], "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 4, "loss": 1.0, "tokens": -1, "tokens_per_second": 1.0}',
+    '{"step": 4, "loss": 1.0, "tokens": 1, "tokens_per_second": "nan"}',
+    '{"step": 4, "loss": 1.0, "tokens": 1, "tokens_per_second": -1}',
+    '{"step": 4, "loss": 1e300, "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 4, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0, "data_wait": "x"}',
+    '{"step": -4, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 1e400, "loss": 1.0, "tokens": 1, "tokens_per_second": 1.0}',
+    '{"step": 4, "val_loss": 1.0, "val_bits_per_byte": 1.0}',
+    '{"step": 4, "val_set": [1], "val_loss": 1.0, "val_bits_per_byte": 1.0}',
+    '{"step": 4, "val_set": "val", "val_loss": null, "val_bits_per_byte": 1.0}',
+    '{"step": 4, "val_set": "val", "val_loss": 1.0, "val_bits_per_byte": "\\ud800"}',
+    '{"loss": ' + "[" * 30_000,
+    '{"step": ' + "9" * 5_000 + "}",
+    '{"step": 4, "lo',
+    "[1]",
+    "null",
+    "\0\0\0",
+]
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)))
+def test_a_broken_line_is_passed_over_and_counted(runs, capsys, number):
+    with open(runs / "fast/metrics.jsonl", "a") as file:
+        file.write(BROKEN[number] + "\n")
+    main(["slow", "fast", "--output", "both.png"])
+    said = capsys.readouterr()
+    assert said.err == "warning: fast/metrics.jsonl: 1 lines are broken and were passed over\n"
+    assert "fast      3      3k       200  0:15      50.0%  1.0000" in said.out
+
+
+def test_a_line_without_an_end_takes_little_memory(runs, capsys):
+    with open(runs / "fast/metrics.jsonl", "a") as file:
+        file.write("x" * 200_000)
+    main(["fast"])
+    assert "4 lines are broken" in capsys.readouterr().err
+
+
+def test_strange_figures_are_drawn(runs, capsys):
+    lines = [
+        {"step": 4, "loss": "nan", "tokens": 10, "tokens_per_second": 0.0},
+        {"step": 2**48, "loss": "inf", "tokens": 9, "tokens_per_second": 1e-300},
+        {"step": 2**48, "val_set": "\x1b[2J$\\frac", "val_loss": "inf", "val_bits_per_byte": 1e100},
+        {"step": 5, "loss": 1e99, "tokens": 2**48, "tokens_per_second": 1e300},
+    ]
+    with open(runs / "fast/metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    main(["fast"])
+    said = capsys.readouterr()
+    assert said.err == "" and "\x1b" not in said.out
+
+
+def test_a_pipe_is_no_history(runs):
+    (runs / "fast/metrics.jsonl").unlink()
+    os.mkfifo(runs / "fast/metrics.jsonl")
+    with pytest.raises(UserError, match="not a regular file") as refusal:
+        main(["fast"])
+    assert refusal.value.code == 66

@@ -29,7 +29,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.score import main
 from dist_lm.validate import validate
-from tests.conftest import TINY, text_of, write_step
+from tests.conftest import TINY, state_of, text_of, write_step
 from tests.procs import entry, train
 
 ONE_PROCESS = SimpleNamespace(
@@ -74,7 +74,7 @@ def write_run(folder: Path, prepared: Path, **of_data: Any) -> Path:
         "config.json": families.config_json(
             ModelSpec(config.model, tokenizer.vocab_size, data.seq_len), tokenizer.eot
         ),
-        "state.json": {"step": 3, "config": config.model_dump(mode="json")},
+        "state.json": state_of(3, config=config.model_dump(mode="json")),
     }
     write_step(folder, 3, model, texts, tokenizer)
     return folder

@@ -1,5 +1,6 @@
 """show.py: what it prints is what the loader read, and nothing else is guessed."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import UserError
 from dist_lm.show import main
+from tests.conftest import state_of
 from tests.procs import ROOT, clean_env
 
 BATCH, LENGTH, SEED = 6, 40, 7
@@ -172,14 +174,14 @@ def test_errors(run, argv, message, code, monkeypatch):
 def test_data_that_is_gone_or_other(run, prepared):
     step = run / "step-00000005"
     step.mkdir()
-    (step / "state.json").write_text('{"data": "other"}')
+    (step / "state.json").write_text(json.dumps(state_of(5, data="other")))
     with pytest.raises(
         UserError, match=f"^{prepared}: its hashes are not those that {step} trained on$"
     ) as refusal:
         main([str(run), "--step", "1"])
     assert refusal.value.code == 65
     (step / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json: cannot be read \(JSONDecodeError\)$"):
+    with pytest.raises(UserError, match=r"state\.json: not valid JSON"):
         main([str(run), "--step", "1"])
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace(f"input: {prepared}", "input: gone.txt")

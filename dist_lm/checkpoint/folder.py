@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,15 +42,18 @@ def step_folders(run_dir: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(
+    run_dir: Path, check: Callable[[Path], Any] | None = None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over.
 
-    Refuses if there are only bad ones.
+    `check` refuses what is not fit for the caller's use; without one, files must match their
+    hashes. Refuses if there are only bad ones.
     """
     passed_over: list[str] = []
     for folder in reversed(step_folders(run_dir)):
         try:
-            verify(folder)
+            (check or verify)(folder)
             return folder, passed_over
         except UserError as error:
             passed_over.append(str(error))
@@ -122,14 +124,14 @@ def verify(folder: Path) -> dict[str, Any]:
     files = manifest["files"]
     step = manifest["step"]
     if _STEP_NAME.fullmatch(folder.name) and step != step_of(folder):
-        raise _damaged(folder / "manifest.json", f"belongs to step {step}")
+        raise damaged(folder / "manifest.json", f"belongs to step {step}")
     try:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
     extra = present - set(files) - {"manifest.json"}
     if extra:
-        raise _damaged(folder / min(extra), "is not in the manifest")
+        raise damaged(folder / min(extra), "is not in the manifest")
     for name, facts in files.items():
         _check_file(folder / name, facts["size"], facts["sha256"])
     return manifest
@@ -143,18 +145,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, _LARGEST_MANIFEST)
     if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
-        raise _damaged(path, f"is not of format {FORMAT}")
+        raise damaged(path, f"is not of format {FORMAT}")
     if not _is_count(manifest.get("step")):
-        raise _damaged(path, "its step is not a number >= 0")
+        raise damaged(path, "its step is not a number >= 0")
     for name, facts in manifest["files"].items():
         if not FILE_NAME.fullmatch(name):
-            raise _damaged(path, f"{_printable(name)} is not a file name")
+            raise damaged(path, f"{_printable(name)} is not a file name")
         if not isinstance(facts, dict) or facts.keys() != {"size", "sha256"}:
-            raise _damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
+            raise damaged(path, f"{_printable(name)} must have a size and a sha256, nothing else")
         if not _is_count(facts["size"]):
-            raise _damaged(path, f"the size of {_printable(name)} is not a number >= 0")
+            raise damaged(path, f"the size of {_printable(name)} is not a number >= 0")
         if not isinstance(facts["sha256"], str) or not SHA256.fullmatch(facts["sha256"]):
-            raise _damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
+            raise damaged(path, f"the sha256 of {_printable(name)} is not 64 hexadecimal digits")
     return manifest
 
 
@@ -165,26 +167,24 @@ def _is_count(value: Any) -> bool:
 def _check_file(path: Path, size: int, sha256: str) -> None:
     """Refuse a file that is not as the manifest describes it."""
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise _damaged(path, "is missing or not a regular file")
         with open_regular(path) as file:
             actual_size = os.fstat(file.fileno()).st_size
             if actual_size != size:
-                raise _damaged(path, f"has {actual_size} bytes, the manifest says {size}")
+                raise damaged(path, f"has {actual_size} bytes, the manifest says {size}")
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise _damaged(path, "does not match its hash in the manifest")
+                raise damaged(path, "does not match its hash in the manifest")
     except FileNotFoundError as error:
-        raise _damaged(path, "is missing or not a regular file") from error
+        raise damaged(path, "is missing") from error
     except OSError as error:
-        raise _damaged(path, f"cannot be read ({error.strerror})") from error
+        raise damaged(path, f"cannot be read ({error.strerror})") from error
 
 
 def read_json(path: Path, largest: int = outside.LARGEST) -> dict[str, Any]:
     """A JSON object of a checkpoint."""
-    return outside.read_json(path, partial(_damaged, path), largest)
+    return outside.read_json(path, partial(damaged, path), largest)
 
 
-def _damaged(path: Path, why: str) -> UserError:
+def damaged(path: Path, why: str) -> UserError:
     return CheckpointError(f"{path.parent.name or '.'}/{_printable(path.name)}: {why}")
 
 

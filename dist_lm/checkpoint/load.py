@@ -64,8 +64,9 @@ def read_model(name: str, average: bool = False) -> tuple[GPT, Tokenizer, Path]:
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model"
             f" {spec.vocab_size}; rule: no more",
         )
+    weights = read_weights(folder, spec, average)  # first: it refuses sizes that no file has
     model = GPT(spec)
-    model.load_state_dict(read_weights(folder, spec, average), assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), tokenizer, folder
 
 

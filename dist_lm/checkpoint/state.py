@@ -6,14 +6,17 @@ the data's identity.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
 from dist_lm import __version__
-from dist_lm.checkpoint.folder import read_json
+from dist_lm.checkpoint.folder import damaged, read_json, verify
 from dist_lm.config import Config
+from dist_lm.outside import CheckedModel, Count, Text, check
 from dist_lm.revision import git_commit
 
 
@@ -67,6 +70,69 @@ def compose_state(
     }
 
 
+# --- reading it back
+
+
+class Cursor(CheckedModel):
+    """Where a lane stands, as lane.py means it."""
+
+    passed: Count = Field(alias="pass")
+    block: Count
+    part: Count
+    row: Count
+    document: Count
+    offset: Count
+    skipped: dict[str, Count] = Field({})
+    left_out: dict[str, Count] = Field({})
+
+
+class StreamFacts(CheckedModel):
+    """Where a source of raw text stands, as stream.py means it."""
+
+    passed: Count = Field(alias="pass")
+    turn: Count
+    done: list[Count]
+    lanes: dict[str, Cursor]
+
+
+class StreamsFacts(CheckedModel):
+    """Where all sources stand, as mix.py means it."""
+
+    streams: dict[str, StreamFacts]
+    ended: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    end: Count | None
+
+
+class StateFacts(CheckedModel):
+    """What the other parts of a state.json are."""
+
+    step: Count
+    tokens: Count
+    skipped_updates: Count
+    val_loss: Annotated[float, Field(allow_inf_nan=True)] | None
+    streams: dict[str, Any] = Field({})
+    strategy: Text
+    world_size: Count
+    scaler: dict[str, float]
+    config: dict[str, dict[str, Any]]
+    data: Text
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The facts of a step. Damaged ones are refused with a UserError."""
-    return read_json(folder / "state.json")
+    path = folder / "state.json"
+    facts = read_json(path)
+    refuse = partial(damaged, path)
+    check(facts, StateFacts, refuse)
+    if facts.get("streams"):  # prepared shards have none
+        check(facts["streams"], StreamsFacts, refuse)
+    return facts
+
+
+def verify_state(folder: Path) -> dict[str, Any]:
+    """The facts of a checkpoint from which a run can go on: all its files are right."""
+    manifest = verify(folder)
+    facts = read_state(folder)
+    if facts["step"] != manifest["step"]:
+        raise damaged(folder / "state.json", f"is of step {facts['step']}")
+    return facts

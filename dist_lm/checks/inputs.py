@@ -11,6 +11,7 @@ from dist_lm.checks.ranks import Found, Ranks, few
 from dist_lm.config import Config
 from dist_lm.console import count, gigabytes
 from dist_lm.data.dataset import look_at_inputs
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.remote import is_remote
 from dist_lm.data.text.files import TextFile
@@ -29,7 +30,7 @@ def data(ranks: Ranks) -> Found:
             others.append(name)
     if others:
         raise UserError(
-            f"data.input={ranks.config.data.input}: {few(others, ', ')}"
+            f"data.input={ranks.config.data.title}: {few(others, ', ')}"
             " see(s) other content than rank 0"
         )
     return text, is_warning
@@ -41,17 +42,22 @@ def look_at_data(config: Config) -> tuple[str, str, bool]:
     What train would refuse, this refuses with the same words. What is at a URL is listed and not
     read, which is a warning.
     """
-    prepared, files = look_at_inputs(config)
-    lines = [look_at_shards(folder) for folder in prepared.values()]
-    contents = [content_of(folder) for folder in prepared.values()]
+    said: list[str] = []
+    prepared, files = look_at_inputs(config, said.append)
+    folders = [folder for parts in prepared.values() for folder in parts]
+    lines = [look_at_shards(folder) for folder in folders]
+    contents = [content_of(folder) for folder in folders]
     local = [file.path for file in files if file.path and not is_remote(file.path)]
     read_a_byte(local)
     if files:
         lines.append(describe_text(files))
         contents.append(json.dumps([[file.name, file.size] for file in files]).encode())
-    is_read = len(local) == len(files) and not any(map(is_remote, prepared.values()))
+    is_read = len(local) == len(files) and not any(map(is_remote, folders))
     text = "; ".join(lines) + ("" if is_read else "; listed, not read")
-    return text, hashlib.sha256(b"".join(contents)).hexdigest(), not is_read
+    warnings = [line for line in said if line.startswith("warning: ")]
+    text = "; ".join([text, *warnings])
+    is_warning = bool(warnings) or not is_read
+    return text, hashlib.sha256(b"".join(contents)).hexdigest(), is_warning
 
 
 def look_at_shards(folder: str) -> str:
@@ -90,9 +96,11 @@ def read_a_byte(paths: Iterable[str | Path]) -> None:
 
 def prepared_folder(config: Config) -> Path | None:
     """The first prepared folder of the run on this machine, whose tokenizer is that of all."""
-    inputs = [source.input for source in config.data.named_sources().values()]
-    for folder in (*inputs, Path(config.run.dir, "data")):
-        if not is_remote(str(folder)) and find_prepared(folder):
+    folders: list[str] = []
+    for source in config.data.named_sources().values():
+        folders += prepared_folders(source)
+    for folder in (*folders, str(Path(config.run.dir, "data"))):
+        if not is_remote(folder) and find_prepared(folder):
             return Path(folder)
     return None
 
@@ -136,7 +144,7 @@ def compare_checkpoints(config: Config, current: Tokenizer) -> str:
         if trained_with not in (None, current.sha256):
             raise UserError(
                 f"{folder} was trained with another tokenizer"
-                f" than data.input={config.data.input} has"
+                f" than data.input={config.data.title} has"
             )
         if trained_with:
             text += f", as {folder}"

@@ -2,7 +2,7 @@
 
 from dist_lm.config import Config
 from dist_lm.data.dataset import tokenizer_of
-from dist_lm.data.prepared.manifest import find_prepared
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import is_trained_spec, train_tokenizer
 from dist_lm.errors import UserError
@@ -19,11 +19,10 @@ def refuse_other_tokenizers(config: Config) -> None:
     data = config.data
     has_raw = False
     for name, source in (data.named_sources() | data.validation).items():
-        if find_prepared(source.input):
-            tokenizer = tokenizer_of(source.input)
-            refuse_tokenizer(model, tokenizer, f"{data.field_of(name)}={source.input}")
-        else:
-            has_raw = True
+        folders = prepared_folders(source, data.field_of(name))
+        has_raw |= not folders
+        for folder in folders:
+            refuse_tokenizer(model, tokenizer_of(folder), f"{data.field_of(name)}={folder}")
     if not has_raw:
         return
     if is_trained_spec(data.tokenizer) and data.tokenizer != "byte":

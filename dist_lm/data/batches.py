@@ -98,7 +98,7 @@ class Batches:
             threads = min(threads, 1)
         self._pool: ThreadPoolExecutor | None = None
         if threads:
-            self._pool = ThreadPoolExecutor(threads, "batches")
+            self._pool = ThreadPoolExecutor(threads, "batches", initializer=self._use_device)
         self._ahead: deque[Future[Batch]] = deque()
 
     def take(self) -> Batch:
@@ -178,6 +178,16 @@ class Batches:
 
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
+
+    def _use_device(self) -> None:
+        """Let a thread that reads ahead pin memory for this rank's GPU.
+
+        A thread begins with the first GPU, and would take memory there for a context of its own.
+        """
+        if self._device.type == "cuda" and self._device.index:
+            import torch  # slow, and preparing needs none of it
+
+            torch.cuda.set_device(self._device)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)

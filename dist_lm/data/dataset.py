@@ -22,11 +22,13 @@ from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
-from dist_lm.data.prepared.cache import ShardCache
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
 from dist_lm.data.prepared.manifest import find_prepared
+from dist_lm.data.prepared.parts import open_shards, parts_of
 from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
@@ -50,7 +52,7 @@ class Dataset:
     # The only source, where it is prepared shards: its length is known, and any step can be read
     # without those before it.
     alone: PreparedSource | None
-    val: dict[str, TokenShards]
+    val: dict[str, TokenSequences]
     tokenizer: Tokenizer
     identity: str  # equal exactly where the tokens of all sources are
 
@@ -65,12 +67,12 @@ class Dataset:
         return self.alone.sequences if self.alone else None
 
     @property
-    def train(self) -> TokenShards:
+    def train(self) -> TokenSequences:
         """The shards of the only source."""
         assert self.alone, "a stream or a mixture is not shards"
         return self.alone.shards
 
-    def shards(self) -> list[TokenShards]:
+    def shards(self) -> list[TokenSequences]:
         """All prepared shards that it reads."""
         found = [*self.val.values()]
         for source in self.sources.values():
@@ -132,12 +134,12 @@ def open_dataset(
 
         if not prepared:
             on_main(prepare)
-        return _open_prepared_folder(config, name, prepared.get(name, str(folder)), training)
+        return _open_prepared(config, name, prepared.get(name, [str(folder)]), training)
     streams = on_main(lambda: _Preparation(config, folder, prepared, say).run())
     return _open_sources(config, folder, prepared, streams)
 
 
-def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
+def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list[TextFile]]:
     """The prepared folders or URLs of a run, by name, and the files of its text. Writes nothing.
 
     Raises what open_dataset() would raise before it reads any text, so doctor calls this on every
@@ -147,25 +149,25 @@ def look_at_inputs(config: Config) -> tuple[dict[str, str], list[TextFile]]:
     folder = Path(config.run.dir) / "data"
     prepared = _prepared_inputs(data)
     if not _is_one_folder(data):
-        preparation = _Preparation(config, folder, prepared, say=_be_silent)
+        preparation = _Preparation(config, folder, prepared, say)
         files = preparation.look()
         if not files:
             _open_sources(config, folder, prepared, {})
         return prepared, files
     (name,) = data.named_sources()
     if name not in prepared:
-        work = Preparation(data, folder, name, say=_be_silent)
+        work = Preparation(data, folder, name, say)
         if not work.look():
             return {}, work.reader.files
-        prepared[name] = str(folder)
-    _open_prepared_folder(config, name, prepared[name], training=True)
+        prepared[name] = [str(folder)]
+    _open_prepared(config, name, prepared[name], training=True)
     return prepared, []
 
 
-def validation_folders(config: Config, run_dir: Path) -> dict[str, str]:
+def validation_folders(config: Config, run_dir: Path) -> dict[str, list[str]]:
     """Where a run that was started has its validation sets, by name; the first one decides.
 
-    They are prepared folders or URLs. The split `val` is that of the run.
+    Each is in prepared folders or URLs, of which the split `val` is the run's.
     """
     data = config.data
     folder = run_dir / "data"
@@ -173,24 +175,21 @@ def validation_folders(config: Config, run_dir: Path) -> dict[str, str]:
     specs = data.named_sources()
     if _is_one_folder(data):
         (name,) = specs
-        return {"val": prepared.get(name, str(folder))}
-    found = {name: prepared.get(name, str(folder / "val" / name)) for name in data.validation}
+        return {"val": prepared.get(name, [str(folder)])}
+    found = {name: prepared.get(name, [str(folder / "val" / name)]) for name in data.validation}
     for name in specs:
         kept = folder / ("val" if data.stream else "sources") / name
-        found["val" if len(specs) == 1 else name] = prepared.get(name, str(kept))
-    return {name: where for name, where in found.items() if find_prepared(where)}
+        found["val" if len(specs) == 1 else name] = prepared.get(name, [str(kept)])
+    return {name: folders for name, folders in found.items() if find_prepared(folders[0])}
 
 
-def _be_silent(text: str) -> None:
-    """What preparing would say is of no use to who only looks."""
-
-
-def _prepared_inputs(data: DataConfig) -> dict[str, str]:
-    """The inputs that are prepared folders or URLs, by name."""
+def _prepared_inputs(data: DataConfig) -> dict[str, list[str]]:
+    """The prepared folders or URLs of the sources that have such, by name."""
     prepared = {}
     for name, spec in (data.named_sources() | data.validation).items():
-        if find_prepared(spec.input):
-            prepared[name] = spec.input
+        folders = prepared_folders(spec, data.field_of(name))
+        if folders:
+            prepared[name] = folders
     return prepared
 
 
@@ -202,44 +201,45 @@ def _is_one_folder(data: DataConfig) -> bool:
 # --- opening, on all ranks
 
 
-def _open_prepared_folder(config: Config, name: str, where: str, training: bool) -> Dataset:
-    """The dataset whose only source and whose validation set are the splits of one folder."""
-    train = _open_alone(config, name, _open_shards(where, "train", config.data))
-    val = {"val": _open_shards(where, "val", config.data)}
-    return _checked(config, {name: train}, train, val, tokenizer_of(where), training)
+def _open_prepared(config: Config, name: str, folders: Sequence[str], training: bool) -> Dataset:
+    """The dataset whose only source and whose validation set are the splits of prepared folders."""
+    train = _open_alone(config, name, open_shards(folders, "train", config.data))
+    val = {"val": open_shards(folders, "val", config.data)}
+    return _checked(config, {name: train}, train, val, tokenizer_of(folders[0]), training)
 
 
 def _open_sources(
     config: Config,
     folder: Path,
-    prepared: Mapping[str, str],
+    prepared: Mapping[str, list[str]],
     streams: Mapping[str, dict[str, list[Any]]],
 ) -> Dataset:
     """The dataset of streams, of several sources, or with validation sets of its own."""
     data = config.data
     specs = data.named_sources()
-    tokenizer = tokenizer_of(next(iter(prepared.values()), str(folder)))
+    (first, *_) = next(iter(prepared.values()), [str(folder)])
+    tokenizer = tokenizer_of(first)
     excluded = _validation_hashes(config, folder)
     sources: dict[str, Source] = {}
     alone = None
     for name in specs:
-        where = prepared.get(name, str(folder / "sources" / name))
+        folders = prepared.get(name, [str(folder / "sources" / name)])
         if name in streams:
             sources[name] = _open_stream(config, name, streams[name], tokenizer, excluded)
         elif len(specs) == 1:
-            alone = _open_alone(config, name, _open_shards(where, "train", data))
+            alone = _open_alone(config, name, open_shards(folders, "train", data))
             sources[name] = alone
         else:
-            sources[name] = _open_in_mixture(config, name, _open_shards(where, "train", data))
+            sources[name] = _open_in_mixture(config, name, open_shards(folders, "train", data))
     val = {}
-    for name, where in validation_folders(config, folder.parent).items():
+    for name, folders in validation_folders(config, folder.parent).items():
         if config.run.eval_every or name in data.validation:
-            val[name] = _open_shards(where, "val", data)
+            val[name] = open_shards(folders, "val", data)
     with_sequences = {name: shards for name, shards in val.items() if shards.count(data)}
     return _checked(config, sources, alone, with_sequences, tokenizer)
 
 
-def _open_alone(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+def _open_alone(config: Config, name: str, shards: TokenSequences) -> PreparedSource:
     """Prepared shards that are the only source."""
     data = config.data
     source = PreparedSource(name, shards, data.seq_len, data.stride, seed=config.run.seed)
@@ -248,7 +248,7 @@ def _open_alone(config: Config, name: str, shards: TokenShards) -> PreparedSourc
     return replace(source, end=config.run.epochs * source.sequences)
 
 
-def _open_in_mixture(config: Config, name: str, shards: TokenShards) -> PreparedSource:
+def _open_in_mixture(config: Config, name: str, shards: TokenSequences) -> PreparedSource:
     """Prepared shards that are one of several sources, each with an order of its own."""
     data = config.data
     number = zlib.crc32(name.encode())
@@ -296,14 +296,6 @@ def _keep(
     return None if held_out(number, val_fraction) or number in excluded else texts
 
 
-def _open_shards(where: str, split: str, data: DataConfig) -> TokenShards:
-    """A prepared folder, or one at a URL through this machine's cache."""
-    if not is_remote(where):
-        return TokenShards(where, split)
-    cache = Path(os.environ.get("DIST_LM_CACHE") or Path.home() / ".cache" / "dist_lm")
-    return TokenShards(where, split, ShardCache(where, cache, round(data.cache_gb * 1e9)))
-
-
 def tokenizer_of(folder: str) -> Tokenizer:
     """The tokenizer of a prepared folder or URL, or of a run's data folder."""
     if not is_remote(folder):
@@ -328,7 +320,7 @@ def _checked(
     config: Config,
     sources: dict[str, Source],
     alone: PreparedSource | None,
-    val: dict[str, TokenShards],
+    val: dict[str, TokenSequences],
     tokenizer: Tokenizer,
     training: bool = True,
 ) -> Dataset:
@@ -339,7 +331,7 @@ def _checked(
     marks = [tokenizer.sha256]
     for name, source in sources.items():
         if training or not val_sequences:
-            source.refuse_too_short(f"{data.field_of(name)}={specs[name].input}")
+            source.refuse_too_short(f"{data.field_of(name)}={specs[name].title}")
         marks += source.identity(data.val_fraction)
         if len(sources) > 1:
             marks.append(f"{name} {specs[name].weight} {specs[name].at_end}")
@@ -355,7 +347,8 @@ def _checked(
     identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
     dataset = Dataset(sources, alone, val, tokenizer, identity)
     for shards in dataset.shards():
-        _refuse_other_tokenizer(shards, tokenizer)
+        for part in parts_of(shards):
+            _refuse_other_tokenizer(part, tokenizer)
     return dataset
 
 
@@ -370,13 +363,20 @@ def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
         )
 
 
-def _refuse_unknown_text(name: str, shards: TokenShards) -> None:
+def _refuse_unknown_text(name: str, shards: TokenSequences) -> None:
     """Refuse a validation set of which the tokenizer knows nothing but the ends of documents."""
-    split = shards.manifest["splits"]["val"]
-    if split["unknown"] and split["tokens"] <= split["unknown"] + split["documents"]:
+    tokens = 0
+    unknown = 0
+    ends = 0
+    for part in parts_of(shards):
+        split = part.manifest["splits"]["val"]
+        tokens += split["tokens"]
+        unknown += split["unknown"]
+        ends += split["documents"]
+    if unknown and tokens <= unknown + ends:
         raise DataError(
-            f"validation set {name} ({shards.folder}): the tokenizer knows nothing of its text, all"
-            f" {split['unknown']:,} tokens are unknown; rule: text in the alphabet of what is"
+            f"validation set {name} ({shards.title}): the tokenizer knows nothing of its text, all"
+            f" {unknown:,} tokens are unknown; rule: text in the alphabet of what is"
             " trained on; nearest: another data.validation, or data.tokenizer=byte"
         )
 
@@ -390,7 +390,7 @@ class _Preparation:
     Each step finds what an earlier start of the run has made, and leaves it as it is.
     """
 
-    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, str], say: Say):
+    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, list[str]], say: Say):
         self._config = config
         self._folder = folder  # where everything is put
         self._prepared = prepared  # inputs that are prepared folders, by name
@@ -469,7 +469,7 @@ class _Preparation:
         if not self._prepared:
             learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
             return tokenizer_of(str(self._folder))
-        first, *others = self._prepared.values()
+        first, *others = [folder for folders in self._prepared.values() for folder in folders]
         tokenizer = tokenizer_of(first)
         for other in others:
             if tokenizer_of(other).sha256 != tokenizer.sha256:
@@ -506,7 +506,7 @@ class _Preparation:
         lanes = self._config.data.lanes
         if parts < lanes:
             self._say(
-                f"{reader.spec.input} has {parts} parts, so {name} is read in as many lanes, not"
+                f"{reader.spec.title} has {parts} parts, so {name} is read in as many lanes, not"
                 f" data.lanes={lanes}"
             )
         names = [file.name for file in reader.files]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dist_lm.data.packing import DocumentSpan, PackedSequence
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class PreparedSequence(NamedTuple):
     """A sequence of prepared shards."""
 
     source: str
-    shards: TokenShards
+    shards: TokenSequences
     seq_len: int
     stride: int
     number: int
@@ -79,7 +79,7 @@ class PreparedSearch:
     """
 
     def __init__(
-        self, shards: TokenShards, seq_len: int, stride: int, text: str, tokenizer: Tokenizer
+        self, shards: TokenSequences, seq_len: int, stride: int, text: str, tokenizer: Tokenizer
     ):
         self._holding: set[int] = set()
         before = np.empty(0, np.int64)

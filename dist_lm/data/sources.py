@@ -17,7 +17,7 @@ import numpy as np
 
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.order import Ints, sequence_ids
-from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.provenance import PreparedSearch, PreparedSequence, Search, StreamSearch
 from dist_lm.data.rows import StepRows
 from dist_lm.data.stream import Stream
@@ -82,7 +82,7 @@ class PreparedSource:
     """
 
     name: str
-    shards: TokenShards
+    shards: TokenSequences
     seq_len: int
     stride: int
     seed: int  # of the order
@@ -90,7 +90,7 @@ class PreparedSource:
 
     @property
     def folder(self) -> str | None:
-        return str(self.shards.folder)
+        return self.shards.title
 
     @cached_property
     def sequences(self) -> int:
@@ -138,8 +138,7 @@ class PreparedSource:
         return [f"source {self.name}: prepared shards; weight {weight}"]
 
     def identity(self, val_fraction: float) -> list[str]:
-        splits = self.shards.manifest["splits"].values()
-        return [shard["sha256"] for split in splits for shard in split["shards"]]
+        return self.shards.hashes()
 
     def refuse_too_short(self, where: str) -> None:
         if self.sequences:

@@ -125,7 +125,7 @@ class Stream:
         # Where there is a document, it ends up in a sequence, if only after many passes. Without
         # any, passes would follow each other for ever.
         if self._is_empty:
-            source = self.spec.reader.spec.input
+            source = self.spec.reader.spec.title
             raise DataError(f"{source}: no document to train on; rule: at least one")
         self.passed += 1
         self._turn = 0

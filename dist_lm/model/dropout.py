@@ -38,10 +38,20 @@ def dropout(x_BTD: Tensor, keys_B: Tensor | None, rate: float) -> Tensor:
     # The sum is scaled, not the counter: torch.compile takes products of an arange for indices,
     # which it cuts to size.
     hashes_BW = mix((keys_B[:, None] + counter_W) * signed(GOLDEN))
-    levels = hashes_BW.view(torch.int16)  # four a word, from -LEVELS / 2
+    levels = levels_of(hashes_BW)
     keep_BTD = (levels[:, :size] >= dropped - LEVELS // 2).view(x_BTD.shape)
     scale = LEVELS / (LEVELS - dropped)
     return torch.where(keep_BTD, x_BTD * scale, 0)
+
+
+def levels_of(hashes_BW: Tensor) -> Tensor:
+    """The four numbers of 16 bits in each word, lowest first, from -LEVELS / 2 on."""
+    if not torch.compiler.is_compiling():
+        return hashes_BW.view(torch.int16)
+    # torch.compile would write all hashes to memory for such a view. Shifts become part of the
+    # kernel that drops.
+    shifts_4 = torch.arange(48, -1, -16, device=hashes_BW.device)
+    return ((hashes_BW[..., None] << shifts_4) >> 48).flatten(1)
 
 
 def mix(x: Tensor) -> Tensor:

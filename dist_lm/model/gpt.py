@@ -26,7 +26,12 @@ from dist_lm.model.attention import attend, bias_of
 from dist_lm.model.cache import KVCache
 from dist_lm.model.dropout import dropout, keys_of_places
 from dist_lm.model.layers import Embedding, Linear, compute_dtype, make_norm
-from dist_lm.model.loss import LOGITS_AT_A_TIME, cross_entropy_sum
+from dist_lm.model.loss import (
+    LOGITS_AT_A_TIME,
+    LossOfChunk,
+    cross_entropy_sum,
+    loss_in_one_pass,
+)
 from dist_lm.model.positions import rope_tables, rotate, sinusoid
 
 Rope = tuple[Tensor, Tensor]  # cosines and signed sines, (T, 1, E) or (B, T, 1, E)
@@ -49,6 +54,7 @@ class GPT(nn.Module):
         self.vocab_size = spec.vocab_size
         self.seq_len = spec.seq_len  # the longest context
         self.activation_checkpointing = activation_checkpointing
+        self._compiled_loss: LossOfChunk | None = None
         self.device_type = ""  # a caller that only plans for a GPU writes its type here
 
         rows = padded_vocab(spec.vocab_size)
@@ -116,13 +122,20 @@ class GPT(nn.Module):
             self.vocab_padding,
             targets_BT.flatten(),
             LOGITS_AT_A_TIME[self.device_type or x_BTD.device.type],
+            self._compiled_loss,
         )
 
-    def compile_for_training(self, **options: Any) -> None:
-        """Compile each block, once for all of them. `options` are torch.compile's."""
+    def compile_for_training(self, loss: bool, **options: Any) -> None:
+        """Compile each block, once for all of them, and if asked the loss.
+
+        `options` are torch.compile's.
+        """
+        options = {"fullgraph": True, "dynamic": False, **options}
         for block in self.blocks:
             assert isinstance(block, Block)
             block.compile_for_training(**options)
+        if loss:
+            self._compiled_loss = torch.compile(loss_in_one_pass, **options)
 
     def new_cache(
         self, batch: int, capacity: int, pad_B: Tensor | None = None, static: bool = False

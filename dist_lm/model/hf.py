@@ -21,6 +21,8 @@ from dist_lm.families import family
 from dist_lm.model.init import parameter_shapes, unpadded
 from dist_lm.model.positions import sinusoid
 
+FLOATS = ("F32", "BF16", "F16", "F64")  # types of weights, as safetensors names them
+
 
 class MissingTensor(CheckpointError):
     """A file lacks a tensor that its config implies."""
@@ -217,8 +219,10 @@ def import_tensors(
 
     `get` returns a tensor by its name in the file, or raises KeyError.
     """
+    entries = entries or layout(spec)
+    check_tensors(entries, get)
     state = {name: torch.zeros(shape) for name, shape in parameter_shapes(spec).items()}
-    for entry in entries or layout(spec):
+    for entry in entries:
         if entry.param:
             import_part(entry, get, state[entry.param].view(-1), 0)
         else:
@@ -263,9 +267,21 @@ def check_constant(entry: Entry, get: Callable[[str], Any], model: ModelConfig) 
     )
 
 
+def check_tensors(entries: list[Entry], get: Callable[[str], Any]) -> None:
+    """Refuse tensors of other shapes or types than the config says.
+
+    Before memory is taken: what the config says may be anything.
+    """
+    for entry in entries:
+        _get_tensor(entry, get)
+
+
 def _get_tensor(entry: Entry, get: Callable[[str], Any]) -> Any:
     """The entry's tensor, or a slice of safetensors, of the shape that the config says."""
     tensor = _find(entry.name, get)
+    kind = tensor.get_dtype() if hasattr(tensor, "get_dtype") else "F32"
+    if kind not in FLOATS:
+        raise CheckpointError(f"{entry.name} is of {kind}; rule: one of {', '.join(FLOATS)}")
     shape = tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
     if shape != entry.shape:
         raise CheckpointError(

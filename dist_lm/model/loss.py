@@ -3,6 +3,7 @@
 Shapes: N = B*T rows, C rows of a chunk of them, D width, V vocabulary (padded).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from dist_lm.model.layers import compute_dtype
 # How many logits the loss makes at once, by the type of device.
 LOGITS_AT_A_TIME = {"cpu": 2**24, "cuda": 2**28}
 
+# Takes the logits of a chunk, their targets and whether gradients are wanted. Returns the sum of
+# the losses, and the gradient of the logits in their own type.
+LossOfChunk = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
 
 def cross_entropy_sum(
     x_ND: Tensor,
@@ -22,17 +27,67 @@ def cross_entropy_sum(
     padding_V: Tensor | None,
     targets_N: Tensor,
     logits_at_a_time: int = 2**24,
+    compiled: LossOfChunk | None = None,
 ) -> Tensor:
-    """Sum of -log softmax(x W' + padding)[target] over targets other than -100, in fp32."""
+    """Sum of -log softmax(x W' + padding)[target] over targets other than -100, in fp32.
+
+    `compiled` is what torch.compile made of loss_in_one_pass().
+    """
     chunks = -(-len(x_ND) * len(weight_VD) // logits_at_a_time)
-    if chunks == 1:
+    loss_of_chunk: LossOfChunk = loss_by_kernels
+    if compiled:
+        loss_of_chunk = compiled
+        chunks = equal_chunks(len(x_ND), chunks)
+    elif chunks == 1:
         logits_NV = F.linear(x_ND, weight_VD, padding_V).float()
         return F.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="sum")
     rows = -(-len(x_ND) // chunks)
     loss: Tensor = ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
-        x_ND, weight_VD, padding_V, targets_N, rows, torch.is_grad_enabled()
+        x_ND, weight_VD, padding_V, targets_N, rows, torch.is_grad_enabled(), loss_of_chunk
     )
     return loss
+
+
+def equal_chunks(rows: int, at_least: int) -> int:
+    """A number of chunks of equal size, for each size is compiled by itself; else `at_least`."""
+    for chunks in range(at_least, 2 * at_least + 1):
+        if rows % chunks == 0:
+            return chunks
+    return at_least
+
+
+def loss_by_kernels(
+    logits_CV: Tensor, targets_C: Tensor, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """By torch's own kernels, one after another."""
+    logp_CV = logits_CV.log_softmax(-1, dtype=torch.float)
+    loss = F.nll_loss(logp_CV, targets_C, ignore_index=NO_TARGET, reduction="sum")
+    if not grad:
+        return loss, None
+    # The gradient of the logits is softmax - one-hot. It takes the place of their
+    # log-probabilities.
+    minus_one_C1 = logp_CV.new_full((len(logp_CV), 1), -1.0)
+    grad_CV = logp_CV.exp_().scatter_add_(1, targets_C.clamp(min=0)[:, None], minus_one_C1)
+    return loss, grad_CV.to(logits_CV.dtype)
+
+
+def loss_in_one_pass(
+    logits_CV: Tensor, targets_C: Tensor, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same, written so that a compiler reads the logits twice and writes the gradient once.
+
+    Comparing each column with the label can be a part of one kernel; scattering cannot.
+    """
+    logits_CV32 = logits_CV.float()
+    log_sums_C1 = logits_CV32.logsumexp(-1, keepdim=True)
+    labels_C1 = targets_C.clamp(min=0)[:, None]
+    losses_C1 = log_sums_C1 - logits_CV32.gather(-1, labels_C1)
+    loss = (losses_C1 * (targets_C != NO_TARGET)[:, None]).sum()
+    if not grad:
+        return loss, None
+    is_label_CV = torch.arange(logits_CV.shape[1], device=logits_CV.device) == labels_C1
+    grad_CV = (logits_CV32 - log_sums_C1).exp() - is_label_CV.float()
+    return loss, grad_CV.to(logits_CV.dtype)
 
 
 class ChunkedCrossEntropySum(torch.autograd.Function):
@@ -52,6 +107,7 @@ class ChunkedCrossEntropySum(torch.autograd.Function):
         targets_N: Tensor,
         rows: int,
         grad: bool,
+        loss_of_chunk: LossOfChunk,
     ) -> Tensor:
         dtype = compute_dtype(x_ND)
         w_VD = weight_VD.to(dtype)
@@ -61,28 +117,19 @@ class ChunkedCrossEntropySum(torch.autograd.Function):
         # need no mask.
         counts_N1 = (targets_N != NO_TARGET)[:, None]
         masked_ND = (x_ND * counts_N1).to(dtype)
-        labels_N1 = targets_N[:, None] * counts_N1
         loss = torch.zeros((), device=x_ND.device)
         if grad:
             grad_x_ND = torch.empty_like(x_ND)
             grad_w_VD = torch.zeros_like(weight_VD)
-            minus_one_C1 = torch.full((rows, 1), -1.0, device=x_ND.device)
         for start in range(0, len(x_ND), rows):
             chunk = slice(start, start + rows)
             x_CD = masked_ND[chunk]
-            labels_C1 = labels_N1[chunk]
-            logp_CV = F.linear(x_CD, w_VD, padding_V).log_softmax(-1, dtype=torch.float)
-            loss += F.nll_loss(logp_CV, targets_N[chunk], ignore_index=NO_TARGET, reduction="sum")
-            if grad:
-                # The gradient of the logits is softmax - one-hot. It takes the place of their
-                # log-probabilities.
-                minus_one_hot = minus_one_C1[: len(x_CD)]
-                grad_CV = logp_CV.exp_().scatter_add_(1, labels_C1, minus_one_hot).to(dtype)
+            logits_CV = F.linear(x_CD, w_VD, padding_V)
+            loss_of_rows, grad_CV = loss_of_chunk(logits_CV, targets_N[chunk], grad)
+            loss += loss_of_rows
+            if grad_CV is not None:
                 grad_x_ND[chunk] = grad_CV @ w_VD
-                if dtype == grad_w_VD.dtype:
-                    grad_w_VD.addmm_(grad_CV.T, x_CD)
-                else:
-                    grad_w_VD += grad_CV.T @ x_CD
+                _add_product(grad_w_VD, grad_CV.T, x_CD)
         if grad:
             ctx.save_for_backward(grad_x_ND.mul_(counts_N1), grad_w_VD)
         return loss
@@ -92,4 +139,16 @@ class ChunkedCrossEntropySum(torch.autograd.Function):
         """Scale the gradients in place, which is why a second backward is refused."""
         grad_loss = grads[0]
         grad_x_ND, grad_w_VD = ctx.saved_tensors
-        return grad_x_ND.mul_(grad_loss), grad_w_VD.mul_(grad_loss), None, None, None, None
+        scaled = (grad_x_ND.mul_(grad_loss), grad_w_VD.mul_(grad_loss))
+        return *scaled, None, None, None, None, None
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """Add a product to a sum that may have a wider type."""
+    if left_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+    elif total_VD.is_cuda:
+        # Its own kernel rounds nothing in between. Only GPUs have it.
+        total_VD += torch.mm(left_VC, right_CD, out_dtype=total_VD.dtype)
+    else:
+        total_VD += left_VC @ right_CD

@@ -50,6 +50,7 @@ def estimate(
         "overhead": OVERHEAD if cluster.on_gpu else 0.0,
         "strategies": rows,
         "asked": asked,
+        "take": recommend(rows, layout.micro_batch, cluster.room),
         "mfu": mfu,
         "tokens_per_second": rate,
         "seconds": seconds,
@@ -103,6 +104,33 @@ def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str
             "largest_micro_batch": largest_micro_batch(config, strategy, cluster, vocab_size),
         }
     return rows
+
+
+def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, Any]:
+    """Which strategy to take, at which micro-batch, and why. The launch is None if none fits.
+
+    It is the first that fits in the order of what a step costs: everything on each process, then
+    parts of it divided, then parts of it offloaded. The asked micro-batch comes before a smaller
+    one, which uses a device less well.
+    """
+    usable = {name: row for name, row in rows.items() if "refused" not in row}
+    order = sorted(usable, key=lambda name: "-" in name)  # stable: zero2-offload after zero3
+    passed_over: list[str] = []
+    for name in order:
+        row = usable[name]
+        figures = f"{gigabytes(row['needed'])} GB of {gigabytes(room)} GB"
+        if row["fits"]:
+            why = f"the first that fits: {figures}"
+            if passed_over:
+                why += f"; {', '.join(passed_over)} would not"
+            return {"launch": name, "micro_batch": micro_batch, "why": why}
+        passed_over.append(name)
+    for name in order:
+        largest = usable[name]["largest_micro_batch"]
+        if largest:
+            why = f"none fits at micro-batch {micro_batch}, this is the first at a smaller one"
+            return {"launch": name, "micro_batch": largest, "why": why}
+    return {"launch": None, "micro_batch": micro_batch, "why": "none fits at any micro-batch"}
 
 
 def needed(figures: Memory, cluster: Cluster) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_lm.cli import read_yaml, resolve
 from dist_lm.config import batch_layout
-from dist_lm.console import gigabytes, shorten
+from dist_lm.console import count, gigabytes, shorten
 from dist_lm.errors import UserError
 from dist_lm.planning.cluster import Cluster
 from dist_lm.planning.estimate import fit, strategies
@@ -27,6 +27,7 @@ def describe(figures: dict[str, Any], source: str) -> str:
         "",
         *describe_strategies(figures),
         "",
+        describe_choice(figures["take"]),
         *figures["advice"],
         describe_cost(figures),
     ]
@@ -51,11 +52,12 @@ def describe_machines(figures: dict[str, Any]) -> str:
     if figures["overhead"]:
         assumed = gigabytes(figures["overhead"])
         overhead = f" beside {assumed} GB assumed for CUDA, NCCL and fragmentation"
+    passes = count(figures["accumulation"], "backward pass", "backward passes")
     return (
         f"{figures['nodes'] * figures['gpus_per_node']} x {figures['gpu']},"
-        f" {figures['nodes']} node(s) of {figures['gpus_per_node']};"
+        f" {count(figures['nodes'], 'node')} of {figures['gpus_per_node']};"
         f" {gigabytes(figures['room'])} GB for each process{overhead};"
-        f" micro-batch {figures['micro_batch']}, {figures['accumulation']} backward passes a step"
+        f" micro-batch {figures['micro_batch']}, {passes} a step"
     )
 
 
@@ -73,6 +75,21 @@ def describe_strategies(figures: dict[str, Any]) -> Iterator[str]:
         yield f"{mark} {name:13}{cells}"
 
 
+def describe_choice(take: dict[str, Any]) -> str:
+    """Which strategy to take, and why."""
+    if take["launch"] is None:
+        return f"take none of them: {take['why']}"
+    return f"take {take['launch']} at micro-batch {take['micro_batch']}: {take['why']}"
+
+
+def describe_time(seconds: float) -> str:
+    """In the unit that people would use: 12 minutes, 5.3 hours, 12 days."""
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}s"
+    return f"{seconds:.0f} seconds"
+
+
 def describe_cost(figures: dict[str, Any]) -> str:
     """Time, energy and disk."""
     energy = ""
@@ -82,7 +99,7 @@ def describe_cost(figures: dict[str, Any]) -> str:
     return (
         f"at an MFU of {figures['mfu']:g} (--mfu; a guess until measured):"
         f" {shorten(figures['tokens_per_second'])} tokens/s,"
-        f" {figures['seconds'] / 86400:,.2f} days, {energy}"
+        f" {describe_time(figures['seconds'])}, {energy}"
         f"a checkpoint {gigabytes(figures['checkpoint'])} GB, at most"
         f" {kept} on disk: {gigabytes(figures['checkpoint'] * kept)} GB"
     )

@@ -27,6 +27,7 @@ from dist_lm import console
 from dist_lm.channel import Channel
 from dist_lm.config import Config
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
 from dist_lm.runtime.watchdog import Watchdog
@@ -185,23 +186,30 @@ class Runtime:
 
         def write(profile: Any) -> None:
             if self.is_main:
-                profile.export_chrome_trace(str(trace))
+                with console.dispensable(trace):
+                    profile.export_chrome_trace(str(trace))
 
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
         profiler.start()
         return profiler
 
-    def start_trackers(self, config: Config) -> None:
+    def start_trackers(self, config: Config, first_step: int) -> None:
         """TensorBoard and others through Accelerate, which works on rank 0 alone.
 
-        A failing one never stops a run.
+        `first_step`: where this start goes on. A failing tracker never stops a run.
         """
         name = os.path.basename(os.path.normpath(config.run.dir))
-        # TensorBoard refuses nested values.
+        # TensorBoard shows one run over all starts: it hides what an earlier start did after the
+        # checkpoint that this one goes on from.
+        of_tensorboard = {"purge_step": first_step + 1} if first_step else {}
         settings = {key: str(value) for key, value in config.flat().items()}
         try:
-            self.accelerator.init_trackers(name, config=settings)
+            self.accelerator.init_trackers(name, init_kwargs={"tensorboard": of_tensorboard})
+            for tracker in self.accelerator.trackers:
+                # TensorBoard would show the settings of each start as a run of their own.
+                if tracker.name != "tensorboard":
+                    tracker.store_init_configuration(settings)
         except Exception as error:
             self.say(f"warning: tracking is off, the run goes on: {type(error).__name__}: {error}")
 
@@ -240,6 +248,7 @@ class Runtime:
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(_RECORD_SECONDS)
+        end_stopped_ranks()
         os._exit(CODES["retryable"])
 
     def close(self) -> None:

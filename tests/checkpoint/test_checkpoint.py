@@ -31,6 +31,7 @@ from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folder
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.load import read_model, read_weights, restore
 from dist_lm.checkpoint.save import Saver
+from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
@@ -39,7 +40,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
 from tests import procs
-from tests.conftest import owned, write_step
+from tests.conftest import owned, state_of, write_step
 
 MODEL, SEQ_LEN = ModelConfig(layers=2, heads=2, width=16), 8
 
@@ -68,7 +69,7 @@ def write(run: Path, step: int, trained: Any, val_loss: float | None = None) -> 
         "config.json": families.config_json(
             ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         ),
-        "state.json": {"step": step, "val_loss": val_loss},
+        "state.json": state_of(step, val_loss=val_loss),
     }
     return write_step(run, step, model, texts, tokenizer, optimizer)
 
@@ -129,7 +130,7 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
             "model.safetensors: does not match its hash in the manifest",
         ),
         (lambda f: _flip(f / "state.json"), "state.json: does not match its hash in the manifest"),
-        (lambda f: (f / "state.json").unlink(), "state.json: is missing or not a regular file"),
+        (lambda f: (f / "state.json").unlink(), "state.json: is missing"),
         (lambda f: (f / "extra.bin").write_text(""), "extra.bin: is not in the manifest"),
         (lambda f: (f / "manifest.json").write_text(""), "manifest.json: not valid JSON"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: must be a JSON object"),
@@ -198,11 +199,10 @@ def test_files_are_what_safetensors_writes_and_split_the_same_everywhere(
             lambda f: _pipe(f / "manifest.json"),
             "manifest.json: cannot be read (not a regular file)",
         ),
-        (lambda f: _pipe(f / "state.json"), "state.json: is missing or not a regular file"),
-        (lambda f: _link(f / "state.json"), "state.json: is missing or not a regular file"),
+        (lambda f: _pipe(f / "state.json"), "state.json: cannot be read (not a regular file)"),
         (
             lambda f: _link(f / "config.json", to="/dev/zero"),
-            "config.json: is missing or not a regular file",
+            "config.json: cannot be read (not a regular file)",
         ),
     ],
 )
@@ -222,6 +222,13 @@ def test_damage_is_seen_and_the_step_before_is_taken(
         match=r"holds no valid checkpoint: step-00000002/.*; rule: never restart silently",
     ):
         newest_valid(tmp_path)
+
+
+def test_a_link_is_followed(trained: Any, tmp_path: Path) -> None:
+    """A cache of the hub is made of links."""
+    folder = write(tmp_path, 1, trained)
+    _link(folder / "state.json")
+    assert newest_valid(tmp_path, verify_state) == (folder, [])
 
 
 def _flip(file: Path) -> None:
@@ -376,6 +383,68 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
 
 
+LARGER = ModelConfig(layers=2, heads=2, width=128)
+
+
+def size_of_one(tmp_path: Path, larger: Any) -> int:
+    folder = Saves(tmp_path / "one", larger, 1)(1)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 4])
+def test_saves_go_on_with_fewer_old_steps_where_not_all_fit(
+    small_disk: Callable[[int], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keep_last: int,
+) -> None:
+    """There is room for two and a half; one valid step is always there."""
+    larger = training_of(LARGER)
+    run = small_disk(int(2.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, keep_last)
+    for step in range(1, 7):
+        save(step)
+        found, passed_over = newest_valid(run, verify_state)
+        assert found == run / f"step-{step:08d}" and not passed_over
+    said = capsys.readouterr().err
+    assert ("fewer old ones will stay; nearest: 1" in said) == (keep_last > 1)
+    assert said.count("has room for 2 checkpoints") == (keep_last > 1)
+    assert ("is deleted: the next checkpoint does not fit beside it" in said) == (keep_last > 1)
+
+
+def test_the_only_valid_step_stays_where_no_other_fits(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(1.7 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 2)
+    save(1)
+    with pytest.raises(UserError, match="No space left on device"):
+        save(2)
+    assert steps(run) == [1] and not list(run.glob(".step-*"))
+    verify(run / "step-00000001")
+
+
+def test_what_every_so_many_steps_keeps_is_not_given_up(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(3.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 9, keep_every=2)
+    for step in range(1, 5):
+        save(step)
+    assert steps(run) == [2, 3, 4]
+
+
+def test_the_best_is_given_up_last(small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(3.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 9)
+    for step in range(1, 6):
+        save(step, val_loss=1.0 if step == 2 else 2.0)
+    assert steps(run) == [2, 4, 5]
+
+
 # --- what stays
 
 
@@ -399,15 +468,15 @@ class Saves:
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
         config = families.config_json(
-            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+            ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         )
         texts = {
             "config.json": json.dumps(config),
-            "state.json": json.dumps({"step": step, "val_loss": val_loss}),
+            "state.json": json.dumps(state_of(step, val_loss=val_loss)),
         }
         self.saver.begin(
             step,
-            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN),
+            ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN),
             lambda: owned(model, optimizer),
             texts,
             tokenizer,
@@ -473,7 +542,7 @@ def test_a_step_of_an_earlier_start_is_verified_once(
         looked_at.append(folder.name)
         return verify(folder)
 
-    monkeypatch.setattr(retention, "verify", look)
+    monkeypatch.setattr(retention, "verify_state", look)
     save = Saves(tmp_path, trained, keep_last=2, resumed=tmp_path / "step-00000006")
     for step in (7, 8, 9):
         save(step)
@@ -576,7 +645,7 @@ def _sign(folder: Path, name: str, content: bytes) -> None:
 
 def plant(folder: Path, template: Path, step: int, loss: float | None, damage: str | None) -> None:
     shutil.copytree(template, folder)
-    _sign(folder, "state.json", json.dumps({"step": step, "val_loss": loss}).encode())
+    _sign(folder, "state.json", json.dumps(state_of(step, val_loss=loss)).encode())
     _edit(folder, step=step)
     if damage:
         DAMAGES[damage](folder)

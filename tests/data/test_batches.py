@@ -144,3 +144,24 @@ def test_a_single_named_source_is_the_same_data(prepared: Path, tmp_path: Path) 
 def test_the_identity_is_that_of_the_tokens(prepared: Path, tmp_path: Path) -> None:
     first, again = opened(prepared, tmp_path)[1], opened(prepared, tmp_path)[1]
     assert first.identity == again.identity and len(first.identity) == 64
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda:0", []), ("cuda:3", [3])])
+def test_a_reading_thread_uses_its_rank_s_gpu(
+    prepared: Path,
+    tmp_path: Path,
+    device: str,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Set before the thread reads a batch, whose memory it pins."""
+    done: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device.index))
+    monkeypatch.setattr(Batches, "read", lambda self, step: done.append("read"))
+    config, dataset = opened(prepared, tmp_path, workers=1)
+    reader = dataset.open_reader(config.data, rank=0, world=1)
+    monkeypatch.setattr(Batches, "take", lambda self: self._pool.submit(self.read, 0).result())
+    ahead = Batches(reader, config.data, batch_layout(config, 1), torch.device(device), eot=0)
+    ahead.take()
+    ahead.close()
+    assert done == [*expected, "read"]

@@ -8,8 +8,10 @@ import gzip
 import io
 import json
 import os
+import random
 import sys
 import tracemalloc
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.text.json_rows import JsonArray
 from dist_lm.errors import UserError
+from tests.conftest import WORDS
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 
@@ -270,7 +273,8 @@ def test_an_unreachable_hub_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         UserError,
         match=r"^someone/words: no such file here, and no hub dataset to be had: "
-        r"Couldn't reach 'someone/words' on the Hub$",
+        r"Couldn't reach 'someone/words' on the Hub; a folder of token shards is made by"
+        r" python -m dist_lm\.prepare$",
     ):
         read("someone/words")
 
@@ -470,6 +474,38 @@ def test_documents_and_bad_rows_of_an_array_are_its_rows(
         documents, skipped = read_skipping(path)
     assert documents == expected
     assert skipped == ({"bad rows": len(rows) - len(expected)} if len(rows) > len(expected) else {})
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".txt"])
+def test_a_packed_file_that_is_cut_short_gives_all_that_it_holds(
+    ending: str, packing: str, tmp_path: Path
+) -> None:
+    """Not only what was unpacked before the read in which its end was missed."""
+    rng = random.Random(1)
+    rows = [" ".join(rng.choices(WORDS, k=40)) for _ in range(4000)]
+    if ending == ".jsonl":
+        rows = [json.dumps({"text": row}) for row in rows]
+    head = "text\n" if ending == ".csv" else ""
+    content = (head + "\n".join(rows) + "\n").encode()
+    compress = gzip.compress if packing == ".gz" else zstandard.compress
+    packed = compress(content)[: -len(compress(content)) // 7]
+    (tmp_path / f"a{ending}{packing}").write_bytes(packed)
+    unpack = zlib.decompressobj(31) if packing == ".gz" else zstandard.ZstdDecompressor()
+    if packing == ".zst":
+        unpack = unpack.decompressobj()
+    held = unpack.decompress(packed).count(b"\n") - len(head) // 5
+    assert 2000 < held < 4000
+    source = SourceConfig(
+        input=str(tmp_path / f"a{ending}{packing}"),
+        separator="\n" if ending == ".txt" else None,
+    )
+    skipped: Counter[str] = Counter()
+    reader = Reader(source, find_files(source), bad_rows="skip")
+    read = sum(1 for _, _, texts in reader.documents(skipped) if "".join(texts))
+    # Of a .txt, the beginning of the document that is cut off is a document too.
+    assert held <= read <= held + (ending == ".txt")
+    assert skipped == {"rests of damaged files": 1}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])

@@ -1,5 +1,6 @@
 """Damages bytes, JSON and texts, by a seed."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -82,7 +83,7 @@ def nasty_json(rng: random.Random, content: Any) -> bytes:
 def _change_one(rng: random.Random, content: Any) -> Any:
     """Change one place, found by walking down at random."""
     if not isinstance(content, dict | list) or not content or rng.random() < 0.1:
-        return rng.choice(NASTY)
+        return copy.deepcopy(rng.choice(NASTY))
     key: Any = rng.choice(list(content) if isinstance(content, dict) else range(len(content)))
     match rng.randrange(8):
         case 0:
@@ -90,7 +91,7 @@ def _change_one(rng: random.Random, content: Any) -> Any:
         case 1 if isinstance(content, dict):
             content[rng.choice(["extra", "../x", "", key + " "])] = content[key]
         case 2:
-            content[key] = rng.choice(NASTY)
+            content[key] = copy.deepcopy(rng.choice(NASTY))
         case 3 if type(content[key]) in (int, float):
             content[key] *= rng.choice([-1, 0, 2, 1e9, 0.5])
         case _:

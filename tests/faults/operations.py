@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from dist_lm.errors import UserError
 from tests.procs import ROOT, clean_env
 
 HERE = Path(__file__).parent
@@ -206,8 +207,6 @@ def do(scenario: Scenario, folder: Path, fault: Fault) -> Ended:
 def _work_in_child(
     scenario: Scenario, folder: Path, fault: Fault, printed: int, report: int
 ) -> NoReturn:
-    from dist_lm.errors import UserError
-
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     fault.arm(folder / scenario.below)
@@ -286,7 +285,7 @@ class Enumeration:
         """What is wrong in the folder, and after the same work is done again."""
         try:
             self.scenario.check(folder, fault, ended)
-        except AssertionError as error:
+        except (AssertionError, UserError) as error:
             return [f"{STATE}: right after the fault ({ended.how}): {error}"]
         again = do(self.scenario, folder, Fault("count", 0))
         if again.how != "done":
@@ -328,6 +327,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("scenario", choices=sorted(scenarios.SCENARIOS))
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS))
+    parser.add_argument("--only", default="", help="only at operations that hold this text")
     parser.add_argument("--first", type=int, default=0, help="number of the first fault to try")
     parser.add_argument("--every", type=int, default=1, help="try every n-th fault")
     parser.add_argument("--most", type=int, default=10**9, help="try so many at most")
@@ -338,7 +338,10 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     with scratch_folder() as scratch:
         enumeration = Enumeration(scenarios.SCENARIOS[chosen.scenario](), scratch)
-        faults = list(enumeration.faults())
+        faults = []
+        for fault in enumeration.faults():
+            if chosen.only in enumeration.log[fault.nth - 1]:
+                faults.append(fault)
         numbers = range(chosen.first, len(faults), chosen.every)[: chosen.most]
         tried = 0
         counts = dict.fromkeys(WRONGS, 0)

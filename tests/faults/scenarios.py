@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ class Save(Scenario):
         assert newest is not None and newest.name in ("step-00000002", "step-00000003")
         if ended.how == "done":
             assert newest.name == "step-00000003"
+            assert not_synced(ended.log) == []
+
+
+def not_synced(log: Sequence[str]) -> list[str]:
+    """The files of a checkpoint that were not on disk when it got its name."""
+    written: dict[str, bool] = {}  # whether the last write was synced
+    for line in log:
+        kind, _, file = line.rpartition(" ")
+        if kind == "rename" and file == "/step-00000003":
+            return [name for name, is_synced in written.items() if not is_synced]
+        if kind == "write" and file.startswith("/.step-00000003.tmp/"):
+            written[file] = False
+        if kind == "fsync" and file in written:
+            written[file] = True
+    return ["the checkpoint got no name"]
 
 
 class Prepare(Scenario):

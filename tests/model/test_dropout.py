@@ -1,6 +1,7 @@
 """Masks are a hash of (row key, place, element), and look like chance."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ def test_dropout_mask_follows_from_the_key_by_hand() -> None:
             level_from_lowest = (level + 2**15) % 2**16  # of a signed number of 16 bits
             expected.append(4 / 3 if level_from_lowest >= 0.25 * 2**16 else 0.0)
     assert torch.allclose(mask_TD.flatten(), torch.tensor(expected[:9]))
+
+
+def test_compiled_it_drops_the_same_without_a_view_of_other_bits() -> None:
+    """torch.compile does not fuse a view of 64 bits as 16."""
+    codes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Tensor]:
+        codes.append(graph.code)
+        return graph
+
+    keys_B = keys_of_places(torch.tensor([5, -7]), 2)[1]
+    x_BTD = torch.randn(2, 9, 7)
+    compiled = torch.compile(dropout, backend=backend, fullgraph=True, dynamic=False)
+    assert torch.equal(compiled(x_BTD, keys_B, 0.3), dropout(x_BTD, keys_B, 0.3))
+    assert len(codes) == 1
+    assert "int16" not in codes[0]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.1, 0.5, 0.9])

@@ -366,13 +366,13 @@ GPT2_JSON: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
         ({**GPT2_JSON, "add_cross_attention": True}, "add_cross_attention=True is not supported"),
         (
             {**GPT2_JSON, "n_layer": 0},
-            "cannot be a model of ours: model.layers=0 Input should be greater than",
+            "cannot be a model of ours: model.layers=0: Input should be greater than",
         ),
         ({**GPT2_JSON, "n_head": 5}, "model.heads=5 does not divide model.width=32; nearest: 4, 8"),
-        ({"model_type": "dist_lm"}, "not as transformers or dist_lm write it (KeyError('model'))"),
+        ({"model_type": "dist_lm"}, "not as transformers or dist_lm write it (KeyError: 'model')"),
         (
             {**LLAMA_JSON, "hidden_size": "wide"},
-            "not as transformers or dist_lm write it (TypeError(",
+            "not as transformers or dist_lm write it (TypeError: ",
         ),
     ],
 )

@@ -1,9 +1,13 @@
 """What is set before CUDA starts, and what run.deterministic makes of it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from dist_lm.runtime.start import _use_host
+from dist_lm.runtime.strategy import Strategy
 from tests.procs import finish, start_ranks
 from tests.test_train import losses, tiny
 
@@ -57,3 +61,24 @@ def test_what_the_user_has_set_stays(prepared: Path, tmp_path: Path) -> None:
     output = said(tmp_path / "run", *words, **given)
     assert "allocator backend:native\n" in output
     assert "workspace :16:8\n" in output
+
+
+@pytest.mark.parametrize(
+    ("gpu", "strategy", "expected"),
+    [
+        (False, Strategy(), [6]),
+        (True, Strategy(), []),
+        (True, Strategy(stage=2), []),
+        (True, Strategy(stage=2, optimizer_device="cpu"), [6]),
+    ],
+)
+def test_an_optimizer_in_host_memory_has_the_cores(
+    gpu: bool, strategy: Strategy, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    runtime = SimpleNamespace(engine=SimpleNamespace(strategy=strategy))
+    _use_host(runtime, threads=6, local_world=1)  # type: ignore[arg-type]
+    assert threads == expected

@@ -59,13 +59,14 @@ def in_process(function: str, *arguments: str) -> str:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_never_waits_for_the_device(prepared: Path, tmp_path: Path, optimizer: str) -> None:
     words = ["--run.steps", "4", "--optim.name", optimizer, "--data.micro_batch", "2"]
-    words += ["--model.dropout", "0.1", "--run.ema", "0.9"]
+    words += ["--model.dropout", "0.1", "--run.ema", "0.9", "--run.eval_every", "4"]
     output = in_process(
         "train_watched", "--run.dir", str(tmp_path / "run"), *tiny(prepared, *words)
     )
     # Figures are read when the next step is on its way; those of the last step at once.
     assert "order: update update read update read update read read\n" in output
     assert "would wait: []\n" in output
+    assert output.count("an evaluation waits: ['tolist']\n") == 2  # of the weights, and the average
     assert [step["step"] for step in losses(tmp_path / "run")] == [1, 2, 3, 4]
 
 
@@ -88,6 +89,18 @@ def train_watched(*words: str) -> None:
         finder.is_watching = False  # it reads what has arrived long ago
         return record_step(run, pending)
 
+    def watched_validate(*arguments: Any) -> dict[str, float]:
+        before = finder.found
+        finder.found = []
+        finder.is_watching = True
+        figures = validate(*arguments)
+        finder.is_watching = False
+        print(f"an evaluation waits: {finder.found}", flush=True)
+        finder.found = before
+        return figures
+
+    validate = loop.validate
+    loop.validate = watched_validate
     loop.set_lr, Engine.update, loop.record_step = watched_set_lr, noted_update, noted_record_step
     config, _ = load(list(words), TRAIN)
     with finder:

@@ -63,7 +63,7 @@ def keep_validation(
     if not hashes:
         raise DataError(
             f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents}"
-            f" documents of {reader.spec.input}; rule: a stream's first held-out documents validate"
+            f" documents of {reader.spec.title}; rule: a stream's first held-out documents validate"
             " it; nearest: prepare it, a larger data.val_fraction, a source in data.validation, or"
             " run.eval_every=0"
         )
@@ -74,7 +74,7 @@ def keep_validation(
     write_tokenizer(folder, tokenizer)
     write_manifest(folder, data, tokenizer, reader, splits, {})
     write_json(hashes_file, hashes)
-    say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.input} are kept for validation")
+    say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.title} are kept for validation")
     return hashes
 
 
@@ -86,7 +86,7 @@ def _read_beginnings(data: DataConfig, readers: list[Reader], say: Say) -> Itera
         yield from read_beginning(reader, tokenizer, seen, size=LEARNED_BYTES)
         say(
             f"{data.tokenizer} learns from {seen.documents:,} documents, {seen.bytes:,} bytes of"
-            f" text in {reader.spec.input}"
+            f" text in {reader.spec.title}"
         )
 
 

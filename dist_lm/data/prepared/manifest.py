@@ -87,7 +87,7 @@ class Manifest(CheckedModel):
     """
 
     tokenizer: TokenizerEntry
-    settings: dict[str, Setting | dict[str, Setting]] = Field(default={})
+    settings: dict[str, Setting | list[Setting] | dict[str, Setting]] = Field(default={})
     splits: SplitEntries
     sources: Annotated[list[SourceEntry], FailFast()]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from dist_lm.config import DataConfig
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
+from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
-from dist_lm.data.prepared.manifest import find_prepared, read_manifest
+from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifest
 from dist_lm.data.prepared.progress import Progress, Say
 from dist_lm.data.prepared.writer import (
     PROGRESS,
@@ -26,7 +27,8 @@ from dist_lm.data.prepared.writer import (
     write_state,
     write_tokenizer,
 )
-from dist_lm.data.text.files import find_files
+from dist_lm.data.remote import is_remote
+from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
@@ -134,7 +136,9 @@ class Preparation:
         self.field = data.field_of(name)  # where the input was given, for messages
         # The later fields of a source are there only if they are given: manifests of folders that
         # were prepared without them stay as they are.
-        self.settings = self.spec.model_dump(include={"input", "text_column", "separator"})
+        self.settings = self.spec.model_dump(
+            mode="json", include={"input", "text_column", "separator"}
+        )
         self.settings |= self.spec.model_dump(
             include={"template", "filter", "subset", "split"}, exclude_defaults=True
         )
@@ -157,21 +161,51 @@ class Preparation:
         manifest = read_manifest(self.folder)
         self._check_settings(manifest.get("settings", {}))
         self.say(f"{self.folder}: prepared before, used as it is")
+        self._warn_if_edited(manifest)
         return manifest
 
     def find_text(self) -> None:
         """Find the files of the source; those inside the folder itself are left out."""
-        if find_prepared(self.spec.input):
+        if prepared_folders(self.spec, self.field):
             raise DataError(
                 f"{self.field}={self.spec.input!r} is a prepared folder already; rule: text"
             )
+        self.reader = Reader(self.spec, self._find_files(), self.data.bad_rows, self.field)
+        self.reader.refuse_missing_hub()
+
+    def _find_files(self) -> list[TextFile]:
         folder = self.folder.resolve()
         files = []
         for file in find_files(self.spec, self.field):
             if not file.path or folder not in Path(file.path).resolve().parents:
                 files.append(file)
-        self.reader = Reader(self.spec, files, self.data.bad_rows, self.field)
-        self.reader.refuse_missing_hub()
+        return files
+
+    def _warn_if_edited(self, manifest: dict[str, Any]) -> None:
+        """Warn if a text of this machine has another size than it had, or is newer."""
+        if any(map(is_remote, self.spec.inputs)):
+            return
+        try:
+            files = self._find_files()
+        except DataError:  # it is gone: the preparation is all that is left of it
+            return
+        before = {source["name"]: source["bytes"] for source in manifest["sources"]}
+        prepared_at = (self.folder / MANIFEST).stat().st_mtime_ns
+        for file in files:
+            if not file.path:  # a hub dataset
+                return
+            size = before.pop(file.name, None)
+            if size != file.size or int(file.mark) > prepared_at:
+                self._say_edited(file.path)
+                return
+        if before:
+            self._say_edited(next(iter(before)))
+
+    def _say_edited(self, file: str) -> None:
+        self.say(
+            f"warning: {file} is not as it was when {self.folder} was prepared (by size and time);"
+            f" the earlier text is trained on; nearest: another run.dir, or remove {self.folder}"
+        )
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""
@@ -287,7 +321,7 @@ class Preparation:
         if is_whole or is_small:
             self.say(
                 f"found {seen.documents:,} documents, {seen.bytes:,} bytes of text in"
-                f" {self.spec.input}"
+                f" {self.spec.title}"
             )
         if is_small and self.data.val_fraction:
             self.say(
@@ -312,7 +346,8 @@ class Preparation:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Refuse a folder that was begun with other settings."""
-        for name, value in self.settings.items():
+        for name in {**self.settings, **before}:  # a field that is not given may have been
+            value = self.settings.get(name)
             if before.get(name) == value:
                 continue
             section = self.field.removesuffix("input")

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.prepared.shard_file import bad_shard
-from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.disk import write_json
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.outside import open_regular, read_json
@@ -35,16 +35,13 @@ class ShardCheck:
     """The check of some shards. `refuse` is called from its thread, once, if one is damaged."""
 
     def __init__(
-        self, run_dir: Path, sets: Iterable[TokenShards], refuse: Callable[[UserError], None]
+        self, run_dir: Path, sets: Iterable[TokenSequences], refuse: Callable[[UserError], None]
     ):
         self._record = run_dir / RECORD
         self._refuse = refuse
         self._hashes: dict[str, str] = {}  # of the files to check, by path
         for shards in sets:
-            if shards.cache is None:
-                for entry in shards.entries:
-                    path = os.path.abspath(Path(shards.folder, entry["file"]))
-                    self._hashes[path] = entry["sha256"]
+            self._hashes |= shards.local_hashes()
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="check of shards", daemon=True)
 

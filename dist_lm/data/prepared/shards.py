@@ -8,33 +8,24 @@ Invariant: a shard's size is checked when it is opened, its hash by `verify` or 
 import contextlib
 import hashlib
 import io
+import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dist_lm.config import DataConfig
 from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
+from dist_lm.data.prepared.sequences import Span, TokenSequences
 from dist_lm.data.prepared.shard_file import bad_shard, map_shard
 from dist_lm.data.remote import is_remote, open_file
 from dist_lm.errors import DataError
 
 # A mapping holds a file open, so only some are kept. The order of training reads few at once.
 _MAPPED_SHARDS = 64
-
-
-class Span(NamedTuple):
-    """A part of one document inside a sequence: tokens[start:stop] of its T+1."""
-
-    source: str
-    row: int
-    start: int
-    stop: int
 
 
 def verify(folder: str | Path) -> list[str]:
@@ -60,22 +51,19 @@ def verify(folder: str | Path) -> list[str]:
     return damaged
 
 
-class TokenShards:
-    """The shards of one split ('train' or 'val') as sequences of T+1 tokens.
+class TokenShards(TokenSequences):
+    """The shards of one split ('train' or 'val') of a prepared folder.
 
-    The last token of a sequence is also the first of the next (with a stride of T). A folder at a
-    URL is read through a cache of local copies: one shard at a time, in use only while it is read.
-
-    - `entries`: what the manifest says of each shard
-    - `files`, `sizes`: their names, and how many tokens each has
-    - `dtype`: in which tokens are stored
-    - `vocab_size`: above all tokens
+    A folder at a URL is read through a cache of local copies: one shard at a time, in use only
+    while it is read. `entries` has what the manifest says of each shard.
     """
 
     def __init__(self, folder: str | Path, split: str, cache: ShardCache | None = None):
         assert (cache is not None) == is_remote(str(folder)), (
             "a folder at a URL, and no other, has a cache"
         )
+        super().__init__()
+        self.title = str(folder)
         self.folder = folder
         self.cache = cache
         self.manifest = read_manifest(folder)
@@ -83,73 +71,32 @@ class TokenShards:
         self.files: list[str] = [entry["file"] for entry in self.entries]
         self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
-        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
         if cache is None:
             self._check_sizes()
         self._map_local = lru_cache(maxsize=_MAPPED_SHARDS)(self._open_local)
-        self._ends = lru_cache(self._sum_up_counts)
 
-    def counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences each shard has."""
-        counts = []
-        for size in self.sizes:
-            count = 0
-            if size > seq_len:
-                last_start = size - 1 - seq_len
-                count = last_start // stride + 1
-            counts.append(count)
-        return counts
+    def hashes(self) -> list[str]:
+        splits = self.manifest["splits"].values()
+        return [shard["sha256"] for split in splits for shard in split["shards"]]
 
-    def count(self, data: DataConfig) -> int:
-        """How many sequences there are in an epoch."""
-        ends = self._ends(data.seq_len, data.stride)
-        return ends[-1] if ends else 0
+    def local_hashes(self) -> dict[str, str]:
+        hashes = {}
+        if self.cache is None:
+            for entry in self.entries:
+                path = os.path.abspath(Path(self.folder, entry["file"]))
+                hashes[path] = entry["sha256"]
+        return hashes
 
-    def tail_tokens(self, seq_len: int, stride: int) -> int:
-        """Tokens at the shards' ends that are no sequence's target."""
-        tail = 0
-        for size, count in zip(self.sizes, self.counts(seq_len, stride), strict=True):
-            last_target = (count - 1) * stride + seq_len if count else 0
-            tail += size - 1 - last_target
-        return tail
+    @contextlib.contextmanager
+    def open_shard(self, shard: int) -> Iterator[np.ndarray]:
+        with self._open_shard(shard) as arrays:
+            yield arrays["tokens"]
 
-    def find(self, sequence: int, seq_len: int, stride: int) -> tuple[int, int]:
-        """The shard of a sequence, and where in it its first token is."""
-        ends = self._ends(seq_len, stride)
-        total = ends[-1] if ends else 0
-        assert 0 <= sequence < total, f"sequence {sequence} is none of {total}"
-        shard = bisect_right(ends, sequence)
-        before = ends[shard - 1] if shard else 0
-        return shard, (sequence - before) * stride
-
-    def read(self, sequences: Sequence[int] | np.ndarray, seq_len: int, stride: int) -> np.ndarray:
-        """(N, seq_len + 1) tokens in the type they are stored in."""
-        tokens_NT = np.empty((len(sequences), seq_len + 1), self.dtype)
-        places = []  # as (shard, first token, row of the result)
-        for row, sequence in enumerate(np.asarray(sequences).tolist()):
-            shard, first = self.find(sequence, seq_len, stride)
-            places.append((shard, first, row))
-        # Each shard is opened once, and read from its beginning to its end.
-        places.sort()
-        for shard, in_shard in groupby(places, key=lambda place: place[0]):
-            with self._open_shard(shard) as arrays:
-                tokens = arrays["tokens"]
-                for _, first, row in in_shard:
-                    tokens_NT[row] = tokens[first : first + seq_len + 1]
-        if tokens_NT.size and tokens_NT.max() >= self.vocab_size:
-            self._refuse_unknown_id(tokens_NT, places)
-        return tokens_NT
-
-    def _refuse_unknown_id(self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]) -> None:
-        """Raise over a token that the tokenizer does not have."""
-        for shard, _, row in places:
-            largest = int(tokens_NT[row].max())
-            if largest >= self.vocab_size:
-                path = f"{self.folder}/{self.files[shard]}"
-                raise bad_shard(path, f"token {largest} is none of {self.vocab_size}")
+    def path_of(self, shard: int) -> str:
+        return f"{self.folder}/{self.files[shard]}"
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
-        """The documents that a sequence's T+1 tokens come from."""
         shard, first = self.find(sequence, seq_len, stride)
         end = first + seq_len + 1
         names = [source["name"] for source in self.manifest["sources"]]
@@ -176,10 +123,6 @@ class TokenShards:
                 raise DataError(
                     f"{path}: {size} where {MANIFEST} has {entry['bytes']} bytes; prepare again"
                 )
-
-    def _sum_up_counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences there are up to the end of each shard."""
-        return list(accumulate(self.counts(seq_len, stride)))
 
     @contextlib.contextmanager
     def _open_shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:

@@ -84,7 +84,8 @@ def read_text(file: BinaryIO, errors: str = "strict") -> Iterator[str]:
     position = 0  # bytes read so far
     is_last = False
     while not is_last:
-        chunk = file.read(CHUNK)
+        # One read of the file below: after an error, what was read before it is not lost.
+        chunk = file.read1(CHUNK)  # type: ignore[attr-defined]
         is_last = not chunk
         position += len(chunk)
         try:

@@ -1,0 +1,43 @@
+"""Mutants: faults of our own code, of which the harness must catch every one."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fuzz import fuzz
+from tests.faults.mutants import MUTANTS
+from tests.faults.operations import STATE, STRAY, enumerate_faults
+from tests.faults.rows import linked
+
+# The work in which each is caught, as what, and which faults are tried.
+CAUGHT = {
+    "delete_in_place": ("save", STRAY, ["--most", "3", "--first", "636"]),
+    "renamed_before_its_manifest": ("save", STATE, ["--first", "509", "--most", "4"]),
+    "no_fsync": ("save", STATE, ["--most", "1", "--first", "6"]),
+    "left_overs_stay": ("save", STRAY, ["--every", "5", "--most", "9"]),
+    "outcome_in_place": ("outcome", STATE, ["--every", "1", "--first", "50"]),
+    "part_of_a_write": ("cache", STATE, ["--every", "1", "--first", "100"]),
+    "prepare_starts_in_the_middle": (
+        "prepare",
+        STATE,
+        ["--every", "9", "--first", "200", "--most", "20"],
+    ),
+    "a_step_is_left_out": ("run", STATE, ["--most", "1", "--first", "1350"]),
+}
+for name, mutant in MUTANTS.items():
+    linked(
+        f"mutant {name}",
+        test=f"tests/faults/test_mutants.py::test_it_is_caught[{name}]",
+        fault=str(mutant.__doc__),
+        must="the harness finds it",
+    )
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_it_is_caught(mutant: str, shim_library: Path) -> None:
+    if mutant == "names_lead_anywhere":
+        assert fuzz("checkpoint manifest", 0, 60, mutant).findings
+        return
+    scenario, kind, words = CAUGHT[mutant]
+    result = enumerate_faults(shim_library, scenario, "--mutant", mutant, *words)
+    assert result.wrong(kind)

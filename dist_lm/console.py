@@ -70,6 +70,11 @@ def _ignore(error: OSError) -> None:
     pass
 
 
+def tell(text: str) -> None:
+    """Print a line that may hold names from outside."""
+    say(printable(text))
+
+
 def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
     """Print at once. Commands give their streams to make_streams_last(), so this cannot fail."""
     print(text, end=end, file=getattr(sys, channel), flush=True)

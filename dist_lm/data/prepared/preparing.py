@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
+from dist_lm.console import tell
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
@@ -45,7 +46,7 @@ def prepare_dataset(
     data: DataConfig,
     folder: str | Path,
     processes: int = 1,
-    say: Say = print,
+    say: Say = tell,
     name: str = "text",
     excluded: Container[int] = (),
     tokenizer: Tokenizer | None = None,

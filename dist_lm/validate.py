@@ -41,7 +41,12 @@ def validate(
     with torch.no_grad(), runtime.engine.autocast():
         for _ in range(steps):
             for micro in batches.take().micros:
-                loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
+                loss = model(
+                    micro.tokens_BT,
+                    micro.targets_BT,
+                    segments_BT=micro.segments_BT,
+                    bounds_N=micro.bounds_N,
+                )
                 # Sums over a mask: choosing the targets would need their number on the host.
                 is_target = micro.targets_BT != NO_TARGET
                 bytes_BT = token_bytes[micro.targets_BT * is_target]

@@ -42,7 +42,8 @@ def test_fields() -> None:
     model.norm_placement model.activation model.bias model.qk_norm model.dropout
     model.tie_embeddings model.init model.norm_eps model.rope_theta
     data.input data.sources data.stages data.validation data.stream data.lanes data.packing
-    data.bad_rows data.cache_gb data.text_column data.separator data.tokenizer data.val_fraction
+    data.bad_rows data.cache_gb data.text_column data.separator data.template
+    data.filter data.tokenizer data.val_fraction
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip
@@ -337,7 +338,7 @@ def test_help_shows_every_field_once_with_the_given_yaml(
         "  --optim.betas FLOAT FLOAT (0.9 0.95)\n",
         "  --run.epochs INT (unset)\n",
         "  --run.trackers TEXT ... (tensorboard)\n",
-        "  --run.sample_prompt TEXT ('\\n')\n",
+        "  --run.sample_prompt TEXT (unset)\n",
         "      Let FIELD differ from what the run was started with (repeatable).\n",
     ):
         assert text.count(shown) == 1, shown

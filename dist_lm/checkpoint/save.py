@@ -5,6 +5,7 @@ plain Hugging Face folder; the optimizer's tensors lie beside them by parameter 
 safetensors and JSON are ever read back.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint.host_memory import HostMemory
 from dist_lm.checkpoint.layout import OwnedRange, OwnedSlice, PlannedTensor, plan_tensors
 from dist_lm.checkpoint.retention import Retention
-from dist_lm.checkpoint.writing import CheckpointWriter
+from dist_lm.checkpoint.writing import CheckpointWriter, size_of
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 
@@ -58,13 +59,23 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def make_ready(self, spec: ModelSpec, owned: Callable[[], Iterable[OwnedSlice]]) -> None:
-        """Plan the checkpoints and begin to make the memory for them. All ranks.
+    def make_ready(
+        self,
+        spec: ModelSpec,
+        owned: Callable[[], Iterable[OwnedSlice]],
+        make_memory: bool,
+    ) -> None:
+        """Plan the checkpoints, and warn if few of them fit on the disk. All ranks.
 
-        It is for GPUs, whose first save would else wait until the memory is locked.
+        `make_memory` also begins to make the host memory for them. It is for GPUs, whose first save
+        would else wait until the memory is locked.
         """
         self._make_plan(spec, owned)
-        self._memory.make_ahead(_elements(self._pieces_of_this_rank()))
+        if self.channel.rank == 0:
+            with contextlib.suppress(OSError):
+                self._retention.warn_if_short(size_of(self._plan))
+        if make_memory:
+            self._memory.make_ahead(_elements(self._pieces_of_this_rank()))
 
     def begin(
         self,
@@ -88,6 +99,7 @@ class Saver:
             texts=texts,
             tokenizer=tokenizer,
             lost=self._lost,
+            make_room=self._retention.make_room,
         )
         # A daemon, so that it ends with a crash elsewhere.
         self._thread = threading.Thread(

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_lm.config import Config, batch_layout
+from dist_lm.console import warn
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
@@ -84,6 +87,7 @@ def start(
         runtime.say(f"offloading to files in {strategy.nvme_path}")
     if runtime.world_size > 1 and not examining:
         _start_watchdog(runtime, config)
+    runtime.attempt.has_met.set()
     return runtime
 
 
@@ -92,6 +96,18 @@ def hold_folder(runtime: Runtime) -> None:
     lock = runtime.attempt.lock
     text = runtime.on_main(lambda: lock.take(runtime.say))
     runtime.together(lambda: lock.see(text))
+    if runtime.is_main:
+        _warn_of_strangers(lock.path.parent)
+
+
+def _warn_of_strangers(folder: Path) -> None:
+    """A folder that a group shares is normal, one that anybody may write into is not."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IWOTH:
+        warn(
+            f"run.dir={folder} may be written by anybody (mode {mode:o}), who can put another"
+            f" checkpoint there; nearest: chmod o-w {folder}"
+        )
 
 
 # --- what one process can check alone
@@ -112,10 +128,10 @@ def refuse_silent_single() -> None:
 
 
 def _refuse_unsafe_loading() -> None:
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise SecurityError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
-        )
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    value = os.environ.get(name, "")
+    if value.lower() not in ("", "0", "n", "no", "false"):
+        raise SecurityError(f"{name}={value} lets torch.load run code; rule: unset it")
 
 
 def _refuse_missing_trackers(names: tuple[str, ...]) -> None:
@@ -179,6 +195,7 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
             project_dir=os.path.join(config.run.dir, "tensorboard"),
         )
     except dist.DistError as error:
+        end_stopped_ranks()
         raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
 
 

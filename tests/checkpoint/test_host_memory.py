@@ -86,7 +86,7 @@ def test_a_saver_makes_its_memory_ahead(tmp_path: Path, monkeypatch: pytest.Monk
     create_state(optimizer)
     saver = Saver(tmp_path, Channel(0, 1, torch.device("cpu")))
     cuda = Cuda(monkeypatch)
-    saver.make_ready(spec, lambda: owned(model, optimizer))
+    saver.make_ready(spec, lambda: owned(model, optimizer), make_memory=True)
     assert cuda.locked == {}  # it takes a while
     saver.begin(1, spec, lambda: owned(model, optimizer), {"state.json": "{}"}, tokenizer)
     assert cuda.threads == ["host memory on 3"]

@@ -557,7 +557,7 @@ def test_help_names_every_flag_and_imports_nothing_heavy() -> None:
 def test_ctrl_c_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preparing, "prepare_dataset", interrupted)
@@ -600,3 +600,47 @@ def test_a_200_mb_document_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     assert len(peak) == 1 + len(os.sched_getaffinity(0)) and max(peak.values()) < 1024, peak
     splits = json.loads((tmp_path / "d" / MANIFEST).read_text())["splits"]
     assert sum(split["bytes"] for split in splits.values()) == (tmp_path / "a.txt").stat().st_size
+
+
+def prepare_with(folder: Path, *words: str) -> dict[str, Any]:
+    """What `prepare` says of a folder, after it has prepared it in this process."""
+    prepare.main(["--output", str(folder), "--tokenizer", "byte", "--processes", "1", *words])
+    found: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return found
+
+
+def test_prepare_takes_the_settings_of_training(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"title": f"t{n}", "body": f"b{n}", "lang": "de" if n % 3 else "en"} for n in range(9)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:6], "{broken", *lines[6:]]))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"title": "x", "body": "y", "lang": "en"}))
+    template = ("--template", "{title}: {body}", "--filter", "{lang: en}", "--bad_rows", "skip")
+    inputs = ("--input", str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl"))
+    manifest = prepare_with(tmp_path / "d", *inputs, *template, "--val_fraction", "0")
+    assert manifest["skipped"] == {"bad rows": 1, "filtered rows": 6}
+    assert "skipped: 1 bad rows, 6 filtered rows" in capsys.readouterr().out
+    loaded = Tokenizer.load(tmp_path / "d")
+    text = loaded.decode(tokens_of(tmp_path / "d", "train"), skip_special=False)
+    assert text.split(loaded.eot_token) == ["x: y", "t0: b0", "t3: b3", "t6: b6", ""]
+    (tmp_path / "my.yaml").write_text(
+        f"data: {{input: {tmp_path}/b.jsonl, text_column: body, val_fraction: 0}}\n"
+        "model: {layers: 1}\n"
+    )
+    manifest = prepare_with(tmp_path / "e", "--config", str(tmp_path / "my.yaml"))
+    assert manifest["splits"]["train"]["tokens"] == 2
+    # Again with other settings: one folder, one preparation.
+    with pytest.raises(UserError, match=r"was prepared with data.template='{title}: {body}', not"):
+        prepare_with(tmp_path / "d", *inputs, "--val_fraction", "0")
+
+
+def test_prepare_makes_a_folder_of_each_named_source(tmp_path: Path) -> None:
+    for name, word in (("a", "apple "), ("b", "berry ")):
+        (tmp_path / f"{name}.txt").write_text(word * 200)
+    sources = {name: {"input": str(tmp_path / f"{name}.txt")} for name in "ab"}
+    words = ["--output", str(tmp_path / "d"), "--tokenizer", "bpe:270", "--processes", "1"]
+    prepare.main([*words, "--sources", json.dumps(sources)])
+    learned = Tokenizer.load(tmp_path / "d")
+    for name, word in (("a", "apple"), ("b", "berry")):
+        folder = tmp_path / "d" / name
+        assert Tokenizer.load(folder).sha256 == learned.sha256
+        assert word in learned.decode(tokens_of(folder, "train"))

@@ -304,7 +304,8 @@ class Preparation:
 
     def _check_settings(self, before: dict[str, Any]) -> None:
         """Refuse a folder that was begun with other settings."""
-        for name, value in self.settings.items():
+        for name in {**self.settings, **before}:  # a field that is not given may have been
+            value = self.settings.get(name)
             if before.get(name) == value:
                 continue
             section = self.field.removesuffix("input")

@@ -245,6 +245,7 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
                 micro.targets_BT,
                 dropout_keys_B=micro.dropout_keys_B,
                 segments_BT=micro.segments_BT,
+                bounds_N=micro.bounds_N,
             )
             engine.backward(loss / targets.float())
         loss_sum += loss.detach()
@@ -262,6 +263,7 @@ def loss_of_nothing(run: Run, batch: Batch) -> Tensor:
         torch.full_like(micro.targets_BT, NO_TARGET),
         dropout_keys_B=micro.dropout_keys_B,
         segments_BT=micro.segments_BT,
+        bounds_N=micro.bounds_N,
     )
     return loss
 

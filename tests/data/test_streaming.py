@@ -434,7 +434,9 @@ def test_find_names_rows_as_show_does(tmp_path: Path, capsys: pytest.CaptureFixt
             rows_seen.update(span.row for span in origin.documents())
         if 27 in rows_seen:
             break
-    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    figures = {"step": step, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens": 1}
+    figures |= {"tokens_per_second": 1.0, "data_wait": 0.0}
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(figures) + "\n")
     history.find(config, data, "the needle")
     assert f"step {step}: a.jsonl row 27\n" in capsys.readouterr().out
 

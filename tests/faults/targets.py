@@ -138,9 +138,8 @@ class State(OfARun):
     def feed(self, rng: random.Random) -> None:
         content = self.content("state.json") | {"step": 2}
         sign(self.newest, "state.json", nasty_json(rng, content))
-        runtime: Any = SimpleNamespace(
-            on_main=lambda work: work(), together=lambda work: work(), say=quiet
-        )
+        alone = {"on_main": lambda work: work(), "together": lambda work: work()}
+        runtime: Any = SimpleNamespace(**alone, say=quiet, track=None)
         point = find_resume_point(runtime, self.config, [])
         if point and point.folder:
             TrainState.restored(point.facts)

@@ -413,7 +413,7 @@ def read_metrics(
         ) from None
     if broken:
         what = "line is broken and was" if broken == 1 else "lines are broken and were"
-        warn(f"{path}: {broken} {what} passed over")
+        say(f"{path}: {broken} {what} passed over")
     steps_in_order = [steps[step] for step in sorted(steps)]
     evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
     return steps_in_order, evaluations_in_order

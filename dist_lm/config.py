@@ -7,6 +7,7 @@ mistake is answered at once.
 """
 
 import math
+import re
 import string
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -202,6 +203,9 @@ class SourceConfig(Section):
         return [column for _, column, _, _ in parts if column]
 
 
+_WIDEST = 1000  # characters that a template may fill up a column to
+
+
 def _check_template(name: str, source: SourceConfig) -> None:
     if not source.template:
         return
@@ -214,6 +218,13 @@ def _check_template(name: str, source: SourceConfig) -> None:
         raise ValueError(
             f"{name}={source.template!r} must name columns in pairs of braces; nearest: {nearest!r}"
         )
+    for _, column, layout, _ in string.Formatter().parse(source.template):
+        numbers = [int(digits[:9]) for digits in re.findall(r"[0-9]+", layout or "")]
+        if "{" in (layout or "") or max(numbers, default=0) > _WIDEST:
+            raise ValueError(
+                f"{name}={source.template!r} has {column} with the layout {layout!r}; rule: no"
+                f" braces in it and no width above {_WIDEST}; nearest: {{{column}}}"
+            )
 
 
 class Stage(Section):

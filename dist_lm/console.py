@@ -76,12 +76,15 @@ def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
 
 
 def notice(text: str, end: str = "\n") -> None:
-    """Print what is not the result of a command, on standard error."""
-    say(text, end, channel="stderr")
+    """Print what is not the result of a command, on standard error.
+
+    It may hold names from outside.
+    """
+    say(printable(text), end, channel="stderr")
 
 
 def warn(text: str) -> None:
-    notice(f"warning: {printable(text)}")
+    notice(f"warning: {text}")
 
 
 @cache

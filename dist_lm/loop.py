@@ -124,6 +124,7 @@ def train(run: Run) -> str:
     runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
+    record_start(run)
     pending: Pending | None = None
     began = Moment(runtime.device)
     profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
@@ -214,6 +215,21 @@ def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
     return targets, bool(stop)
 
 
+def record_start(run: Run) -> None:
+    """Note in metrics.jsonl where and when this start of the run begins to train. Rank 0."""
+    attempt = run.runtime.attempt
+    run.metrics.event(
+        "start",
+        run.state.step,
+        time=time.time(),
+        began=attempt.began,
+        attempt=attempt.number,
+        tokens=run.state.tokens,
+        strategy=run.runtime.strategy,
+        world_size=run.runtime.world_size,
+    )
+
+
 def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
     """Forward and backward of this rank's micro-batches; the sum of its losses. All ranks.
 
@@ -229,6 +245,7 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
                 micro.targets_BT,
                 dropout_keys_B=micro.dropout_keys_B,
                 segments_BT=micro.segments_BT,
+                bounds_N=micro.bounds_N,
             )
             engine.backward(loss / targets.float())
         loss_sum += loss.detach()
@@ -246,6 +263,7 @@ def loss_of_nothing(run: Run, batch: Batch) -> Tensor:
         torch.full_like(micro.targets_BT, NO_TARGET),
         dropout_keys_B=micro.dropout_keys_B,
         segments_BT=micro.segments_BT,
+        bounds_N=micro.bounds_N,
     )
     return loss
 
@@ -306,7 +324,7 @@ def evaluate(run: Run, is_saving: bool = False) -> None:
 
     `is_saving`: this step gets a checkpoint, which the samples name. All ranks, in step.
     """
-    with run.metrics.pause():
+    with run.metrics.pause("evaluation", run.state.step):
         losses = []
         for name in run.data.val:
             losses.append(_evaluate_set(run, name, name))
@@ -394,7 +412,7 @@ def save(run: Run, last: bool) -> None:
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
-    with run.metrics.pause():
+    with run.metrics.pause("save", run.state.step):
         report_saving(run, run.saver.finish)
         run.saver.begin(run.state.step, spec, runtime.engine.owned, texts, tokenizer)
         if last:

@@ -245,6 +245,16 @@ def test_command_line_errors(argv: str, message: str) -> None:
             " nearest: '{body}'",
         ),
         (
+            "data: {sources: {web: {input: a.csv, template: '{text:{n}}'}}}",
+            "FILE: data.sources.web.template='{text:{n}}' has text with the layout '{n}'; rule: no"
+            " braces in it and no width above 1000; nearest: {text}",
+        ),
+        (
+            "data: {sources: {web: {input: a.csv, template: '{text:>1000000000}'}}}",
+            "FILE: data.sources.web.template='{text:>1000000000}' has text with the layout"
+            " '>1000000000'; rule: no braces in it and no width above 1000; nearest: {text}",
+        ),
+        (
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
             "FILE: data.validation.held.template='a}' must name columns in pairs of braces;"
             " nearest: '{text}'",

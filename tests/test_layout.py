@@ -18,7 +18,7 @@ LEVELS = [
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "optim", "outcome"},
-    {"curves"},
+    {"curves", "goodput"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},

@@ -71,9 +71,6 @@ class Saver:
         would else wait until the memory is locked.
         """
         self._make_plan(spec, owned)
-        if self.channel.rank == 0:
-            with contextlib.suppress(OSError):
-                self._retention.warn_if_short(size_of(self._plan))
         if make_memory:
             self._memory.make_ahead(_elements(self._pieces_of_this_rank()))
 
@@ -108,10 +105,14 @@ class Saver:
         self._thread.start()
 
     def _make_plan(self, spec: ModelSpec, owned: Callable[[], Iterable[OwnedSlice]]) -> None:
-        """Plan once: the checkpoints of a run are alike. All ranks."""
-        if not self._plan:
-            facts = [part.facts() for part in owned()]
-            self._plan = plan_tensors(spec, self.channel.gather(facts))
+        """Plan once, because the checkpoints of a run are alike. Warn if few fit. All ranks."""
+        if self._plan:
+            return
+        facts = [part.facts() for part in owned()]
+        self._plan = plan_tensors(spec, self.channel.gather(facts))
+        if self.channel.rank == 0:
+            with contextlib.suppress(OSError):
+                self._retention.warn_if_short(size_of(self._plan))
 
     def poll(self) -> None:
         """If the checkpoint being written has ended, raise what went wrong with it."""

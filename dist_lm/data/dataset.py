@@ -8,7 +8,6 @@ a resumed run can refuse other data.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import zlib
@@ -18,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import RootModel
+
 from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
 from dist_lm.console import count, notice
 from dist_lm.data.lane import StreamSpec
@@ -25,7 +26,7 @@ from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
-from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
+from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer, read_hashes
 from dist_lm.data.prepared.manifest import find_prepared
 from dist_lm.data.prepared.parts import open_shards, parts_of
 from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
@@ -38,6 +39,7 @@ from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError
+from dist_lm.outside import check, read_json
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
@@ -313,7 +315,7 @@ def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
     for name in config.data.validation:
         file = folder / "val" / name / "documents.json"
         if file.is_file():
-            hashes.update(json.loads(file.read_bytes()))
+            hashes.update(read_hashes(file))
     return frozenset(hashes)
 
 
@@ -453,7 +455,7 @@ class _Preparation:
             streams[name] = {"files": [*reader.files], "parts": [*parts]}
         record = self._folder / "streams.json"
         if record.is_file():
-            _refuse_changed(_files_of(streams), json.loads(record.read_bytes()))
+            _refuse_changed(_files_of(streams), _read_record(record))
         return streams
 
     def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
@@ -522,6 +524,19 @@ class _Preparation:
 def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
     """The files of each stream, as streams.json has them."""
     return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
+
+
+class _StreamsRecord(RootModel[dict[str, list[tuple[str, str, int, str]]]]):
+    """The files of each stream, as `TextFile`s."""
+
+
+def _read_record(record: Path) -> dict[str, list[list[Any]]]:
+    def refuse(why: str) -> UserError:
+        return DataError(f"{record}: {why}; nearest: a new run.dir")
+
+    content = read_json(record, refuse)
+    check(content, _StreamsRecord, refuse)
+    return content
 
 
 def _refuse_changed(

@@ -310,6 +310,9 @@ def _compile(model: GPT, loss: bool) -> None:
 
     # It would cut each block's graph where DDP's buckets end.
     torch._dynamo.config.optimize_ddp = False
+    # A graph for training and one for evaluation, for each of the few lengths that the bounds of
+    # documents have.
+    torch._dynamo.config.recompile_limit = 16
     model.compile_for_training(loss)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_lm import lock, outcome, train
+from dist_lm import families, lock, outcome, train
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.folder import newest_valid, step_folders
 from dist_lm.checkpoint.save import Saver
@@ -22,7 +22,6 @@ from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.lock import RunLock
 from dist_lm.metrics import read_metrics
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
@@ -54,7 +53,7 @@ class Save(Scenario):
 
     def save(self, saver: Saver, step: int) -> None:
         contents_of_files = {
-            "config.json": hf.config_json(self.spec, self.tokenizer.eot),
+            "config.json": families.config_json(self.spec, self.tokenizer.eot),
             "state.json": {"step": step, "val_loss": None},
         }
         texts = {name: json.dumps(content) for name, content in contents_of_files.items()}

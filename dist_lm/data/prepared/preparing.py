@@ -3,7 +3,8 @@
 Invariant: the folder has the same bytes from any number of processes, killed in between or not.
 """
 
-import json
+import contextlib
+import errno
 from collections import Counter, deque
 from collections.abc import Container, Iterator
 from itertools import zip_longest
@@ -19,6 +20,7 @@ from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifes
 from dist_lm.data.prepared.progress import Progress, Say
 from dist_lm.data.prepared.writer import (
     PROGRESS,
+    ProgressFile,
     SavedState,
     SplitWriter,
     list_files,
@@ -31,8 +33,11 @@ from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, RetryableError, UserError
+from dist_lm.outside import check, read_json
 
+# What no other try changes: a folder that is no folder, or that this user may not write to.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 # Documents. A smaller source holds out the tail of its text instead of whole documents.
 SMALL = 100
 
@@ -52,9 +57,39 @@ def prepare_dataset(
     out, because they are validation documents of another source. A tokenizer is learned as
     `data.tokenizer` says, unless one is given.
     """
-    work = Preparation(data, Path(folder), name, say)
+    with _disk_may_fail(Path(folder)):
+        return _prepare(data, Path(folder), processes, say, name, excluded, tokenizer)
+
+
+@contextlib.contextmanager
+def _disk_may_fail(folder: Path) -> Iterator[None]:
+    """Let a full or failing disk be one line. What is written by then stays, and is gone on from.
+
+    Errors of the text that is read are DataErrors already, by file and row.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or folder}: {error.strerror or error}; the text is not prepared"
+        if error.errno in _NOT_OURS:
+            raise UserError(f"{where}; nearest: a folder that can be written to") from error
+        raise RetryableError(f"{where}; the same command goes on") from error
+
+
+def _prepare(
+    data: DataConfig,
+    folder: Path,
+    processes: int,
+    say: Say,
+    name: str,
+    excluded: Container[int],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    work = Preparation(data, folder, name, say)
     finished = work.look()
     if finished:
+        # A kill after the manifest was written leaves this file behind.
+        (folder / PROGRESS).unlink(missing_ok=True)
         return finished
     for stray in work.folder.glob("tmp-*"):
         stray.unlink()
@@ -175,9 +210,16 @@ class Preparation:
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""
-        if not (self.folder / PROGRESS).is_file():
+        path = self.folder / PROGRESS
+        if not path.is_file():
             return None
-        state: SavedState = json.loads((self.folder / PROGRESS).read_bytes())
+
+        def refuse(why: str) -> UserError:
+            return DataError(f"{path}: {why}; nearest: remove {self.folder}, and prepare again")
+
+        content = read_json(path, refuse)
+        check(content, ProgressFile, refuse)
+        state: SavedState = content  # type: ignore[assignment]
         self._check_settings(state["settings"])
         for before, now in zip_longest(state["sources"], list_files(self.reader)):
             if before != now:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 
-from dist_lm.console import count, notice
+from dist_lm.console import count, notice, say
 from dist_lm.data.text.formats import Reader
 
 Say = Callable[[str], None]  # prints a line
@@ -60,9 +60,9 @@ class Progress:
         if not self.is_terminal:
             self.say(line)
         elif end:
-            notice(f"\r{line:<78}")
+            say(f"\r{line:<78}", channel="stderr")
         else:
-            notice(f"\r{line:<78}", end="")
+            say(f"\r{line:<78}", end="", channel="stderr")
 
     def _total_bytes(self) -> float:
         """Bytes of text in all; estimated by what the files so far had for their size on disk."""

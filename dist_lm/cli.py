@@ -228,7 +228,8 @@ def parse_value(name: str, words: list[str]) -> Any:
         return word
     if word == "None":
         return None
-    if str in get_args(annotation) and word != "null":
+    may_be_text = str in get_args(annotation) and get_origin(annotation) is not dict
+    if may_be_text and word != "null":
         return word
     return _parse_word(word)
 

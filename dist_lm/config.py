@@ -7,6 +7,7 @@ mistake is answered at once.
 """
 
 import math
+import re
 import string
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -202,6 +203,9 @@ class SourceConfig(Section):
         return [column for _, column, _, _ in parts if column]
 
 
+_WIDEST = 1000  # characters that a template may fill up a column to
+
+
 def _check_template(name: str, source: SourceConfig) -> None:
     if not source.template:
         return
@@ -214,6 +218,13 @@ def _check_template(name: str, source: SourceConfig) -> None:
         raise ValueError(
             f"{name}={source.template!r} must name columns in pairs of braces; nearest: {nearest!r}"
         )
+    for _, column, layout, _ in string.Formatter().parse(source.template):
+        numbers = [int(digits[:9]) for digits in re.findall(r"[0-9]+", layout or "")]
+        if "{" in (layout or "") or max(numbers, default=0) > _WIDEST:
+            raise ValueError(
+                f"{name}={source.template!r} has {column} with the layout {layout!r}; rule: no"
+                f" braces in it and no width above {_WIDEST}; nearest: {{{column}}}"
+            )
 
 
 class Stage(Section):
@@ -261,6 +272,12 @@ class DataConfig(Section):
         "text", description="Column of the text in .jsonl, .json, .csv and .parquet."
     )
     separator: str | None = Field(None, description="Text that ends a document inside a .txt file.")
+    template: str | None = Field(
+        None, description="Text made of several columns, e.g. '{title}: {body}'."
+    )
+    filter: dict[str, str | int | float | bool | None] = Field(
+        {}, description="Column: the value that rows must have, e.g. '{lang: en}'."
+    )
     tokenizer: str = Field(
         "bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name."
     )
@@ -302,6 +319,7 @@ class DataConfig(Section):
         return self
 
     def _check_sources(self) -> None:
+        _check_template("data.template", self.as_source())
         if self.sources and self.input != DataConfig.model_fields["input"].default:
             raise ValueError(
                 f"data.input={self.input!r} and data.sources exclude each other; rule: give one"
@@ -343,7 +361,11 @@ class DataConfig(Section):
     def as_source(self) -> SourceConfig:
         """`input` alone as a source."""
         return SourceConfig(
-            input=self.input, text_column=self.text_column, separator=self.separator
+            input=self.input,
+            text_column=self.text_column,
+            separator=self.separator,
+            template=self.template,
+            filter=self.filter,
         )
 
 
@@ -441,8 +463,11 @@ class RunConfig(Section):
     trackers: tuple[str, ...] = Field(
         ("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb."
     )
-    sample_prompt: str = Field(
-        "\n", min_length=1, description="Prompt of the samples at each evaluation."
+    sample_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompt of the samples at each evaluation; unset: the first words of the"
+        " held-out text.",
     )
 
     @model_validator(mode="after")
@@ -534,6 +559,8 @@ FREE_ON_RESUME = frozenset(
         "data.validation",
         "data.text_column",
         "data.separator",
+        "data.template",
+        "data.filter",
         "data.tokenizer",
         "data.val_fraction",
         "data.micro_batch",

@@ -1,10 +1,13 @@
 """Lines to people: streams that outlive their reader, numbers and durations in short, safe text."""
 
+import contextlib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -72,8 +75,34 @@ def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
     print(text, end=end, file=getattr(sys, channel), flush=True)
 
 
+def notice(text: str, end: str = "\n") -> None:
+    """Print what is not the result of a command, on standard error.
+
+    It may hold names from outside.
+    """
+    say(printable(text), end, channel="stderr")
+
+
 def warn(text: str) -> None:
-    say(f"warning: {printable(text)}", channel="stderr")
+    notice(f"warning: {text}")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warn, but not again in the same words."""
+    warn(text)
+
+
+@contextlib.contextmanager
+def dispensable(path: str | Path) -> Iterator[None]:
+    """Surrounds the writing of a file without which a run goes on.
+
+    What a full disk or a planted link makes fail costs one warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{path} could not be written, the run goes on: {error.strerror or error}")
 
 
 def shorten(number: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_lm.checkpoint.state import read_state
 from dist_lm.config import Config
+from dist_lm.console import count as count_of
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.data.order import batch_after, batch_of_step
@@ -113,8 +114,9 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
     sequences = next(read_steps(config, data, step - 1))
     if not sequences:
         raise UserError(f"--step={step} is behind the end of the data")
+    sequences_of_step = count_of(len(sequences), "sequence")
     print(
-        f"step {step}: {len(sequences)} sequences of {length} inputs and their targets"
+        f"step {step}: {sequences_of_step} of {length} inputs and their targets"
         f" ({length + 1} tokens)"
     )
     for place, sequence in sorted(sequences.items()):
@@ -145,4 +147,4 @@ def find(config: Config, data: Dataset, text: str) -> None:
                 seen.setdefault(at, set()).add(where)
     for step in sorted(seen):
         print(f"step {step}: {', '.join(sorted(seen[step]))}")
-    print(f"{printable(text)!r}: in {len(seen)} of the {last} steps so far")
+    print(f"{printable(text)!r}: in {len(seen)} of the {count_of(last, 'step')} so far")

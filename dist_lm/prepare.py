@@ -10,15 +10,18 @@ from pathlib import Path
 
 from pydantic import Field
 
-from dist_lm.cli import Command, read_flags_and_settings, resolve
-from dist_lm.config import Section
+from dist_lm.cli import Command, ConfigFlags, load
+from dist_lm.config import DataConfig
 from dist_lm.errors import INTERRUPTED, DataError, UserError, run_entry
 
 CORES = len(os.sched_getaffinity(0))
 
 
-class PrepareFlags(Section):
+class PrepareFlags(ConfigFlags):
     """Turn any text source into token shards: a folder that training reads from, made once.
+
+    The settings are those of training without their "data.". Of several named sources each is made
+    into a folder of its own below the output, with one tokenizer for all.
 
     It may be stopped at any time: the same command goes on. The result is the same bytes for any
     number of processes.
@@ -33,25 +36,30 @@ class PrepareFlags(Section):
     )
 
 
+# Settings of training that say which text is prepared, and how.
+SETTINGS = (
+    "input",
+    "sources",
+    "text_column",
+    "separator",
+    "template",
+    "filter",
+    "bad_rows",
+    "tokenizer",
+    "val_fraction",
+)
 PREPARE = Command(
     "python -m dist_lm.prepare --input TEXT --output DIR --tokenizer bpe:8192, or --verify DIR",
     PrepareFlags,
-    settings={
-        name: f"data.{name}"
-        for name in ("input", "tokenizer", "text_column", "separator", "val_fraction")
-    },
+    settings={name: f"data.{name}" for name in SETTINGS},
 )
 
 
 def main(argv: list[str]) -> None:
-    flags, settings = read_flags_and_settings(argv, PREPARE)
+    config, flags = load(argv, PREPARE)
     if (flags.verify is None) == (flags.output is None):
         raise UserError("exactly one of --output DIR and --verify DIR must be given")
-    config = resolve(("command line", settings))
-    from dist_lm.data.prepared import (  # numpy and pyarrow, which are slow to import
-        preparing,
-        shards,
-    )
+    from dist_lm.data.prepared import shards  # numpy, which is slow to import
 
     if flags.verify is not None:
         damaged = shards.verify(flags.verify)
@@ -63,10 +71,34 @@ def main(argv: list[str]) -> None:
         return
     assert flags.output is not None
     try:
-        preparing.prepare_dataset(config.data, Path(flags.output), flags.processes or CORES)
+        prepare(config.data, Path(flags.output), flags.processes or CORES)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def prepare(data: DataConfig, output: Path, processes: int) -> None:
+    """Prepare the only source into a folder, or each of several into a folder below it."""
+    # numpy and tokenizers, which are slow to import
+    from dist_lm.data.prepared.kept import learn_tokenizer
+    from dist_lm.data.prepared.preparing import prepare_dataset
+    from dist_lm.data.text.files import find_files
+    from dist_lm.data.text.formats import Reader
+    from dist_lm.data.tokenizer import Tokenizer
+
+    sources = data.named_sources()
+    if len(sources) == 1:
+        (name,) = sources
+        prepare_dataset(data, output, processes, name=name)
+        return
+    readers = []
+    for name, source in sources.items():
+        label = data.field_of(name)
+        readers.append(Reader(source, find_files(source, label), data.bad_rows, label))
+    learn_tokenizer(data, readers, output, print)
+    tokenizer = Tokenizer.load(output)
+    for name in sources:
+        prepare_dataset(data, output / name, processes, name=name, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

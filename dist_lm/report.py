@@ -156,7 +156,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         cells = [row[0].ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):
             cells.append(cell.rjust(width))
-        print("  ".join(cells))
+        print(printable("  ".join(cells)))
 
 
 if __name__ == "__main__":

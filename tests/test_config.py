@@ -42,7 +42,8 @@ def test_fields() -> None:
     model.norm_placement model.activation model.bias model.qk_norm model.dropout
     model.tie_embeddings model.init model.norm_eps model.rope_theta
     data.input data.sources data.stages data.validation data.stream data.lanes data.packing
-    data.bad_rows data.cache_gb data.text_column data.separator data.tokenizer data.val_fraction
+    data.bad_rows data.cache_gb data.text_column data.separator data.template
+    data.filter data.tokenizer data.val_fraction
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip
@@ -244,6 +245,16 @@ def test_command_line_errors(argv: str, message: str) -> None:
             " nearest: '{body}'",
         ),
         (
+            "data: {sources: {web: {input: a.csv, template: '{text:{n}}'}}}",
+            "FILE: data.sources.web.template='{text:{n}}' has text with the layout '{n}'; rule: no"
+            " braces in it and no width above 1000; nearest: {text}",
+        ),
+        (
+            "data: {sources: {web: {input: a.csv, template: '{text:>1000000000}'}}}",
+            "FILE: data.sources.web.template='{text:>1000000000}' has text with the layout"
+            " '>1000000000'; rule: no braces in it and no width above 1000; nearest: {text}",
+        ),
+        (
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",
             "FILE: data.validation.held.template='a}' must name columns in pairs of braces;"
             " nearest: '{text}'",
@@ -337,7 +348,7 @@ def test_help_shows_every_field_once_with_the_given_yaml(
         "  --optim.betas FLOAT FLOAT (0.9 0.95)\n",
         "  --run.epochs INT (unset)\n",
         "  --run.trackers TEXT ... (tensorboard)\n",
-        "  --run.sample_prompt TEXT ('\\n')\n",
+        "  --run.sample_prompt TEXT (unset)\n",
         "      Let FIELD differ from what the run was started with (repeatable).\n",
     ):
         assert text.count(shown) == 1, shown

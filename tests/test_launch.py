@@ -86,12 +86,17 @@ def test_dry_run_prints_the_command_and_stops(tmp_path: Path) -> None:
         ("--launch zero4", "--launch zero4 must be one of: ddp single zero1"),
         ("--interface eth77", "--interface eth77 is not there; nearest: "),
         ("--data.lr 1e-3", "error: unknown flag --data.lr; did you mean --optim.lr?"),
+        ("--nprocs 2", "unknown flag --nprocs; did you mean --nproc of launch/torchrun.sh?"),
+        ("--batch-size 8", "unknown flag --batch_size; did you mean --data.global_batch?"),
     ],
 )
 def test_refusals_before_anything_starts(arguments: str, answer: str, tmp_path: Path) -> None:
     began = time.monotonic()
     said = launch("torchrun", *arguments.split(), "--run.dir", str(tmp_path / "run"), code=2)
-    assert answer in said and len(said.splitlines()) <= 2 and time.monotonic() - began < 30
+    # One line of ours, and none of a launcher: at most a warning about the network comes first.
+    *before, line = said.splitlines()
+    assert answer in line and len(before) <= ("--nnodes" in arguments), said
+    assert time.monotonic() - began < 30
     assert not (tmp_path / "run").exists()
 
 
@@ -121,6 +126,37 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     )
     assert done.stderr == f"warning: x\n{of_a_rank}\nlater\n"
     assert (tmp_path / "held").read_text() == f"{of_torchrun}\n"
+
+
+def slurm_script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in clean_env(**env).items() if not name.startswith("SLURM_")}
+    command = ["bash", f"slurm/{name}.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=own | env, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "generate"])
+def test_a_slurm_script_outside_of_a_job_says_how_to_submit_it(name: str) -> None:
+    done = slurm_script(name, "--config", "configs/debug.yaml")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        f"slurm/{name}.sh: error: this is no job; submit it with sbatch: sbatch "
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_srun_line_of_a_pretended_allocation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--config", "configs/debug.yaml", "--run.dir", str(run), "--dry-run")
+    done = slurm_script("train", *words, PYTHON=sys.executable)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --overcommit ")
+    assert done.stdout.endswith(
+        f" --open-mode=append slurm/rank.sh {sys.executable} dist_lm/train.py"
+        f" --config configs/debug.yaml --run.dir {run} --launch ddp\n"
+    )
+    done = slurm_script("train", *words, PYTHON=sys.executable, SLURM_JOB_NUM_NODES="3")
+    assert done.stdout.startswith("srun --nodes=3 --ntasks=24 ")
+    assert not run.exists()
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:

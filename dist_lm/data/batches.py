@@ -17,17 +17,20 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
 from dist_lm.data.mix import StepReader
 from dist_lm.data.order import Ints, batch_after, batch_of_step, row_keys
 from dist_lm.data.rows import StepRows
+from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _AHEAD = 4  # batches read ahead per worker
+_FEWEST_BOUNDS = 256  # of documents in a micro-batch
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Micro:
     targets_BT: Tensor
     segments_BT: Tensor | None  # document numbers, when documents must not see each other
     dropout_keys_B: Tensor | None  # one hash a row, from which its dropout masks follow
+    bounds_N: Tensor | None = None  # where documents begin in the rows laid end to end; for GPUs
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Micro:
         """The same done to each tensor there is."""
@@ -50,6 +54,7 @@ class Micro:
             change(self.targets_BT),
             if_there(self.segments_BT),
             if_there(self.dropout_keys_B),
+            if_there(self.bounds_N),
         )
 
 
@@ -66,6 +71,8 @@ class Batch:
     after: dict[str, Any] = field(default_factory=dict)
     # Of a mixture: asked and actual share, and passes, of each source.
     shares: dict[str, float] = field(default_factory=dict)
+    # Why this rank could not read some rows. All ranks must refuse the batch, so they agree first.
+    failure: UserError | None = None
 
 
 class Batches:
@@ -152,13 +159,17 @@ class Batches:
         hashes = 0
         if self._hash_rows:
             hashes = self._hash(rows)
+        micros = [whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)]
+        if segments_NT is not None and self._device.type == "cuda":
+            micros = [self._with_bounds(micro) for micro in micros]
         return Batch(
-            micros=[whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)],
+            micros=micros,
             targets=int((targets_NT != NO_TARGET).sum()),
             row_hashes=hashes,
             end=rows.end,
             after=rows.after,
             shares=rows.shares,
+            failure=rows.failure,
         )
 
     def close(self) -> None:
@@ -168,6 +179,10 @@ class Batches:
             # they must all finish.
             self._pool.shutdown(wait=True, cancel_futures=self._reader.any_order)
         self._reader.close()
+
+    def _with_bounds(self, micro: Micro) -> Micro:
+        assert micro.segments_BT is not None
+        return replace(micro, bounds_N=self._tensor(document_bounds(micro.segments_BT.numpy())))
 
     def _dropout_keys(self, number: int, count: int) -> Tensor | None:
         if self._dropout_seed is None:
@@ -192,7 +207,7 @@ class Batches:
             total += int.from_bytes(hashlib.blake2b(row, digest_size=8).digest())
         return (total + 2**63) % 2**64 - 2**63
 
-    def _tensor(self, array: Ints) -> Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         import torch  # slow, and preparing needs none of it
 
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -219,3 +234,19 @@ def _targets(rows: StepRows) -> Ints:
     for row in np.flatnonzero(rows.targets < seq_len):
         targets_NT[row, rows.targets[row] :] = NO_TARGET
     return targets_NT
+
+
+def document_bounds(segments_BT: Ints) -> NDArray[np.int32]:
+    """Where documents begin in the rows laid end to end, and where the rows end.
+
+    The end is repeated up to one of a few lengths, because torch.compile compiles for each length.
+    """
+    begins_BT = np.ones(segments_BT.shape, dtype=bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    begins = np.flatnonzero(begins_BT)
+    length = _FEWEST_BOUNDS
+    while length <= len(begins):
+        length *= 4
+    bounds = np.full(length, segments_BT.size, dtype=np.int32)
+    bounds[: len(begins)] = begins
+    return bounds

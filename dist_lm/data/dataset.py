@@ -8,7 +8,6 @@ a resumed run can refuse other data.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import zlib
@@ -18,17 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import RootModel
+
 from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
+from dist_lm.console import count, notice
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
-from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
+from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer, read_hashes
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.parts import open_shards
+from dist_lm.data.prepared.parts import open_shards, parts_of
 from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
 from dist_lm.data.prepared.sequences import TokenSequences
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
 from dist_lm.data.text.files import Part, TextFile, find_files
@@ -36,6 +39,7 @@ from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError
+from dist_lm.outside import check, read_json
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
@@ -71,6 +75,14 @@ class Dataset:
         assert self.alone, "a stream or a mixture is not shards"
         return self.alone.shards
 
+    def shards(self) -> list[TokenSequences]:
+        """All prepared shards that it reads."""
+        found = [*self.val.values()]
+        for source in self.sources.values():
+            if isinstance(source, PreparedSource):
+                found.append(source.shards)
+        return found
+
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""
         return total_steps(config, self.sequences)
@@ -98,8 +110,8 @@ class Dataset:
             epochs = steps * data.global_batch / self.alone.sequences
             tail = self.alone.shards.tail_tokens(data.seq_len, data.stride)
             return [
-                f"{self.alone.sequences:,} sequences to train on, for {epochs:.2f} epochs;"
-                f" {tail} tokens at the ends of shards are left out"
+                f"{count(self.alone.sequences, 'sequence')} to train on, for {epochs:.2f} epochs;"
+                f" left out at the ends of shards: {count(tail, 'token')}"
             ]
         lines = []
         for name, source in self.sources.items():
@@ -110,7 +122,7 @@ class Dataset:
 def open_dataset(
     config: Config,
     on_main: Callable[[Callable[[], Any]], Any],
-    say: Say = print,
+    say: Say = notice,
     training: bool = True,
 ) -> Dataset:
     """Open the sources, after rank 0 has prepared what they need. All ranks."""
@@ -303,7 +315,7 @@ def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
     for name in config.data.validation:
         file = folder / "val" / name / "documents.json"
         if file.is_file():
-            hashes.update(json.loads(file.read_bytes()))
+            hashes.update(read_hashes(file))
     return frozenset(hashes)
 
 
@@ -333,8 +345,43 @@ def _checked(
             f" sequence; rule: at least {data.seq_len + 1}; nearest: a larger data.val_fraction,"
             " or run.eval_every=0"
         )
+    for name, shards in val.items():
+        _refuse_unknown_text(name, shards)
     identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
-    return Dataset(sources, alone, val, tokenizer, identity)
+    dataset = Dataset(sources, alone, val, tokenizer, identity)
+    for shards in dataset.shards():
+        for part in parts_of(shards):
+            _refuse_other_tokenizer(part, tokenizer)
+    return dataset
+
+
+def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
+    """Refuse shards whose manifest is of another tokenizer than the one beside them."""
+    entry = shards.manifest["tokenizer"]
+    if (entry["sha256"], entry["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
+        raise DataError(
+            f"{shards.folder}/tokenizer.json is not the one that the folder was prepared with"
+            f" ({tokenizer.sha256[:12]} with {tokenizer.vocab_size} tokens, not"
+            f" {entry['sha256'][:12]} with {entry['vocab_size']}); nearest: prepare again"
+        )
+
+
+def _refuse_unknown_text(name: str, shards: TokenSequences) -> None:
+    """Refuse a validation set of which the tokenizer knows nothing but the ends of documents."""
+    tokens = 0
+    unknown = 0
+    ends = 0
+    for part in parts_of(shards):
+        split = part.manifest["splits"]["val"]
+        tokens += split["tokens"]
+        unknown += split["unknown"]
+        ends += split["documents"]
+    if unknown and tokens <= unknown + ends:
+        raise DataError(
+            f"validation set {name} ({shards.title}): the tokenizer knows nothing of its text, all"
+            f" {unknown:,} tokens are unknown; rule: text in the alphabet of what is"
+            " trained on; nearest: another data.validation, or data.tokenizer=byte"
+        )
 
 
 # --- preparing, on rank 0
@@ -408,7 +455,7 @@ class _Preparation:
             streams[name] = {"files": [*reader.files], "parts": [*parts]}
         record = self._folder / "streams.json"
         if record.is_file():
-            _refuse_changed(_files_of(streams), json.loads(record.read_bytes()))
+            _refuse_changed(_files_of(streams), _read_record(record))
         return streams
 
     def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
@@ -462,8 +509,8 @@ class _Preparation:
         lanes = self._config.data.lanes
         if parts < lanes:
             self._say(
-                f"{reader.spec.title} has {parts} parts, so {name} is read in as many lanes, not"
-                f" data.lanes={lanes}"
+                f"{reader.spec.title} has {count(parts, 'part')}, so {name} is read in as many"
+                f" lanes, not data.lanes={lanes}"
             )
         names = [file.name for file in reader.files]
         read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]
@@ -477,6 +524,19 @@ class _Preparation:
 def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
     """The files of each stream, as streams.json has them."""
     return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
+
+
+class _StreamsRecord(RootModel[dict[str, list[tuple[str, str, int, str]]]]):
+    """The files of each stream, as `TextFile`s."""
+
+
+def _read_record(record: Path) -> dict[str, list[list[Any]]]:
+    def refuse(why: str) -> UserError:
+        return DataError(f"{record}: {why}; nearest: a new run.dir")
+
+    content = read_json(record, refuse)
+    check(content, _StreamsRecord, refuse)
+    return content
 
 
 def _refuse_changed(

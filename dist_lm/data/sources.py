@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dist_lm.console import count
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.order import Ints, sequence_ids
 from dist_lm.data.prepared.sequences import TokenSequences
@@ -22,7 +23,7 @@ from dist_lm.data.provenance import PreparedSearch, PreparedSequence, Search, St
 from dist_lm.data.rows import StepRows
 from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, UserError
 
 
 class Ranks(NamedTuple):
@@ -120,7 +121,10 @@ class PreparedSource:
             turns = turns[is_inside]
         ours = rows.ours(places)
         ids = self.ids(turns[ours])
-        rows.put(places[ours], self.read(ids))
+        try:
+            rows.put(places[ours], self.read(ids))
+        except UserError as error:
+            rows.failure = error
         for place, number in zip(places[ours].tolist(), ids.tolist(), strict=True):
             rows.origins[place] = self.origin(number)
         return len(places)
@@ -176,8 +180,10 @@ class StreamSource:
         name, lanes = self.spec.name, self.spec.lanes
         lines = []
         if lanes < world:
-            lines.append(f"warning: {name} has {lanes} lanes, fewer than the {world} processes")
-        parts = f"{len(self.spec.parts):,} parts in {lanes} lanes"
+            lines.append(
+                f"warning: {name} has {count(lanes, 'lane')}, fewer than the {world} processes"
+            )
+        parts = f"{count(len(self.spec.parts), 'part')} in {count(lanes, 'lane')}"
         lines.append(f"source {name}: {parts}; weight {weight}")
         return lines
 

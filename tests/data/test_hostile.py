@@ -22,11 +22,7 @@ import pytest
 from dist_lm.checks.inputs import compare_tokenizers
 from dist_lm.config import Config, DataConfig
 from dist_lm.data import dataset
-from dist_lm.data import dataset
-from dist_lm.data import dataset
 from dist_lm.data.prepared.cache import ShardCache
-from dist_lm.data.prepared.kept import read_hashes
-from dist_lm.data.prepared.kept import read_hashes
 from dist_lm.data.prepared.kept import read_hashes
 from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
 from dist_lm.data.prepared.preparing import prepare_dataset

@@ -3,7 +3,8 @@
 Invariant: the folder has the same bytes from any number of processes, killed in between or not.
 """
 
-import json
+import contextlib
+import errno
 from collections import Counter, deque
 from collections.abc import Container, Iterator
 from itertools import zip_longest
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count, notice
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
@@ -18,6 +20,7 @@ from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifes
 from dist_lm.data.prepared.progress import Progress, Say
 from dist_lm.data.prepared.writer import (
     PROGRESS,
+    ProgressFile,
     SavedState,
     SplitWriter,
     list_files,
@@ -30,8 +33,11 @@ from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, RetryableError, UserError
+from dist_lm.outside import check, read_json
 
+# What no other try changes: a folder that is no folder, or that this user may not write to.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 # Documents. A smaller source holds out the tail of its text instead of whole documents.
 SMALL = 100
 
@@ -40,7 +46,7 @@ def prepare_dataset(
     data: DataConfig,
     folder: str | Path,
     processes: int = 1,
-    say: Say = print,
+    say: Say = notice,
     name: str = "text",
     excluded: Container[int] = (),
     tokenizer: Tokenizer | None = None,
@@ -51,9 +57,39 @@ def prepare_dataset(
     out, because they are validation documents of another source. A tokenizer is learned as
     `data.tokenizer` says, unless one is given.
     """
-    work = Preparation(data, Path(folder), name, say)
+    with _disk_may_fail(Path(folder)):
+        return _prepare(data, Path(folder), processes, say, name, excluded, tokenizer)
+
+
+@contextlib.contextmanager
+def _disk_may_fail(folder: Path) -> Iterator[None]:
+    """Let a full or failing disk be one line. What is written by then stays, and is gone on from.
+
+    Errors of the text that is read are DataErrors already, by file and row.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or folder}: {error.strerror or error}; the text is not prepared"
+        if error.errno in _NOT_OURS:
+            raise UserError(f"{where}; nearest: a folder that can be written to") from error
+        raise RetryableError(f"{where}; the same command goes on") from error
+
+
+def _prepare(
+    data: DataConfig,
+    folder: Path,
+    processes: int,
+    say: Say,
+    name: str,
+    excluded: Container[int],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    work = Preparation(data, folder, name, say)
     finished = work.look()
     if finished:
+        # A kill after the manifest was written leaves this file behind.
+        (folder / PROGRESS).unlink(missing_ok=True)
         return finished
     for stray in work.folder.glob("tmp-*"):
         stray.unlink()
@@ -174,9 +210,16 @@ class Preparation:
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""
-        if not (self.folder / PROGRESS).is_file():
+        path = self.folder / PROGRESS
+        if not path.is_file():
             return None
-        state: SavedState = json.loads((self.folder / PROGRESS).read_bytes())
+
+        def refuse(why: str) -> UserError:
+            return DataError(f"{path}: {why}; nearest: remove {self.folder}, and prepare again")
+
+        content = read_json(path, refuse)
+        check(content, ProgressFile, refuse)
+        state: SavedState = content  # type: ignore[assignment]
         self._check_settings(state["settings"])
         for before, now in zip_longest(state["sources"], list_files(self.reader)):
             if before != now:
@@ -256,9 +299,11 @@ class Preparation:
         """Say how much there is, and what was left out."""
         for split, entry in manifest["splits"].items():
             lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
+            shards = count(len(entry["shards"]), "shard")
             self.say(
-                f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
-                f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards"
+                f"{split}: {count(entry['documents'], 'document')},"
+                f" {count(entry['bytes'], 'byte')} of text,"
+                f" {count(entry['tokens'], 'token')}{lost} in {shards}"
             )
             if not entry["shards"]:
                 self.say(
@@ -274,11 +319,11 @@ class Preparation:
         if not seen.documents:
             setting = f"{self.field}={self.spec.input!r}"
             number = len(self.reader.files)
-            raise DataError(f"{setting}: no document with text in {number} files")
+            raise DataError(f"{setting}: no document with text in {count(number, 'file')}")
         is_small = seen.documents < SMALL
         if is_whole or is_small:
             self.say(
-                f"found {seen.documents:,} documents, {seen.bytes:,} bytes of text in"
+                f"found {count(seen.documents, 'document')}, {count(seen.bytes, 'byte')} of text in"
                 f" {self.spec.title}"
             )
         if is_small and self.data.val_fraction:

@@ -21,6 +21,7 @@ from dist_lm.config import NO_TARGET, Config
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.mix import count_left_out, merge_after
+from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
@@ -333,7 +334,8 @@ def save(run: Run, last: bool) -> None:
     tokenizer = run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))
-    _say_left_out(runtime, streams)
+    if last:
+        _say_left_out(runtime, streams)
     state = compose_state(
         run.state,
         streams=streams,
@@ -357,11 +359,10 @@ def save(run: Run, last: bool) -> None:
 
 
 def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:
-    """Print which rows the streams have left out so far."""
+    """Print how much the streams have left out in the whole run so far, by kind."""
     left_out = count_left_out(streams)
     if left_out:
-        counts = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
-        runtime.say(f"left out so far: {counts}")
+        runtime.say(f"left out so far: {count_kinds(left_out)}")
 
 
 def report_saving(run: Run, look: Callable[[], None]) -> None:

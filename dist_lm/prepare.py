@@ -45,6 +45,7 @@ SETTINGS = (
     "template",
     "filter",
     "bad_rows",
+    "dtype",
     "tokenizer",
     "val_fraction",
 )

@@ -59,3 +59,9 @@ class Channel:
         lengths_sent = [len(part) for part in parts]
         dist.all_to_all_single(received, torch.cat(parts), lengths, lengths_sent, group=self.group)
         return list(torch.split(received, lengths))
+
+    def collect(self, part: Tensor) -> Tensor:
+        """Every rank's tensor, of equal shape, one after another in rank order. All ranks."""
+        whole = part.new_empty((self.world_size * len(part), *part.shape[1:]))
+        dist.all_gather(list(whole.chunk(self.world_size)), part, group=self.group)
+        return whole

@@ -479,8 +479,11 @@ class RunConfig(Section):
     trackers: tuple[str, ...] = Field(
         ("tensorboard",), description="Trackers of Accelerate, e.g. tensorboard wandb."
     )
-    sample_prompt: str = Field(
-        "\n", min_length=1, description="Prompt of the samples at each evaluation."
+    sample_prompt: str | None = Field(
+        None,
+        min_length=1,
+        description="Prompt of the samples at each evaluation; unset: the first words of the"
+        " held-out text.",
     )
 
     @model_validator(mode="after")

@@ -1,10 +1,13 @@
 """Lines to people: streams that outlive their reader, numbers and durations in short, safe text."""
 
+import contextlib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 
@@ -74,6 +77,24 @@ def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
 
 def warn(text: str) -> None:
     say(f"warning: {printable(text)}", channel="stderr")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warn, but not again in the same words."""
+    warn(text)
+
+
+@contextlib.contextmanager
+def dispensable(path: str | Path) -> Iterator[None]:
+    """Surrounds the writing of a file without which a run goes on.
+
+    What a full disk or a planted link makes fail costs one warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{path} could not be written, the run goes on: {error.strerror or error}")
 
 
 def shorten(number: float) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import count, cycle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dist_lm.console import printable
 from dist_lm.metrics import read_metrics
@@ -16,7 +16,7 @@ _WINDOWS = 50
 _LONGEST_LABEL = 200  # characters
 
 
-def draw_curves(run_dirs: Sequence[str | Path], png: str | Path) -> None:
+def draw_curves(run_dirs: Sequence[str | Path], png: str | Path | IO[bytes]) -> None:
     """Training loss (raw and smoothed) and validation loss against the step, of runs by name."""
     # Slow to import, and needed at the end of a run only.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -9,9 +9,18 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHUNK = 16 * 2**20  # bytes hashed and written at once
+
+
+def open_own(path: str | Path, mode: str, **more: Any) -> IO[Any]:
+    """Open a file of ours for writing. Refuses a link: what it leads to may be anybody's."""
+    return open(path, mode, opener=_without_links, **more)
+
+
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
@@ -33,7 +42,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> tuple[int, s
     """Write, hash and fsync a file; returns its size and sha256."""
     digest = hashlib.sha256()
     size = 0
-    with open(path, "wb", buffering=0) as file:
+    with open_own(path, "wb", buffering=0) as file:
         for part in parts:
             view = memoryview(part)
             # Hashing and writing release the lock of Python while they work on a chunk.

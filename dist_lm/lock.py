@@ -113,8 +113,19 @@ class RunLock:
             else:
                 if text != self.text:
                     self._why_lost = f"{self.path} is now held by {text}"
+                elif self._is_copy():
+                    self._why_lost = f"{self.path.parent} was replaced by a copy"
             self._looked_at = time.monotonic()
         return self._why_lost
+
+    def _is_copy(self) -> bool:
+        """Whether the path leads to another file than the one that rank 0 made."""
+        if self._descriptor is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except OSError:
+            return False
 
     @property
     def lost(self) -> str:
@@ -318,6 +329,8 @@ def _write_new(path: Path, text: str) -> int:
         os.fsync(descriptor)
     except BaseException:
         os.close(descriptor)
+        with contextlib.suppress(OSError):
+            path.unlink()  # half a lock holds nobody's name
         raise
     return descriptor
 

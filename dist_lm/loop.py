@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 from dist_lm import families
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
+from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.prepared.progress import count_kinds
+from dist_lm.data.prepared.shard_check import ShardCheck
+from dist_lm.disk import open_own
 from dist_lm.errors import DivergedError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
@@ -33,6 +38,7 @@ from dist_lm.sample import Sampling, sample
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS = 96  # of each text that an evaluation writes to samples.md
+PROMPT_TOKENS = 16  # of held-out text, where run.sample_prompt is unset
 SAMPLE_TEMPERATURES = (0.0, 0.8)
 SMALLEST_SCALE = 1.0  # an fp16 loss scale below this means that the loss itself is not finite
 
@@ -70,9 +76,11 @@ def run_to_end(
         hold_folder(runtime)
         point = find_resume_point(runtime, config, allow_change)
         if point:
-            run = build(runtime, config, point)
-            describe(run)
-            reason = _train_and_keep(run)
+            with _shard_check(runtime, config, point.data) as check:
+                run = build(runtime, config, point)
+                describe(run)
+                runtime.on_main(check.wait)
+                reason = _train_and_keep(run)
             finish(run, reason)
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
@@ -82,6 +90,16 @@ def run_to_end(
         raise
     runtime.close()
     return reason
+
+
+def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
+    """The check of the shards, which rank 0 does. Damage makes it refuse in the next sum."""
+
+    def refuse(error: UserError) -> None:
+        runtime.refusal = error
+
+    sets = data.shards() if runtime.is_main else []
+    return ShardCheck(Path(config.run.dir), sets, refuse)
 
 
 def _train_and_keep(run: Run) -> str:
@@ -103,7 +121,7 @@ def train(run: Run) -> str:
     # All ranks: the first batch, and what they must agree on before its step.
     batches = training_batches(run)
     run.batches = batches
-    batch = batches.take()
+    batch = take_batch(run, batches)
     runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
     targets, is_stopping = agree_on_first_step(run, batch)
     first_step = state.step
@@ -125,7 +143,7 @@ def train(run: Run) -> str:
             is_stopping |= record_step(run, pending)
             pending = None
         if is_evaluating:
-            evaluate(run)
+            evaluate(run, is_saving)
         if is_saving:
             save(run, last=is_leaving)
         if is_leaving:
@@ -143,12 +161,12 @@ def train(run: Run) -> str:
         # All ranks: one small sum carries all that they must agree on. Its flags are read one step
         # late, with the figures.
         waiting = time.monotonic()
-        next_batch = batches.take()
+        next_batch = take_batch(run, batches)
         seconds_waiting = time.monotonic() - waiting
         agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
-        loss_sum, next_targets, stop, is_lost = agreed
+        loss_sum, next_targets, stop, are_refusing = agreed
 
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, is_lost])
+        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
         late_figures = LateFigures(figures)
 
@@ -172,9 +190,18 @@ def train(run: Run) -> str:
 
     profiler.stop()
     batches.close()
+    run.has_ended = has_ended
     if has_ended or not is_stopping:
         return ""
     return runtime.why_stopped
+
+
+def take_batch(run: Run, batches: Batches) -> Batch:
+    """The next batch. Rows that this rank cannot read make it refuse in the next sum. All ranks."""
+    batch = batches.take()
+    if batch.failure:
+        run.runtime.refusal = batch.failure
+    return batch
 
 
 def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
@@ -183,8 +210,8 @@ def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
     All ranks.
     """
     runtime = run.runtime
-    targets, stop, is_lost = runtime.sum(runtime.with_flags(batch.targets))
-    runtime.refuse_lost_folder(float(is_lost))
+    targets, stop, are_refusing = runtime.sum(runtime.with_flags(batch.targets))
+    runtime.refuse_together(float(are_refusing))
     return targets, bool(stop)
 
 
@@ -239,9 +266,9 @@ def record_step(run: Run, pending: Pending) -> bool:
     runtime = run.runtime
     state = run.state
     scaler = runtime.engine.scaler
-    loss, norm, targets, stop, is_lost = pending.loss_norm_targets_flags.read()
+    loss, norm, targets, stop, are_refusing = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
-    runtime.refuse_lost_folder(is_lost)
+    runtime.refuse_together(are_refusing)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
             run.metrics.close()
@@ -275,10 +302,10 @@ def record_step(run: Run, pending: Pending) -> bool:
     return bool(stop)
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run, is_saving: bool = False) -> None:
     """Held-out figures, and samples in which a reader sees the text become coherent.
 
-    All ranks, in step.
+    `is_saving`: this step gets a checkpoint, which the samples name. All ranks, in step.
     """
     with run.metrics.pause():
         losses = []
@@ -288,7 +315,7 @@ def evaluate(run: Run) -> None:
                 with run.runtime.engine.averaged():
                     _evaluate_set(run, name, f"{name} of ema")
         run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
-        write_samples(run, losses[0])
+        write_samples(run, losses[0], is_saving)
 
 
 def _evaluate_set(run: Run, name: str, label: str) -> float:
@@ -305,26 +332,44 @@ def _evaluate_set(run: Run, name: str, label: str) -> float:
     return figures["val_loss"]
 
 
-def write_samples(run: Run, val_loss: float) -> None:
-    """Continue the sample prompt at each temperature, for samples.md. All ranks; rank 0 writes.
+def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
+    """Continue a prompt at each temperature, for samples.md. All ranks; rank 0 writes.
 
     The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
     """
     tokenizer = run.data.tokenizer
-    prompt = run.config.run.sample_prompt
-    prompt_tokens = tokenizer.encode(prompt) or [tokenizer.eot]
+    tokens = prompt_of_samples(run)
+    prompt = run.config.run.sample_prompt or tokenizer.decode(tokens)
     rows = len(SAMPLE_TEMPERATURES)
     settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
     with run.runtime.engine.autocast():
         *_, continuations = sample(
-            run.model, tokenizer, [prompt_tokens] * rows, settings, [0] * rows, stop_early=False
+            run.model, tokenizer, [tokens] * rows, settings, [0] * rows, stop_early=False
         )
-    texts = [f"## step {run.state.step}, loss {val_loss:.4f}"]
+    step = f"step-{run.state.step:08d}"
+    checkpoint = f"checkpoint {step}" if is_saving else "no checkpoint of this step"
+    texts = [f"## step {run.state.step}, loss {val_loss:.4f}, {checkpoint}", f"prompt {prompt!r}"]
     for temperature, continuation in zip(SAMPLE_TEMPERATURES, continuations, strict=True):
         texts.append(f"temperature {temperature}\n```\n{prompt}{continuation.text}\n```")
     if run.runtime.is_main:
-        with open(run.dir / "samples.md", "a", encoding="utf-8") as file:
+        path = run.dir / "samples.md"
+        with dispensable(path), open_own(path, "a", encoding="utf-8") as file:
             file.write("\n".join(texts) + "\n\n")
+
+
+def prompt_of_samples(run: Run) -> list[int]:
+    """The tokens of run.sample_prompt, or else the first ones of the held-out text."""
+    tokenizer = run.data.tokenizer
+    prompt = run.config.run.sample_prompt
+    if prompt:
+        return tokenizer.encode(prompt) or [tokenizer.eot]
+    held_out = next(iter(run.data.val.values()))
+    data = run.config.data
+    (tokens,) = held_out.read([0], data.seq_len, data.stride)
+    first = tokens[: min(PROMPT_TOKENS, data.seq_len)].tolist()
+    if tokenizer.eot in first:  # of one document only
+        first = first[: first.index(tokenizer.eot)]
+    return first or [tokenizer.eot]
 
 
 def save(run: Run, last: bool) -> None:
@@ -384,14 +429,26 @@ def finish(run: Run, reason: str) -> None:
     if not run.runtime.is_main:
         return
     try:
-        draw_curves([run.dir], run.dir / "loss.png")
+        path = run.dir / "loss.png"
+        with dispensable(path), open_own(path, "wb") as file:
+            draw_curves([run.dir], file)
     except Exception as error:
-        # A picture that cannot be drawn or stored must not spoil a finished run.
+        # A picture that cannot be drawn must not spoil a finished run.
         run.runtime.say(f"warning: no loss.png: {type(error).__name__}: {error}")
-    what_next = f"try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
+    run.runtime.say(f"step {run.state.step} is saved; {what_next(run, reason)}")
+
+
+def what_next(run: Run, reason: str) -> str:
+    """How to go on, or what to do with a run that is finished."""
     if reason:
-        what_next = f"stopped: {reason}; the same command goes on"
-    run.runtime.say(f"step {run.state.step} is saved; {what_next}")
+        return f"stopped: {reason}; the same command goes on"
+    if run.has_ended:
+        return f"try: python -m dist_lm.generate --ckpt {run.dir} --prompt ..."
+    of_steps = f" of {run.steps}" if run.steps else ""
+    return (
+        f"unfinished: run.stop_after={run.state.step}{of_steps} steps; the same command without"
+        " run.stop_after, or with a larger one, goes on"
+    )
 
 
 def training_batches(run: Run) -> Batches:

@@ -16,11 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from dist_lm.console import duration, say, shorten, warn
+from dist_lm.console import dispensable, duration, say, shorten, warn
+from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError
 from dist_lm.outside import CheckedModel, Count, Text, check, open_regular, parse_json
 
@@ -183,9 +184,8 @@ class MetricsFile:
     def __init__(self, path: Path):
         self.path = path
         # Opened at the first line: a run that does nothing leaves no history.
-        self.stream: BinaryIO | None = None
+        self.stream: IO[bytes] | None = None
         self._is_torn = False  # the file ends inside a line
-        self._has_warned = False
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """One line by one unbuffered write (microseconds, no fsync).
@@ -194,19 +194,15 @@ class MetricsFile:
         """
         written = {key: _to_json(value) for key, value in figures.items()}
         data = json.dumps(written).encode() + b"\n"
-        try:
+        was_torn = self._is_torn
+        self._is_torn = True  # unless all is written
+        with dispensable(self.path):
             if self.stream is None:
-                # Open as long as the run.
-                self.stream = open(self.path, "ab", buffering=0)  # noqa: SIM115
-                self._is_torn = self.stream.tell() > 0 and _last_byte(self.path) != b"\n"
-            if self._is_torn:
+                self.stream = open_own(self.path, "ab", buffering=0)
+                was_torn = self.stream.tell() > 0 and _last_byte(self.path) != b"\n"
+            if was_torn:
                 data = b"\n" + data
             self._is_torn = self.stream.write(data) != len(data)
-        except OSError as error:
-            self._is_torn = True
-            if not self._has_warned:
-                self._has_warned = True
-                warn(f"{self.path} misses lines, the run goes on: {error.strerror}")
 
     def close(self) -> None:
         if self.stream:

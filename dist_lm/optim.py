@@ -276,6 +276,16 @@ class MatrixSharing:
     exchange: Callable[[list[Tensor], list[int]], list[Tensor]]
 
 
+@dataclass(frozen=True)
+class MatrixDivision:
+    """How ranks that hold the same whole matrices divide the work on them."""
+
+    rank: int
+    world_size: int
+    # Takes a tensor of equal shape on all ranks; returns those of all ranks, one after another.
+    collect: Callable[[Tensor], Tensor]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with `merged_qkv` (the matrices inside blocks), AdamW for the others.
 
@@ -286,6 +296,7 @@ class Muon(torch.optim.Optimizer):
 
     Under ZeRO a group is one flat tensor that holds slices of matrices. There each matrix is
     collected by one rank, orthogonalised, and its update handed back; share_matrices() says how.
+    Under DDP ranks may divide the matrices; divide_matrices() says how.
     """
 
     def __init__(
@@ -299,6 +310,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.ns_dtype = ns_dtype  # of the Newton-Schulz iteration
         self.sharing: MatrixSharing | None = None  # None: every matrix is here as a whole
+        self.division: MatrixDivision | None = None  # None: this rank works on every matrix
 
     def share_matrices(
         self,
@@ -308,6 +320,12 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """From now on parameters are flat tensors of slices, and step() is a collective."""
         self.sharing = MatrixSharing(rank, slices, exchange)
+
+    def divide_matrices(
+        self, rank: int, world_size: int, collect: Callable[[Tensor], Tensor]
+    ) -> None:
+        """From now on each rank orthogonalises its part of the matrices; step() is a collective."""
+        self.division = MatrixDivision(rank, world_size, collect)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -332,19 +350,36 @@ class Muon(torch.optim.Optimizer):
             momenta = _matrices(group, momentum)
             for matrix in zip(weights, grads_of_p, momenta, strict=True):
                 by_shape.setdefault(matrix[0].shape, []).append(matrix)
+        ranks = self.division.world_size if self.division else 1
         for shape, matrices_of_shape in by_shape.items():
-            size = max(1, NS_BATCH // shape.numel())
+            size = max(1, NS_BATCH // shape.numel()) * ranks
             for start in range(0, len(matrices_of_shape), size):
                 self._update_whole(matrices_of_shape[start : start + size], group["lr"])
 
     def _update_whole(self, matrices: list[tuple[Tensor, Tensor, Tensor]], lr: float) -> None:
         """Update a batch of matrices of one shape: weight, gradient and momentum of each."""
-        nesterov_NRC = torch.stack(
-            [grad.lerp(momentum, MUON_MOMENTUM) for _, grad, momentum in matrices]
-        )
-        updates_NRC = muon_update(nesterov_NRC, self.ns_dtype)
-        for (weight, _, _), update in zip(matrices, updates_NRC, strict=True):
+        nesterov = [(grad, momentum) for _, grad, momentum in matrices]
+        if self.division:
+            updates_NRC = self._divided_updates(nesterov, self.division)
+        else:
+            updates_NRC = muon_update(_nesterov(nesterov), self.ns_dtype)
+        for (weight, _, _), update in zip(matrices, updates_NRC, strict=False):
             weight.add_(update, alpha=-lr)
+
+    def _divided_updates(
+        self, nesterov: list[tuple[Tensor, Tensor]], division: MatrixDivision
+    ) -> Tensor:
+        """The updates of a batch, each made by one rank; more follow if ranks do not divide it.
+
+        They travel in the type of the iteration, so nothing is lost. All ranks.
+        """
+        share = -(-len(nesterov) // division.world_size)
+        start = division.rank * share
+        mine = nesterov[start : start + share]
+        # A rank that has fewer matrices than others orthogonalises the last one again.
+        mine += [nesterov[-1]] * (share - len(mine))
+        made_NRC = newton_schulz(_nesterov(mine), self.ns_dtype).contiguous()
+        return scaled_update(division.collect(made_NRC), nesterov[0][0].dtype)
 
     def _step_sliced(self, group: Group, sharing: MatrixSharing) -> None:
         """Muon where each rank holds slices of matrices. All ranks."""
@@ -425,8 +460,19 @@ def muon_update(matrices_NRC: Tensor, ns_dtype: torch.dtype) -> Tensor:
     units the rate is thus 0.2 sqrt(max(rows, columns)) optim.lr, e.g. 0.0055 for 0.001 at width
     768.
     """
-    scale = 0.2 * math.sqrt(max(matrices_NRC.shape[-2:]))
-    return newton_schulz(matrices_NRC, ns_dtype).to(matrices_NRC.dtype) * scale
+    return scaled_update(newton_schulz(matrices_NRC, ns_dtype), matrices_NRC.dtype)
+
+
+def scaled_update(orthogonal_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+    """What muon_update() makes of orthogonal matrices."""
+    scale = 0.2 * math.sqrt(max(orthogonal_NRC.shape[-2:]))
+    return orthogonal_NRC.to(dtype) * scale
+
+
+def _nesterov(grads_and_momenta: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The Nesterov momenta of matrices of one shape (N, R, C)."""
+    nesterov = [grad.lerp(momentum, MUON_MOMENTUM) for grad, momentum in grads_and_momenta]
+    return torch.stack(nesterov)
 
 
 def newton_schulz(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,16 +21,18 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import Field
 
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.console import printable, warn
+from dist_lm.console import dispensable, printable
+from dist_lm.disk import open_own
 from dist_lm.errors import (
     CODES,
     CheckpointError,
@@ -41,10 +43,14 @@ from dist_lm.errors import (
     one_line,
     run_entry,
 )
+from dist_lm.launcher import end_stopped_ranks, has_lost_a_rank
 from dist_lm.lock import RunLock
 from dist_lm.outside import CheckedModel, Count, Text, check, read_json
 
 _LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
+SECONDS_TO_MEET = 3.0  # after a signal during start-up
+SECONDS_TO_EXPLAIN = 12.0  # the watchdog asks for four beats which rank is to blame
+SECONDS_TO_RECORD = 3.0  # in a folder that may hang
 PATIENCE = 3  # failures without a new step after which nothing is started again
 
 
@@ -73,6 +79,9 @@ TRAIN = Command(
 )
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 class Stop:
     """Whether this process was told to stop: by a signal, or by the clock (DIST_LM_STOP_AT).
 
@@ -88,8 +97,26 @@ class Stop:
         self._deadline = time.monotonic() + stop_at - time.time()
 
     def listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self._arrived, writing = os.pipe()
+        os.set_blocking(writing, False)
+        # The number of a signal is written there at once. self._ask() has to wait until the main
+        # thread returns from C code, which it may not do as long as a rank is missing.
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
+
+    def wait_for_signal(self) -> str:
+        """Wait until a signal asks for a stop, and return its name. For a thread of its own."""
+        while True:
+            for number in os.read(self._arrived, 64):
+                if number in STOP_SIGNALS:
+                    return signal.Signals(number).name
+
+    @staticmethod
+    def ignore() -> None:
+        """From here on signals change nothing. Python would reset them to deadly at its exit."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.reason:
@@ -136,7 +163,8 @@ class Attempt:
         self.folder = folder
         self.before = read(folder)  # how the last attempt ended
         self.stop = Stop()
-        self.lock = RunLock(folder)  # taken once the ranks have met
+        self.has_met = threading.Event()  # all ranks are there
+        self.lock = RunLock(folder)  # taken once they are
         start_id = os.environ.get("DIST_LM_START_ID", "")
         self.refusal = ""  # name of the file for our launch script, if one started us
         if start_id:
@@ -144,6 +172,43 @@ class Attempt:
             self.refusal = f".refused-{printable_id}.json"
         number = number or environment_number("DIST_LM_ATTEMPT", 0)
         self.number = number or self.before.get("attempt", 0) + 1
+
+    def listen(self) -> None:
+        """From here on signals are heard, also while torch waits for a rank that never comes."""
+        self.stop.listen()
+        threading.Thread(target=self._leave_when_told, daemon=True, name="leave-when-told").start()
+
+    def _leave_when_told(self) -> None:
+        """After a signal, end this process if it cannot stop in the usual way.
+
+        That needs all ranks. Launchers send a signal also when a rank has ended.
+        """
+        while True:
+            name = self.stop.wait_for_signal()
+            has_lost_one = has_lost_a_rank()
+            self.has_met.wait(SECONDS_TO_MEET)
+            if not self.has_met.is_set():
+                break
+            if has_lost_one:
+                time.sleep(SECONDS_TO_EXPLAIN)  # the usual way names the rank, and ends before
+                break
+        if has_lost_one:
+            self._leave("retryable", "another rank of this node ended")
+        self._leave("preempted", f"stopped during start-up: {name}")
+
+    def _leave(self, kind: str, reason: str) -> NoReturn:
+        """Record why, and end the process: nothing that waits for other ranks may be called."""
+
+        def record() -> None:
+            time.sleep(min(_rank(), 1))  # rank 0 comes first
+            if _rank() == 0 or not self.is_recorded:
+                self.record(kind, reason)
+
+        recorder = threading.Thread(target=record, daemon=True)
+        recorder.start()
+        recorder.join(SECONDS_TO_RECORD)
+        end_stopped_ranks()
+        os._exit(CODES[kind])
 
     @property
     def is_recorded(self) -> bool:
@@ -175,13 +240,11 @@ class Attempt:
             "failures": self._count_failures(kind, reason, step),
         }
         name = "outcome.json"
-        try:
+        with dispensable(self.folder / name):  # a full disk must not change how a run ends
             if self.lock.is_anothers():
                 name = self.refusal
             if name:
                 self._write(name, json.dumps(outcome) + "\n")
-        except OSError as error:  # a full disk must not change how a run ends
-            warn(f"{self.folder}/{name} could not be written: {error}")
         return outcome
 
     def _newest_step(self) -> int:
@@ -210,7 +273,8 @@ class Attempt:
         """Write aside and rename, so that nobody reads half a file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".outcome.json.{socket.gethostname()}.{os.getpid()}"
-        aside.write_text(text, encoding="utf-8")
+        with open_own(aside, "w", encoding="utf-8") as file:
+            file.write(text)
         os.replace(aside, self.folder / name)
         if self.lock.text:
             # Files of attempts that were killed in here.
@@ -245,6 +309,7 @@ class Attempt:
             os._exit(CODES["retryable"])
         finally:
             self.lock.release()
+            self.stop.ignore()
         if reason:
             sys.exit(CODES["preempted"])
 

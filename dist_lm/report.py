@@ -15,7 +15,7 @@ from pydantic import Field
 
 from dist_lm.cli import Command, read_flags
 from dist_lm.config import Section
-from dist_lm.console import duration, shorten, warn
+from dist_lm.console import duration, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
 from dist_lm.metrics import read_metrics
@@ -133,7 +133,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         cells = [row[0].ljust(widths[0])]
         for cell, width in zip(row[1:], widths[1:], strict=True):
             cells.append(cell.rjust(width))
-        print("  ".join(cells))
+        print(printable("  ".join(cells)))
 
 
 if __name__ == "__main__":

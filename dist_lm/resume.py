@@ -20,9 +20,11 @@ from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
+from dist_lm.console import count, dispensable
 from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.metrics import Metrics
 from dist_lm.model import hf
@@ -60,6 +62,7 @@ class Run:
     saver: Saver
     state: TrainState
     batches: Batches | None = None  # of training, while it lasts
+    has_ended: bool = False  # its last step was made, and not only that of run.stop_after
 
     @property
     def dir(self) -> Path:
@@ -89,10 +92,7 @@ def find_resume_point(
     facts = runtime.together(lambda: read_state(Path(chosen)))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
-        runtime.say(
-            f"{Path(config.run.dir)} is finished at step {facts['step']}; to go on raise"
-            f" run.steps={steps} or run.stop_after, to start anew choose another run.dir"
-        )
+        runtime.say(_why_nothing_is_left(config, steps, facts))
         return None
     return ResumePoint(data, steps, folder=Path(chosen), facts=facts)
 
@@ -116,6 +116,21 @@ def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
     for why in passed_over:
         runtime.say(f"warning: passed over a damaged checkpoint: {why}")
     return str(newest) if newest else None
+
+
+def _why_nothing_is_left(config: Config, steps: int | None, facts: Mapping[str, Any]) -> str:
+    run_dir = Path(config.run.dir)
+    without = config.run.model_copy(update={"stop_after": None})
+    if facts["step"] < _last_step(config.model_copy(update={"run": without}), steps, facts):
+        return (
+            f"{run_dir} is unfinished at step {facts['step']}, where"
+            f" run.stop_after={config.run.stop_after} ends it; to go on leave run.stop_after out,"
+            " or raise it"
+        )
+    return (
+        f"{run_dir} is finished at step {facts['step']}; to go on raise run.steps={steps}, to start"
+        " again choose another run.dir"
+    )
 
 
 def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> int:
@@ -206,6 +221,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         state=TrainState(),
     )
     restore_or_init(run, point)
+    is_on_gpu = runtime.device.type == "cuda"
+    run.saver.make_ready(spec, runtime.engine.owned, make_memory=is_on_gpu)
     return run
 
 
@@ -273,8 +290,9 @@ def describe(run: Run) -> None:
     _describe_size(run)
     for line in run.data.describe(config.data, run.steps, runtime.world_size):
         runtime.say(line)
+    processes = count(runtime.world_size, "process", "processes")
     runtime.say(
-        f"{runtime.strategy} on {runtime.world_size} process(es) of {runtime.device.type},"
+        f"{runtime.strategy} on {processes} of {runtime.device.type},"
         f" {config.run.precision}; each step {layout.accumulation} x {layout.micro_batch} sequences"
         " a process"
     )
@@ -293,8 +311,10 @@ def describe(run: Run) -> None:
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )
     if runtime.is_main:
-        (run.dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    runtime.start_trackers(config)
+        path = run.dir / "config.yaml"
+        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
+            file.write(config.to_yaml())
+    runtime.start_trackers(config, run.state.step)
 
 
 def _describe_size(run: Run) -> None:

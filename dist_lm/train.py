@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     config, flags = load(argv, TRAIN)
     refuse_bad_environment()
     attempt = Attempt(Path(config.run.dir))
-    attempt.stop.listen()
+    attempt.listen()
 
     # Slow: torch and accelerate take seconds. From here on signals are heard.
     from dist_lm.loop import run_to_end

@@ -11,6 +11,7 @@ from dist_lm.data.mix import PreparedReader
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.sources import PreparedSource
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import DataError
 from dist_lm.runtime.world import Runtime
 
 _ORDER_SEED = 0  # the same validation sequences whatever the run's seed
@@ -36,11 +37,15 @@ def validate(
     reader = PreparedReader(source, data.global_batch, runtime.rank, runtime.world_size)
     batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
-    # Sums of losses, targets and the bytes of their text, on the device: one host sync at the end.
-    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
+    # Sums of losses, targets, the bytes of their text and who refuses, on the device: one host sync
+    # at the end.
+    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
     with torch.no_grad(), runtime.engine.autocast():
         for _ in range(steps):
-            for micro in batches.take().micros:
+            batch = batches.take()
+            if batch.failure:
+                runtime.refusal = batch.failure
+            for micro in batch.micros:
                 loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
                 # Sums over a mask: choosing the targets would need their number on the host.
                 is_target = micro.targets_BT != NO_TARGET
@@ -49,7 +54,15 @@ def validate(
                 sums[1] += is_target.sum()
                 sums[2] += (bytes_BT * is_target).sum()
     batches.close()
-    loss_sum, targets_sum, bytes_sum = runtime.sum(sums).tolist()
+    sums[3] += runtime.refusal is not None
+    loss_sum, targets_sum, bytes_sum, are_refusing = runtime.sum(sums).tolist()
+    runtime.refuse_together(are_refusing)
+    if not bytes_sum:
+        raise DataError(
+            f"the validation set in {shards.title}: none of the {targets_sum:.0f} tokens of an"
+            " evaluation stands for text; rule: text that the tokenizer knows; nearest: another"
+            " data.validation"
+        )
     mean_loss = loss_sum / targets_sum
     return {
         "val_loss": mean_loss,

@@ -5,6 +5,10 @@
 #   sbatch --gpus 1 --time 10 slurm/generate.sh --ckpt runs/mine --prompt "Once" --num_samples 8
 # DIST_LM_HOME, PYTHON, SETUP and CONTAINER mean what they mean in slurm/train.sh.
 set -uo pipefail
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "slurm/generate.sh: error: this is no job; submit it with sbatch: sbatch --gpus 1 --time 10 slurm/generate.sh ..." >&2
+    exit 2
+fi
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 # shellcheck source=slurm/setup.sh
 source slurm/setup.sh

@@ -8,6 +8,10 @@
 # it stood.
 # DIST_LM_HOME, PYTHON, SETUP and CONTAINER mean what they mean in slurm/train.sh.
 set -uo pipefail
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    echo "slurm/prepare.sh: error: this is no job; submit it with sbatch: sbatch --array 0-15 slurm/prepare.sh ..." >&2
+    exit 2
+fi
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 # shellcheck source=slurm/setup.sh
 source slurm/setup.sh

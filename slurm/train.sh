@@ -15,7 +15,24 @@
 #   PROCS_PER_NODE  processes on a node                          (its GPUs; without any --ntasks-per-node, or 1)
 #   STOP_BEFORE     seconds before the job's end to save and stop       (120, at most a quarter of the job's time)
 #   DOCTOR          1: check the machines first, and stop if they are not fit                                   (0)
+#
+# `bash slurm/train.sh --dry-run ...` prints the srun line and stops. Outside of a job it pretends to have 2 nodes of 8 GPUs;
+# SLURM_JOB_NUM_NODES and SLURM_GPUS_ON_NODE, if they are set, say otherwise.
 set -uo pipefail
+say() { echo "slurm/train.sh: $*" >&2; }
+dry_run='' words=()
+for word in "$@"; do
+    if [[ $word == --dry-run ]]; then dry_run=1; else words+=("$word"); fi
+done
+set -- "${words[@]}"
+if [[ -n $dry_run && -z "${SLURM_JOB_ID:-}" ]]; then
+    SLURM_JOB_ID=1 SLURM_JOB_NUM_NODES=${SLURM_JOB_NUM_NODES:-2} SLURM_GPUS_ON_NODE=${SLURM_GPUS_ON_NODE:-8}
+    SLURM_JOB_NODELIST=pretended SLURM_JOB_END_TIME=0 SLURM_SUBMIT_DIR=$(cd "$(dirname "$0")/.." && pwd)
+    scontrol() { seq -f 'node%g' 0 $((SLURM_JOB_NUM_NODES - 1)); }
+elif [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    say "error: this is no job; submit it with sbatch: sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 slurm/train.sh ..."
+    exit 2
+fi
 cd "${DIST_LM_HOME:-$SLURM_SUBMIT_DIR}" || exit 2
 # shellcheck source=slurm/setup.sh
 source slurm/setup.sh
@@ -23,7 +40,6 @@ LAUNCH=${LAUNCH:-ddp}
 # shellcheck source=launch/net.sh
 source launch/net.sh
 
-say() { echo "slurm/train.sh: $*" >&2; }
 outcome() { # runs dist_lm.outcome in the environment that trains
     if [[ ${#container[@]} -gt 0 ]]; then
         srun --nodes=1 --ntasks=1 --overlap "${container[@]}" "$PYTHON" -m dist_lm.outcome "$@"
@@ -37,7 +53,7 @@ train_py=(dist_lm/train.py)
 train=("$@" --launch "$LAUNCH")
 numbers=$(outcome before "${train[@]}") || exit
 read -r DIST_LM_ATTEMPT run_dir <<<"$numbers"
-mkdir -p "$run_dir/logs" || exit 2
+[[ -n $dry_run ]] || mkdir -p "$run_dir/logs" || exit 2
 
 gpus=${SLURM_GPUS_ON_NODE:-$(tr -cd , <<<"${SLURM_JOB_GPUS:+$SLURM_JOB_GPUS,}" | wc -c)}
 [[ $gpus -gt 0 ]] || gpus=${SLURM_NTASKS_PER_NODE:-1}
@@ -64,10 +80,14 @@ unset SLURM_CPUS_PER_TASK SRUN_CPUS_PER_TASK SLURM_GPUS_PER_TASK SLURM_GPU_BIND 
 run=(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$WORLD_SIZE" --ntasks-per-node="$LOCAL_WORLD_SIZE" --overcommit
     --cpu-bind=none --kill-on-bad-exit=1 --unbuffered "${container[@]}")
 trap ':' TERM USR1 # the ranks get these signals too, and this script still has work to do after they end
-if [[ "${DOCTOR:-0}" == 1 ]]; then
+if [[ "${DOCTOR:-0}" == 1 && -z $dry_run ]]; then
     "${run[@]}" slurm/rank.sh "$PYTHON" -m dist_lm.doctor "${train[@]}" || exit
 fi
 run+=(--output="$run_dir/logs/%N-rank%t.log" --open-mode=append slurm/rank.sh "$PYTHON" "${train_py[@]}" "${train[@]}")
+if [[ -n $dry_run ]]; then
+    echo "${run[*]}"
+    exit 0
+fi
 say "attempt $DIST_LM_ATTEMPT, $WORLD_SIZE processes on $DIST_LM_HOSTS, port $MASTER_PORT, logs in $run_dir/logs"
 say "${run[*]}"
 "${run[@]}"

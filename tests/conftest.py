@@ -1,8 +1,10 @@
 """Fixtures: a small text, prepared once, and settings of a run that takes milliseconds a step."""
 
 import json
+import os
 import random
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,22 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare_dataset(data, folder / "shards", 1)
     return folder / "shards"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of so many bytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def make(size: int) -> Path:
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if os.getuid() != 0 or subprocess.run(words, capture_output=True).returncode:
+            pytest.skip("needs a file system of its own")
+        return folder
+
+    yield make
+    subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def state_of(step: int, **changes: Any) -> dict[str, Any]:

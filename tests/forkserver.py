@@ -47,6 +47,8 @@ READ_BY_LIBRARIES = (
 )
 # What the server itself is started with. Without the first, the import of numpy starts threads.
 START = {"OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+# Modules that only run in a process of their own, which is started by exec. pyarrow starts a thread.
+NOT_IMPORTED = ("dist_lm.__main__", "dist_lm.data.text.table_parser")
 # Modules that our code imports inside functions, because they are slow.
 SLOW_MODULES = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo")
 
@@ -80,7 +82,7 @@ def import_modules(also: list[str]) -> None:
         f"dist_lm is imported from {package.__path__[0]}"
     )
     for module in pkgutil.walk_packages(package.__path__, "dist_lm."):
-        if not module.name.endswith("__main__"):
+        if module.name not in NOT_IMPORTED:
             importlib.import_module(module.name)
     if "deepspeed" in also:
         os.environ.setdefault(

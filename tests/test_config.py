@@ -338,7 +338,7 @@ def test_help_shows_every_field_once_with_the_given_yaml(
         "  --optim.betas FLOAT FLOAT (0.9 0.95)\n",
         "  --run.epochs INT (unset)\n",
         "  --run.trackers TEXT ... (tensorboard)\n",
-        "  --run.sample_prompt TEXT ('\\n')\n",
+        "  --run.sample_prompt TEXT (unset)\n",
         "      Let FIELD differ from what the run was started with (repeatable).\n",
     ):
         assert text.count(shown) == 1, shown

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.console import printable
+from dist_lm.console import dispensable, printable
+from dist_lm.disk import open_own
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env
 
@@ -85,6 +86,24 @@ def test_a_run_outlives_its_streams(gone: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert (tmp_path / "run/step-00000012/manifest.json").exists()
+
+
+def test_a_file_that_a_run_can_do_without_costs_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "victim").touch()
+    path = tmp_path / "samples.md"
+    path.symlink_to(tmp_path / "victim")
+    for _ in range(3):
+        with dispensable(path), open_own(path, "a") as file:
+            file.write("x")
+    with dispensable(path), open("/dev/full", "w") as file:
+        file.write("x")
+    assert (tmp_path / "victim").read_text() == ""
+    reasons = ["Too many levels of symbolic links", "No space left on device"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {path} could not be written, the run goes on: {reason}" for reason in reasons
+    ]
 
 
 def test_what_drives_a_terminal_never_reaches_one() -> None:

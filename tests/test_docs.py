@@ -22,6 +22,7 @@ GUIDES = [
     ROOT / "AGENTS.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "slurm" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]

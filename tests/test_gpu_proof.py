@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import InitProcessGroupKwargs
 
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.data import make_data
 from benchmarks.gpu.listing import SECTIONS, choose, tasks_of
 from benchmarks.gpu.processes import Command, Fork, environment
 from benchmarks.gpu.resultfile import read_results, read_section
+from benchmarks.gpu.runs import RunFailed, Spec, largest_difference, run_chains, small_settings
 from benchmarks.gpu.scheduler import SPARE_SECONDS, Result, Scheduler, Task, exit_code
 from benchmarks.gpu.table import markdown
 from dist_lm.config import Config
@@ -288,6 +293,18 @@ def test_mistakes_on_the_command_line() -> None:
     assert "error: --only C99 must be one of" in done.stderr
 
 
+def test_what_failed_is_run_again(tmp_path: Path) -> None:
+    """Skipped and cut off counts as failed. `S1` is not `S1-hf`."""
+    file = tmp_path / "earlier.jsonl"
+    names = ["C1", "C2", "C3", "S1", "S1-hf", "S5"]
+    lines: list[dict[str, Any]] = [{"section": "header", "date": "2030-01-01", "sections": names}]
+    for name, result in (("C1", "passed"), ("C2", "failed"), ("C3", "skipped"), ("S1", "measured")):
+        lines.append({"section": name, "kind": "speed", "result": result})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = command("--failed", str(file), "--list")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["C2", "C3", "S5", "S1-hf"]
+
+
 @pytest.mark.slow
 def test_the_dry_run_has_every_section(tmp_path: Path) -> None:
     file = tmp_path / "dry.jsonl"
@@ -408,11 +425,79 @@ def test_a_process_that_crashes_or_hangs(tmp_path: Path, kind: str) -> None:
     assert hanging.poll() is None
     hanging.kill()
     assert hanging.poll() is not None
-    child = Path(f"/proc/{pid_file.read_text()}")
     end = time.monotonic() + 20
-    while child.exists() and "Z" not in (child / "stat").read_text().rpartition(")")[2]:
+    while is_running(int(pid_file.read_text())):
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+# --- what a machine with a card does: every process is a command
+
+
+@pytest.mark.slow
+def test_with_a_card_sections_are_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The machine is pretended to have a card, so the section fails where it asks for it."""
+    monkeypatch.setattr(gpu, "probe", lambda: {"card": "NVIDIA H100", "memory_bytes": 85e9})
+    monkeypatch.setattr(gpu.Whole, "make_data", lambda whole: "")
+    file = tmp_path / "results.jsonl"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--only", "C7,S5", "--out", str(file)])
+    assert gpu.main() == 1
+    header, results = read_results(file)
+    assert header["card"] == "NVIDIA H100" and header["sections"] == ["C7", "S5"]
+    assert [result["section"] for result in results] == ["C7", "S5"]
+    for result in results:
+        assert result["result"] == "failed"
+        assert "CUDA" in result["why"] or "NVIDIA" in result["why"]
+        assert "Traceback" in result["log"]
+    assert "C7" in capsys.readouterr().out
+
+
+def test_a_section_ends_with_the_command(tmp_path: Path) -> None:
+    """It leads a session of its own, so nothing else would end it."""
+    code = (
+        "import subprocess, sys\n"
+        "child = 'from benchmarks.gpu.section import end_with_parent; import time;"
+        " end_with_parent(); print(1, flush=True); time.sleep(1000)'\n"
+        "process = subprocess.Popen([sys.executable, '-c', child], start_new_session=True,"
+        " stdout=subprocess.PIPE)\n"
+        "process.stdout.readline()\n"
+        "print(process.pid)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    end = time.monotonic() + 20
+    while is_running(int(done.stdout)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+@pytest.mark.slow
+def test_with_a_card_runs_are_commands(tmp_path: Path) -> None:
+    """Two ranks of a real run on the CPU, and a run that fails."""
+    make_data(tmp_path, is_dry=True)
+    own = tmp_path / "X"
+    own.mkdir()
+    dry = Context(own, tmp_path / "X.jsonl", is_dry=True, is_warming=False, end=0)
+    settings = small_settings(dry, run__steps=2)
+    ctx: Any = SimpleNamespace(folder=own, is_dry=False)
+    chains = [[Spec("one", settings)], [Spec("two", settings, world=2)]]
+    run_chains(ctx, chains, at_once=2)
+    assert largest_difference(ctx, "one", "two") < 1e-5
+    wrong = settings | {"optim.lr": -1.0}
+    with pytest.raises(RunFailed, match="wrong: exit code 2: .*optim.lr"):
+        run_chains(ctx, [[Spec("wrong", wrong)]], at_once=1)
 
 
 # --- two ranks on one card

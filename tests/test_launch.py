@@ -123,6 +123,37 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
     assert (tmp_path / "held").read_text() == f"{of_torchrun}\n"
 
 
+def slurm_script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    own = {name: value for name, value in clean_env(**env).items() if not name.startswith("SLURM_")}
+    command = ["bash", f"slurm/{name}.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=own | env, text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["train", "prepare", "generate"])
+def test_a_slurm_script_outside_of_a_job_says_how_to_submit_it(name: str) -> None:
+    done = slurm_script(name, "--config", "configs/debug.yaml")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        f"slurm/{name}.sh: error: this is no job; submit it with sbatch: sbatch "
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_srun_line_of_a_pretended_allocation(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--config", "configs/debug.yaml", "--run.dir", str(run), "--dry-run")
+    done = slurm_script("train", *words, PYTHON=sys.executable)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("srun --nodes=2 --ntasks=16 --ntasks-per-node=8 --overcommit ")
+    assert done.stdout.endswith(
+        f" --open-mode=append slurm/rank.sh {sys.executable} dist_lm/train.py"
+        f" --config configs/debug.yaml --run.dir {run} --launch ddp\n"
+    )
+    done = slurm_script("train", *words, PYTHON=sys.executable, SLURM_JOB_NUM_NODES="3")
+    assert done.stdout.startswith("srun --nodes=3 --ntasks=24 ")
+    assert not run.exists()
+
+
 def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

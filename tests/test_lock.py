@@ -222,6 +222,17 @@ def test_a_step_looks_itself_when_the_thread_has_not_for_a_while(
         assert mine.lost == f"{tmp_path}/run.lock was deleted"
 
 
+def test_a_folder_replaced_by_a_copy_is_lost(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ours = RunLock(run)
+    ours.take(lambda text: None)
+    run.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", run)
+    assert ours.look() == f"{run} was replaced by a copy"
+    ours.release()
+    assert (run / "run.lock").exists()
+
+
 def test_a_deleted_lock_frees_the_folder(tmp_path: Path) -> None:
     with held(tmp_path) as first:
         (tmp_path / "run.lock").unlink()

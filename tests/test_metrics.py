@@ -134,16 +134,25 @@ def test_no_history_is_refused(tmp_path):
 
 
 def test_full_disk_costs_one_warning(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     recorder = make(tmp_path)
+    recorder.file.stream = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     for n in (1, 2, 3):
         give(recorder, n)
-    (tmp_path / "metrics.jsonl").unlink()
     recorder.close()
     assert capsys.readouterr().err == (
-        f"warning: {tmp_path}/metrics.jsonl misses lines, the run goes on:"
+        f"warning: {tmp_path}/metrics.jsonl could not be written, the run goes on:"
         " No space left on device\n"
     )
+
+
+def test_a_planted_link_is_not_followed(tmp_path, capsys):
+    (tmp_path / "victim").touch()
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "victim")
+    recorder = make(tmp_path)
+    give(recorder, 1)
+    recorder.close()
+    assert (tmp_path / "victim").read_text() == ""
+    assert "metrics.jsonl could not be written" in capsys.readouterr().err
 
 
 def test_a_line_cut_short_by_a_full_disk_spoils_no_other(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.errors import CODES, DataError, UserError, kind
 from dist_lm.outcome import Attempt, Stop, read
-from tests.procs import entry, finish, free_port, start_ranks, train
+from tests.procs import clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import losses, tiny, wait_for_step
 
 
@@ -353,3 +353,37 @@ def test_a_stopped_rank_is_named_and_ends_the_others_in_time(
     named = f"nothing heard for 8 s of rank 1 on {socket.gethostname()}"
     assert f"error: rank 0 on {socket.gethostname()} ends: {named}" in output
     assert (read(run)["class"], read(run)["reason"]) == ("retryable", named)
+
+
+LATE = """
+import sys, time
+from pathlib import Path
+from dist_lm.outcome import Attempt
+
+class Late:
+    def __del__(self):
+        print("leaving", flush=True)
+        time.sleep(2)
+
+attempt = Attempt(Path(sys.argv[1]))
+attempt.listen()
+late = Late()  # is deleted when Python has put back its own handlers
+attempt.run(lambda: sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("reason", "code"), [("", 0), ("SIGUSR1", 75)])
+def test_a_signal_at_the_very_end_does_not_change_the_code(
+    tmp_path: Path, reason: str, code: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LATE, str(tmp_path), reason],
+        cwd=Path(__file__).parents[1],
+        env=clean_env(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "leaving\n"
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert process.returncode == code

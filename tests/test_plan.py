@@ -17,7 +17,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
 from dist_lm.outcome import TRAIN
 from dist_lm.plan import PlanFlags, main
-from dist_lm.planning.activations import MemoryCounter, live_bytes, run_fake
+from dist_lm.planning.activations import LiveBytes, MemoryCounter, live_bytes, run_fake
 from dist_lm.planning.cluster import GPUS, Cluster, GpuKind
 from dist_lm.planning.estimate import (
     estimate,
@@ -26,7 +26,7 @@ from dist_lm.planning.estimate import (
     strategies,
     with_changes,
 )
-from dist_lm.planning.memory import memory
+from dist_lm.planning.memory import Step, ZeroBackward, memory
 from dist_lm.planning.page import describe, describe_time
 from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
@@ -251,6 +251,20 @@ def test_strategies_divide_what_they_say() -> None:
     assert found["zero3-nvme"].disk > 0 and found["zero3-offload"].disk == 0
     assert [m.disk + m.host for m in found.values()][:3] == [0, 0, 0]
     assert "single" in strategies(1) and "ddp" not in strategies(1)
+
+
+def test_zero3_keeps_three_blocks_gathered_on_gpus_alone() -> None:
+    """And ZeRO-1 and 2 have two buckets there, because one fills while the other is summed."""
+    config, vocab = recipe("llama-1b"), 32000
+    whole = 4 * 1_100_048_384
+    blocks = 22 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 5632 + 2 * 2048)
+    gathered = whole - 4 * blocks + 4 * 3 * blocks / 22
+    zero3 = strategies(8)["zero3"]
+    assert memory(config, zero3, 8, vocab, True).weights == pytest.approx(whole / 8 + gathered)
+    assert memory(config, zero3, 8, vocab, False).weights == pytest.approx(whole / 8 + 4 * 10**9)
+    step = Step(LiveBytes(0, 0, 0, 0), 4e9, 8e9, 0, 8, False, True, 0)
+    fixed = {stage: ZeroBackward(step, Strategy(stage=stage)).fixed for stage in (1, 2, 3)}
+    assert fixed == {1: 4e8, 2: 4e8, 3: 2e8}
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:

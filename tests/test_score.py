@@ -39,6 +39,8 @@ ONE_PROCESS = SimpleNamespace(
     device=torch.device("cpu"),
     engine=SimpleNamespace(autocast=contextlib.nullcontext),
     sum=lambda tensor: tensor,
+    refusal=None,
+    refuse_together=lambda are_refusing: None,
     on_main=lambda work: work(),
     close=lambda: None,
 )

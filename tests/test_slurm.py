@@ -89,7 +89,7 @@ def test_two_nodes_have_the_losses_of_one_process(
     )
     assert cluster.wait(job) == "COMPLETED", cluster.said(job) + logs(tmp_path / "run")
     assert (", 0 fail" in cluster.said(job)) == (launch == "ddp")  # the doctor's page
-    assert f"{launch} on 2 process(es) of cpu" in logs(tmp_path / "run")
+    assert f"{launch} on 2 processes of cpu" in logs(tmp_path / "run")
     assert_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
     assert outcome(tmp_path / "run") == {
         "class": "done",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from safetensors.torch import load_file
 from dist_lm import outcome
 from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.cli import load
-from dist_lm.config import ModelSpec
+from dist_lm.config import Config, ModelSpec
 from dist_lm.data.order import sequence_ids
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import SecurityError
 from dist_lm.metrics import read_metrics
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
+from dist_lm.runtime.start import start
 from tests import procs
 from tests.conftest import TINY
 from tests.machines import kill
@@ -271,7 +274,11 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 @pytest.mark.slow
 def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     run, common = tmp_path / "run", tiny(prepared, "--run.stop_after", "4")
-    train(run, *common)
+    output = train(run, *common)
+    assert output.endswith(
+        "step 4 is saved; unfinished: run.stop_after=4 of 12 steps; the same command without"
+        " run.stop_after, or with a larger one, goes on\n"
+    )
     unbuildable = "import runpy; from dist_lm.runtime import engine; engine.Engine.prepare = None; "
     script = (
         unbuildable + "runpy.run_path('dist_lm/train.py', run_name='__main__')",
@@ -282,7 +289,7 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
     code, output = finish(start_ranks(1, "-c", *script))  # it says so before it builds anything
     assert (
         code == 0
-        and "is finished at step 4; to go on raise run.steps=12 or run.stop_after" in output
+        and f"{run} is unfinished at step 4, where run.stop_after=4 ends it; to go on" in output
     ), output
     output = train(run, *tiny(prepared, "--optim.lr", "2e-3", "--model.dropout", "0.5"), code=2)
     assert (
@@ -292,8 +299,12 @@ def test_finished_grown_and_changed(prepared: Path, tmp_path: Path) -> None:
         " model.dropout" in output
     )
     faster = ["--optim.lr", "2e-3", "--allow_change", "optim.lr"]
-    train(run, *tiny(prepared, *faster, "--run.steps", "6"), "--allow_change", "run.steps")
+    shorter = tiny(prepared, *faster, "--run.steps", "6")
+    output = train(run, *shorter, "--allow_change", "run.steps")
     assert losses(run)[-1]["step"] == 6
+    assert output.endswith(
+        f"step 6 is saved; try: python -m dist_lm.generate --ckpt {run} --prompt ...\n"
+    )
     output = train(run, *tiny(prepared, *faster, "--run.steps", "8"))
     assert "run.steps grows from 6 to 8" in output and losses(run)[-1]["step"] == 8
     output = train(run, *tiny(prepared, "--run.resume", "never"), code=2)
@@ -565,7 +576,15 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
     (a, b), (c, d) = read_metrics(tmp_path / "1")[1], read_metrics(tmp_path / "3")[1]
     for key in ("val_loss", "val_perplexity", "val_bits_per_byte"):
         assert (c[key], d[key]) == pytest.approx((a[key], b[key]), rel=1e-6)
-    assert (tmp_path / "3/samples.md").read_text().count("## step") == 2
+    samples = (tmp_path / "3/samples.md").read_text()
+    assert re.findall("## step .*", samples) == [
+        f"## step {n}, loss {loss['val_loss']:.4f}, checkpoint step-{n:08d}"
+        for n, loss in ((6, c), (12, d))
+    ]
+    # Without run.sample_prompt it is the beginning of the held-out text, of which both texts go on.
+    shards = TokenShards(prepared, "val")
+    prompt = Tokenizer.load(prepared).decode(shards.read([0], 32, 32)[0][:16])
+    assert samples.count(f"prompt {prompt!r}\ntemperature 0.0\n```\n{prompt}") == 2
     assert (tmp_path / "1/loss.png").stat().st_size > 10_000
     # The last one, which is also the best here.
     kept = [folder.name for folder in step_folders(tmp_path / "1")]
@@ -575,8 +594,12 @@ def test_evaluation_is_the_same_in_any_world_and_says_so(prepared: Path, tmp_pat
 @pytest.mark.slow
 def test_trackers_and_profile(prepared: Path, tmp_path: Path) -> None:
     flags = [word for word in tiny(prepared) if word != "--run.trackers"]
-    train(tmp_path / "run", *flags, "--run.trackers", "tensorboard", "--run.profile_steps", "2")
-    assert list((tmp_path / "run/tensorboard").rglob("events*"))
+    flags += ["--run.trackers", "tensorboard"]
+    train(tmp_path / "run", *flags, "--run.profile_steps", "2", "--run.stop_after", "6")
+    train(tmp_path / "run", *flags)
+    # TensorBoard takes each folder with events for a run: there is one over both starts.
+    events = list((tmp_path / "run/tensorboard").rglob("events*"))
+    assert len(events) == 2 and {file.parent.name for file in events} == {"run"}
     trace = json.loads((tmp_path / "run/trace.json").read_text())
     assert any(event.get("name") == "aten::addmm" for event in trace["traceEvents"])
 
@@ -650,6 +673,62 @@ def test_ranks_end_when_their_launcher_is_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("after", [0.0, 1, 3])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_lost_during_start_up_takes_the_others_along(
+    prepared: Path, tmp_path: Path, how: signal.Signals, after: float
+) -> None:
+    """So many seconds after the ranks appear; torch would wait for it, and torchrun for them."""
+    run = tmp_path / "run"
+    timeout = 3 if how == signal.SIGSTOP else 100
+    command = [sys.executable, *LAUNCHERS["torchrun"].split(), str(free_port())]
+    command += ["dist_lm/train.py", "--run.dir", str(run), "--run.timeout_seconds", str(timeout)]
+    command += tiny(prepared, "--run.steps", "100000")
+    with open(tmp_path / "out", "w") as out:
+        parent = Process(command, stdout=out, stderr=out)
+        try:
+            while len(running(run)) < 3:
+                assert parent.poll() is None
+                time.sleep(0.05)
+            time.sleep(after)
+            (victim,) = [pid for pid in running(run) if rank_of(pid) == "1"]
+            os.kill(victim, how)
+            imports = 15  # of torch, on a busy machine: a stopped rank is missed after them
+            left = 8 if how == signal.SIGKILL else imports + timeout + 10
+            assert all_gone(run, left), (tmp_path / "out").read_text()
+        finally:
+            for pid in (parent.pid, *running(run)):
+                kill(pid)
+            parent.wait()
+    assert outcome.read(run).get("class", "retryable") == "retryable"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_ends_with_the_others(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, *LAUNCHERS["torchrun"].split(), str(free_port())]
+    command += ["dist_lm/train.py", "--run.dir", str(run), "--run.timeout_seconds", "10"]
+    command += tiny(prepared, "--run.steps", "100000")
+    with open(tmp_path / "out", "w") as out:
+        parent = Process(command, stdout=out, stderr=out)
+        try:
+            wait_for_step(run, 3, [parent])
+            (victim,) = [pid for pid in running(run) if rank_of(pid) == "1"]
+            os.kill(victim, signal.SIGSTOP)
+            assert all_gone(run, 20), (tmp_path / "out").read_text()
+        finally:
+            for pid in (parent.pid, *running(run)):
+                kill(pid)
+            parent.wait()
+    assert "rank 1" in outcome.read(run)["reason"]
+
+
+def rank_of(pid: int) -> str:
+    """The RANK of a process; empty for a launcher."""
+    return psutil.Process(pid).environ().get("RANK", "")
+
+
+@pytest.mark.slow
 def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     command = ["dist_lm/train.py", *tiny(prepared, "--run.steps", "3")]
@@ -659,9 +738,9 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
 
     port = ["--main_process_port", str(free_port())]
     done = launch("--config_file", "launch/ddp.yaml", "--num_processes", "2", *port, run="two")
-    assert done.returncode == 0 and "ddp on 2 process(es) of cpu" in done.stdout, done.stdout
+    assert done.returncode == 0 and "ddp on 2 processes of cpu" in done.stdout, done.stdout
     done = launch(run="one")
-    assert done.returncode == 0 and "single on 1 process(es) of cpu" in done.stdout, done.stdout
+    assert done.returncode == 0 and "single on 1 process of cpu" in done.stdout, done.stdout
     assert_same_curve(tmp_path / "two", tmp_path / "one", 1e-5)
     if torch.cuda.is_available():
         return
@@ -683,3 +762,59 @@ def test_environment_is_not_logged(prepared: Path, tmp_path: Path) -> None:
         p for p in (tmp_path / "run").rglob("*") if p.is_file() and b"hunter2" in p.read_bytes()
     ]
     assert "hunter2" not in output and logged == [] and os.environ.get("A_SECRET") is None
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while_costs_warnings(
+    prepared: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """Of samples, figures, trackers and checkpoints; what can be written later is written."""
+    disk = small_disk(2**23)
+    run = disk / "run"
+    steps = ("--run.steps", "300", "--run.eval_every", "20", "--run.save_every", "50")
+    flags = tiny(prepared, *steps)
+    at = flags.index("--run.trackers") + 1
+    words = ["dist_lm/train.py", "--run.dir", str(run), *flags[:at], "tensorboard", *flags[at:]]
+    ranks = start_ranks(1, *words)
+    wait_for_step(run, 30, ranks)
+    with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", 0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    time.sleep(3)
+    (disk / "filler").unlink()
+    code, said = finish(ranks)
+    assert code == 0 and "Traceback" not in said, said
+    assert "metrics.jsonl could not be written, the run goes on: No space left on device" in said
+    verify(run / "step-00000300")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_run_folder_that_is_gone_is_an_error(prepared: Path, tmp_path: Path, how: str) -> None:
+    run = tmp_path / "run"
+    steps = ("--run.steps", "100000", "--run.save_every", "50")
+    ranks = start_ranks(1, "dist_lm/train.py", "--run.dir", str(run), *tiny(prepared, *steps))
+    wait_for_step(run, 10, ranks)
+    run.rename(tmp_path / "moved")
+    if how == "replaced":
+        shutil.copytree(tmp_path / "moved", run, ignore=shutil.ignore_patterns(".step-*"))
+    code, said = finish(ranks, timeout=60)
+    assert code == 2 and "is no longer this run's" in said, said
+
+
+@pytest.mark.parametrize("value", ["1", "y", "YES", "true", "True", "on"])
+def test_no_value_lets_torch_run_code(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", value)
+    with pytest.raises(SecurityError, match=f"={value} lets torch.load run code"):
+        start(Config())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "is_told"), [(0o777, True), (0o775, False)])
+def test_a_folder_that_anybody_may_write_is_told(
+    prepared: Path, tmp_path: Path, mode: int, is_told: bool
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(mode)
+    said = train(tmp_path / "run", *tiny(prepared, "--run.steps", "1"))
+    assert ("may be written by anybody (mode 777)" in said) == is_told

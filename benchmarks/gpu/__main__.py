@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import table
-from benchmarks.gpu.listing import Section, choose, is_meant, tasks_of
+from benchmarks.gpu.listing import Section, choose, tasks_of
 from benchmarks.gpu.processes import ROOT, Command, Fork, environment
 from benchmarks.gpu.resultfile import HEADER, append, last_line, read_results, read_section
 from benchmarks.gpu.scheduler import Process, Result, Scheduler, Task, exit_code
@@ -33,6 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 LEAST_SECONDS = 120
 PLACES_ON_GPU = 6  # checks that run side by side
 MEMORY_SHARE = 0.95  # of the card, that tasks may claim together
+NOT_DONE = ("failed", "skipped")  # results after which --failed runs a section again
 DATA_SECONDS = 90.0  # at most, for making the data
 # What the sections of a dry run import, some of it late: one import is enough for all forks.
 LATE_MODULES = (
@@ -61,6 +63,7 @@ def main() -> int:
             must = "must run" if section.task.must else ""
             print(f"{section.task.name:10} {section.task.seconds:4.0f} s  {section.title}  {must}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends all sections
     folder = Path(tempfile.mkdtemp(prefix="dist_lm-gpu-"))
     try:
         return Whole(args, sections, folder).run()
@@ -95,15 +98,13 @@ def selected(args: argparse.Namespace) -> list[Section]:
     """The sections that the command line asks for."""
     words = [word for words in args.only for word in words.split(",")]
     sections = choose(words)
-    if args.failed:
-        _, results = read_results(args.failed)
-        done = [r["section"] for r in results if r["result"] not in ("failed", "skipped")]
-        sections = [
-            section
-            for section in sections
-            if not any(is_meant(name, section.task.name) for name in done)
-        ]
-    return sections
+    if not args.failed:
+        return sections
+    header, results = read_results(args.failed)
+    done = [result["section"] for result in results if result["result"] not in NOT_DONE]
+    # What is not in the results was cut off.
+    left = [name for name in header["sections"] if name not in done]
+    return [section for section in sections if section.task.name in left]
 
 
 class Whole:
@@ -138,7 +139,8 @@ class Whole:
 
     def run(self) -> int:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        header = {"section": HEADER, "date": str(date.today()), **self.facts}
+        asked = [task.name for task in self.tasks if task.kind != "warm"]
+        header = {"section": HEADER, "date": str(date.today()), "sections": asked, **self.facts}
         self.file.write_text(json.dumps(header) + "\n", encoding="utf-8")
         if self.is_dry:
             prepare_to_fork()
@@ -201,19 +203,20 @@ class Whole:
             return Fork(work, log, environment(), leads=True)
         words = [sys.executable, "-m", "benchmarks.gpu.section", task.name]
         words += ["--folder", str(self.folder), "--seconds", str(seconds)]
-        return Command(words, log, self.environment_of_card(), leads=True)
+        return Command(words, log, self.environment_of(task), leads=True)
 
-    def environment_of_card(self) -> dict[str, str]:
-        """All sections share one cache of compiled kernels."""
-        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(self.folder / "inductor"))
-        return environment(
-            TORCHINDUCTOR_CACHE_DIR=cache,
-            TOKENIZERS_PARALLELISM="false",
+    def environment_of(self, task: Task) -> dict[str, str]:
+        """All sections share one cache of compiled kernels. What the user has set stays."""
+        cores = len(os.sched_getaffinity(0))
+        more = {
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+            "TOKENIZERS_PARALLELISM": "false",
             # A run sets it before CUDA starts. Sections start CUDA before their runs.
-            PYTORCH_CUDA_ALLOC_CONF=os.environ.get(
-                "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-            ),
-        )
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        }
+        if not task.alone:  # several compile side by side
+            more["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(2, cores // 4))
+        return environment() | {name: os.environ.get(name, more[name]) for name in more}
 
     def read(self, task: Task, code: int) -> Result:
         result = read_section(

@@ -44,7 +44,7 @@ def collect() -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(str(part) for part in torch.cuda.nccl.version()),
     }
-    return facts | read_smi()
+    return facts | {SMI_FIELDS[field]: value for field, value in ask_smi(list(SMI_FIELDS)).items()}
 
 
 def commit() -> str:
@@ -65,16 +65,15 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def read_smi() -> dict[str, str]:
-    """What only nvidia-smi knows; empty without it."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+def ask_smi(fields: list[str]) -> dict[str, str]:
+    """Fields of nvidia-smi for the first card; empty where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    values = done.stdout.split("\n")[0].split(",")
-    names = SMI_FIELDS.values()
-    return {name: value.strip() for name, value in zip(names, values, strict=False)}
+    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
+    return dict(zip(fields, values, strict=False))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class Ranks:
         port = free_port()
         self._processes: list[Command | Fork] = []
         for rank in range(max(1, spec.world)):
-            env = environment(**spec.env)
+            env = environment(GLOO_SOCKET_IFNAME="lo") | spec.env  # all ranks are on this machine
             if spec.world:
                 env |= _rank_environment(rank, spec.world, port)
             self._processes.append(_start_train(ctx, words, self._log, env))

@@ -6,7 +6,10 @@ last line with its outcome. A process that ends without that line has crashed.
 
 import argparse
 import importlib
+import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -62,12 +65,25 @@ def find(path: str) -> Callable[[Context], None]:
     return function
 
 
+def end_with_parent() -> None:
+    """If the command is killed, end this process and all that it has started."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
 def file_of(folder: Path, name: str) -> Path:
     """Where a section writes its figures."""
     return folder / f"{name}.jsonl"
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name")
     parser.add_argument("--folder", type=Path, required=True)

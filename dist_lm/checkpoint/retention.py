@@ -1,13 +1,19 @@
 """Which steps of a run stay on disk."""
 
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from dist_lm.checkpoint.folder import remove, step_folders, step_of
 from dist_lm.checkpoint.state import read_state, verify_state
-from dist_lm.console import warn
+from dist_lm.console import gigabytes, warn
 from dist_lm.errors import UserError
+
+
+def _free(folder: Path) -> int:
+    """The bytes that we may still write there."""
+    return shutil.disk_usage(folder).free
 
 
 class Retention:
@@ -29,6 +35,50 @@ class Retention:
     def trust(self, folder: Path) -> None:
         """This process saved or verified the folder."""
         self._valid[folder] = True
+
+    def warn_if_short(self, size: int) -> None:
+        """Say before the first save that not so many checkpoints fit as are to stay.
+
+        The next one is written before an old one is deleted. `size` is that of one, in bytes.
+        """
+        room = _free(self.run_dir)
+        for folder in step_folders(self.run_dir):
+            room += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        fitting = room // size
+        if fitting > self.keep_last:
+            return
+        warn(
+            f"run.dir={self.run_dir} has room for {fitting} checkpoints of {gigabytes(size)} GB,"
+            f" and run.keep_last={self.keep_last} needs {self.keep_last + 1}, the next one"
+            f" included; fewer old ones will stay; nearest: {max(fitting - 1, 1)}"
+        )
+
+    def make_room(self, size: int) -> None:
+        """Before a save: delete old steps beside which so many bytes would not fit.
+
+        The newest valid one always stays. What cannot be deleted is only worth a warning.
+        """
+        if _free(self.run_dir) >= size:
+            return
+        for folder in self._given_up():
+            warn(f"{folder.name} is deleted: the next checkpoint does not fit beside it")
+            try:
+                remove(folder)
+            except OSError as error:
+                warn(f"{folder.name} stays: {error}")
+            if _free(self.run_dir) >= size:
+                return
+
+    def _given_up(self) -> list[Path]:
+        """The valid steps that may go for a newer one: the oldest first, the best last."""
+        losses = self._losses()
+        newest = self._first_valid(sorted(losses, key=step_of, reverse=True), 1)
+        going = []
+        for folder in sorted(losses, key=step_of):
+            is_kept = bool(self.keep_every) and step_of(folder) % self.keep_every == 0
+            if folder not in newest and not is_kept and self._is_valid(folder):
+                going.append(folder)
+        return sorted(going, key=lambda folder: losses[folder] == min(losses.values()) < math.inf)
 
     def prune(self, saved: Path) -> None:
         """Delete what need not stay, now that `saved` is written.

@@ -5,6 +5,7 @@ plain Hugging Face folder; the optimizer's tensors lie beside them by parameter 
 safetensors and JSON are ever read back.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dist_lm.channel import Channel
+from dist_lm.checkpoint.host_memory import HostMemory
 from dist_lm.checkpoint.layout import OwnedRange, OwnedSlice, PlannedTensor, plan_tensors
 from dist_lm.checkpoint.retention import Retention
-from dist_lm.checkpoint.writing import CheckpointWriter
+from dist_lm.checkpoint.writing import CheckpointWriter, size_of
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer import Tokenizer
 
-_FP32_BYTES = 4
 _ATTEMPTS_WITH_OWN_TAGS = 1024  # then tags are used again, which must stay small integers
 
 
@@ -52,12 +53,29 @@ class Saver:
         self._retention = Retention(run_dir, keep_last, keep_every)
         if resumed:
             self._retention.trust(resumed)
-        # Reused by all checkpoints: page faults of fresh memory would cost as much as the copy.
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = HostMemory()
         self._plan: list[PlannedTensor] = []  # the same for all checkpoints of a run
         self._attempts = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def make_ready(
+        self,
+        spec: ModelSpec,
+        owned: Callable[[], Iterable[OwnedSlice]],
+        make_memory: bool,
+    ) -> None:
+        """Plan the checkpoints, and warn if few of them fit on the disk. All ranks.
+
+        `make_memory` also begins to make the host memory for them. It is for GPUs, whose first save
+        would else wait until the memory is locked.
+        """
+        self._make_plan(spec, owned)
+        if self.channel.rank == 0:
+            with contextlib.suppress(OSError):
+                self._retention.warn_if_short(size_of(self._plan))
+        if make_memory:
+            self._memory.make_ahead(_elements(self._pieces_of_this_rank()))
 
     def begin(
         self,
@@ -69,9 +87,7 @@ class Saver:
     ) -> None:
         """Start the checkpoint of a step, after the one before has ended. All ranks."""
         self.finish()
-        if not self._plan:
-            facts = [part.facts() for part in owned()]
-            self._plan = plan_tensors(spec, self.channel.gather(facts))
+        self._make_plan(spec, owned)
         self._attempts += 1
         writer = CheckpointWriter(
             run_dir=self.run_dir,
@@ -83,12 +99,19 @@ class Saver:
             texts=texts,
             tokenizer=tokenizer,
             lost=self._lost,
+            make_room=self._retention.make_room,
         )
         # A daemon, so that it ends with a crash elsewhere.
         self._thread = threading.Thread(
             target=self._write, args=(writer,), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _make_plan(self, spec: ModelSpec, owned: Callable[[], Iterable[OwnedSlice]]) -> None:
+        """Plan once: the checkpoints of a run are alike. All ranks."""
+        if not self._plan:
+            facts = [part.facts() for part in owned()]
+            self._plan = plan_tensors(spec, self.channel.gather(facts))
 
     def poll(self) -> None:
         """If the checkpoint being written has ended, raise what went wrong with it."""
@@ -117,10 +140,7 @@ class Saver:
     def _stage(self, owned: Iterable[OwnedSlice]) -> dict[int, Tensor]:
         """Copy this rank's pieces to host memory that training does not touch, by tensor number."""
         pieces_by_parameter = self._pieces_of_this_rank()
-        elements = 0
-        for pieces in pieces_by_parameter.values():
-            elements += sum(piece.stop - piece.start for _, piece in pieces)
-        host = self._host_memory(elements)
+        host = self._memory.of(_elements(pieces_by_parameter))
 
         staged = {}
         at = 0
@@ -143,13 +163,13 @@ class Saver:
                     found.setdefault(planned.entry.param, []).append((number, piece))
         return found
 
-    def _host_memory(self, elements: int) -> Tensor:
-        """A flat fp32 tensor of as many elements. Grows the memory where it must."""
-        size = _FP32_BYTES * elements
-        if size > self.memory.numel():
-            self.memory = torch.empty(0, dtype=torch.uint8)  # give the old one back first
-            self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        return self.memory[:size].view(torch.float32)
+
+def _elements(pieces_by_parameter: Mapping[str, list[tuple[int, OwnedRange]]]) -> int:
+    """How many elements the pieces have."""
+    elements = 0
+    for pieces in pieces_by_parameter.values():
+        elements += sum(piece.stop - piece.start for _, piece in pieces)
+    return elements
 
 
 def _values(part: OwnedSlice, key: str, piece: OwnedRange) -> Tensor:

@@ -30,6 +30,8 @@ from dist_lm.model import hf
 # without memory.
 _FAILURES = (OSError, RuntimeError, MemoryError)
 
+_SPARE_BYTES = 2**18  # for headers, the manifest and the blocks of the file system
+
 Written = dict[str, Any]  # by file name, what the manifest says: {"size": bytes, "sha256": digits}
 
 
@@ -51,6 +53,7 @@ class CheckpointWriter:
     texts: Mapping[str, str]  # JSON files, by name
     tokenizer: Tokenizer
     lost: Callable[[], str]  # why the run folder is no longer this run's, or nothing
+    make_room: Callable[[int], None]  # deletes older steps that leave no room for so many bytes
 
     @property
     def aside(self) -> Path:
@@ -111,7 +114,10 @@ class CheckpointWriter:
                 delete(left_over)
             except OSError as error:  # it takes space, but this checkpoint can be written
                 warn(f"{left_over.name} stays: {error}")
-        self.aside.mkdir(parents=True)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        texts = [*self.tokenizer.files().values(), *self.texts.values()]
+        self.make_room(size_of(self.plan) + sum(len(text.encode()) for text in texts))
+        self.aside.mkdir()
         return {}
 
     def _send_pieces(self) -> list[Any]:
@@ -188,6 +194,11 @@ class CheckpointWriter:
         self.aside.rename(self.final)
         sync_folder(self.run_dir)
         return {}
+
+
+def size_of(plan: list[PlannedTensor]) -> int:
+    """The bytes that the tensors of a checkpoint take, and a little more for the rest of it."""
+    return _SPARE_BYTES + sum(planned.entry.bytes for planned in plan)
 
 
 def _nothing() -> Written:

@@ -21,6 +21,7 @@ from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
 from dist_lm.data.mix import StepReader
 from dist_lm.data.order import Ints, row_keys
 from dist_lm.data.rows import StepRows
+from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,8 @@ class Batch:
     after: dict[str, Any] = field(default_factory=dict)
     # Of a mixture: asked and actual share, and passes, of each source.
     shares: dict[str, float] = field(default_factory=dict)
+    # Why this rank could not read some rows. All ranks must refuse the batch, so they agree first.
+    failure: UserError | None = None
 
 
 class Batches:
@@ -138,6 +141,7 @@ class Batches:
             end=rows.end,
             after=rows.after,
             shares=rows.shares,
+            failure=rows.failure,
         )
 
     def close(self) -> None:

@@ -26,9 +26,10 @@ from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
 from dist_lm.data.prepared.manifest import find_prepared
-from dist_lm.data.prepared.parts import open_shards
+from dist_lm.data.prepared.parts import open_shards, parts_of
 from dist_lm.data.prepared.preparing import preparation_of, prepare_dataset
 from dist_lm.data.prepared.sequences import TokenSequences
+from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
 from dist_lm.data.text.files import Part, TextFile, find_files
@@ -70,6 +71,14 @@ class Dataset:
         """The shards of the only source."""
         assert self.alone, "a stream or a mixture is not shards"
         return self.alone.shards
+
+    def shards(self) -> list[TokenSequences]:
+        """All prepared shards that it reads."""
+        found = [*self.val.values()]
+        for source in self.sources.values():
+            if isinstance(source, PreparedSource):
+                found.append(source.shards)
+        return found
 
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""
@@ -333,8 +342,43 @@ def _checked(
             f" sequence; rule: at least {data.seq_len + 1}; nearest: a larger data.val_fraction,"
             " or run.eval_every=0"
         )
+    for name, shards in val.items():
+        _refuse_unknown_text(name, shards)
     identity = hashlib.sha256(" ".join(marks).encode()).hexdigest()
-    return Dataset(sources, alone, val, tokenizer, identity)
+    dataset = Dataset(sources, alone, val, tokenizer, identity)
+    for shards in dataset.shards():
+        for part in parts_of(shards):
+            _refuse_other_tokenizer(part, tokenizer)
+    return dataset
+
+
+def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
+    """Refuse shards whose manifest is of another tokenizer than the one beside them."""
+    entry = shards.manifest["tokenizer"]
+    if (entry["sha256"], entry["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
+        raise DataError(
+            f"{shards.folder}: its tokens are of a tokenizer {entry['sha256'][:12]} with"
+            f" {entry['vocab_size']} tokens, but its tokenizer.json is {tokenizer.sha256[:12]} with"
+            f" {tokenizer.vocab_size}; nearest: prepare again"
+        )
+
+
+def _refuse_unknown_text(name: str, shards: TokenSequences) -> None:
+    """Refuse a validation set of which the tokenizer knows nothing but the ends of documents."""
+    tokens = 0
+    unknown = 0
+    ends = 0
+    for part in parts_of(shards):
+        split = part.manifest["splits"]["val"]
+        tokens += split["tokens"]
+        unknown += split["unknown"]
+        ends += split["documents"]
+    if unknown and tokens <= unknown + ends:
+        raise DataError(
+            f"validation set {name} ({shards.title}): the tokenizer knows nothing of its text, all"
+            f" {unknown:,} tokens are unknown; rule: text in the alphabet of what is"
+            " trained on; nearest: another data.validation, or data.tokenizer=byte"
+        )
 
 
 # --- preparing, on rank 0

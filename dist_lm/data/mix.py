@@ -21,6 +21,7 @@ from dist_lm.data.order import Ints, MixtureSchedule, rank_places
 from dist_lm.data.provenance import Origin
 from dist_lm.data.rows import StepRows
 from dist_lm.data.sources import PreparedSource, Ranks, Source, SourceReader
+from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
@@ -60,8 +61,11 @@ class PreparedReader:
         rows = StepRows(count, self._source.seq_len)
         ids = self._ids(step)
         if len(ids):
-            rows.tokens[: len(ids)] = self._source.read(ids)
-            rows.targets[: len(ids)] = self._source.seq_len
+            try:
+                rows.tokens[: len(ids)] = self._source.read(ids)
+                rows.targets[: len(ids)] = self._source.seq_len
+            except UserError as error:
+                rows.failure = error
         return rows
 
     def origins(self, step: int) -> dict[int, Origin]:

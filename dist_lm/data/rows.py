@@ -9,6 +9,7 @@ import numpy as np
 from dist_lm.data.order import Ints
 from dist_lm.data.packing import PackedSequence
 from dist_lm.data.provenance import Origin
+from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
@@ -38,6 +39,9 @@ class StepRows:
         self.end = False  # no rank has a row: the data is used up
         self.after: dict[str, Any] = {}  # where the streams stand, as far as this rank reads them
         self.shares: dict[str, float] = {}  # of a mixture: asked and actual shares, and passes
+        # Why this rank could not read some of its rows, which stay without targets. Other ranks do
+        # not know it.
+        self.failure: UserError | None = None
         self._moves: list[_Move] = []
 
     def ours(self, places: Ints) -> np.ndarray:

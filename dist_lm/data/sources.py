@@ -22,7 +22,7 @@ from dist_lm.data.provenance import PreparedSearch, PreparedSequence, Search, St
 from dist_lm.data.rows import StepRows
 from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, UserError
 
 
 class Ranks(NamedTuple):
@@ -120,7 +120,10 @@ class PreparedSource:
             turns = turns[is_inside]
         ours = rows.ours(places)
         ids = self.ids(turns[ours])
-        rows.put(places[ours], self.read(ids))
+        try:
+            rows.put(places[ours], self.read(ids))
+        except UserError as error:
+            rows.failure = error
         for place, number in zip(places[ours].tolist(), ids.tolist(), strict=True):
             rows.origins[place] = self.origin(number)
         return len(places)

@@ -13,11 +13,11 @@ from dist_lm.config import Config, batch_layout
 from dist_lm.model.init import parameter_shapes
 from dist_lm.optim import moments
 from dist_lm.planning.activations import LiveBytes, live_bytes
-from dist_lm.runtime.strategy import BUCKET, Strategy
+from dist_lm.runtime.strategy import BUCKET, Strategy, gathered_elements
 from dist_lm.size import checkpoint_bytes
 
-# Elements: DeepSpeed's stage3_max_live_parameters, which the files of launch/ leave alone.
-GATHERED = 10**9
+# Elements: DeepSpeed's stage3_max_live_parameters, which the runtime leaves alone on CPUs.
+GATHERED_ON_CPU = 10**9
 SHAPES = lru_cache(parameter_shapes)  # asked for again with every micro-batch of a plan
 
 
@@ -39,6 +39,9 @@ class Memory:
 def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_gpu: bool) -> Memory:
     """Memory of one process of `world`."""
     layout = batch_layout(config, world)
+    gathered = GATHERED_ON_CPU
+    if on_gpu:
+        gathered = gathered_elements(SHAPES(config.model_spec(vocab_size)))
     step = Step(
         live=live_bytes(config, vocab_size, layout.micro_batch, strategy.stage == 3, on_gpu),
         weights=weight_bytes(config, vocab_size),
@@ -47,6 +50,7 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         world=world,
         accumulates=layout.accumulation > 1,
         on_gpu=on_gpu,
+        gathered=4.0 * gathered,
     )
     return memory_of_zero(step, strategy) if strategy.stage else memory_of_ddp(step)
 
@@ -77,6 +81,7 @@ class Step:
     world: int
     accumulates: bool  # gradients are there before the last backward of a step begins
     on_gpu: bool
+    gathered: float  # most of the weights that ZeRO-3 has whole at one time
 
     @property
     def forward(self) -> float:
@@ -116,8 +121,8 @@ def memory_of_zero(step: Step, strategy: Strategy) -> Memory:
     optimizer = (step.weights + step.state) / step.world
     gradients = max(backward.before, backward.own) + 2 * backward.bucket
     if strategy.stage == 3:
-        # Slices, and what is gathered of them: up to DeepSpeed's limit all of it stays together.
-        weights = share + min(step.weights, 4.0 * GATHERED)
+        # Slices, and what is gathered of them: up to a limit all of it stays together.
+        weights = share + min(step.weights, step.gathered)
         moving = backward.most_with_slices()
     else:
         weights = step.weights
@@ -155,7 +160,9 @@ class ZeroBackward:
         share = step.weights / step.world
         self.bucket = min(4.0 * BUCKET, step.weights)
         # On a GPU all of the bucket is there as the backward begins, on a CPU as its pages fill.
-        self.fixed = 4.0 * BUCKET if step.on_gpu else 0.0
+        # Under ZeRO-1 and 2 a second one fills while the first is summed.
+        buckets_at_once = 1 if strategy.stage == 3 else 2
+        self.fixed = 4.0 * BUCKET * buckets_at_once if step.on_gpu else 0.0
         # How much of the backward is done each time the bucket is full.
         buckets = int(step.weights // self.bucket)
         self.done = [n * self.bucket / step.weights for n in range(1, buckets + 1)]

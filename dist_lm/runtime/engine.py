@@ -19,7 +19,7 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config, batch_layout
 from dist_lm.model.gpt import GPT
-from dist_lm.optim import create_state
+from dist_lm.optim import Muon, create_state
 from dist_lm.runtime.strategy import Strategy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +41,7 @@ class Engine(ABC):
         self.world_size: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.device: torch.device = accelerator.device
+        self.on_gpu = self.device.type == "cuda"
         self.ema_decay = config.run.ema
         self.bare: Any = None  # the model without a wrapper, with our own parameter names
         self.model: Any = None  # the wrapped model, which the loop calls
@@ -51,8 +52,12 @@ class Engine(ABC):
     # --- building
 
     @abstractmethod
-    def construction(self) -> contextlib.AbstractContextManager[None]:
-        """Surrounds the building of the model, so that ZeRO-3 never has a whole one anywhere."""
+    def construction(self) -> contextlib.AbstractContextManager[Any]:
+        """Surrounds the building of the model.
+
+        It is built on the device at once, not in host memory on each rank; under ZeRO-3 there is
+        never a whole one anywhere.
+        """
 
     def prepare(
         self,
@@ -70,7 +75,7 @@ class Engine(ABC):
         self.optimizer = optimizer
         self._move(model)
         if self.config.run.compile:
-            _compile(model, self.device)
+            _compile(model, loss=self.on_gpu)
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; older versions know no other name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -215,8 +220,8 @@ class ReplicatedEngine(Engine):
         self._trainable: list[nn.Parameter] = []
         self._accumulates = False  # whether a step has several backward passes
 
-    def construction(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+    def construction(self) -> contextlib.AbstractContextManager[Any]:
+        return built_on(self.device)
 
     def _move(self, model: nn.Module) -> None:
         model.to(self.device)
@@ -227,6 +232,8 @@ class ReplicatedEngine(Engine):
             if parameter.requires_grad:
                 self._trainable.append(parameter)
         self._accumulates = batch_layout(self.config, self.world_size).accumulation > 1
+        if isinstance(self.optimizer, Muon) and self.on_gpu and self.world_size > 1:
+            self.optimizer.divide_matrices(self.rank, self.world_size, channel.collect)
 
     def warm_up(self, loss_of_nothing: Callable[[], Tensor]) -> None:
         """Two backward passes of a zero loss. All ranks.
@@ -272,7 +279,7 @@ class ReplicatedEngine(Engine):
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to optim.clip; their norm before that."""
-        foreach = self.device.type == "cuda"
+        foreach = self.on_gpu
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=foreach)
         clip = self.config.optim.clip
@@ -292,7 +299,7 @@ class ReplicatedEngine(Engine):
         """Nothing to do: the owned parts are the model's own weights."""
 
 
-def _compile(model: GPT, device: torch.device) -> None:
+def _compile(model: GPT, loss: bool) -> None:
     """Compile the model block by block.
 
     All layers share what is compiled, so the start takes seconds; and the backward hands out each
@@ -303,4 +310,9 @@ def _compile(model: GPT, device: torch.device) -> None:
 
     # It would cut each block's graph where DDP's buckets end.
     torch._dynamo.config.optimize_ddp = False
-    model.compile_for_training(loss=device.type == "cuda")
+    model.compile_for_training(loss)
+
+
+def built_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Parameters made inside lie on the device. On a CPU they do so anyway."""
+    return contextlib.nullcontext() if device.type == "cpu" else device

@@ -7,10 +7,12 @@ differs.
 """
 
 import hashlib
+import math
 import os
 import re
 import secrets
 import socket
+import stat
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_lm.config import Config, batch_layout
+from dist_lm.console import warn
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
+from dist_lm.launcher import end_stopped_ranks
+from dist_lm.model.init import parameter_shapes
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
 from dist_lm.runtime.device import prepare_device
@@ -33,6 +38,9 @@ from dist_lm.runtime.world import Runtime
 from dist_lm.runtime.zero import ZeroEngine, deepspeed_plugin, zero_settings
 
 _BUCKET_MB_ON_GPU = 25  # torch's own choice
+# Of models of 10^9 parameters and more: across machines each sum has a latency, which 25 MB do not
+# hide.
+_BUCKET_MB_OF_LARGE_MODELS = 100
 _BUCKET_MB_ON_CPU = (
     1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
 )
@@ -79,6 +87,7 @@ def start(
         runtime.say(f"offloading to files in {strategy.nvme_path}")
     if runtime.world_size > 1 and not examining:
         _start_watchdog(runtime, config)
+    runtime.attempt.has_met.set()
     return runtime
 
 
@@ -87,6 +96,18 @@ def hold_folder(runtime: Runtime) -> None:
     lock = runtime.attempt.lock
     text = runtime.on_main(lambda: lock.take(runtime.say))
     runtime.together(lambda: lock.see(text))
+    if runtime.is_main:
+        _warn_of_strangers(lock.path.parent)
+
+
+def _warn_of_strangers(folder: Path) -> None:
+    """A folder that a group shares is normal, one that anybody may write into is not."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IWOTH:
+        warn(
+            f"run.dir={folder} may be written by anybody (mode {mode:o}), who can put another"
+            f" checkpoint there; nearest: chmod o-w {folder}"
+        )
 
 
 # --- what one process can check alone
@@ -107,10 +128,10 @@ def refuse_silent_single() -> None:
 
 
 def _refuse_unsafe_loading() -> None:
-    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1":
-        raise SecurityError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 lets torch.load run code; rule: unset it"
-        )
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    value = os.environ.get(name, "")
+    if value.lower() not in ("", "0", "n", "no", "false"):
+        raise SecurityError(f"{name}={value} lets torch.load run code; rule: unset it")
 
 
 def _refuse_missing_trackers(names: tuple[str, ...]) -> None:
@@ -159,7 +180,7 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
-        bucket_cap_mb=_BUCKET_MB_ON_GPU if has_gpu else _BUCKET_MB_ON_CPU,
+        bucket_cap_mb=_bucket_mb(config, has_gpu),
     )
     try:
         return Accelerator(
@@ -174,7 +195,18 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
             project_dir=os.path.join(config.run.dir, "tensorboard"),
         )
     except dist.DistError as error:
+        end_stopped_ranks()
         raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
+
+
+def _bucket_mb(config: Config, has_gpu: bool) -> int:
+    """How many megabytes of gradients DDP sums at once."""
+    if not has_gpu:
+        return _BUCKET_MB_ON_CPU
+    # Without the embedding: the tokenizer, which decides its size, is not loaded yet.
+    shapes = parameter_shapes(config.model_spec(vocab_size=1))
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    return _BUCKET_MB_OF_LARGE_MODELS if parameters >= 10**9 else _BUCKET_MB_ON_GPU
 
 
 def _why_not_met(error: Exception, seconds: float) -> str:

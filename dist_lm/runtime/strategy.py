@@ -5,6 +5,7 @@ torch nor DeepSpeed is imported here, because the plan asks for strategies on ma
 ranks.
 """
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dist_lm.shipped import shipped
 
 LAUNCH_FILES = shipped("launch")
 BUCKET = 50_000_000  # elements that ZeRO reduces or gathers at once
+BLOCKS_AT_A_TIME = 3  # that ZeRO-3 has gathered on a GPU: in use, on its way, and just used
 # ZeRO works on slices of parameters. An elementwise optimizer can do so too, and Muon collects its
 # matrices.
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon")
@@ -54,6 +56,18 @@ class Strategy:
         elif "cpu" in devices:
             suffix = "-offload"
         return f"zero{self.stage}{suffix}"
+
+
+def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many elements ZeRO-3 has gathered at most on a GPU: three blocks, and what is in none."""
+    of_block = 0
+    outside = 0
+    for name, shape in shapes.items():
+        if name.startswith("blocks.0."):
+            of_block += math.prod(shape)
+        elif not name.startswith("blocks."):
+            outside += math.prod(shape)
+    return BLOCKS_AT_A_TIME * of_block + outside
 
 
 def choose_strategy(launch: str | None) -> Strategy:

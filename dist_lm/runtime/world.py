@@ -27,6 +27,7 @@ from dist_lm import console
 from dist_lm.channel import Channel
 from dist_lm.config import Config
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
+from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
 from dist_lm.runtime.watchdog import Watchdog
@@ -57,6 +58,8 @@ class Runtime:
         self.background = self._channel_of_its_own()
         self.reading = self._channel_of_its_own()
         self.watch: Watchdog | None = None
+        # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
+        self.refusal: UserError | None = None
         self.agreements = (
             0  # sums entered; the watchdog tells a rank that hangs from the others by it
         )
@@ -77,9 +80,9 @@ class Runtime:
         return tensor
 
     def with_flags(self, number: int) -> Tensor:
-        """This rank's part of a sum: a number, was it told to stop, did it lose the run folder."""
-        is_lost = bool(self.attempt.lock.lost)
-        return self.on_device([number, self.stop.requested, is_lost], torch.float64)
+        """This rank's part of a sum: a number, was it told to stop, does it refuse to go on."""
+        is_refusing = bool(self.attempt.lock.lost or self.refusal)
+        return self.on_device([number, self.stop.requested, is_refusing], torch.float64)
 
     def on_device(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers of the host as a tensor on this rank's device, without a host sync.
@@ -95,12 +98,19 @@ class Runtime:
         """Why this run stops before its end. Only meaningful once some rank was told to stop."""
         return self.stop.reason or "another rank was told to stop"
 
-    def refuse_lost_folder(self, is_lost: float) -> None:
-        """Raise if rank 0 no longer holds the run folder.
+    def refuse_together(self, are_refusing: float) -> None:
+        """Raise if a rank refuses to go on, or if rank 0 no longer holds the run folder.
 
         All ranks, with the sum that they agreed on.
         """
-        if is_lost:
+        if not are_refusing:
+            return
+        self.together(self._refuse)
+
+    def _refuse(self) -> None:
+        if self.refusal:
+            raise self.refusal
+        if self.attempt.lock.lost:
             raise UserError(
                 f"run.dir={self.attempt.folder} is no longer this run's"
                 f" ({self.attempt.lock.look()}); rule: one run a folder; this run ends and writes"
@@ -127,8 +137,8 @@ class Runtime:
             if worker:
                 worker.join(_LOOK_SECONDS)
                 is_busy = worker.is_alive()
-            busy, stop, is_lost = self.sum(self.with_flags(is_busy)).tolist()
-            self.refuse_lost_folder(is_lost)
+            busy, stop, are_refusing = self.sum(self.with_flags(is_busy)).tolist()
+            self.refuse_together(are_refusing)
             if not busy:
                 break
             if stop:
@@ -176,23 +186,30 @@ class Runtime:
 
         def write(profile: Any) -> None:
             if self.is_main:
-                profile.export_chrome_trace(str(trace))
+                with console.dispensable(trace):
+                    profile.export_chrome_trace(str(trace))
 
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
         profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
         profiler.start()
         return profiler
 
-    def start_trackers(self, config: Config) -> None:
+    def start_trackers(self, config: Config, first_step: int) -> None:
         """TensorBoard and others through Accelerate, which works on rank 0 alone.
 
-        A failing one never stops a run.
+        `first_step`: where this start goes on. A failing tracker never stops a run.
         """
         name = os.path.basename(os.path.normpath(config.run.dir))
-        # TensorBoard refuses nested values.
+        # TensorBoard shows one run over all starts: it hides what an earlier start did after the
+        # checkpoint that this one goes on from.
+        of_tensorboard = {"purge_step": first_step + 1} if first_step else {}
         settings = {key: str(value) for key, value in config.flat().items()}
         try:
-            self.accelerator.init_trackers(name, config=settings)
+            self.accelerator.init_trackers(name, init_kwargs={"tensorboard": of_tensorboard})
+            for tracker in self.accelerator.trackers:
+                # TensorBoard would show the settings of each start as a run of their own.
+                if tracker.name != "tensorboard":
+                    tracker.store_init_configuration(settings)
         except Exception as error:
             self.say(f"warning: tracking is off, the run goes on: {type(error).__name__}: {error}")
 
@@ -231,6 +248,7 @@ class Runtime:
         recorder = threading.Thread(target=record, daemon=True)
         recorder.start()
         recorder.join(_RECORD_SECONDS)
+        end_stopped_ranks()
         os._exit(CODES["retryable"])
 
     def close(self) -> None:

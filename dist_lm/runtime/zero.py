@@ -9,7 +9,6 @@ package, slow to import, and one process or DDP must do without it.
 import contextlib
 import ctypes
 import hashlib
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +25,10 @@ from dist_lm.config import BatchLayout, Config
 from dist_lm.errors import UserError
 from dist_lm.optim import MatrixSlice, Muon
 from dist_lm.runtime.async_io import build_async_io
-from dist_lm.runtime.engine import Engine, Shapes
-from dist_lm.runtime.strategy import BUCKET, Strategy
+from dist_lm.runtime.engine import Engine, Shapes, built_on
+from dist_lm.runtime.strategy import BUCKET, Strategy, gathered_elements
 
 LEAF = "Block"  # the class of the modules that ZeRO-3 gathers at once
-_BLOCKS_AT_A_TIME = 3  # that ZeRO-3 has gathered on a GPU: in use, on its way, and just used
 _M_TRIM_THRESHOLD = -1  # numbers of glibc's mallopt()
 _M_MMAP_THRESHOLD = -3
 
@@ -63,7 +61,6 @@ class ZeroEngine(Engine):
         super().__init__(accelerator, config, strategy)
         self.stage = strategy.stage
         self.settings = settings  # as zero_settings() makes them
-        self.on_gpu = self.device.type == "cuda"
         self.zero: Any = None  # DeepSpeed's ZeRO optimizer, around ours
         self._is_last_micro = False
 
@@ -73,7 +70,8 @@ class ZeroEngine(Engine):
     def construction(self) -> Iterator[None]:
         """Under ZeRO-3 each parameter is cut to slices as soon as it exists."""
         if self.stage < 3:
-            yield
+            with built_on(self.device):
+                yield
             return
         import deepspeed
 
@@ -328,18 +326,6 @@ def zero_settings(
             "lower_precision_safe_modules": [],
         }
     return settings
-
-
-def gathered_elements(shapes: Shapes) -> int:
-    """How many elements ZeRO-3 has gathered at most on a GPU: three blocks, and what is in none."""
-    of_block = 0
-    outside = 0
-    for name, shape in shapes.items():
-        if name.startswith("blocks.0."):
-            of_block += math.prod(shape)
-        elif not name.startswith("blocks."):
-            outside += math.prod(shape)
-    return _BLOCKS_AT_A_TIME * of_block + outside
 
 
 def _nvme_folder(strategy: Strategy, config: Config) -> str:

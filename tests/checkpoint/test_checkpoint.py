@@ -383,6 +383,68 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == [older.name]
 
 
+LARGER = ModelConfig(layers=2, heads=2, width=128)
+
+
+def size_of_one(tmp_path: Path, larger: Any) -> int:
+    folder = Saves(tmp_path / "one", larger, 1)(1)
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 4])
+def test_saves_go_on_with_fewer_old_steps_where_not_all_fit(
+    small_disk: Callable[[int], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    keep_last: int,
+) -> None:
+    """There is room for two and a half; one valid step is always there."""
+    larger = training_of(LARGER)
+    run = small_disk(int(2.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, keep_last)
+    for step in range(1, 7):
+        save(step)
+        found, passed_over = newest_valid(run, verify_state)
+        assert found == run / f"step-{step:08d}" and not passed_over
+    said = capsys.readouterr().err
+    assert ("fewer old ones will stay; nearest: 1" in said) == (keep_last > 1)
+    assert said.count("has room for 2 checkpoints") == (keep_last > 1)
+    assert ("is deleted: the next checkpoint does not fit beside it" in said) == (keep_last > 1)
+
+
+def test_the_only_valid_step_stays_where_no_other_fits(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(1.7 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 2)
+    save(1)
+    with pytest.raises(UserError, match="No space left on device"):
+        save(2)
+    assert steps(run) == [1] and not list(run.glob(".step-*"))
+    verify(run / "step-00000001")
+
+
+def test_what_every_so_many_steps_keeps_is_not_given_up(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(3.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 9, keep_every=2)
+    for step in range(1, 5):
+        save(step)
+    assert steps(run) == [2, 3, 4]
+
+
+def test_the_best_is_given_up_last(small_disk: Callable[[int], Path], tmp_path: Path) -> None:
+    larger = training_of(LARGER)
+    run = small_disk(int(3.5 * size_of_one(tmp_path, larger)))
+    save = Saves(run, larger, 9)
+    for step in range(1, 6):
+        save(step, val_loss=1.0 if step == 2 else 2.0)
+    assert steps(run) == [2, 4, 5]
+
+
 # --- what stays
 
 
@@ -406,7 +468,7 @@ class Saves:
     def __call__(self, step: int, val_loss: float | None = None) -> Path:
         model, optimizer, tokenizer = self.trained
         config = families.config_json(
-            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
+            ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN), tokenizer.eot
         )
         texts = {
             "config.json": json.dumps(config),
@@ -414,7 +476,7 @@ class Saves:
         }
         self.saver.begin(
             step,
-            ModelSpec(MODEL, tokenizer.vocab_size, SEQ_LEN),
+            ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN),
             lambda: owned(model, optimizer),
             texts,
             tokenizer,

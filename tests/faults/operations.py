@@ -327,6 +327,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("scenario", choices=sorted(scenarios.SCENARIOS))
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS))
+    parser.add_argument("--only", default="", help="only at operations that hold this text")
     parser.add_argument("--first", type=int, default=0, help="number of the first fault to try")
     parser.add_argument("--every", type=int, default=1, help="try every n-th fault")
     parser.add_argument("--most", type=int, default=10**9, help="try so many at most")
@@ -337,7 +338,10 @@ def main(argv: Sequence[str]) -> None:
     began = time.monotonic()
     with scratch_folder() as scratch:
         enumeration = Enumeration(scenarios.SCENARIOS[chosen.scenario](), scratch)
-        faults = list(enumeration.faults())
+        faults = []
+        for fault in enumeration.faults():
+            if chosen.only in enumeration.log[fault.nth - 1]:
+                faults.append(fault)
         numbers = range(chosen.first, len(faults), chosen.every)[: chosen.most]
         tried = 0
         counts = dict.fromkeys(WRONGS, 0)

@@ -1,19 +1,24 @@
 """The engine of one process and DDP: where gradients lie, and what is compiled."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from dist_lm import loop
+from dist_lm import loop, optim
 from dist_lm.cli import load
+from dist_lm.config import Config, ModelConfig, ModelSpec
 from dist_lm.model.gpt import GPT
 from dist_lm.outcome import TRAIN, Attempt
 from dist_lm.runtime.engine import ReplicatedEngine
+from dist_lm.runtime.start import _bucket_mb
+from dist_lm.runtime.strategy import Strategy
+from dist_lm.runtime.zero import ZeroEngine
 from tests.procs import finish, start_ranks
-from tests.test_train import losses, tiny
+from tests.test_train import assert_same_curve, losses, tiny
 
 
 def in_ranks(world: int, function: str, *arguments: str) -> str:
@@ -98,3 +103,59 @@ def train_counting_graphs(*words: str) -> None:
     run((*words, "--run.compile", "true"))
     assert not torch._dynamo.config.optimize_ddp
     print(f"graphs of the warm-up {of_warm_up[0]}, of all {counter.frame_count}")
+
+
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(stage=1), Strategy(stage=2)])
+def test_a_model_is_built_on_the_device(strategy: Strategy) -> None:
+    """Whole models in host memory, one a rank, would not fit. The device here is torch's meta."""
+    accelerator = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("meta"))
+    make = ZeroEngine if strategy.stage else ReplicatedEngine
+    settings = [{}] if strategy.stage else []
+    spec = ModelSpec(ModelConfig(layers=1, width=32), vocab_size=11, seq_len=8)
+    with make(accelerator, Config(), strategy, *settings).construction():
+        model = GPT(spec)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {table.device.type for table in model.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "has_gpu", "expected"),
+    [("gpt2-774m", True, 25), ("gpt2-1558m", True, 100), ("gpt2-1558m", False, 1024)],
+)
+def test_gradients_of_large_models_are_summed_in_large_buckets(
+    recipe: str, has_gpu: bool, expected: int
+) -> None:
+    config, _ = load(["--config", f"configs/{recipe}.yaml"], TRAIN)
+    assert _bucket_mb(config, has_gpu) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_divide_muon_s_matrices_on_gpus(prepared: Path, tmp_path: Path, world: int) -> None:
+    """The curve of one process, and a third of the work at most; here on CPUs, which do not."""
+    words = tiny(prepared, "--optim.name", "muon", "--optim.lr", "2e-3", "--run.steps", "6")
+    output = in_ranks(world, "train_dividing", "--run.dir", str(tmp_path / "run"), *words)
+    # Two layers have six parts of q, k, v, two matrices out, and two each of gate, up and down.
+    made = {2: 3 + 1 + 2 + 1, 3: 2 + 1 + 2 + 1}[world]
+    assert output.count(f"matrices a step: {made}\n") == world, output
+    in_ranks(1, "train_eagerly", "--run.dir", str(tmp_path / "one"), *words)
+    assert_same_curve(tmp_path / "run", tmp_path / "one", 1e-5)
+
+
+def train_dividing(*words: str) -> None:
+    """As a rank: divide the matrices as on GPUs, and print how many this rank orthogonalised."""
+    counts: list[int] = []
+    newton_schulz, wrap = optim.newton_schulz, ReplicatedEngine._wrap
+
+    def counted(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+        counts.append(len(matrices_NRC))
+        return newton_schulz(matrices_NRC, dtype)
+
+    def as_on_gpus(engine: ReplicatedEngine, *arguments: object) -> None:
+        engine.on_gpu = True
+        wrap(engine, *arguments)
+        engine.on_gpu = False
+
+    optim.newton_schulz, ReplicatedEngine._wrap = counted, as_on_gpus
+    run(words)
+    print(f"matrices a step: {sum(counts) / 7:g}")  # create_state makes a seventh step

@@ -5,7 +5,7 @@ ones first.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import torch
@@ -46,7 +46,7 @@ def ablate(ctx: Context) -> None:
 def measure_variant(
     ctx: Context,
     name: str,
-    variant: Callable[[Context, GPT], object],
+    variant: "Variant",
     spec: ModelSpec,
     batches: list[Batch],
 ) -> None:
@@ -62,7 +62,7 @@ def measure_variant(
 
     step = PlainStep(ctx, model, adamw(model), loss_of, batches)
     try:
-        with variant(ctx, model):  # type: ignore[attr-defined]
+        with variant(ctx, model):
             for _ in range(WARM_UP):
                 step()
             seconds = take_turns(ctx, {name: step}, times=1 if ctx.is_dry else 2)[name]
@@ -93,36 +93,32 @@ def whole(ctx: Context, model: GPT) -> Iterator[None]:
 
 
 @contextmanager
-def by_blocks(ctx: Context, model: GPT, mode: str | None = None) -> Iterator[None]:
-    """Each block is compiled once, and all blocks use the same graph if nothing hinders it."""
+def as_in_training(
+    ctx: Context, model: GPT, loss: bool = True, mode: str | None = None
+) -> Iterator[None]:
+    """One graph for all blocks, and one for the loss of a chunk."""
     options: dict[str, str] = {"backend": ctx.compile_backend}
     if mode:
         options = {"mode": mode}
-    compile_blocks(model, options)
+    model.compile_for_training(loss, **options)
     yield
 
 
-def compile_blocks(model: GPT, options: dict[str, str]) -> None:
-    """As training compiles, where the model knows how; otherwise each block by itself."""
-    compile_for_training = getattr(model, "compile_for_training", None)
-    if compile_for_training:
-        compile_for_training(**options)
-        return
-    for block in model.blocks:
-        block.compile(dynamic=False, **options)
+def with_loss_by_kernels(ctx: Context, model: GPT) -> AbstractContextManager[None]:
+    """The loss in chunks, by torch's own kernels one after another."""
+    return as_in_training(ctx, model, loss=False)
 
 
-@contextmanager
-def autotuned(ctx: Context, model: GPT) -> Iterator[None]:
+def autotuned(ctx: Context, model: GPT) -> AbstractContextManager[None]:
+    """Inductor tries several kernels for each product. A dry run has no inductor."""
     mode = None
     if not ctx.is_dry:
         mode = AUTOTUNE
-    with by_blocks(ctx, model, mode):
-        yield
+    return as_in_training(ctx, model, mode=mode)
 
 
 @contextmanager
-def plain_loss(ctx: Context, model: GPT) -> Iterator[None]:
+def with_plain_loss(ctx: Context, model: GPT) -> Iterator[None]:
     """All logits at once, as torch's own cross-entropy wants them."""
     with mock.patch.dict(gpt.LOGITS_AT_A_TIME, {ctx.device.type: 2**62}), whole(ctx, model):
         yield
@@ -137,24 +133,27 @@ def only_kernel(ctx: Context, model: GPT, kernel: SDPBackend) -> Iterator[None]:
     def kernels(*args: object, **kwargs: object) -> object:
         return sdpa_kernel([kernel])
 
-    with mock.patch.object(attention, "attention_kernels", kernels), by_blocks(ctx, model):
+    with mock.patch.object(attention, "attention_kernels", kernels), as_in_training(ctx, model):
         yield
 
 
-def by_flash(ctx: Context, model: GPT) -> object:
+def by_flash(ctx: Context, model: GPT) -> AbstractContextManager[None]:
     return only_kernel(ctx, model, SDPBackend.FLASH_ATTENTION)
 
 
-def by_cudnn(ctx: Context, model: GPT) -> object:
+def by_cudnn(ctx: Context, model: GPT) -> AbstractContextManager[None]:
     return only_kernel(ctx, model, SDPBackend.CUDNN_ATTENTION)
 
 
-VARIANTS: dict[str, Callable[[Context, GPT], object]] = {
+Variant = Callable[[Context, GPT], AbstractContextManager[None]]
+
+VARIANTS: dict[str, Variant] = {
     "uncompiled": uncompiled,
-    "compiled by blocks": by_blocks,
+    "as in training": as_in_training,
+    "loss by torch's kernels": with_loss_by_kernels,
+    "flash attention": by_flash,
+    "cuDNN attention": by_cudnn,
     "compiled whole": whole,
-    "compiled whole, plain loss": plain_loss,
-    "by blocks, flash attention": by_flash,
-    "by blocks, cuDNN attention": by_cudnn,
-    "by blocks, autotuned": autotuned,
+    "compiled whole, plain loss": with_plain_loss,
+    "autotuned": autotuned,
 }

@@ -1,5 +1,6 @@
 """M1: what this card reaches by itself. The other figures are to be read beside these."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.context import Context
+from benchmarks.gpu.facts import ask_smi
 from benchmarks.gpu.timing import seconds_of
 from dist_lm.metrics import peak_flops
 
@@ -27,6 +29,7 @@ KERNELS = {
 def basics(ctx: Context) -> None:
     for name, sizes in PRODUCTS.items():
         measure_product(ctx, name, sizes)
+    measure_clocks(ctx)
     measure_copies(ctx)
     for name, kernel in KERNELS.items():
         measure_attention(ctx, name, kernel)
@@ -61,6 +64,21 @@ def measure_product(ctx: Context, name: str, sizes: tuple[int, int, int]) -> Non
     peak = peak_flops(ctx.card)
     if peak != float("inf"):
         ctx.measure(f"bf16 product, {name}, share of the peak", rate / peak)
+
+
+def measure_clocks(ctx: Context) -> None:
+    """Clock and power while the card multiplies, for a second or two."""
+    size = 64 if ctx.is_dry else 8192
+    a = random(ctx, size, size)
+    began = time.perf_counter()
+    F.linear(a, a)
+    ctx.sync()
+    times = int(min(2000, 2 / (time.perf_counter() - began)))
+    for _ in range(1 if ctx.is_dry else times):
+        F.linear(a, a)
+    for field, value in ask_smi(["clocks.sm", "power.draw", "temperature.gpu"]).items():
+        ctx.measure(f"under load, {field}", value)
+    ctx.sync()
 
 
 def measure_copies(ctx: Context) -> None:

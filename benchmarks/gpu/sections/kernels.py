@@ -14,7 +14,7 @@ from dist_lm.config import NO_TARGET, ModelConfig, ModelSpec
 from dist_lm.model.attention import attend, attend_plainly
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
-from dist_lm.model.loss import LOGITS_AT_A_TIME, cross_entropy_sum
+from dist_lm.model.loss import cross_entropy_sum, loss_in_one_pass
 
 TOLERANCE = 1e-2  # bf16 keeps 8 bits, and rounds a few times
 LENGTHS = (64, 100, 192, 1000, 1024)  # 192 % 128 is 64, where cuDNN with a mask failed
@@ -133,15 +133,20 @@ def check_loss(ctx: Context) -> None:
     logits_NV = F.linear(x64_ND, w64_VD, padding_V.double())
     wanted = F.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="sum")
     wanted.backward()
-    for name, at_a_time in (
-        ("as in training", LOGITS_AT_A_TIME[ctx.device.type]),
-        ("in 4 chunks", tokens * vocabulary // 4),
-        ("whole", 2**62),
+    compiled = torch.compile(
+        loss_in_one_pass, backend=ctx.compile_backend, fullgraph=True, dynamic=False
+    )
+    quarter = tokens * vocabulary // 4
+    for name, at_a_time, loss_of_chunk in (
+        ("in 4 chunks, compiled", quarter, compiled),
+        ("whole, compiled", 2**62, compiled),
+        ("in 4 chunks", quarter, None),
+        ("whole", 2**62, None),
     ):
         x = x_ND.float().requires_grad_()
         w = weight_VD.float().requires_grad_()
         with torch.autocast(ctx.device.type, torch.bfloat16):
-            loss = cross_entropy_sum(x, w, padding_V, targets_N, at_a_time)
+            loss = cross_entropy_sum(x, w, padding_V, targets_N, at_a_time, loss_of_chunk)
         loss.backward()
         assert x.grad is not None and w.grad is not None
         assert x64_ND.grad is not None and w64_VD.grad is not None

@@ -1,26 +1,36 @@
 """C5 and C6: the curve of DDP and of ZeRO is that of one process."""
 
+import contextlib
+import copy
 import importlib
 import importlib.util
 import math
 import os
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.context import Context, Skip
 from benchmarks.gpu.runs import (
     Settings,
     Spec,
     largest_difference,
+    last_checkpoint,
     run_chains,
     small_settings,
     steps_of,
 )
+from dist_lm.config import ModelConfig, ModelSpec
+from dist_lm.model.gpt import GPT
+from dist_lm.model.init import init_weights
 
-# Two ranks on one card: NCCL refuses that. accelerate would give the second rank a card of its own
-# number, and gloo would look for a network.
+# Two ranks on one card: NCCL refuses that, and accelerate would give the second rank a card of its
+# own number.
 SHARED_CARD = {
     "DIST_LM_BACKEND": "gloo",
     "ACCELERATE_BYPASS_DEVICE_MAP": "true",
-    "GLOO_SOCKET_IFNAME": "lo",
     "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
 }
 STRATEGIES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
@@ -48,6 +58,7 @@ def ddp(ctx: Context) -> None:
         ctx.check(f"gloo x 2, accumulation {accumulation}, loss", difference, 1e-5)
     difference = largest_difference(ctx, f"nccl-x{cards}", "single-cards")
     ctx.check(f"DDP x {cards} by NCCL, loss", difference, 1e-5)
+    check_ddp_alone(ctx)
     if not ctx.is_dry:
         check_gradients_are_held_once(ctx)
 
@@ -62,6 +73,38 @@ def ddp_settings(ctx: Context, batch: int, micro: int) -> Settings:
     if not ctx.is_dry:  # more weights than activations, so that a second copy shows
         settings |= {"model.width": 768, "model.layers": 8, "model.heads": 12}
     return settings
+
+
+def check_ddp_alone(ctx: Context) -> None:
+    """DDP around one process: Accelerate leaves it out there, so NCCL would not be used at all."""
+    backend = "gloo" if ctx.is_dry else "nccl"
+    spec = ModelSpec(ModelConfig(layers=2, heads=2, width=64), vocab_size=256, seq_len=32)
+    bare = GPT(spec).to(ctx.device)
+    init_weights(bare, seed=1)
+    wrapped = copy.deepcopy(bare)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(wrapped, gradient_as_bucket_view=True, bucket_cap_mb=1)
+        generator = torch.Generator().manual_seed(1)
+        for number in range(4):
+            tokens_BT = torch.randint(256, (4, 33), generator=generator).to(ctx.device)
+            bare(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
+            exchange = contextlib.nullcontext() if number == 3 else model.no_sync()
+            with exchange:
+                model(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
+        errors = []
+        for ours, theirs in zip(wrapped.parameters(), bare.parameters(), strict=True):
+            errors.append((ours.grad - theirs.grad).norm() / theirs.grad.norm())
+        error = float(torch.stack(errors).max())
+        ctx.check(f"DDP alone by {backend}, 4 micro-batches, gradients", error, 1e-5)
+        # What ranks agree on is of these types.
+        for dtype in (torch.float64, torch.int64, torch.uint8):
+            numbers = torch.arange(8, device=ctx.device).to(dtype)
+            dist.all_reduce(numbers)
+            is_same = numbers.tolist() == list(range(8))
+            ctx.require(f"a sum of {dtype} by {backend}", is_same)
+    finally:
+        dist.destroy_process_group()
 
 
 def check_gradients_are_held_once(ctx: Context) -> None:
@@ -81,10 +124,6 @@ def check_gradients_are_held_once(ctx: Context) -> None:
 
 def parameters_of(ctx: Context, name: str) -> int:
     """Parameters of a run, from its checkpoint."""
-    from safetensors import safe_open
-
-    from benchmarks.gpu.runs import last_checkpoint
-
     count = 0
     for file in last_checkpoint(ctx, name).glob("model*.safetensors"):
         with safe_open(file, "pt") as tensors:

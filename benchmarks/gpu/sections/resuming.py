@@ -24,7 +24,8 @@ def resume(ctx: Context) -> None:
     if "deterministic" in RunConfig.model_fields:
         strict = {"run.deterministic": True}
         ways["deterministic"] = settings_of(ctx, is_compiled=False) | strict
-        ways["deterministic-compiled"] = settings_of(ctx, is_compiled=True) | strict
+        # C3 traces; here it would cost a dry run too long.
+        ways["deterministic-compiled"] = settings_of(ctx, is_compiled=not ctx.is_dry) | strict
     else:
         ctx.require("run.deterministic", ctx.is_dry, "the Config has no such setting")
     chains = []

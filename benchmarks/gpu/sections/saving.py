@@ -39,11 +39,11 @@ def stall(ctx: Context) -> None:
     state_bytes = [0]
     begin = Saver.begin
 
-    def timed_begin(saver: Saver, *args: Any) -> None:
+    def timed_begin(saver: Saver, *args: Any, **kwargs: Any) -> None:
         saver.finish()  # the checkpoint before; it is no part of this wait
         ctx.sync()
         began = time.perf_counter()
-        begin(saver, *args)
+        begin(saver, *args, **kwargs)
         waits.append(time.perf_counter() - began)
 
     def after_step(run: Run, step: int) -> None:

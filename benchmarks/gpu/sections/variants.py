@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.runs import Spec, losses_of, run_chains, small_settings
-from dist_lm.model import dropout as masks
+from dist_lm.model.dropout import dropout, keys_of_places
 
 RATE = 0.3
 PLACE = 5
@@ -52,7 +52,4 @@ def check_masks(ctx: Context) -> None:
 
 def dropped(x_BTD: Tensor, row_keys_B: Tensor) -> Tensor:
     """Dropout at one place of the network."""
-    make_keys = getattr(masks, "keys_of_places", None)
-    if make_keys is None:  # each place has its number
-        return masks.dropout(x_BTD, row_keys_B, PLACE, RATE)
-    return masks.dropout(x_BTD, make_keys(row_keys_B, PLACE + 1)[PLACE], RATE)
+    return dropout(x_BTD, keys_of_places(row_keys_B, PLACE + 1)[PLACE], RATE)

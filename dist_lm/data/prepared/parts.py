@@ -21,6 +21,13 @@ def open_shards(folders: Sequence[str | Path], split: str, data: DataConfig) -> 
     return parts[0] if len(parts) == 1 else JoinedShards(parts)
 
 
+def parts_of(shards: TokenSequences) -> Sequence[TokenShards]:
+    """The prepared folders that sequences are of."""
+    if isinstance(shards, JoinedShards):
+        return shards.parts
+    return [shards] if isinstance(shards, TokenShards) else []
+
+
 def _open_folder(where: str, split: str, cache_gb: float) -> TokenShards:
     if not is_remote(where):
         return TokenShards(where, split)
@@ -43,6 +50,7 @@ class JoinedShards(TokenSequences):
         self.files = []
         self.sizes = []
         self.dtype = first.dtype
+        self.vocab_size = first.vocab_size
         for part in parts:
             _refuse_other_tokenizer(part, first)
             self._shards += [(part, number) for number in range(len(part.files))]
@@ -51,6 +59,15 @@ class JoinedShards(TokenSequences):
 
     def hashes(self) -> list[str]:
         return [sha256 for part in self.parts for sha256 in part.hashes()]
+
+    def local_hashes(self) -> dict[str, str]:
+        hashes: dict[str, str] = {}
+        for part in self.parts:
+            hashes |= part.local_hashes()
+        return hashes
+
+    def path_of(self, shard: int) -> str:
+        return self.files[shard]
 
     def open_shard(self, shard: int) -> contextlib.AbstractContextManager[np.ndarray]:
         part, number = self._shards[shard]

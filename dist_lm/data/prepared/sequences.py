@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import DataConfig
+from dist_lm.data.prepared.shard_file import bad_shard
 
 
 class Span(NamedTuple):
@@ -30,12 +31,14 @@ class TokenSequences(ABC):
     - `title`: what they are, for messages
     - `files`, `sizes`: the names of the shards, and how many tokens each has
     - `dtype`: in which tokens are stored
+    - `vocab_size`: above all tokens
     """
 
     title: str
     files: list[str]
     sizes: list[int]
     dtype: np.dtype[Any]
+    vocab_size: int
 
     def __init__(self) -> None:
         self._ends = lru_cache(self._sum_up_counts)
@@ -43,6 +46,14 @@ class TokenSequences(ABC):
     @abstractmethod
     def hashes(self) -> list[str]:
         """Hashes that are equal exactly where the tokens are, of all splits."""
+
+    @abstractmethod
+    def local_hashes(self) -> dict[str, str]:
+        """The sha256 that each shard on this machine must have, by path."""
+
+    @abstractmethod
+    def path_of(self, shard: int) -> str:
+        """Where a shard lies, for messages."""
 
     @abstractmethod
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
@@ -98,7 +109,18 @@ class TokenSequences(ABC):
             with self.open_shard(shard) as tokens:
                 for _, first, row in in_shard:
                     tokens_NT[row] = tokens[first : first + seq_len + 1]
+        if tokens_NT.size and tokens_NT.max() >= self.vocab_size:
+            self._refuse_unknown_id(tokens_NT, places)
         return tokens_NT
+
+    def _refuse_unknown_id(self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+        """Raise over a token that the tokenizer does not have."""
+        for shard, _, row in places:
+            largest = int(tokens_NT[row].max())
+            if largest >= self.vocab_size:
+                raise bad_shard(
+                    self.path_of(shard), f"token {largest} is none of {self.vocab_size}"
+                )
 
     def _sum_up_counts(self, seq_len: int, stride: int) -> list[int]:
         """How many sequences there are up to the end of each shard."""

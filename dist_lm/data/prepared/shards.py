@@ -8,6 +8,7 @@ Invariant: a shard's size is checked when it is opened, its hash by `verify` or 
 import contextlib
 import hashlib
 import io
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -70,6 +71,7 @@ class TokenShards(TokenSequences):
         self.files: list[str] = [entry["file"] for entry in self.entries]
         self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
+        self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
         if cache is None:
             self._check_sizes()
         self._map_local = lru_cache(maxsize=_MAPPED_SHARDS)(self._open_local)
@@ -78,10 +80,21 @@ class TokenShards(TokenSequences):
         splits = self.manifest["splits"].values()
         return [shard["sha256"] for split in splits for shard in split["shards"]]
 
+    def local_hashes(self) -> dict[str, str]:
+        hashes = {}
+        if self.cache is None:
+            for entry in self.entries:
+                path = os.path.abspath(Path(self.folder, entry["file"]))
+                hashes[path] = entry["sha256"]
+        return hashes
+
     @contextlib.contextmanager
     def open_shard(self, shard: int) -> Iterator[np.ndarray]:
         with self._open_shard(shard) as arrays:
             yield arrays["tokens"]
+
+    def path_of(self, shard: int) -> str:
+        return f"{self.folder}/{self.files[shard]}"
 
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
         shard, first = self.find(sequence, seq_len, stride)

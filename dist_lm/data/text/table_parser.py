@@ -19,20 +19,10 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
 MEMORY = 4 * 2**30  # bytes of address space, about 0.3 GB of which are code
 CPU_SECONDS = 600  # for one request
 CHUNK = 2**20  # bytes of a column that are read at once
 BATCH_BYTES = 2**24  # about as many are sent at once
-# The text in these columns is checked row by row, when it is decoded. So one bad row is refused,
-# and not its batch.
-_AS_BYTES = {
-    pa.string(): pa.binary(),
-    pa.large_string(): pa.large_binary(),
-    pa.string_view(): pa.binary_view(),
-}
 
 
 def serve(descriptor: int) -> None:
@@ -110,6 +100,9 @@ def _limit_time() -> None:
 
 
 def _open(pipe: Connection, request: dict[str, Any]) -> Any:
+    import pyarrow as pa  # slow, and needed in this process only
+    import pyarrow.parquet
+
     file = io.BufferedReader(_FarFile(pipe, request["size"]), 2**16)
     if request["format"] == ".parquet":
         # Without pre-buffering, a page is read when it is needed.
@@ -121,6 +114,8 @@ def _open(pipe: Connection, request: dict[str, Any]) -> Any:
 
 def _facts(table: Any, columns: list[str]) -> bytes:
     """A line of JSON about the row groups of Parquet, and then the schema."""
+    import pyarrow as pa  # slow, and needed in this process only
+
     groups = []
     schema = table.schema
     if isinstance(table, pa.parquet.ParquetFile):
@@ -137,6 +132,8 @@ def _facts(table: Any, columns: list[str]) -> bytes:
 
 def _batches(table: Any, request: dict[str, Any]) -> Iterator[Any]:
     """Valid batches of the columns asked for, without the first rows of them all."""
+    import pyarrow as pa  # slow, and needed in this process only
+
     columns = request["columns"]
     batches: Iterable[Any]
     if isinstance(table, pa.parquet.ParquetFile):
@@ -164,6 +161,8 @@ def _batches(table: Any, request: dict[str, Any]) -> Iterator[Any]:
 
 def _checked(column: Any) -> Any:
     """A column whose offsets and indices lie inside its memory."""
+    import pyarrow as pa  # slow, and needed in this process only
+
     if pa.types.is_dictionary(column.type):
         values = column.dictionary
         _as_bytes(values).validate(full=True)
@@ -178,12 +177,26 @@ def _checked(column: Any) -> Any:
 
 
 def _as_bytes(column: Any) -> Any:
-    raw = _AS_BYTES.get(column.type)
-    return column.view(raw) if raw else column
+    """A column of text as bytes.
+
+    Text is checked row by row, when it is decoded. So one bad row is refused, and not its batch.
+    """
+    import pyarrow as pa  # slow, and needed in this process only
+
+    raw = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
+    if column.type in raw:
+        return column.view(raw[column.type])
+    return column
 
 
 def _next(batches: Iterator[Any]) -> tuple[bytes, bytes]:
     """The next batch, as a stream of its own."""
+    import pyarrow as pa  # slow, and needed in this process only
+
     batch = next(batches, None)
     if batch is None:
         return b"end", b""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_lm import __version__
+from dist_lm.console import count
 from dist_lm.errors import UserError, did_you_mean, run_entry
 from dist_lm.shipped import FOLDERS, recipes, shipped
 
@@ -129,7 +130,7 @@ def copy_files(argv: list[str]) -> None:
         raise UserError(
             f"dist-lm init {target}: {error.strerror}; rule: a folder that can be written"
         ) from error
-    print(f"{target}: {copied} files copied, {kept} were there already and stay as they are")
+    print(f"{target}: {count(copied, 'file')} copied; there already, and left as they are: {kept}")
 
 
 def start() -> None:

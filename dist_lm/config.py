@@ -7,6 +7,7 @@ mistake is answered at once.
 """
 
 import math
+import re
 import string
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -207,6 +208,9 @@ class SourceConfig(Section):
         return [column for _, column, _, _ in parts if column]
 
 
+_WIDEST = 1000  # characters that a template may fill up a column to
+
+
 def _check_template(name: str, source: SourceConfig) -> None:
     if not source.template:
         return
@@ -219,6 +223,13 @@ def _check_template(name: str, source: SourceConfig) -> None:
         raise ValueError(
             f"{name}={source.template!r} must name columns in pairs of braces; nearest: {nearest!r}"
         )
+    for _, column, layout, _ in string.Formatter().parse(source.template):
+        numbers = [int(digits[:9]) for digits in re.findall(r"[0-9]+", layout or "")]
+        if "{" in (layout or "") or max(numbers, default=0) > _WIDEST:
+            raise ValueError(
+                f"{name}={source.template!r} has {column} with the layout {layout!r}; rule: no"
+                f" braces in it and no width above {_WIDEST}; nearest: {{{column}}}"
+            )
 
 
 class Stage(Section):
@@ -471,6 +482,13 @@ class RunConfig(Section):
     )
     timeout_seconds: float = Field(
         600.0, ge=1, description="How long a process that is gone can hold up the others."
+    )
+    check_every: NotNegative = Field(
+        0, description="Steps between comparisons of the weights of DDP's ranks; 0: never."
+    )
+    on_spike: Literal["warn", "act", "ignore"] = Field(
+        "warn",
+        description="When loss or norm jump: warn, act (go back and step over data) or ignore.",
     )
     log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
     profile_steps: NotNegative = Field(

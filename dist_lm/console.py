@@ -75,8 +75,16 @@ def say(text: str, end: str = "\n", channel: str = "stdout") -> None:
     print(text, end=end, file=getattr(sys, channel), flush=True)
 
 
+def notice(text: str, end: str = "\n") -> None:
+    """Print what is not the result of a command, on standard error.
+
+    It may hold names from outside.
+    """
+    say(printable(text), end, channel="stderr")
+
+
 def warn(text: str) -> None:
-    say(f"warning: {printable(text)}", channel="stderr")
+    notice(f"warning: {text}")
 
 
 @cache

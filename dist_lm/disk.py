@@ -24,11 +24,19 @@ def _without_links(path: str, flags: int) -> int:
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write a file that survives a crash; returns the sha256 of its content."""
+    """Write a file that survives a crash; returns the sha256 of its content.
+
+    An OSError names the file, which those of writing and syncing alone do not.
+    """
     aside = path.with_name(f"tmp-{path.name}")
-    _, sha256 = write_parts(aside, parts)
-    os.replace(aside, path)
-    sync_folder(path.parent)
+    try:
+        _, sha256 = write_parts(aside, parts)
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     return sha256
 
 

@@ -2,8 +2,9 @@
 
 Invariants: metrics.jsonl has one line for every step and every evaluation, unrounded and valid JSON
 (what is not finite is written as the string "nan", "inf" or "-inf"); a step trained again after a
-resume has a second line, and readers use the last. Nothing here stops a run: a full disk, a closed
-terminal or a failing tracker costs one warning.
+resume has a second line, and readers use the last. Lines with the key "event" say what else
+happened to the run, and when. Nothing here stops a run: a full disk, a closed terminal or a failing
+tracker costs one warning.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from dist_lm.console import dispensable, duration, say, shorten, warn
+from dist_lm.console import count, dispensable, duration, say, shorten, warn
 from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError
 from dist_lm.outside import CheckedModel, Count, Text, check, open_regular, parse_json
@@ -136,12 +137,22 @@ class Metrics:
         of_set = {f"{val_set}/{key}": value for key, value in figures.items()}
         self.trackers.tell({"step": step, **of_set})
 
+    def event(self, name: str, step: int, **facts: Any) -> None:
+        """Record that something happened to the run after `step` updates."""
+        if self.is_main:
+            self.file.write({"event": name, "step": step, **facts})
+
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Surrounds what is not training (evaluating, saving): goodput counts it as lost time."""
+    def pause(self, name: str, step: int) -> Iterator[None]:
+        """Surrounds what is not training, and records how long it took.
+
+        It is an "evaluation" or a "save" after `step` updates.
+        """
         started = time.monotonic()
         yield
-        self.clock.paused_seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.clock.paused_seconds += seconds
+        self.event(name, step, seconds=seconds)
 
     def close(self) -> None:
         """Print the last step if it was not printed, and where the time since the start went."""
@@ -235,7 +246,8 @@ class RunClock:
         starting = (self.first_step_at - self.started_at) / total
         paused = self.paused_seconds / total
         return (
-            f"{self.steps} steps in {duration(total)}: goodput {1 - (starting + paused):.0%},"
+            f"{count(self.steps, 'step')} in {duration(total)}:"
+            f" goodput {1 - (starting + paused):.0%},"
             f" up to the first step {starting:.0%}, evaluating and saving {paused:.0%}"
         )
 
@@ -360,6 +372,7 @@ def _finite_or_told(value: float) -> float:
 
 
 Figure = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_finite_or_told)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class StepLine(CheckedModel):
@@ -370,6 +383,22 @@ class StepLine(CheckedModel):
     tokens: Count
     tokens_per_second: float = Field(ge=0)
     data_wait: float = 0.0
+
+
+class EventLine(CheckedModel):
+    """What readers use of an event's line. Each event has some of these."""
+
+    event: Text
+    step: Count = 0  # updates made
+    time: Seconds = 0.0  # since 1970, by the clock of who wrote it
+    began: Seconds = 0.0  # of a start: when the process began, since 1970
+    attempt: Count = 0
+    tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
+    back: Count | None = None  # of a spike: the step to which the run went back
+    done: Text = ""  # about a spike
+    seconds: Seconds = 0.0  # how long it took
+    kind: Text = Field("", alias="class")  # of a stop, as in outcome.json
+    reason: Text = ""
 
 
 class EvaluationLine(CheckedModel):
@@ -386,35 +415,47 @@ def read_metrics(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The steps and the evaluations of a run in order.
 
-    The last line of each stands. Lines that are broken, e.g. torn by a kill or a full disk, are
-    passed over, and `say` is told their number. Of one step the validation sets are in the order of
-    training, whose first one decides which checkpoint is the best.
+    The last line of each stands. Of one step the validation sets are in the order of training,
+    whose first one decides which checkpoint is the best.
     """
-    path = Path(run_dir, FILE)
     steps = {}
     evaluations = {}
+    for figures in read_lines(run_dir, say):
+        if "event" in figures:
+            continue
+        if "val_loss" in figures:
+            evaluations[figures["step"], figures["val_set"]] = figures
+        elif "loss" in figures:
+            steps[figures["step"]] = figures
+    steps_in_order = [steps[step] for step in sorted(steps)]
+    evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
+    return steps_in_order, evaluations_in_order
+
+
+def read_lines(
+    run_dir: str | Path, say: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, Any]]:
+    """All lines of a run as they were written.
+
+    Lines that are broken, e.g. torn by a kill or a full disk, are passed over, and `say` is told
+    their number.
+    """
+    path = Path(run_dir, FILE)
     broken = 0
     try:
         with open_regular(path) as file:
             while line := file.readline(_LONGEST_LINE):
                 try:
-                    figures = _read_line(line)
+                    yield _read_line(line)
                 except CheckpointError:
                     broken += 1
-                    continue
-                if "val_loss" in figures:
-                    evaluations[figures["step"], figures["val_set"]] = figures
-                elif "loss" in figures:
-                    steps[figures["step"]] = figures
     except OSError as error:
         raise CheckpointError(
             f"{path}: {error.strerror}; rule: the folder of a run that made a step"
         ) from None
     if broken:
-        say(f"{path}: {broken} lines are broken and were passed over")
-    steps_in_order = [steps[step] for step in sorted(steps)]
-    evaluations_in_order = sorted(evaluations.values(), key=lambda figures: figures["step"])
-    return steps_in_order, evaluations_in_order
+        what = "line is broken and was" if broken == 1 else "lines are broken and were"
+        say(f"{path}: {broken} {what} passed over")
 
 
 def _read_line(line: bytes) -> dict[str, Any]:
@@ -422,10 +463,12 @@ def _read_line(line: bytes) -> dict[str, Any]:
     content = parse_json(line, CheckpointError)
     if not isinstance(content, dict):
         raise CheckpointError("must be a JSON object")
-    figures = {}
+    figures: dict[str, Any] = {}
     for key, value in content.items():
         figures[key] = float(value) if value in ("nan", "inf", "-inf") else value
-    if "val_loss" in figures:
+    if "event" in figures:
+        check(content, EventLine, CheckpointError)
+    elif "val_loss" in figures:
         check(figures, EvaluationLine, CheckpointError)
     elif "loss" in figures:
         check(figures, StepLine, CheckpointError)

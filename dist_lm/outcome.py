@@ -7,7 +7,8 @@ nor numpy is imported here, so that signals are heard from before they are, and 
 mistake is answered at once.
 
 The file belongs to the run that holds the folder's lock, which is released after the ending is
-recorded. A start that fails before it has the lock records too, unless another run lives in the
+recorded. Then metrics.jsonl gets a line about the ending too, so that the history of a run has all
+of its stops. A start that fails before it has the lock records too, unless another run lives in the
 folder. A start that was refused because of that other run, or lost the folder to it, leaves the
 file alone. Its ending goes to a file of its own, RUN/.refused-ID.json, where ID is the
 DIST_LM_START_ID of its launch script. `after` of that script reads the file and deletes it.
@@ -30,8 +31,9 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import Field
 
+from dist_lm import metrics
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
-from dist_lm.console import dispensable, printable
+from dist_lm.console import count, dispensable, printable
 from dist_lm.disk import open_own
 from dist_lm.errors import (
     CODES,
@@ -161,6 +163,7 @@ class Attempt:
 
     def __init__(self, folder: Path, number: int | None = None):
         self.folder = folder
+        self.began = time.time()  # seconds since 1970
         self.before = read(folder)  # how the last attempt ended
         self.stop = Stop()
         self.has_met = threading.Event()  # all ranks are there
@@ -245,7 +248,17 @@ class Attempt:
                 name = self.refusal
             if name:
                 self._write(name, json.dumps(outcome) + "\n")
+            if name == "outcome.json":
+                self._add_to_history(outcome)
         return outcome
+
+    def _add_to_history(self, outcome: dict[str, Any]) -> None:
+        """Write the stop into metrics.jsonl. A run that has not begun has no history."""
+        path = self.folder / metrics.FILE
+        if path.is_file():
+            history = metrics.MetricsFile(path)
+            history.write({"event": "stop", "time": time.time(), **outcome})
+            history.close()
 
     def _newest_step(self) -> int:
         """The newest step that was saved, or 0."""
@@ -405,7 +418,7 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     failures = outcome["failures"]
     if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(
-            f"{folder}: failed {failures} times without a new step; not started again",
+            f"{folder}: failed {count(failures, 'time')} without a new step; not started again",
             file=sys.stderr,
         )
         return 1

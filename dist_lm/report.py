@@ -1,6 +1,6 @@
 """Draw a run's curves, or compare several.
 
-Prints a table and draws training and validation loss against the step, from the runs' metrics.jsonl
+Prints tables and draws training and validation loss against the step, from the runs' metrics.jsonl
 alone; a run may still be going on.
 """
 
@@ -18,7 +18,8 @@ from dist_lm.config import Section
 from dist_lm.console import duration, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
-from dist_lm.metrics import read_metrics
+from dist_lm.goodput import PARTS, goodput
+from dist_lm.metrics import read_lines, read_metrics
 
 _SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has none
 
@@ -26,7 +27,7 @@ _SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has no
 class ReportFlags(Section):
     """Draw a run's curves, or compare several.
 
-    Prints a table and draws training and validation loss against the step, from the runs'
+    Prints tables and draws training and validation loss against the step, from the runs'
     metrics.jsonl alone; a run may still be going on. The picture goes to RUN/loss.png, of several
     runs to comparison.png here.
     """
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"runs": runs, "picture": str(png)}, indent=1))
         return
     print_table([tuple(COLUMNS), *(spell(run) for run in runs)])
+    print_goodput(runs)
     print(f"drawn: {png}")
 
 
@@ -114,6 +116,7 @@ def summary(name: str, run_dir: str) -> dict[str, Any]:
         "data_wait": statistics.fmean(step.get("data_wait", 0.0) for step in steps),
         "loss": trailing_means([step["loss"] for step in steps])[-1],
         "best": min(deciding, key=lambda figures: float(figures["val_loss"]), default=None),
+        "goodput": goodput(read_lines(run_dir)),
     }
 
 
@@ -124,6 +127,26 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
     for (before, after), step in zip(pairwise(tokens), steps, strict=True):
         seconds += (after - before) / max(step["tokens_per_second"], _SLOWEST)
     return seconds
+
+
+def print_goodput(runs: Sequence[Mapping[str, Any]]) -> None:
+    """Where the time of the runs and all their restarts went, why they stopped, their spikes."""
+    told = [run for run in runs if run["goodput"]]
+    if not told:
+        return
+    rows = [("run", "starts", "time", *PARTS)]
+    for run in told:
+        seconds = run["goodput"]["seconds"]
+        total = sum(seconds.values())
+        parts = [f"{seconds[part] / max(total, 1e-9):.1%}" for part in PARTS]
+        rows.append((run["run"], str(run["goodput"]["starts"]), duration(total), *parts))
+    print()
+    print_table(rows)
+    for run in told:
+        for cause, times in run["goodput"]["stops"].items():
+            print(f"{run['run']} stopped {times} x {printable(cause)}")
+        for spike in run["goodput"]["spikes"]:
+            print(f"{run['run']} {printable(spike)}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

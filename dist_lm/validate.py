@@ -46,7 +46,12 @@ def validate(
             if batch.failure:
                 runtime.refusal = batch.failure
             for micro in batch.micros:
-                loss = model(micro.tokens_BT, micro.targets_BT, segments_BT=micro.segments_BT)
+                loss = model(
+                    micro.tokens_BT,
+                    micro.targets_BT,
+                    segments_BT=micro.segments_BT,
+                    bounds_N=micro.bounds_N,
+                )
                 # Sums over a mask: choosing the targets would need their number on the host.
                 is_target = micro.targets_BT != NO_TARGET
                 bytes_BT = token_bytes[micro.targets_BT * is_target]

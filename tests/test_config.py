@@ -51,7 +51,7 @@ def test_fields() -> None:
     run.activation_checkpointing
     run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
     run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
-    run.trackers run.sample_prompt
+    run.trackers run.sample_prompt run.on_spike run.check_every
     """
     assert set(expected.split()) == set(FIELDS)
 
@@ -243,6 +243,16 @@ def test_command_line_errors(argv: str, message: str) -> None:
             "data: {sources: {web: {input: a.csv, template: const, text_column: body}}}",
             "FILE: data.sources.web.template='const' must name columns in pairs of braces;"
             " nearest: '{body}'",
+        ),
+        (
+            "data: {sources: {web: {input: a.csv, template: '{text:{n}}'}}}",
+            "FILE: data.sources.web.template='{text:{n}}' has text with the layout '{n}'; rule: no"
+            " braces in it and no width above 1000; nearest: {text}",
+        ),
+        (
+            "data: {sources: {web: {input: a.csv, template: '{text:>1000000000}'}}}",
+            "FILE: data.sources.web.template='{text:>1000000000}' has text with the layout"
+            " '>1000000000'; rule: no braces in it and no width above 1000; nearest: {text}",
         ),
         (
             "data: {validation: {held: {input: a.csv, template: 'a}'}}}",

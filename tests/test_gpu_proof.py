@@ -382,6 +382,9 @@ def test_what_is_missing_skips_a_section(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "transformers", None)
     result = run_here(monkeypatch, tmp_path, "C9")
     assert result == {"result": "skipped", "why": "transformers is missing", "rows": []}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = run_here(monkeypatch, tmp_path, "C6")
+    assert result == {"result": "skipped", "why": "deepspeed is missing", "rows": []}
 
 
 # --- processes

@@ -18,13 +18,13 @@ LEVELS = [
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "optim", "outcome"},
-    {"curves"},
+    {"curves", "goodput"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "loop"},
+    {"resume", "loop", "spikes"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
 ]
 STRANGERS = {"model", "data"}

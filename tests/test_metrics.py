@@ -274,7 +274,7 @@ def test_plain_lines_come_at_the_ends_and_every_ten_seconds(tmp_path, capsys, cl
         clock.now += 4
         give(recorder, n)
         if n == 3:
-            with recorder.pause():
+            with recorder.pause("evaluation", 3):
                 clock.now += 2
             recorder.evaluation(n, "val", VAL)
     recorder.evaluation(6, "val", VAL)

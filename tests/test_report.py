@@ -169,7 +169,7 @@ def test_a_broken_line_is_passed_over_and_counted(runs, capsys, number):
         file.write(BROKEN[number] + "\n")
     main(["slow", "fast", "--output", "both.png"])
     said = capsys.readouterr()
-    assert said.err == "warning: fast/metrics.jsonl: 1 lines are broken and were passed over\n"
+    assert said.err == "warning: fast/metrics.jsonl: 1 line is broken and was passed over\n"
     assert "fast      3      3k       200  0:15      50.0%  1.0000" in said.out
 
 

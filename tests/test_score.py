@@ -168,6 +168,16 @@ def test_raw_text_is_split_as_training_would(run, prepared, capsys, tmp_path):
     assert figures(printed) != expected(run, TokenShards(prepared, "val"))
 
 
+def test_json_is_all_that_is_printed_as_the_result(run, capsys, tmp_path):
+    """Also where text is prepared on the way: what is said of that goes to standard error."""
+    (tmp_path / "text.txt").write_text("a line of text\n" * 500)
+    main(["--ckpt", str(run), "--data.input", "text.txt", "--json"])
+    printed = capsys.readouterr()
+    (of_text,) = json.loads(printed.out)["sets"]
+    assert (of_text["input"], of_text["name"]) == ("text.txt", "")
+    assert "found 1 document, 7,500 bytes of text in text.txt\n" in printed.err
+
+
 def test_a_folder_that_is_not_ours_needs_a_text(run, prepared, capsys, tmp_path):
     hf_folder = tmp_path / "hf"
     hf_folder.mkdir()

@@ -36,9 +36,9 @@ from dist_lm.optim import lr_at, make_optimizer, set_lr
 from dist_lm.outcome import TRAIN
 from dist_lm.runtime.start import start
 from tests import procs
-from tests.conftest import TINY
+from tests.conftest import TINY, text_of
 from tests.machines import kill
-from tests.procs import Process, clean_env, entry, finish, free_port, start_ranks, train
+from tests.procs import ROOT, Process, clean_env, entry, finish, free_port, start_ranks, train
 
 
 def tiny(prepared: Path, *more: str) -> list[str]:
@@ -753,6 +753,50 @@ def test_accelerate_launch(prepared: Path, tmp_path: Path) -> None:
         "use: accelerate launch --config_file launch/ddp.yaml --num_processes N dist_lm/train.py"
         in done.stdout
     )
+
+
+@pytest.mark.slow
+def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(text_of(300))
+    words = tiny(tmp_path / "text.txt", "--run.eval_every", "6", "--data.separator", "\n\n")
+    words += ["--data.tokenizer", "byte", "--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "dist_lm/train.py", *words],
+        cwd=ROOT,
+        env=clean_env(),
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    results = re.compile(r"step \d+(/12)?  .*|12 steps in .*")
+    assert [line for line in done.stdout.splitlines() if not results.fullmatch(line)] == []
+    assert len(re.findall("  val: loss ", done.stdout)) == 2
+    for notice in (
+        "prepared 300 documents, ",
+        "sequences to train on, ",
+        "step 12 is saved; try: ",
+    ):
+        assert notice in done.stderr
+
+
+@pytest.mark.slow
+def test_the_guide_has_every_key_of_metrics(prepared: Path, tmp_path: Path) -> None:
+    """Those that are written by a run of a mixture in fp16, and those that a GPU adds."""
+    sources = {"web": {"input": str(prepared)}, "books": {"input": str(prepared)}}
+    (tmp_path / "mixture.yaml").write_text(json.dumps({"data": {"sources": sources}}))
+    words = tiny(prepared, "--run.eval_every", "6", "--run.precision", "fp16")[2:]
+    words += ["--config", str(tmp_path / "mixture.yaml")]
+    train(tmp_path / "run", *words, "--run.ema", "0.9")
+    written = {"mfu", "memory_gb"}
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        for key in json.loads(line):
+            written.add(re.sub("_(web|books)$", "_NAME", key))
+    guide = (ROOT / "docs/training.md").read_text()
+    explained: set[str] = set()
+    for table in guide.split("| key | meaning |\n|---|---|\n")[1:]:
+        for row in table.split("\n\n", maxsplit=1)[0].splitlines():
+            explained.update(re.findall("`([a-zA-Z_]+)`", row.split("|")[1]))
+    assert explained == written
 
 
 @pytest.mark.slow

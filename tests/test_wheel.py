@@ -106,7 +106,7 @@ def test_the_command_lists_what_it_can_do(capsys: pytest.CaptureFixture[str]) ->
 def test_every_command_of_the_package_has_a_name() -> None:
     with_entry = set()
     for file in (ROOT / "dist_lm").glob("*.py"):
-        if "run_entry(main)" in file.read_text():
+        if "\n    run_entry(main" in file.read_text():
             with_entry.add(file.stem)
     assert with_entry - {"__main__", "outcome"} == set(dist_lm_command.COMMANDS)
 

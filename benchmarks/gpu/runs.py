@@ -4,6 +4,8 @@ A run has a name, settings, and a number of ranks. Runs that go on in one folder
 Chains run side by side.
 """
 
+import contextlib
+import random
 import socket
 import sys
 import time
@@ -20,6 +22,7 @@ from benchmarks.gpu.processes import ROOT, Command, Fork, environment
 from benchmarks.gpu.resultfile import last_line, tail
 
 LOOK_SECONDS = 0.02
+PORTS = (15_000, 30_000)
 
 Settings = dict[str, Any]  # {"model.layers": 4, ...}
 Steps = list[dict[str, Any]]  # the lines of metrics.jsonl
@@ -180,11 +183,16 @@ def trace_only() -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port: int = door.getsockname()[1]
-        return port
+    """A port of this machine that nobody listens on.
+
+    It is below those that the system gives out by itself: another process could get one of them
+    before our ranks listen.
+    """
+    while True:
+        port = random.randrange(*PORTS)
+        with socket.socket() as door, contextlib.suppress(OSError):
+            door.bind(("127.0.0.1", port))
+            return port
 
 
 # --- what a run left

@@ -91,6 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     run_section(args.name, args.folder, is_dry=False, seconds=args.seconds)
     sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written, and the destructors of process groups may wait for ever
 
 
 if __name__ == "__main__":

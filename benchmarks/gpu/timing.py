@@ -97,6 +97,14 @@ def micro_batch_of(ctx: Context) -> int:
     return 2
 
 
+def target_by_card(ctx: Context, targets: dict[str, float]) -> float | None:
+    """The target for this card, by a part of its name. Other cards have none."""
+    for part, target in targets.items():
+        if part in ctx.card:
+            return target
+    return None
+
+
 def mfu(ctx: Context, tokens_per_second: float, flops_per_token: float) -> float | None:
     """Model FLOP/s as a share of the card's peak; None where the peak is not known."""
     peak = peak_flops(ctx.card)

@@ -39,10 +39,13 @@ class Saver:
         channel: Channel,
         keep_last: int = 2,
         keep_every: int = 0,
+        reach: int = 0,
         resumed: Path | None = None,
         lost: Callable[[], str] = str,
     ):
-        """`resumed` is the folder that this run goes on from; it has been verified.
+        """`keep_last`, `keep_every` and `reach` are as Retention means them.
+
+        `resumed` is the folder that this run goes on from; it has been verified.
 
         `lost` returns why the run folder is no longer this run's, or nothing. Rank 0 asks it before
         it changes one.
@@ -50,7 +53,7 @@ class Saver:
         self.run_dir = run_dir
         self.channel = channel
         self._lost = lost
-        self._retention = Retention(run_dir, keep_last, keep_every)
+        self._retention = Retention(run_dir, keep_last, keep_every, reach)
         if resumed:
             self._retention.trust(resumed)
         self._memory = HostMemory()
@@ -71,9 +74,6 @@ class Saver:
         would else wait until the memory is locked.
         """
         self._make_plan(spec, owned)
-        if self.channel.rank == 0:
-            with contextlib.suppress(OSError):
-                self._retention.warn_if_short(size_of(self._plan))
         if make_memory:
             self._memory.make_ahead(_elements(self._pieces_of_this_rank()))
 
@@ -108,10 +108,14 @@ class Saver:
         self._thread.start()
 
     def _make_plan(self, spec: ModelSpec, owned: Callable[[], Iterable[OwnedSlice]]) -> None:
-        """Plan once: the checkpoints of a run are alike. All ranks."""
-        if not self._plan:
-            facts = [part.facts() for part in owned()]
-            self._plan = plan_tensors(spec, self.channel.gather(facts))
+        """Plan once, because the checkpoints of a run are alike. Warn if few fit. All ranks."""
+        if self._plan:
+            return
+        facts = [part.facts() for part in owned()]
+        self._plan = plan_tensors(spec, self.channel.gather(facts))
+        if self.channel.rank == 0:
+            with contextlib.suppress(OSError):
+                self._retention.warn_if_short(size_of(self._plan))
 
     def poll(self) -> None:
         """If the checkpoint being written has ended, raise what went wrong with it."""

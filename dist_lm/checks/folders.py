@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from dist_lm.checks.ranks import Found, Ranks
-from dist_lm.console import gigabytes
+from dist_lm.console import count, gigabytes
 from dist_lm.errors import UserError
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
 
@@ -54,7 +54,7 @@ def space(ranks: Ranks) -> Found:
         return f"{text}; what is needed is not known: {unknown}", True
     ranks.checkpoint_bytes = size
     need = number * size
-    text += f", {number} checkpoints of {gigabytes(size)} GB need {gigabytes(need)} GB"
+    text += f", {count(number, 'checkpoint')} of {gigabytes(size)} GB need {gigabytes(need)} GB"
     if need > free:
         raise UserError(text)
     return text, False

@@ -30,8 +30,8 @@ def data(ranks: Ranks) -> Found:
             others.append(name)
     if others:
         raise UserError(
-            f"data.input={ranks.config.data.title}: {few(others, ', ')}"
-            " see(s) other content than rank 0"
+            f"data.input={ranks.config.data.title}: other content than on rank 0:"
+            f" {few(others, ', ')}"
         )
     return text, is_warning
 

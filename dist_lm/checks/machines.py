@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dist_lm.checks.ranks import Found, Ranks, few
-from dist_lm.console import gigabytes
+from dist_lm.console import count, gigabytes
 from dist_lm.errors import UserError
 from dist_lm.revision import version_and_hash
 from dist_lm.size import checkpoint_bytes, parameters, vocabulary
@@ -32,7 +32,7 @@ def devices(ranks: Ranks) -> Found:
     kinds = {facts["device"] for facts in ranks.facts}
     hosts = {facts["host"] for facts in ranks.facts}
     text = (
-        f"{ranks.world} ranks on {len(hosts)} host(s): {', '.join(sorted(kinds))};"
+        f"{count(ranks.world, 'rank')} on {count(len(hosts), 'host')}: {', '.join(sorted(kinds))};"
         f" {ranks.runtime.strategy}"
     )
     return text, len(kinds) > 1
@@ -108,10 +108,11 @@ def threads(ranks: Ranks) -> Found:
         cores = len(set().union(*(facts["cores"] for facts in here)))
         wanted = sum(facts["threads"] for facts in here)
         if wanted > cores:
-            text = f"{host}: {wanted} threads of {len(here)} ranks share {cores} core(s)"
+            threads_of_ranks = f"{count(wanted, 'thread')} of {count(len(here), 'rank')}"
+            text = f"{host}: {threads_of_ranks} on {count(cores, 'core')}"
             return text, True
     first = ranks.facts[0]
-    return f"{first['threads']} a rank on {len(first['cores'])} cores", False
+    return f"{first['threads']} a rank on {count(len(first['cores']), 'core')}", False
 
 
 def memory(ranks: Ranks) -> Found:

@@ -1,25 +1,27 @@
 """The sequences of a step -> a rank's micro-batches as tensors, read ahead.
 
-A batch is a pure function of (seed, step), of streams also of where they stood before it. Threads
-that read ahead change only the speed. All ranks get micro-batches of equal shape and number; what a
-rank lacks is filled with rows that have no targets.
+A batch is a pure function of (seed, its number), of streams also of where they stood before it. Its
+number is that of the step, or more where a run steps over batches. Threads that read ahead change
+only the speed. All ranks get micro-batches of equal shape and number; what a rank lacks is filled
+with rows that have no targets.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
 from dist_lm.data.mix import StepReader
-from dist_lm.data.order import Ints, row_keys
+from dist_lm.data.order import Ints, batch_after, batch_of_step, row_keys
 from dist_lm.data.rows import StepRows
 from dist_lm.errors import UserError
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _AHEAD = 4  # batches read ahead per worker
+_FEWEST_BOUNDS = 256  # of documents in a micro-batch
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Micro:
     targets_BT: Tensor
     segments_BT: Tensor | None  # document numbers, when documents must not see each other
     dropout_keys_B: Tensor | None  # one hash a row, from which its dropout masks follow
+    bounds_N: Tensor | None = None  # where documents begin in the rows laid end to end; for GPUs
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Micro:
         """The same done to each tensor there is."""
@@ -50,6 +54,7 @@ class Micro:
             change(self.targets_BT),
             if_there(self.segments_BT),
             if_there(self.dropout_keys_B),
+            if_there(self.bounds_N),
         )
 
 
@@ -71,7 +76,10 @@ class Batch:
 
 
 class Batches:
-    """Batches one after another from `first_step`; the number of a step counts from 0."""
+    """Batches one after another from `first_step`; the number of a step counts from 0.
+
+    `stepped_over` has the ranges of batches that are left out, as order.py means them.
+    """
 
     def __init__(
         self,
@@ -82,6 +90,7 @@ class Batches:
         *,
         eot: int,
         first_step: int = 0,
+        stepped_over: Sequence[Sequence[int]] = (),
         dropout_seed: int | None = None,
         hash_rows: bool = False,
     ):
@@ -91,6 +100,8 @@ class Batches:
         self._device = device
         self._eot = eot
         self._next_step = first_step
+        self._stepped_over = stepped_over
+        self._read_up_to = batch_after(first_step, stepped_over)  # of a reader in order
         self._dropout_seed = dropout_seed  # None: no dropout, so no keys
         self._hash_rows = hash_rows
         threads = data.workers
@@ -104,20 +115,34 @@ class Batches:
     def take(self) -> Batch:
         """The next batch, on the device."""
         if self._pool is None:
-            batch = self.read(self._next_step)
+            batch = self._read_step(self._next_step)
         else:
             while len(self._ahead) <= _AHEAD * self._data.workers:
                 step = self._next_step + len(self._ahead)
-                self._ahead.append(self._pool.submit(self.read, step))
+                self._ahead.append(self._pool.submit(self._read_step, step))
             batch = self._ahead.popleft().result()
         self._next_step += 1
         return replace(batch, micros=[micro.each(self._to_device) for micro in batch.micros])
 
-    def read(self, step: int) -> Batch:
-        """Read a step's rows and cut them into micro-batches, in main memory."""
+    def _read_step(self, step: int) -> Batch:
+        """The batch of a step. A reader in order must read what is stepped over, too."""
+        number = batch_of_step(step, self._stepped_over)
+        if not self._reader.any_order:
+            for passed in range(self._read_up_to, number):
+                self._reader.read(passed, self._rows_of_batch)
+            self._read_up_to = number + 1
+        return self.read(number)
+
+    @property
+    def _rows_of_batch(self) -> int:
+        """Of this rank, with those that only fill up."""
+        return self._layout.micro_batch * self._layout.accumulation
+
+    def read(self, number: int) -> Batch:
+        """Read a batch's rows and cut them into micro-batches, in main memory."""
         size = self._layout.micro_batch
-        count = size * self._layout.accumulation
-        rows = self._reader.read(step, count)
+        count = self._rows_of_batch
+        rows = self._reader.read(number, count)
         tokens_NT = rows.tokens[:, :-1]
         targets_NT = _targets(rows)
         segments_NT = None
@@ -129,13 +154,16 @@ class Batches:
             self._tensor(tokens_NT),
             self._tensor(targets_NT),
             segments_NT,
-            self._dropout_keys(step, count),
+            self._dropout_keys(number, count),
         )
         hashes = 0
         if self._hash_rows:
             hashes = self._hash(rows)
+        micros = [whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)]
+        if segments_NT is not None and self._device.type == "cuda":
+            micros = [self._with_bounds(micro) for micro in micros]
         return Batch(
-            micros=[whole.each(itemgetter(slice(n, n + size))) for n in range(0, count, size)],
+            micros=micros,
             targets=int((targets_NT != NO_TARGET).sum()),
             row_hashes=hashes,
             end=rows.end,
@@ -152,12 +180,18 @@ class Batches:
             self._pool.shutdown(wait=True, cancel_futures=self._reader.any_order)
         self._reader.close()
 
-    def _dropout_keys(self, step: int, count: int) -> Tensor | None:
+    def _with_bounds(self, micro: Micro) -> Micro:
+        assert micro.segments_BT is not None
+        return replace(micro, bounds_N=self._tensor(document_bounds(micro.segments_BT.numpy())))
+
+    def _dropout_keys(self, number: int, count: int) -> Tensor | None:
         if self._dropout_seed is None:
             return None
         places = self._reader.places
         keys = np.zeros(count, dtype=np.int64)
-        keys[: len(places)] = row_keys(self._dropout_seed, step * self._data.global_batch + places)
+        keys[: len(places)] = row_keys(
+            self._dropout_seed, number * self._data.global_batch + places
+        )
         return self._tensor(keys)
 
     def _hash(self, rows: StepRows) -> int:
@@ -173,7 +207,7 @@ class Batches:
             total += int.from_bytes(hashlib.blake2b(row, digest_size=8).digest())
         return (total + 2**63) % 2**64 - 2**63
 
-    def _tensor(self, array: Ints) -> Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         import torch  # slow, and preparing needs none of it
 
         tensor = torch.from_numpy(np.ascontiguousarray(array))
@@ -200,3 +234,19 @@ def _targets(rows: StepRows) -> Ints:
     for row in np.flatnonzero(rows.targets < seq_len):
         targets_NT[row, rows.targets[row] :] = NO_TARGET
     return targets_NT
+
+
+def document_bounds(segments_BT: Ints) -> NDArray[np.int32]:
+    """Where documents begin in the rows laid end to end, and where the rows end.
+
+    The end is repeated up to one of a few lengths, because torch.compile compiles for each length.
+    """
+    begins_BT = np.ones(segments_BT.shape, dtype=bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    begins = np.flatnonzero(begins_BT)
+    length = _FEWEST_BOUNDS
+    while length <= len(begins):
+        length *= 4
+    bounds = np.full(length, segments_BT.size, dtype=np.int32)
+    bounds[: len(begins)] = begins
+    return bounds

@@ -8,7 +8,6 @@ a resumed run can refuse other data.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import zlib
@@ -18,13 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import RootModel
+
 from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
+from dist_lm.console import count, notice
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
-from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer
+from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer, read_hashes
 from dist_lm.data.prepared.manifest import find_prepared
 from dist_lm.data.prepared.parts import open_shards, parts_of
 from dist_lm.data.prepared.preparing import preparation_of, prepare_dataset
@@ -37,6 +39,7 @@ from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_json
 from dist_lm.errors import DataError, UserError
+from dist_lm.outside import check, read_json
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
@@ -107,8 +110,8 @@ class Dataset:
             epochs = steps * data.global_batch / self.alone.sequences
             tail = self.alone.shards.tail_tokens(data.seq_len, data.stride)
             return [
-                f"{self.alone.sequences:,} sequences to train on, for {epochs:.2f} epochs;"
-                f" {tail} tokens at the ends of shards are left out"
+                f"{count(self.alone.sequences, 'sequence')} to train on, for {epochs:.2f} epochs;"
+                f" left out at the ends of shards: {count(tail, 'token')}"
             ]
         lines = []
         for name, source in self.sources.items():
@@ -119,7 +122,7 @@ class Dataset:
 def open_dataset(
     config: Config,
     on_main: Callable[[Callable[[], Any]], Any],
-    say: Say = print,
+    say: Say = notice,
     training: bool = True,
 ) -> Dataset:
     """Open the sources, after rank 0 has prepared what they need. All ranks."""
@@ -312,7 +315,7 @@ def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
     for name in config.data.validation:
         file = folder / "val" / name / "documents.json"
         if file.is_file():
-            hashes.update(json.loads(file.read_bytes()))
+            hashes.update(read_hashes(file))
     return frozenset(hashes)
 
 
@@ -357,9 +360,9 @@ def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
     entry = shards.manifest["tokenizer"]
     if (entry["sha256"], entry["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
         raise DataError(
-            f"{shards.folder}: its tokens are of a tokenizer {entry['sha256'][:12]} with"
-            f" {entry['vocab_size']} tokens, but its tokenizer.json is {tokenizer.sha256[:12]} with"
-            f" {tokenizer.vocab_size}; nearest: prepare again"
+            f"{shards.folder}/tokenizer.json is not the one that the folder was prepared with"
+            f" ({tokenizer.sha256[:12]} with {tokenizer.vocab_size} tokens, not"
+            f" {entry['sha256'][:12]} with {entry['vocab_size']}); nearest: prepare again"
         )
 
 
@@ -452,7 +455,7 @@ class _Preparation:
             streams[name] = {"files": [*reader.files], "parts": [*parts]}
         record = self._folder / "streams.json"
         if record.is_file():
-            _refuse_changed(_files_of(streams), json.loads(record.read_bytes()))
+            _refuse_changed(_files_of(streams), _read_record(record))
         return streams
 
     def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
@@ -506,8 +509,8 @@ class _Preparation:
         lanes = self._config.data.lanes
         if parts < lanes:
             self._say(
-                f"{reader.spec.title} has {parts} parts, so {name} is read in as many lanes, not"
-                f" data.lanes={lanes}"
+                f"{reader.spec.title} has {count(parts, 'part')}, so {name} is read in as many"
+                f" lanes, not data.lanes={lanes}"
             )
         names = [file.name for file in reader.files]
         read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]
@@ -521,6 +524,19 @@ class _Preparation:
 def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
     """The files of each stream, as streams.json has them."""
     return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
+
+
+class _StreamsRecord(RootModel[dict[str, list[tuple[str, str, int, str]]]]):
+    """The files of each stream, as `TextFile`s."""
+
+
+def _read_record(record: Path) -> dict[str, list[list[Any]]]:
+    def refuse(why: str) -> UserError:
+        return DataError(f"{record}: {why}; nearest: a new run.dir")
+
+    content = read_json(record, refuse)
+    check(content, _StreamsRecord, refuse)
+    return content
 
 
 def _refuse_changed(

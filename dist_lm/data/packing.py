@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dist_lm.data.order import FOR_PACKED_SEQUENCES, Words, hash_words, shuffled
+from dist_lm.errors import CheckpointError
 
 
 class Document(NamedTuple):
@@ -74,6 +75,11 @@ class ConcatPacker:
 
     def pack(self, documents: list[Document], passed: int) -> list[PackedSequence]:
         self._pending.extend(documents)
+        if self._offset >= len(self._pending[0].tokens):  # after each cut it is inside
+            raise CheckpointError(
+                f"a lane stands at token {self._offset} of a document of"
+                f" {len(self._pending[0].tokens)}; rule: a state.json that train wrote"
+            )
         count = (self._left() - 1) // self._seq_len
         return [self._cut(self._seq_len + 1, passed) for _ in range(count)]
 

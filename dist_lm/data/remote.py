@@ -15,6 +15,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+from dist_lm.console import printable
 from dist_lm.errors import DataError, UserError, in_a_line
 
 BLOCK = 2**22  # bytes fetched at once, and read ahead
@@ -233,6 +234,12 @@ def _connect(url: str) -> tuple[Any, str]:
     """
     import fsspec.core  # slow, and needed for URLs only
 
+    schemes = {part.partition("://")[0].lower() for part in url.split("::")}
+    if "reference" in schemes:
+        raise UserError(
+            f"{_without_query(url)}: a reference file says itself which other files are read; rule:"
+            " the URL of the files themselves"
+        )
     try:
         fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
@@ -308,7 +315,7 @@ def _retry(url: str, action: Callable[[], T]) -> T:
             if tries == 1:
                 begin = time.monotonic()
                 message = f"{url}: {reason}; trying again for {PATIENCE:g} s"
-                print(message, file=sys.stderr, flush=True)
+                print(printable(message), file=sys.stderr, flush=True)
             elif time.monotonic() - begin + wait > PATIENCE:
                 raise OSError(
                     f"{url}: given up after {tries} tries in {PATIENCE:g} s; the last: {reason}"

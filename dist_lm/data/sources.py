@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dist_lm.console import count
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.order import Ints, sequence_ids
 from dist_lm.data.prepared.sequences import TokenSequences
@@ -179,8 +180,10 @@ class StreamSource:
         name, lanes = self.spec.name, self.spec.lanes
         lines = []
         if lanes < world:
-            lines.append(f"warning: {name} has {lanes} lanes, fewer than the {world} processes")
-        parts = f"{len(self.spec.parts):,} parts in {lanes} lanes"
+            lines.append(
+                f"warning: {name} has {count(lanes, 'lane')}, fewer than the {world} processes"
+            )
+        parts = f"{count(len(self.spec.parts), 'part')} in {count(lanes, 'lane')}"
         lines.append(f"source {name}: {parts}; weight {weight}")
         return lines
 

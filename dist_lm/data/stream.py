@@ -16,7 +16,7 @@ from dist_lm.data.order import Ints
 from dist_lm.data.packing import PackedSequence
 from dist_lm.data.provenance import StreamedSequence
 from dist_lm.data.rows import StepRows
-from dist_lm.errors import DataError, UserError, error_with_code
+from dist_lm.errors import CheckpointError, DataError, UserError, error_with_code
 
 START: dict[str, Any] = {"pass": 0, "turn": 0, "done": [], "lanes": {}}
 
@@ -50,6 +50,11 @@ class Stream:
         self.passed: int = begin["pass"]  # passes that have ended
         self._turn: int = begin["turn"]  # the lane whose turn it is, if it has not ended the pass
         self._done: set[int] = set(begin["done"])  # lanes that have ended the pass
+        if any(cursor["pass"] > self.passed + 1 for cursor in begin["lanes"].values()):
+            raise CheckpointError(
+                f"a lane of {spec.name} is passes ahead of the others; rule: a state.json that"
+                " train wrote"
+            )
         self._world = world
         self._shift = shift
         self._gather = gather

@@ -19,8 +19,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders
 
+from dist_lm.console import printable
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
+from dist_lm.data.tokenizer_check import refuse_excess
 from dist_lm.errors import DataError, UserError, did_you_mean
+from dist_lm.outside import parse_json, read_bytes, read_json
 from dist_lm.pretrained import find_tokenizer
 
 EOT = "<|endoftext|>"
@@ -36,6 +39,7 @@ LONGEST_WORD = 4 * 2**20
 # there too is then tried on the text around the place.
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _NEARBY = 2**14  # characters before the limit that are searched before all the others
+_LONGEST_REASON = 300  # characters of what the library says
 _MOST_TRIED = 256  # of the places found in one search
 
 # In decoders of sentencepiece and WordPiece: marks in tokens, and the text that they stand for.
@@ -111,12 +115,21 @@ class Tokenizer:
         The folder may also be a run, whose steps have one.
         """
         file = find_tokenizer(path)
+
+        def refuse(why: str) -> UserError:
+            return DataError(f"{file}: not a usable tokenizer ({why})")
+
+        data = read_bytes(file, refuse)
+        content = parse_json(data, refuse)
         try:
+            refuse_excess(content)
             eot_token = _eos_token(file.with_name("tokenizer_config.json"))
-            return cls(file.read_text(encoding="utf-8"), eot_token)
-        except Exception as error:  # tokenizers raises bare Exception
+            return cls(data.decode(), eot_token)
+        except BaseException as error:  # tokenizers raises bare Exception, or panics
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             reason = " ".join(str(error).split())
-            raise DataError(f"{file}: not a usable tokenizer ({reason})") from error
+            raise refuse(printable(reason[:_LONGEST_REASON])) from error
 
     @cached_property
     def text_tokens(self) -> dict[int, str]:
@@ -155,7 +168,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # For one text too this is faster than encode(), which also tracks each token's place.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _panic_is_refused("encoding"):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._replace_special(encoding.ids) for encoding in encodings]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -195,7 +209,8 @@ class Tokenizer:
         return self._why_slow
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        with _panic_is_refused("decoding"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def token_bytes(self) -> np.ndarray:
         """Bytes of UTF-8 text that each id stands for, 0 for special tokens."""
@@ -266,9 +281,10 @@ class Tokenizer:
 
     def _words(self, text: str) -> list[str]:
         """The parts that the tokenizer encodes one by one."""
-        if self._tokenizer.normalizer:
-            text = self._tokenizer.normalizer.normalize_str(text)
-        return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        with _panic_is_refused("cutting"):
+            if self._tokenizer.normalizer:
+                text = self._tokenizer.normalizer.normalize_str(text)
+            return [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
     def _find_eot(self, eot_token: str | None) -> str:
         for name in (eot_token, *EOT_NAMES):
@@ -331,6 +347,12 @@ class StreamDecoder:
 def load_tokenizer(spec: str) -> Tokenizer:
     """From a local tokenizer.json, a folder with one, or the hub."""
     if Path(spec).exists():
+        steps = sorted(Path(spec).glob("step-*/tokenizer.json"))
+        if steps and not Path(spec, "tokenizer.json").exists():
+            raise UserError(
+                f"data.tokenizer={spec!r}: a run, and not a folder with a tokenizer.json; nearest:"
+                f" {steps[-1].parent}"
+            )
         return Tokenizer.load(spec)
     hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
     # A name near char or byte is rather a slip than one of the few hub names without an owner.
@@ -378,12 +400,28 @@ def _refuse_surrogates(text: str) -> None:
         ) from error
 
 
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code gave up. Its exception has no class to import, and is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _panic_is_refused(action: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        reason = printable(" ".join(str(error).split())[:_LONGEST_REASON])
+        raise DataError(f"the tokenizer gave up {action} a text ({reason})") from error
+
+
 def _eos_token(config_file: Path) -> str | None:
     """The end-of-text token that a tokenizer_config.json names, if there is one."""
     if not config_file.is_file():
         return None
-    token = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token")
+    token = read_json(config_file, DataError).get("eos_token")
     if isinstance(token, dict):
-        token = token["content"]
+        token = token.get("content")
     name: str | None = token
     return name

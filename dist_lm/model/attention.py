@@ -3,6 +3,7 @@
 Shapes: B rows, H heads, K key/value heads, T queries, S keys, E head width.
 """
 
+import inspect
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HOPPER = (9, 0)  # the compute capability of H100 and H200
+BOUNDS_DTYPE = torch.int32  # of where documents begin
 # cuDNN up to this version is wrong where the length is no multiple of 128 (pytorch #169849).
 LAST_FAULTY_CUDNN = 91500
 
@@ -41,6 +43,52 @@ def attend(
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=has_groups
         )
+
+
+def attend_documents(
+    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, bounds_N: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Causal attention inside of documents, (B, T, H, E), by flash attention without a mask.
+
+    `bounds_N` says where documents begin in the rows laid end to end; the last entries are where
+    the rows end.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # not in all versions of torch
+
+    T = q_BTHE.shape[1]
+    # Autocast does not know this kernel.
+    q, k, v = (x.flatten(0, 1).to(dtype) for x in (q_BTHE, k_BTKE, v_BTKE))
+    y = varlen_attn(
+        q,
+        k,
+        v,
+        bounds_N,
+        bounds_N,
+        max_q=T,
+        max_k=T,
+        window_size=(-1, 0),  # no later token
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(y, Tensor)  # alone, because nothing else was asked for
+    return y.view(q_BTHE.shape)
+
+
+def knows_documents(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Whether attend_documents() runs here."""
+    if not is_gpu(device) or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return head_width % 8 == 0 and head_width <= 256 and _has_varlen_kernel(device)
+
+
+def _has_varlen_kernel(device: torch.device) -> bool:
+    """Flash attention needs an A100 or newer; torch 2.10 has it with other arguments."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:

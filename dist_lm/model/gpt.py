@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_lm.config import ModelConfig, ModelSpec
-from dist_lm.model.attention import attend, bias_of
+from dist_lm.model.attention import (
+    BOUNDS_DTYPE,
+    attend,
+    attend_documents,
+    bias_of,
+    knows_documents,
+)
 from dist_lm.model.cache import KVCache
 from dist_lm.model.dropout import dropout, keys_of_places
 from dist_lm.model.layers import Embedding, Linear, compute_dtype, make_norm
@@ -75,20 +81,22 @@ class GPT(nn.Module):
         *,
         dropout_keys_B: Tensor | None = None,
         segments_BT: Tensor | None = None,
+        bounds_N: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
         """Loss sum over targets other than -100; without targets fp32 logits (B, T, vocabulary).
 
         `last_only` makes logits of the last token alone. `cache` is appended to. `segments_BT`
-        numbers each token's document and bars attention across documents by a dense (B, T, T) mask.
-        The mask is made once a forward; it is slower than plain causal attention, whose kernels
-        need none.
+        numbers each token's document and bars attention across documents. If `bounds_N` also says
+        where documents begin in the rows laid end to end, a kernel without a mask does so where
+        there is one; else it is a dense (B, T, T) mask, made once a forward and slower than plain
+        causal attention.
         """
         x_BTD = self.embed(tokens_BT)
-        index, mask = self._index_and_mask(tokens_BT, segments_BT, cache)
-        if segments_BT is not None and mask is not None:
-            mask = bias_of(mask, compute_dtype(x_BTD))
+        index, mask = self._index_and_mask(tokens_BT, cache)
+        if segments_BT is not None:
+            mask = self._mask_of_documents(x_BTD, segments_BT, bounds_N)
         rope = None
         if self.config.positions == "learned":
             x_BTD = x_BTD + self.positions(index)
@@ -154,7 +162,7 @@ class GPT(nn.Module):
         )
 
     def _index_and_mask(
-        self, tokens_BT: Tensor, segments_BT: Tensor | None, cache: KVCache | None
+        self, tokens_BT: Tensor, cache: KVCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """The position of each token (T, or B and T), and the attention mask.
 
@@ -168,10 +176,21 @@ class GPT(nn.Module):
         index_T = torch.arange(T, device=tokens_BT.device)
         if cache is not None:
             return cache.positions_and_mask(index_T)
-        if segments_BT is None:
-            return index_T, None
+        return index_T, None
+
+    def _mask_of_documents(
+        self, x_BTD: Tensor, segments_BT: Tensor, bounds_N: Tensor | None
+    ) -> Tensor:
+        """What bars attention across documents: their bounds, or what is added to scores.
+
+        They differ in their type. One argument has both, because DeepSpeed's hooks take tensors.
+        """
+        dtype = compute_dtype(x_BTD)
+        head_width = self.config.width // self.config.heads
+        if bounds_N is not None and knows_documents(x_BTD.device, dtype, head_width):
+            return bounds_N
         is_same_document = segments_BT[:, :, None] == segments_BT[:, None, :]
-        return index_T, is_same_document.tril_()[:, None]
+        return bias_of(is_same_document.tril_()[:, None], dtype)
 
     def _run_block(
         self,
@@ -316,6 +335,10 @@ class Attention(nn.Module):
         if rope is not None:
             q_BTHE = rotate(q_BTHE, *rope)
             k_BTKE = rotate(k_BTKE, *rope)
+        if mask is not None and mask.dtype == BOUNDS_DTYPE:
+            y_BTHE = attend_documents(q_BTHE, k_BTKE, v_BTKE, mask, compute_dtype(x_BTD))
+            y_BTD: Tensor = self.out(y_BTHE.flatten(2))
+            return y_BTD
         q_BHTE = q_BTHE.transpose(1, 2)
         k_BKSE = k_BTKE.transpose(1, 2)
         v_BKSE = v_BTKE.transpose(1, 2)

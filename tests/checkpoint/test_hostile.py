@@ -8,8 +8,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,8 @@ from dist_lm.checkpoint.folder import newest_valid
 from dist_lm.checkpoint.load import read_model
 from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec
+from dist_lm.data.packing import ConcatPacker, Document
+from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import CheckpointError
 from dist_lm.model.gpt import GPT
@@ -257,3 +261,18 @@ def test_mutated_states_and_configs_never_end_in_a_traceback(
                 refused += 1
             assert time.monotonic() - begin < SECONDS
     assert refused > 50
+
+
+def test_a_cursor_behind_the_end_of_its_document_is_refused() -> None:
+    tokens = np.arange(10, dtype=np.uint16)
+    document = Document({"pass": 0, "block": 0}, 0, "a", 0, [], tokens)
+    assert len(ConcatPacker(4, offset=1).pack([document], 0)) == 2
+    with pytest.raises(CheckpointError, match="stands at token 10 of a document of 10"):
+        ConcatPacker(4, offset=10).pack([document], 0)
+
+
+def test_a_lane_that_is_passes_ahead_is_refused() -> None:
+    state = {"pass": 3, "turn": 0, "done": [], "lanes": {"0": {**CURSOR, "pass": 5}}}
+    spec: Any = SimpleNamespace(name="text", lanes=1)
+    with pytest.raises(CheckpointError, match="a lane of text is passes ahead"):
+        Stream(spec, state)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config import NO_TARGET, Config, DataConfig, RunConfig, SourceConfig, batch_layout
-from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.batches import Batch, Batches, document_bounds
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.errors import UserError
 
@@ -165,3 +165,33 @@ def test_a_reading_thread_uses_its_rank_s_gpu(
     ahead.take()
     ahead.close()
     assert done == [*expected, "read"]
+
+
+def test_bounds_of_documents_have_few_lengths() -> None:
+    """A row begins a document, whatever the number of the one before."""
+    rows = np.array([[0, 0, 1, 1], [1, 1, 1, 2]])
+    bounds = document_bounds(rows)
+    assert bounds.dtype == np.int32
+    assert bounds[:5].tolist() == [0, 2, 4, 7, 8]
+    assert len(bounds) == 256
+    assert set(bounds[4:].tolist()) == {8}  # a document of no length, again and again
+    many = document_bounds(np.arange(300)[None])
+    assert len(many) == 1024
+    assert many[:301].tolist() == list(range(301))
+    assert len(document_bounds(np.arange(255)[None])) == 256  # the end needs a place too
+    assert len(document_bounds(np.arange(256)[None])) == 1024
+
+
+def test_only_gpus_get_bounds(prepared: Path, tmp_path: Path) -> None:
+    config, dataset = opened(prepared, tmp_path, document_mask=True, micro_batch=4)
+    for device, is_there in (("cpu", False), ("cuda:0", True)):
+        reader = dataset.open_reader(config.data, rank=0, world=1)
+        layout = batch_layout(config, 1)
+        found = Batches(reader, config.data, layout, torch.device(device), eot=0)
+        found._tensor = torch.from_numpy  # type: ignore[method-assign]
+        for micro in found.read(0).micros:
+            assert (micro.bounds_N is not None) == is_there
+            if micro.bounds_N is not None:
+                expected = document_bounds(micro.segments_BT.numpy())
+                assert np.array_equal(micro.bounds_N.numpy(), expected)
+        found.close()

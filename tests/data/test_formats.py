@@ -624,6 +624,15 @@ def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
             list(Reader(source, found).documents(Counter()))
 
 
+@pytest.mark.parametrize("template", ["{a:>5}", "{a:d}", "{a.upper}", "{a[9]}", "{a!r:.3d}"])
+def test_a_value_that_does_not_fit_a_layout_is_a_bad_row(template: str, tmp_path: Path) -> None:
+    name = template.strip("{}").partition(":")[0].partition("!")[0]
+    (tmp_path / "a.jsonl").write_text(json.dumps({name: ["x"]}) + "\n")
+    source = SourceConfig(input=str(tmp_path / "a.jsonl"), template=template)
+    with pytest.raises(UserError, match=r"a\.jsonl: row 1: "):
+        list(Reader(source, find_files(source)).documents(Counter()))
+
+
 def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": 1, "id": 2}])
     for fields, message in [

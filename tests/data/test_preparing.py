@@ -3,9 +3,11 @@
 Documents are held out by their text.
 """
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.text.files import TextFile
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import RetryableError, UserError
 
 WORDS = "tree bird,\n house runs. sleeps 12345 über 世界 <|endoftext|> don't\t under".split(" ")
 
@@ -134,7 +136,7 @@ def test_unknown_characters_are_counted_and_said(tmp_path: Path) -> None:
     manifest = prepare_dataset(config, tmp_path / "b", 1, said.append)
     assert [manifest["splits"][split]["unknown"] for split in ("train", "val")] == [80, 20]
     assert (
-        "train: 1 documents, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shards"
+        "train: 1 document, 400 bytes of text, 401 tokens, 80 of them for unknown text in 1 shard"
         in said
     )
 
@@ -229,7 +231,7 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
         assert time.monotonic() < deadline, f"{workers} live on"
         time.sleep(0.05)
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "killed: going on after " in again.stdout
+    assert "killed: going on after " in again.stderr
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns)
     subprocess.run([*command[:-1], str(tmp_path / "whole")], capture_output=True, check=True)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -329,6 +331,76 @@ def test_the_tail_is_about_what_was_asked_for(tmp_path: Path) -> None:
     assert manifest["splits"]["val"]["tokens"] == 0 and "nothing is held out" in said[-1]
 
 
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("fails_at", [1, 3, 6, 9])
+def test_a_full_disk_is_one_line_that_names_the_file(fails_at: int, tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 130)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
+    prepare_dataset(config, tmp_path / "whole", 1, quiet)
+    calls = iter(range(1, 10**9))
+
+    def fsync(_: int) -> None:
+        if next(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(RetryableError) as raised:
+            prepare_dataset(config, tmp_path / "parts", 1, quiet)
+    said = r"parts/[a-z0-9_.-]+: No space left on device; the text is not prepared; the same"
+    assert re.match(rf"{tmp_path}/{said}", str(raised.value)), raised.value
+    prepare_dataset(config, tmp_path / "parts", 1, quiet)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    (tmp_path / "d").write_text("")
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte")
+    with pytest.raises(UserError, match=r"/d: File exists; the text is not prepared") as raised:
+        prepare_dataset(config, tmp_path / "d", 1, quiet)
+    assert raised.value.code == 2
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text[: len(text) // 2], "not valid JSON: "),
+        (lambda text: "[]", "must be a JSON object, not a list"),
+        (lambda text: "[" * 10**5, "not usable JSON: deeper than"),
+        (lambda text: text.replace('"skip": ', '"skip": -1'), "splits.train.skip=-1"),
+        (lambda text: text.replace('"file": "', '"file": "../'), "splits.train.shards.0.file='../"),
+        (lambda text: text.replace('"settings"', '"other"'), "settings: Field required"),
+    ],
+)
+def test_a_torn_progress_file_is_one_line(
+    change: Callable[[str], str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_documents(tmp_path / "a.jsonl", 130)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte", val_fraction=0.3)
+    monkeypatch.setattr(preparing, "write_manifest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_dataset(config, tmp_path / "d", 1, quiet)
+    progress = tmp_path / "d" / writer.PROGRESS
+    progress.write_text(change(progress.read_text()))
+    with pytest.raises(UserError) as raised:
+        prepare_dataset(config, tmp_path / "d", 1, quiet)
+    message = str(raised.value)
+    assert message.startswith(f"{progress}: {said}") and raised.value.code == 65
+    assert message.endswith(f"; nearest: remove {tmp_path}/d, and prepare again")
+
+
+def test_a_kill_at_the_very_end_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    write_documents(tmp_path / "a.jsonl", 20)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="byte")
+    prepare_dataset(config, tmp_path / "d", 1, quiet)
+    before = content(tmp_path / "d")
+    (tmp_path / "d" / writer.PROGRESS).write_text("{}")
+    prepare_dataset(config, tmp_path / "d", 1, quiet)
+    assert content(tmp_path / "d") == before
+
+
 # --- the folder
 
 
@@ -399,7 +471,7 @@ def test_errors_name_the_field_of_a_named_source(tmp_path: Path) -> None:
         prepared()
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(
-        UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 files"
+        UserError, match=r"^data\.sources\.web\.input='.*': no document with text in 1 file"
     ):
         prepared()
     write_documents(tmp_path / "a.jsonl", 20)
@@ -453,10 +525,10 @@ def test_progress_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> Non
         clock[0] = float(now)
         progress.add(more, file)
     assert said == [
-        "prepared 1 documents, 1.0 MB, 0.10 MB/s, about 70 s left",
+        "prepared 1 document, 1.0 MB, 0.10 MB/s, about 70 s left",
         # The first file had 0.75 bytes of text a byte.
-        "prepared 1 documents, 1.5 MB, 0.07 MB/s, about 60 s left",
-        "prepared 1 documents, 3.0 MB, 0.10 MB/s, about 30 s left",
+        "prepared 1 document, 1.5 MB, 0.07 MB/s, about 60 s left",
+        "prepared 1 document, 3.0 MB, 0.10 MB/s, about 30 s left",
     ]
 
 
@@ -491,8 +563,8 @@ def test_command_prepares_verifies_and_exits_cleanly(tmp_path: Path) -> None:
     )
     words = "--tokenizer byte --text-column=body --val-fraction 0.2 --processes 2".split()
     done = run("--input", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "d"), *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "train: " in done.stdout and "val: " in done.stdout
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "train: " in done.stderr and "val: " in done.stderr
     assert json.loads((tmp_path / "d" / MANIFEST).read_text())["settings"]["text_column"] == "body"
     assert run("--verify", str(tmp_path / "d")).stdout == f"{tmp_path}/d: every hash is right\n"
     with open(tmp_path / "d" / "train-00000.safetensors", "r+b") as file:
@@ -618,7 +690,7 @@ def test_prepare_takes_the_settings_of_training(tmp_path: Path, capsys: Any) -> 
     inputs = ("--input", str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl"))
     manifest = prepare_with(tmp_path / "d", *inputs, *template, "--val_fraction", "0")
     assert manifest["skipped"] == {"bad rows": 1, "filtered rows": 6}
-    assert "skipped: 1 bad rows, 6 filtered rows" in capsys.readouterr().out
+    assert "skipped: 1 bad rows, 6 filtered rows" in capsys.readouterr().err
     loaded = Tokenizer.load(tmp_path / "d")
     text = loaded.decode(tokens_of(tmp_path / "d", "train"), skip_special=False)
     assert text.split(loaded.eot_token) == ["x: y", "t0: b0", "t3: b3", "t6: b6", ""]

@@ -773,3 +773,13 @@ def test_token_shards_in_an_object_store(start: Any, tmp_path: Path) -> None:
     far = TokenShards("s3://bkt/p", "train", cache)
     order = np.arange(sum(near.counts(9, 9)))
     assert (far.read(order, 9, 9) == near.read(order, 9, 9)).all()
+
+
+@pytest.mark.parametrize(
+    "url", ["reference://x.txt::file:///a.json", "Reference://", "zip://a::reference://b::s3://c/d"]
+)
+def test_a_reference_file_is_refused(url: str) -> None:
+    """It says itself which files are read, and from where."""
+    for action in (lambda: remote.find(url, TEXTS), lambda: remote.exists(url)):
+        with pytest.raises(UserError, match="a reference file says itself which other files"):
+            action()

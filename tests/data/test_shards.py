@@ -47,7 +47,7 @@ def make(folder: Path, sizes: list[int], dtype: Any = np.uint16, every: int = 7)
     (folder / "tokenizer.json").write_text("{}")
     tokenizer = {
         "name": "byte",
-        "vocab_size": 257,
+        "vocab_size": max(257, sum(sizes)),
         "eot": 256,
         "unk": None,
         "dtype": np.dtype(dtype).name,

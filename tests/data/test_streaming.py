@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from dist_lm.errors import UserError
 from dist_lm.metrics import read_metrics
 from tests.conftest import text_of
 from tests.objectstore import ObjectStore
-from tests.procs import entry, finish, start_ranks, train
+from tests.procs import clean_env, finish, start_ranks, train
 from tests.runtime.test_zero import spread
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny, wait_for_step
 
@@ -456,7 +458,9 @@ def test_find_names_rows_as_show_does(tmp_path: Path, capsys: pytest.CaptureFixt
             rows_seen.update(span.row for span in origin.documents())
         if 27 in rows_seen:
             break
-    (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1.0}) + "\n")
+    figures = {"step": step, "loss": 1.0, "lr": 1.0, "grad_norm": 1.0, "tokens": 1}
+    figures |= {"tokens_per_second": 1.0, "data_wait": 0.0}
+    (tmp_path / "run/metrics.jsonl").write_text(json.dumps(figures) + "\n")
     history.find(config, data, "the needle")
     assert f"step {step}: a.jsonl row 27\n" in capsys.readouterr().out
 
@@ -494,9 +498,14 @@ def test_show_and_find_read_a_stream_again(
     assert capsys.readouterr().out == "'nobody wrote this': in 0 of the 9 steps so far\n"
 
     shutil.move(tmp_path / "run", tmp_path / "moved")
-    (loss,) = re.findall(r"val_loss (\S+)", entry("score", "--ckpt", str(tmp_path / "moved")))
-    evaluations = [e for e in read_metrics(tmp_path / "moved")[1] if e["val_set"] == "rows"]
-    assert float(loss) == pytest.approx(evaluations[-1]["val_loss"], rel=1e-6)
+    command = [sys.executable, "-m", "dist_lm.score", "--ckpt", str(tmp_path / "moved"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean_env())
+    scored = {of["name"]: of["figures"]["val_loss"] for of in json.loads(done.stdout)["sets"]}
+    evaluations = [e for e in read_metrics(tmp_path / "moved")[1] if e["step"] == 9]
+    assert list(scored) == [e["val_set"] for e in evaluations] and len(scored) > 1
+    for evaluation in evaluations:
+        loss = scored[evaluation["val_set"]]
+        assert loss == pytest.approx(evaluation["val_loss"], rel=1e-6)
 
 
 def show_config(run: Path) -> tuple[Config, Dataset]:

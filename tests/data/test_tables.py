@@ -1,5 +1,6 @@
 """Damaged and hostile tables: refused by name, whatever pyarrow does over them."""
 
+import gzip
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.text import table_file
+from dist_lm.data.text import files, table_file
 from dist_lm.data.text.files import find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.errors import UserError
@@ -84,6 +85,21 @@ def test_indices_behind_a_dictionary(tmp_path: Path) -> None:
         file.write_batch(batch)
     message = refused(tmp_path)
     assert message.startswith(f"{tmp_path}/a.arrow: row 1: ") and "crashes" not in message
+
+
+def test_a_packed_table_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_arrow(tmp_path / "a.arrow", ["x" * 2**20] * 4)
+    packed = gzip.compress((tmp_path / "a.arrow").read_bytes(), 9)
+    (tmp_path / "a.arrow").unlink()
+    (tmp_path / "a.arrow.gz").write_bytes(packed)
+    assert len(read(tmp_path)[0]) == 4
+    monkeypatch.setattr(files, "_UNPACKED_BASE", 2**16)
+    most = 2**16 + 200 * len(packed)
+    assert refused(tmp_path) == (
+        f"{tmp_path}/a.arrow.gz: unpacks to more than {most:,} bytes; nearest: unpack it yourself"
+    )
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".arrow"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_lm import lock, outcome, train
+from dist_lm import families, lock, outcome, train
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.folder import newest_valid, step_folders
 from dist_lm.checkpoint.save import Saver
@@ -22,7 +22,6 @@ from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.lock import RunLock
 from dist_lm.metrics import read_metrics
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
@@ -34,6 +33,19 @@ from tests.forkserver import SLOW_MODULES
 
 def quiet(*_: object) -> None:
     pass
+
+
+STATE = {
+    "step": 0,
+    "tokens": 100,
+    "skipped_updates": 0,
+    "val_loss": None,
+    "strategy": "single",
+    "world_size": 1,
+    "scaler": {},
+    "config": {},
+    "data": "x",
+}
 
 
 class Save(Scenario):
@@ -54,8 +66,8 @@ class Save(Scenario):
 
     def save(self, saver: Saver, step: int) -> None:
         contents_of_files = {
-            "config.json": hf.config_json(self.spec, self.tokenizer.eot),
-            "state.json": {"step": step, "val_loss": None},
+            "config.json": families.config_json(self.spec, self.tokenizer.eot),
+            "state.json": STATE | {"step": step},
         }
         texts = {name: json.dumps(content) for name, content in contents_of_files.items()}
         parts = owned(self.model, self.optimizer)
@@ -74,6 +86,8 @@ class Save(Scenario):
         if ended.how == "done":
             assert newest.name == "step-00000003"
             assert not_synced(ended.log) == []
+            # Else a fault in deleting would never be tried.
+            assert fault.action != "count" or not (folder / "step-00000001").exists()
 
 
 def not_synced(log: Sequence[str]) -> list[str]:

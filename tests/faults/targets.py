@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from dist_lm import report
+from dist_lm import families, report
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.folder import newest_valid
 from dist_lm.checkpoint.load import read_model
@@ -27,7 +27,6 @@ from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.history import open_data
-from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.outcome import TRAIN, Attempt
@@ -112,7 +111,7 @@ class OfARun(Target):
             "versions": {},
             "commit": "",
         }
-        config = hf.config_json(self.spec, self.tokenizer.eot)
+        config = families.config_json(self.spec, self.tokenizer.eot)
         texts = {"config.json": json.dumps(config), "state.json": json.dumps(state)}
         saver = Saver(self.folder / "run", Channel(0, 1, torch.device("cpu")))
         saver.begin(step, self.spec, lambda: owned(self.model), texts, self.tokenizer)
@@ -139,7 +138,8 @@ class State(OfARun):
     def feed(self, rng: random.Random) -> None:
         content = self.content("state.json") | {"step": 2}
         sign(self.newest, "state.json", nasty_json(rng, content))
-        runtime: Any = SimpleNamespace(on_main=lambda work: work(), say=quiet, track=None)
+        alone = {"on_main": lambda work: work(), "together": lambda work: work()}
+        runtime: Any = SimpleNamespace(**alone, say=quiet, track=None)
         point = find_resume_point(runtime, self.config, [])
         if point and point.folder:
             TrainState.restored(point.facts)

@@ -34,7 +34,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     fault="the disk has room for two checkpoints and a half, and two are to be kept",
     must="the run goes on with fewer old ones, never below one that is valid",
 )
-@pytest.mark.xfail(strict=True, reason="no checkpoint is saved any more once two lie there")
 def test_saving_goes_on_with_fewer_old_ones(prepared: Path, small_disk: Path) -> None:
     flags = ["--run.save_every", "2", "--run.keep_last", "2", "--run.steps", "8"]
     run = small_disk / "run"
@@ -51,7 +50,6 @@ def test_saving_goes_on_with_fewer_old_ones(prepared: Path, small_disk: Path) ->
     fault="samples.md cannot be opened or written: EIO, ESTALE, ENOSPC, EROFS",
     must="the run does not end in a traceback",
 )
-@pytest.mark.xfail(strict=True, reason="an evaluation on a full disk ends in a traceback")
 def test_samples_that_cannot_be_written(shim_library: Path) -> None:
     words = ["--only", "samples.md", "--first", "2", "--every", "2", "--most", "2"]
     result = enumerate_faults(shim_library, "run", *words)

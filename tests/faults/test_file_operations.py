@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.operations import STATE, STRAY, TRACEBACK, WRONGS, enumerate_faults
+from tests.faults.operations import STATE, TRACEBACK, WRONGS, enumerate_faults
 from tests.faults.rows import OPEN, Record, linked
 
 # Every n-th fault is tried. 9 divides none of these numbers, so that all kinds come round.
@@ -22,8 +22,6 @@ WORKS = {
 }
 # What is not mended yet. Whoever mends it is told to take the line out.
 NOT_MENDED = {
-    ("prepare", TRACEBACK): "an error of the disk ends in a traceback",
-    ("prepare", STRAY): "a kill at the very end leaves progress.json",
     ("cache", TRACEBACK): "an error of the cache's disk ends in a traceback",
     ("run", TRACEBACK): "a full disk at an evaluation ends in a traceback",
 }

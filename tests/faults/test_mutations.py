@@ -42,7 +42,6 @@ def test_it_is_passed_over_or_refused(command: str, bench: Bench) -> None:
     fault="state.json of a checkpoint is a pipe, and show reads the run",
     must="it is passed over or refused; nothing waits for a writer",
 )
-@pytest.mark.xfail(strict=True, reason="show waits for ever for a state.json that is a pipe")
 def test_show_does_not_wait_for_a_pipe(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mutations, "LIMIT_SECONDS", 10)
     assert bench.attempt(Case("show", "state.json", "a pipe")) == ""

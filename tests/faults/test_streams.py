@@ -43,7 +43,6 @@ def test_training_needs_no_standard_output(where: str, tmp_path: Path) -> None:
     fault="SIGTERM every few milliseconds, from the third step to the end of the process",
     must="one checkpoint, and the exit code of a run that was told to stop",
 )
-@pytest.mark.xfail(strict=True, reason="a signal while Python ends gives the exit code -15")
 def test_a_storm_of_signals(prepared: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = tiny(prepared, "--run.steps", "100000")

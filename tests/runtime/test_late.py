@@ -135,7 +135,7 @@ def train_slowly(*words: str) -> None:
         return record_step(run, pending)
 
     loop.set_lr, loop.record_step = slow_set_lr, slow_record_step
-    loop.evaluate = lambda run: time.sleep(1.0)
+    loop.evaluate = lambda *arguments: time.sleep(1.0)
     config, _ = load(list(words), TRAIN)
     loop.run_to_end(config, Attempt(Path(config.run.dir)))
 

@@ -30,7 +30,7 @@ def large(ctx: Context) -> None:
 
 @torch.no_grad()
 def decode(ctx: Context, size: str, target: float | None) -> None:
-    new_tokens = 8 if ctx.is_dry else 256
+    new_tokens = 8 if ctx.is_dry else 128
     model = decoder(ctx, size, torch.bfloat16)
     weights = sum(2.0 * parameter.numel() for parameter in model.parameters())
     bandwidth = read_bandwidth(ctx)

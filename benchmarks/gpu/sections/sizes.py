@@ -4,7 +4,7 @@ import time
 
 from benchmarks.gpu.context import Context, Skip
 from benchmarks.gpu.drive import DRY_SHAPE, SHAPES, Enough, config_of, drive, gpt2_settings
-from benchmarks.gpu.timing import mfu
+from benchmarks.gpu.timing import mfu, target_by_card
 from dist_lm.config import Config
 from dist_lm.model.init import flops_per_token
 from dist_lm.planning.memory import memory
@@ -20,7 +20,7 @@ ROOM = 0.85
 MICRO_BATCHES = (32, 24, 16, 12, 8, 6, 4)
 RECOMPUTING = (16, 8, 4, 2, 1)  # micro-batches, where none of those fits
 TOKENS_A_STEP = 128 * 1024  # about; so that the update's share is that of a real run
-TARGETS = {"1558m": {"H200": 0.55, "": 0.49}}  # MFU, by a part of the card's name
+TARGETS = {"H200": 0.55, "H100": 0.49}  # MFU of the largest model, by a part of the card's name
 
 
 def m1558(ctx: Context) -> None:
@@ -122,7 +122,6 @@ def describe(ctx: Context, size: str, config: Config) -> None:
 
 
 def target_of(ctx: Context, size: str) -> float | None:
-    for part, share in TARGETS.get(size, {}).items():
-        if part in ctx.card:
-            return share
-    return None
+    if size != "1558m":
+        return None
+    return target_by_card(ctx, TARGETS)

@@ -24,6 +24,7 @@ from benchmarks.gpu.timing import (
     micro_batch_of,
     random_batches,
     seconds_of,
+    target_by_card,
 )
 from dist_lm.config import Config
 from dist_lm.model.gpt import GPT
@@ -31,6 +32,7 @@ from dist_lm.model.init import flops_per_token
 from dist_lm.resume import Run
 
 WARM_UP = 3  # steps of each variant
+TARGETS = {"H200": 0.45, "H100": 0.42}  # MFU, by a part of the card's name
 
 
 class Sizes:
@@ -192,9 +194,7 @@ def measure_rate(ctx: Context, name: str, rate: float, flops: float, is_ours: bo
     ctx.measure(name, rate, "tokens/s")
     share = mfu(ctx, rate, flops)
     if share is not None:
-        target = None
-        if is_ours:
-            target = 0.45 if "H200" in ctx.card else 0.42
+        target = target_by_card(ctx, TARGETS) if is_ours else None
         ctx.measure(f"{name}, MFU", share, at_least=target)
 
 

@@ -1,12 +1,12 @@
 """What a stream keeps on disk: its tokenizer, and its first held-out documents as shards."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count
 from dist_lm.data.prepared.holdout import SplitDocument, document_hash, held_out
 from dist_lm.data.prepared.phases import read_beginning
 from dist_lm.data.prepared.progress import Progress, Say, count_kinds
@@ -16,7 +16,8 @@ from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
 from dist_lm.disk import write_json
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, UserError
+from dist_lm.outside import parse_json, read_bytes
 
 # Bytes of text at the beginning of each source, from which a stream's tokenizer is learned.
 LEARNED_BYTES = 2**26
@@ -54,7 +55,7 @@ def keep_validation(
     """
     hashes_file = folder / "documents.json"
     if hashes_file.is_file():
-        return list(json.loads(hashes_file.read_bytes()))
+        return read_hashes(hashes_file)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     writer = SplitWriter(folder, "val", tokenizer, {"splits": {}})
@@ -79,9 +80,22 @@ def keep_validation(
     write_tokenizer(folder, tokenizer)
     write_manifest(folder, data, tokenizer, reader, splits, {"skipped": dict(skipped)})
     write_json(hashes_file, hashes)
-    say(f"{folder.name}: {len(hashes):,} documents of {reader.spec.title} are kept for validation")
+    kept = count(len(hashes), "document")
+    say(f"{folder.name}: {kept} of {reader.spec.title} kept for validation")
     if whole and skipped:
         say(f"{folder.name}: skipped: {count_kinds(skipped)}")
+    return hashes
+
+
+def read_hashes(file: Path) -> list[int]:
+    """The hashes of the documents that are kept for validation."""
+
+    def refuse(why: str) -> UserError:
+        return DataError(f"{file}: {why}; nearest: remove {file.parent}, which is then made again")
+
+    hashes = parse_json(read_bytes(file, refuse), refuse)
+    if not isinstance(hashes, list) or not all(type(number) is int for number in hashes):
+        raise refuse("must be a list of whole numbers")
     return hashes
 
 

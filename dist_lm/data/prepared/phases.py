@@ -1,6 +1,5 @@
 """The phases of preparing raw text, and the beginning of a text that is read without preparing."""
 
-import json
 from collections import Counter, deque
 from collections.abc import Container, Iterator
 from itertools import zip_longest
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count
 from dist_lm.data.prepared.encode import TextPiece, encode_pieces
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import SplitDocument, split_documents
@@ -15,6 +15,7 @@ from dist_lm.data.prepared.manifest import MANIFEST, find_prepared, read_manifes
 from dist_lm.data.prepared.progress import Progress, Say, count_kinds
 from dist_lm.data.prepared.writer import (
     PROGRESS,
+    ProgressFile,
     SavedState,
     SplitWriter,
     list_files,
@@ -26,7 +27,8 @@ from dist_lm.data.text.files import TextFile, find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
 from dist_lm.data.tokenizer_training import cutter, is_trained_spec, train_tokenizer
-from dist_lm.errors import DataError
+from dist_lm.errors import DataError, UserError
+from dist_lm.outside import check, read_json
 
 # Documents. A smaller source holds out the tail of its text instead of whole documents.
 SMALL = 100
@@ -140,9 +142,16 @@ class Preparation:
 
     def read_state(self) -> SavedState | None:
         """What an interrupted preparation with the same settings left; None if there is nothing."""
-        if not (self.folder / PROGRESS).is_file():
+        path = self.folder / PROGRESS
+        if not path.is_file():
             return None
-        state: SavedState = json.loads((self.folder / PROGRESS).read_bytes())
+
+        def refuse(why: str) -> UserError:
+            return DataError(f"{path}: {why}; nearest: remove {self.folder}, and prepare again")
+
+        content = read_json(path, refuse)
+        check(content, ProgressFile, refuse)
+        state: SavedState = content  # type: ignore[assignment]
         self._check_settings(state["settings"])
         for before, now in zip_longest(state["sources"], list_files(self.reader)):
             if before != now:
@@ -222,9 +231,11 @@ class Preparation:
         """Say how much there is, and what was left out."""
         for split, entry in manifest["splits"].items():
             lost = f", {entry['unknown']:,} of them for unknown text" if entry["unknown"] else ""
+            shards = count(len(entry["shards"]), "shard")
             self.say(
-                f"{split}: {entry['documents']:,} documents, {entry['bytes']:,} bytes of text,"
-                f" {entry['tokens']:,} tokens{lost} in {len(entry['shards'])} shards"
+                f"{split}: {count(entry['documents'], 'document')},"
+                f" {count(entry['bytes'], 'byte')} of text,"
+                f" {count(entry['tokens'], 'token')}{lost} in {shards}"
             )
             if not entry["shards"]:
                 self.say(
@@ -239,11 +250,11 @@ class Preparation:
         if not seen.documents:
             setting = f"{self.field}={self.spec.input!r}"
             number = len(self.reader.files)
-            raise DataError(f"{setting}: no document with text in {number} files")
+            raise DataError(f"{setting}: no document with text in {count(number, 'file')}")
         is_small = seen.documents < SMALL
         if is_whole or is_small:
             self.say(
-                f"found {seen.documents:,} documents, {seen.bytes:,} bytes of text in"
+                f"found {count(seen.documents, 'document')}, {count(seen.bytes, 'byte')} of text in"
                 f" {self.spec.title}"
             )
         if is_small and self.data.val_fraction:

@@ -3,23 +3,30 @@
 Invariant: the folder has the same bytes from any number of processes, killed in between or not.
 """
 
-from collections.abc import Container
+import contextlib
+import errno
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_lm.config import DataConfig
+from dist_lm.console import notice
 from dist_lm.data.prepared.phases import Preparation
 from dist_lm.data.prepared.progress import Say
 from dist_lm.data.prepared.token_files import TokenPreparation
-from dist_lm.data.prepared.writer import write_manifest
+from dist_lm.data.prepared.writer import PROGRESS, write_manifest
 from dist_lm.data.tokenizer import Tokenizer
+from dist_lm.errors import RetryableError, UserError
+
+# What no other try changes: a folder that is no folder, or that this user may not write to.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 def prepare_dataset(
     data: DataConfig,
     folder: str | Path,
     processes: int = 1,
-    say: Say = print,
+    say: Say = notice,
     name: str = "text",
     excluded: Container[int] = (),
     tokenizer: Tokenizer | None = None,
@@ -30,9 +37,39 @@ def prepare_dataset(
     out, because they are validation documents of another source. A tokenizer is learned as
     `data.tokenizer` says, unless one is given.
     """
-    work = preparation_of(data, Path(folder), name, say)
+    with _disk_may_fail(Path(folder)):
+        return _prepare(data, Path(folder), processes, say, name, excluded, tokenizer)
+
+
+@contextlib.contextmanager
+def _disk_may_fail(folder: Path) -> Iterator[None]:
+    """Let a full or failing disk be one line. What is written by then stays, and is gone on from.
+
+    Errors of the text that is read are DataErrors already, by file and row.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or folder}: {error.strerror or error}; the text is not prepared"
+        if error.errno in _NOT_OURS:
+            raise UserError(f"{where}; nearest: a folder that can be written to") from error
+        raise RetryableError(f"{where}; the same command goes on") from error
+
+
+def _prepare(
+    data: DataConfig,
+    folder: Path,
+    processes: int,
+    say: Say,
+    name: str,
+    excluded: Container[int],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    work = preparation_of(data, folder, name, say)
     finished = work.look()
     if finished:
+        # A kill after the manifest was written leaves this file behind.
+        (folder / PROGRESS).unlink(missing_ok=True)
         return finished
     for stray in work.folder.glob("tmp-*"):
         stray.unlink()

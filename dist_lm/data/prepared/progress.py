@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 
+from dist_lm.console import count, notice, say
 from dist_lm.data.text.formats import Reader
 
 Say = Callable[[str], None]  # prints a line
@@ -36,7 +37,7 @@ class Progress:
         self.file = 0  # number of the file being read ...
         self.before = 0  # ... and the bytes of text before it
         self.file_ends = list(accumulate(file.size for file in reader.files))
-        self.is_terminal = sys.stdout.isatty() and say is print
+        self.is_terminal = sys.stderr.isatty() and say is notice
         self.pause = TERMINAL_PAUSE if self.is_terminal else LOG_PAUSE
         self.begin = time.monotonic()
         self.due = self.begin + self.pause
@@ -56,16 +57,17 @@ class Progress:
         self.due = now + self.pause
         rate = self.bytes / max(now - self.begin, 1e-9)
         megabytes = f"{self.bytes / 1e6:,.1f} MB"
-        line = f"{self.verb} {self.documents:,} documents, {megabytes}, {rate / 1e6:.2f} MB/s"
+        documents = count(self.documents, "document")
+        line = f"{self.verb} {documents}, {megabytes}, {rate / 1e6:.2f} MB/s"
         bytes_left = self._total_bytes() - self.bytes
         if bytes_left > 0 and not end:
             line += f", about {bytes_left / max(rate, 1):,.0f} s left"
         if not self.is_terminal:
             self.say(line)
         elif end:
-            print(f"\r{line:<78}", flush=True)
+            say(f"\r{line:<78}", channel="stderr")
         else:
-            print(f"\r{line:<78}", end="", flush=True)
+            say(f"\r{line:<78}", end="", channel="stderr")
 
     def _total_bytes(self) -> float:
         """Bytes of text in all; estimated by what the files so far had for their size on disk."""

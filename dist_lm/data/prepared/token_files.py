@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_lm.config import DataConfig
+from dist_lm.console import count
 from dist_lm.data.prepared.encode import TextPiece
 from dist_lm.data.prepared.holdout import held_out
 from dist_lm.data.prepared.phases import SMALL, Preparation
@@ -128,8 +129,8 @@ class TokenPreparation(Preparation):
     def say_result(self, manifest: dict[str, Any]) -> None:
         for split, entry in manifest["splits"].items():
             self.say(
-                f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens in"
-                f" {len(entry['shards'])} shards"
+                f"{split}: {count(entry['documents'], 'document')},"
+                f" {count(entry['tokens'], 'token')} in {count(len(entry['shards']), 'shard')}"
             )
         if manifest["skipped"]:
             self.say(f"skipped: {count_kinds(manifest['skipped'])}")

@@ -8,18 +8,20 @@ from array import array
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
+from pydantic import Field
 
 from dist_lm.config import DataConfig
 from dist_lm.data.prepared.encode import TextPiece
 from dist_lm.data.prepared.holdout import SplitDocument
-from dist_lm.data.prepared.manifest import FORMAT, MANIFEST
+from dist_lm.data.prepared.manifest import FORMAT, MANIFEST, ShardEntry, SourceEntry
 from dist_lm.data.prepared.shard_file import write_shard
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import write_file, write_json
+from dist_lm.outside import CheckedModel, Count
 
 SHARD_TOKENS = 2**25
 PROGRESS = "progress.json"
@@ -42,6 +44,25 @@ class SavedState(TypedDict, total=False):
     settings: dict[str, Any]
     sources: list[dict[str, Any]]
     splits: dict[str, SplitState]
+
+
+class SplitProgress(CheckedModel):
+    """A `SplitState` that was read back."""
+
+    shards: list[ShardEntry]
+    unknown: Count
+    place: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    skip: Count
+
+
+class ProgressFile(CheckedModel):
+    """A `SavedState` that was read back."""
+
+    bytes: Count | None
+    tail: Count | None
+    settings: dict[str, Any]
+    sources: list[SourceEntry]
+    splits: dict[Literal["train", "val"], SplitProgress]
 
 
 def list_files(reader: Reader) -> list[dict[str, Any]]:

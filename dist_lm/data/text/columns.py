@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
-from dist_lm.data.text.files import nearest_hint
+from dist_lm.data.text.files import nearest_hint, one_line
 
 Rows = Iterator[tuple[int, Any]]  # number of a row, and its content as its format gives it
 ToText = Callable[[Any], str | None]  # turns that content into text; None is a null
@@ -128,7 +128,10 @@ class Columns:
                 raise ValueError(f"no {self.setting(name)} in it")
             cells[name] = "" if row[name] is None else row[name]
         assert self.spec.template, "only a source with a template comes here"
-        return self.spec.template.format_map(cells)
+        try:
+            return self.spec.template.format_map(cells)
+        except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"does not fit the template: {one_line(error)}") from error
 
 
 def _cells(column: Any) -> Iterable[Any]:

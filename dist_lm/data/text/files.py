@@ -11,7 +11,6 @@ import glob
 import io
 import json
 import re
-import shutil
 import sysconfig
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
@@ -26,6 +25,11 @@ FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _PACKINGS = (".gz", ".zst")
 # Parquet and Arrow begin to read at the end of a file, so an unpacked copy must be seekable.
 _READ_FROM_THE_END = (".parquet", ".arrow")
+# A packed table is unpacked to a file that nobody sees. So that a small one does not fill the disk,
+# there is a limit.
+_UNPACKED_BASE = 2**26  # bytes
+_MOST_EXPANSION = 200  # times
+_COPY_CHUNK = 2**20
 _NOT_STDLIB = {
     "site-packages",
     "test",
@@ -136,10 +140,20 @@ def open_text_file(text_file: TextFile) -> Iterator[BinaryIO]:
             file = stack.enter_context(io.BufferedReader(_Unpacked(file, packing)))
             if format_of(text_file.name) in _READ_FROM_THE_END:
                 copy = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(file, copy)
-                copy.seek(0)
+                _copy(file, copy, most=_UNPACKED_BASE + _MOST_EXPANSION * text_file.size)
                 file = copy
         yield file
+
+
+def _copy(file: BinaryIO, copy: BinaryIO, most: int) -> None:
+    """Copy an unpacked file; refuses one that is larger than `most` bytes."""
+    size = 0
+    while chunk := file.read(_COPY_CHUNK):
+        size += len(chunk)
+        if size > most:
+            raise ValueError(f"unpacks to more than {most:,} bytes; nearest: unpack it yourself")
+        copy.write(chunk)
+    copy.seek(0)
 
 
 class _Unpacked(io.RawIOBase):

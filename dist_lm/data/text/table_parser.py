@@ -31,7 +31,7 @@ def serve(descriptor: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _limit(resource.RLIMIT_AS, MEMORY)
     pipe = Connection(descriptor)
     batches: Iterator[Any] = iter(())
     table: Any = None
@@ -95,8 +95,14 @@ class _FarFile(io.RawIOBase):
 def _limit_time() -> None:
     """Let a request that never ends be ended by the system."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    until = round(usage.ru_utime + usage.ru_stime) + CPU_SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_CPU, round(usage.ru_utime + usage.ru_stime) + CPU_SECONDS)
+
+
+def _limit(kind: int, most: int) -> None:
+    """Set a limit, unless a lower one stands already."""
+    _, hard = resource.getrlimit(kind)
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(kind, (most, hard))
 
 
 def _open(pipe: Connection, request: dict[str, Any]) -> Any:

@@ -275,6 +275,8 @@ def figures(run: Path) -> dict[str, str]:
     found: dict[str, list[Any]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
+        if "event" in entry:  # older revisions have none
+            continue
         for name, value in entry.items():
             if name in FIGURES or name.startswith(FIGURES_OF_A_SOURCE):
                 found.setdefault(name, []).append([entry["step"], value])

@@ -253,8 +253,6 @@ def train(
     ours = ("state.json", "manifest.json")
     result.bits |= {name: h for name, h in hashes(step).items() if name not in ours}
     result.bits |= figures(run)
-    if (run / "samples.md").exists():
-        result.bits["samples.md"] = sha256(run / "samples.md")
     return result
 
 

@@ -70,9 +70,9 @@ class Run:
     state: TrainState
     point: ResumePoint  # where this start of it began
     batches: Batches | None = None  # of training, while it lasts
+    has_ended: bool = False  # its last step was made, and not only that of run.stop_after
     has_begun: bool = False  # to train, in this process
     is_spiking: bool = False  # the last step was far off, and was warned about
-    has_ended: bool = False  # its last step was made, and not only that of run.stop_after
 
     @property
     def dir(self) -> Path:

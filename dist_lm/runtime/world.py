@@ -62,12 +62,12 @@ class Runtime:
         self.background = self._channel_of_its_own()
         self.reading = self._channel_of_its_own()
         self.watch: Watchdog | None = None
+        # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
+        self.refusal: UserError | None = None
         # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
         self.place = Place(phase="start-up")
         self.has_made_a_step = False
         self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
-        # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
-        self.refusal: UserError | None = None
 
     def _channel_of_its_own(self) -> Channel:
         channel = Channel(self.rank, self.world_size, torch.device("cpu"))

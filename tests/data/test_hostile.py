@@ -22,11 +22,7 @@ import pytest
 from dist_lm.checks.inputs import compare_tokenizers
 from dist_lm.config import Config, DataConfig
 from dist_lm.data import dataset
-from dist_lm.data import dataset
-from dist_lm.data import dataset
 from dist_lm.data.prepared.cache import ShardCache
-from dist_lm.data.prepared.kept import read_hashes
-from dist_lm.data.prepared.kept import read_hashes
 from dist_lm.data.prepared.kept import read_hashes
 from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
 from dist_lm.data.prepared.preparing import prepare_dataset
@@ -514,65 +510,7 @@ def test_names_from_outside_reach_no_terminal_raw(
     (tmp_path / "\x1b[2Ja.txt").write_text("some text to train on\n" * 20)
     data = DataConfig(input=str(tmp_path / "\x1b[2Ja.txt"), tokenizer="byte")
     prepare_dataset(data, tmp_path / "p")
-    printed = capsys.readouterr().out
-    assert r"\x1b[2Ja.txt" in printed and "\x1b" not in printed
-
-
-# --- what a run keeps of its data
-
-
-@pytest.mark.parametrize("content", ["{", "{}", '["x"]', "[true]", "[" * 10**5, "[1e3]"])
-def test_damaged_hashes_of_validation(content: str, tmp_path: Path) -> None:
-    (tmp_path / "documents.json").write_text(content)
-    said = f"{tmp_path}/documents.json: "
-    refused(lambda: read_hashes(tmp_path / "documents.json"), said, f"remove {tmp_path}, which")
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"a": 1}', '{"a": [["x"]]}', '{"a": [["x", "y", "z", "m"]]}']
-)
-def test_a_damaged_record_of_streams(content: str, tmp_path: Path) -> None:
-    (tmp_path / "streams.json").write_text(content)
-    said = f"{tmp_path}/streams.json: "
-    refused(lambda: dataset._read_record(tmp_path / "streams.json"), said, "a new run.dir")
-
-
-def test_names_from_outside_reach_no_terminal_raw(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "\x1b[2Ja.txt").write_text("some text to train on\n" * 20)
-    data = DataConfig(input=str(tmp_path / "\x1b[2Ja.txt"), tokenizer="byte")
-    prepare_dataset(data, tmp_path / "p")
-    printed = capsys.readouterr().out
-    assert r"\x1b[2Ja.txt" in printed and "\x1b" not in printed
-
-
-# --- what a run keeps of its data
-
-
-@pytest.mark.parametrize("content", ["{", "{}", '["x"]', "[true]", "[" * 10**5, "[1e3]"])
-def test_damaged_hashes_of_validation(content: str, tmp_path: Path) -> None:
-    (tmp_path / "documents.json").write_text(content)
-    said = f"{tmp_path}/documents.json: "
-    refused(lambda: read_hashes(tmp_path / "documents.json"), said, f"remove {tmp_path}, which")
-
-
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"a": 1}', '{"a": [["x"]]}', '{"a": [["x", "y", "z", "m"]]}']
-)
-def test_a_damaged_record_of_streams(content: str, tmp_path: Path) -> None:
-    (tmp_path / "streams.json").write_text(content)
-    said = f"{tmp_path}/streams.json: "
-    refused(lambda: dataset._read_record(tmp_path / "streams.json"), said, "a new run.dir")
-
-
-def test_names_from_outside_reach_no_terminal_raw(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "\x1b[2Ja.txt").write_text("some text to train on\n" * 20)
-    data = DataConfig(input=str(tmp_path / "\x1b[2Ja.txt"), tokenizer="byte")
-    prepare_dataset(data, tmp_path / "p")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert r"\x1b[2Ja.txt" in printed and "\x1b" not in printed
 
 

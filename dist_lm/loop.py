@@ -100,13 +100,7 @@ def run_to_end(
                 reason = _train_and_keep(run)
             finish(run, reason)
     except torch.OutOfMemoryError as error:  # of this rank, perhaps alone
-        from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
-
-        strategy = runtime.engine.strategy
-        world = runtime.world_size
-        shortage = UserError(
-            explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
-        )
+        shortage = shortage_of_memory(runtime, config, vocab_size)
         runtime.give_up(shortage)
         raise shortage from error
     except UserError:  # raised by all ranks together, so they can also leave together
@@ -117,6 +111,16 @@ def run_to_end(
         raise
     runtime.close()
     return reason
+
+
+def shortage_of_memory(runtime: Runtime, config: Config, vocab_size: int) -> UserError:
+    """What to say when this rank's device had too little memory."""
+    from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
+
+    strategy = runtime.engine.strategy
+    world = runtime.world_size
+    text = explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
+    return UserError(text)
 
 
 def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:

@@ -296,23 +296,27 @@ def go_back(run: Run, latest: int) -> None:
 
 
 def _choose_for_going_back(run: Run, latest: int) -> str | None:
-    """The newest valid checkpoint up to a step; None: the beginning of the run. Rank 0.
+    """The newest valid checkpoint up to a step, or else the oldest. Rank 0.
 
-    Where a regular save left one so early, but it is damaged, the oldest one is next best.
+    None is the beginning of the run, where nothing was saved yet.
     """
-    config = run.config
-    run_dir = Path(config.run.dir)
+    run_dir = Path(run.config.run.dir)
     by_step = {step_of(folder): folder for folder in step_folders(run_dir)}
     begun = run.point.folder
     if begun and begun.is_dir():  # run.resume may name one elsewhere
         by_step.setdefault(run.point.facts["step"], begun)
+    if not by_step:
+        return None
     steps = sorted(by_step)
-    candidates = [step for step in reversed(steps) if step <= latest]
-    if 0 < config.run.save_every <= latest:
-        candidates += [step for step in steps if step > latest]
-    chosen = next((step for step in candidates if _is_valid(run, by_step[step])), 0)
-    set_aside_newer(run_dir, chosen, run.runtime.say)
-    return str(by_step[chosen]) if chosen else None
+    early = [step for step in reversed(steps) if step <= latest]
+    late = [step for step in steps if step > latest]
+    for step in (*early, *late):
+        if _is_valid(run, by_step[step]):
+            set_aside_newer(run_dir, step, run.runtime.say)
+            return str(by_step[step])
+    raise CheckpointError(
+        f"run.dir={run_dir} has no valid checkpoint to go back to; rule: never restart at step 0"
+    )
 
 
 def _is_valid(run: Run, folder: Path) -> bool:

@@ -10,7 +10,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
 from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
-from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.batches import Batch, Batches, Micro
 from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.order import batch_of_step
@@ -33,8 +33,9 @@ from dist_lm.errors import DivergedError, RetryableError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point, go_back
+from dist_lm.runtime.engine import ReplicatedEngine
 from dist_lm.runtime.late import LateFigures, Moment
-from dist_lm.runtime.replicas import hash_of_bits, who_differs
+from dist_lm.runtime.replicas import hash_of_bits, who_computes_otherwise, who_differs
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
@@ -70,7 +71,7 @@ class Pending:
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
-    weight_hashes: LateFigures | None  # by rank
+    hashes: LateFigures | None  # of replicas, by rank
     shares: dict[str, float]  # of a mixture
 
 
@@ -271,7 +272,7 @@ def train(run: Run, profiler: Any) -> str:
 
         figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
-        weight_hashes = hashes_of_weights(run)
+        hashes = hashes_of_replicas(run, batch)
         late_figures = LateFigures(figures)
 
         # All ranks: read the figures of the step before, and keep those of this step.
@@ -286,7 +287,7 @@ def train(run: Run, profiler: Any) -> str:
             began=began,
             forwarded=forwarded,
             batch_hash=batch_hash,
-            weight_hashes=weight_hashes,
+            hashes=hashes,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
@@ -391,38 +392,63 @@ def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
     return LateFigures(run.runtime.sum(run.runtime.on_device([batch.row_hashes], torch.int64)))
 
 
-def hashes_of_weights(run: Run) -> LateFigures | None:
-    """Each rank's hash of the weights after this step, if they are due to be compared. All ranks.
+def hashes_of_replicas(run: Run, batch: Batch) -> LateFigures | None:
+    """What the ranks compare after this step, if that is due: hashes by rank. All ranks.
 
-    They are also compared before a save, so that what is saved was checked.
+    The first row is of the weights. With run.deterministic the second is of each rank's gradient of
+    a micro-batch, and the third of that of the rank before it. They are also compared before a
+    save, so that what is saved was checked.
     """
     config = run.config.run
+    runtime = run.runtime
+    engine = runtime.engine
     step = run.state.step + 1
     is_due = due(step, config.check_every) or due(step, config.save_every)
-    engine = run.runtime.engine
-    if not (config.check_every and is_due and engine.has_replicas):
+    if not (config.check_every and is_due and isinstance(engine, ReplicatedEngine)):
         return None
-    hashes = torch.zeros(engine.world_size, dtype=torch.int64, device=run.runtime.device)
-    hashes[engine.rank] = hash_of_bits(engine.bare.parameters())
-    return LateFigures(run.runtime.sum(hashes))
+    hashes = torch.zeros(3, engine.world_size, dtype=torch.int64, device=runtime.device)
+    hashes[0, engine.rank] = hash_of_bits(engine.bare.parameters())
+    if config.deterministic and engine.has_replicas:
+        ours = replace(batch.micros[0], bounds_N=None)  # their number differs between ranks
+        theirs = ours.each(runtime.of_rank_before)
+        hashes[1, engine.rank] = engine.hash_of_gradient(lambda: loss_of(run, ours))
+        hashes[2, engine.rank] = engine.hash_of_gradient(lambda: loss_of(run, theirs))
+    return LateFigures(runtime.sum(hashes))
 
 
-def refuse_corrupt_weights(run: Run, pending: Pending) -> None:
-    """End the run if some rank's weights are not those of the others. All ranks."""
-    if pending.weight_hashes is None:
+def loss_of(run: Run, micro: Micro) -> Tensor:
+    """The summed loss of a micro-batch."""
+    loss: Tensor = run.runtime.engine.model(
+        micro.tokens_BT,
+        micro.targets_BT,
+        dropout_keys_B=micro.dropout_keys_B,
+        segments_BT=micro.segments_BT,
+        bounds_N=micro.bounds_N,
+    )
+    return loss
+
+
+def refuse_corrupt_replicas(run: Run, pending: Pending) -> None:
+    """End the run if a rank has other weights, or computes otherwise, than the others. All ranks."""
+    if pending.hashes is None:
         return
-    ranks = who_differs(pending.weight_hashes.read())
+    weights, own, of_neighbour = pending.hashes.read()
+    what = "the weights"
+    ranks = who_differs(weights)
+    if not ranks:
+        what = "the gradients of the same rows"
+        ranks = who_computes_otherwise(own, of_neighbour)
     if not ranks:
         return
     hosts = run.runtime.channel.gather(socket.gethostname())
     names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
-    whose = f"the weights of {names} are not those of the others"
-    if len(ranks) == len(hosts):
-        whose = f"the weights of {names} differ, and no majority says whose are right"
+    verdict = f"{what} of {names} are not those of the others"
+    if len(ranks) > 1:
+        verdict = f"{what} of {names} differ, and no majority says whose are right"
     run.metrics.close()
     raise RetryableError(
-        f"corrupt at step {pending.step}: {whose}; rule: equal bits on every rank; the same command"
-        " goes on from the newest checkpoint, better without that device"
+        f"corrupt at step {pending.step}: {verdict}; rule: equal bits on every rank; the same"
+        " command goes on from the newest checkpoint, better without that device"
     )
 
 
@@ -439,7 +465,7 @@ def record_step(run: Run, pending: Pending) -> bool:
         pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
     )
     runtime.refuse_together(are_refusing)
-    refuse_corrupt_weights(run, pending)
+    refuse_corrupt_replicas(run, pending)
     judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
 

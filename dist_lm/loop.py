@@ -429,7 +429,7 @@ def loss_of(run: Run, micro: Micro) -> Tensor:
 
 
 def refuse_corrupt_replicas(run: Run, pending: Pending) -> None:
-    """End the run if a rank has other weights, or computes otherwise, than the others. All ranks."""
+    """End the run if a rank has other weights than the others, or computes otherwise. All ranks."""
     if pending.hashes is None:
         return
     weights, own, of_neighbour = pending.hashes.read()

@@ -23,7 +23,7 @@ from tests.test_train import tiny
 
 def train_slowly() -> None:
     """As a rank: train.py, where rank 1 sleeps as it enters a phase, or ends a save, at some steps."""
-    phase, steps, seconds = json.loads(sys.argv.pop(1))
+    phase, steps, seconds, beat = json.loads(sys.argv.pop(1))
     enter = loop.Runtime.enter
     begin = Saver.begin
 
@@ -40,12 +40,15 @@ def train_slowly() -> None:
     loop.Runtime.enter = sleep  # type: ignore[method-assign]
     Saver.begin = linger  # type: ignore[method-assign]
     watchdog._SHORTEST_SLOWNESS = 0.3
+    watchdog._LONGEST_BEAT = beat
     run_entry(main, prints_result=False)
 
 
-def slowly(run: Path, phase: str, steps: list[int], seconds: float, *arguments: str) -> Any:
+def slowly(
+    run: Path, phase: str, steps: list[int], seconds: float, *arguments: str, beat: float = 1.0
+) -> tuple[list[int | None], str]:
     code = "from tests.runtime import test_watchdog; test_watchdog.train_slowly()"
-    what = json.dumps([phase, steps, seconds])
+    what = json.dumps([phase, steps, seconds, beat])
     ranks = start_ranks(2, "-c", code, what, "--run.dir", str(run), *arguments)
     _, output = finish(ranks, 200)
     return [rank.returncode for rank in ranks], output
@@ -77,8 +80,9 @@ def test_a_long_evaluation_or_save_is_no_hang(prepared: Path, tmp_path: Path, ph
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named_once(prepared: Path, tmp_path: Path) -> None:
-    arguments = tiny(prepared, "--run.steps", "16")
-    codes, output = slowly(tmp_path / "run", "forward", list(range(1, 16)), 1, *arguments)
+    steps = list(range(1, 11))
+    arguments = tiny(prepared, "--run.steps", "11")
+    codes, output = slowly(tmp_path / "run", "forward", steps, 0.5, *arguments, beat=0.3)
     assert codes == [0, 0], output
-    slow = f"warning: rank 1 on {socket.gethostname()} is slow: 1."
+    slow = f"warning: rank 1 on {socket.gethostname()} is slow: 0."
     assert output.count(slow) == 1 and output.count("is slow") == 1, output

@@ -449,6 +449,13 @@ class RunConfig(Section):
     timeout_seconds: float = Field(
         600.0, ge=1, description="How long a process that is gone can hold up the others."
     )
+    check_every: NotNegative = Field(
+        0, description="Steps between comparisons of the weights of DDP's ranks; 0: never."
+    )
+    on_spike: Literal["warn", "act", "ignore"] = Field(
+        "warn",
+        description="When loss or norm jump: warn, act (go back and step over data) or ignore.",
+    )
     log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
     profile_steps: NotNegative = Field(
         0, description="Trace this many steps with torch.profiler; 0: none."

@@ -1,4 +1,4 @@
-"""Where the time of a run and of all its restarts went, and why it stopped each time.
+"""Where the time of a run and of all its restarts went, why it stopped, and its spikes.
 
 All of it is in metrics.jsonl: each start, stop, evaluation and save has a line there, and each step
 has its rate. A start that is killed writes no stop; it lasted as long as what it wrote about.
@@ -25,7 +25,7 @@ class Work:
     step: int  # updates made when it ended
     seconds: float
     seconds_of_data: float = 0.0  # spent waiting for data, as a part of them
-    is_lost: bool = False  # it was done again after a restart
+    is_lost: bool = False  # it was done again after a restart, or after the run went back
 
 
 @dataclass
@@ -46,6 +46,7 @@ class History:
         self.starts: list[Start] = []
         self.stops_before_training: dict[int, str] = {}  # by attempt
         self.work: list[Work] = []
+        self.spikes: list[str] = []
         self._tokens = 0  # of the run, after the last line
         for line in lines:
             self._take(line)
@@ -66,6 +67,11 @@ class History:
             self.starts.append(Start(event.began, event.time, event.attempt, ended=event.time))
         elif event.event == "stop":
             self._take_stop(event)
+        elif event.event == "spike":
+            self.spikes.append(f"at step {event.step}: {event.reason}; {event.done}")
+            if event.back is not None:
+                self._forget_after(event.back)
+                self._tokens = event.tokens
         elif event.event == "evaluation":
             self._add(Work("evaluation", event.step, event.seconds))
         elif event.event == "save":
@@ -135,4 +141,5 @@ def goodput(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         "starts": len(history.starts) + len(history.stops_before_training),
         "seconds": history.seconds(),
         "stops": history.causes(),
+        "spikes": history.spikes,
     }

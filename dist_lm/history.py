@@ -13,6 +13,7 @@ from dist_lm.config import Config
 from dist_lm.console import count as count_of
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
+from dist_lm.data.order import batch_after, batch_of_step
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import MANIFEST
 from dist_lm.data.provenance import Origin
@@ -66,10 +67,25 @@ def read_steps(config: Config, data: Dataset, first: int) -> Iterator[dict[int, 
     if not data.any_order:
         begin = _newest_before(config, first)
     reader = data.open_reader(config.data, state=begin["streams"])
+    stepped_over = _stepped_over(config)
+    read_up_to = batch_after(begin["step"], stepped_over)
     for step in count(begin["step"]):
-        origins = reader.origins(step)
+        number = batch_of_step(step, stepped_over)
+        if not data.any_order:
+            for passed in range(read_up_to, number):
+                reader.origins(passed)
+        read_up_to = number + 1
+        origins = reader.origins(number)
         if step >= first:
             yield origins
+
+
+def _stepped_over(config: Config) -> list[list[int]]:
+    """The ranges of batches that the newest checkpoint says were stepped over."""
+    for path in _checkpoints(config)[-1:]:
+        ranges: list[list[int]] = read_state(path.parent).get("stepped_over", [])
+        return ranges
+    return []
 
 
 def _newest_before(config: Config, step: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ along is in TrainState, the weights and the optimizer's tensors.
 
 import json
 import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,16 +25,27 @@ from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
+from dist_lm.data.order import batch_of_step
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
-from dist_lm.errors import DivergedError, UserError
+from dist_lm.errors import DivergedError, RetryableError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
-from dist_lm.resume import Run, build, describe, find_resume_point
+from dist_lm.resume import Run, build, describe, find_resume_point, go_back
 from dist_lm.runtime.late import LateFigures, Moment
+from dist_lm.runtime.replicas import hash_of_bits, who_differs
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
+from dist_lm.spikes import (
+    LONGEST_RANGE,
+    STRETCH,
+    WINDOW,
+    Spike,
+    far_off,
+    spell_ranges,
+    with_range,
+)
 from dist_lm.validate import validate
 
 SAMPLE_TOKENS = 96  # of each text that an evaluation writes to samples.md
@@ -53,8 +65,10 @@ class Pending:
     lr: float
     loss_norm_targets_flags: LateFigures
     began: Moment  # where the step before ended, or an evaluation or a save after that
+    forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
+    weight_hashes: LateFigures | None  # by rank
     shares: dict[str, float]  # of a mixture
 
 
@@ -71,16 +85,28 @@ def run_to_end(
     """
     runtime = start(config, launch, attempt)
     reason = ""
+    vocab_size = 1
     try:
         hold_folder(runtime)
         point = find_resume_point(runtime, config, allow_change)
         if point:
+            vocab_size = point.data.tokenizer.vocab_size
             with _shard_check(runtime, config, point.data) as check:
                 run = build(runtime, config, point)
                 describe(run)
                 runtime.on_main(check.wait)
                 reason = _train_and_keep(run)
             finish(run, reason)
+    except torch.OutOfMemoryError as error:  # of this rank, perhaps alone
+        from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
+
+        strategy = runtime.engine.strategy
+        world = runtime.world_size
+        shortage = UserError(
+            explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
+        )
+        runtime.give_up(shortage)
+        raise shortage from error
     except UserError:  # raised by all ranks together, so they can also leave together
         runtime.close()
         raise
@@ -103,16 +129,80 @@ def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
 
 def _train_and_keep(run: Run) -> str:
     """Train; after an error still complete the checkpoint that is being written. All ranks."""
+    config = run.config
+    profiler = run.runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
     try:
-        return train(run)
+        while True:
+            try:
+                reason = train(run, profiler)
+            except Spike as spike:
+                return_from(run, spike)
+            else:
+                profiler.stop()
+                return reason
     except UserError:
-        if run.batches:
-            run.batches.close()
-        report_saving(run, run.saver.finish)
+        _end_reading_and_saving(run)
         raise
 
 
-def train(run: Run) -> str:
+def _end_reading_and_saving(run: Run) -> None:
+    """What has begun beside training comes to its end. All ranks."""
+    if run.batches:
+        run.batches.close()
+    report_saving(run, run.saver.finish)
+
+
+def return_from(run: Run, spike: Spike) -> None:
+    """Go back to the last good checkpoint, and step over the data up to the spike. All ranks.
+
+    What is stepped over is the same from whichever checkpoint the run goes back, and a run that is
+    killed before it has saved that meets the same spike again. So an interrupted run is the same.
+    """
+    run.runtime.has_made_a_step = False  # what follows is a start-up
+    run.runtime.enter(run.state.step, "start-up")
+    _end_reading_and_saving(run)
+    known = run.state.stepped_over
+    latest = spike.step - STRETCH
+    go_back(run, latest)
+    step = run.state.step
+    first = batch_of_step(max(step, latest), known)
+    last = batch_of_step(spike.step - 1, known)
+    ranges = with_range(known, first, last + 1)
+    if max(stop - start for start, stop in ranges) > LONGEST_RANGE:
+        run.metrics.close()
+        raise DivergedError(
+            f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
+            f" back, the last time without global batches {spell_ranges(known)}; rule: a loss that"
+            " falls; try a smaller optim.lr, or an earlier step as run.resume"
+        )
+    run.state.stepped_over = ranges
+    done = f"went back to step {step}, steps over global batches {first} to {last}"
+    record_spike(run, spike, [first, last], done, back=step, tokens=run.state.tokens)
+
+
+def record_spike(run: Run, spike: Spike, batches: list[int], done: str, **facts: Any) -> None:
+    """Say what happened at a step, and note it with the data that it may come from. Rank 0.
+
+    `batches` has the first and the last of these global batches; their positions are those that
+    count every sequence of the run.
+    """
+    size = run.config.data.global_batch
+    first, last = batches
+    run.runtime.say(f"warning: step {spike.step}: {spike.reason}; {done}")
+    run.metrics.event(
+        "spike",
+        spike.step,
+        loss=spike.loss,
+        grad_norm=spike.norm,
+        batches=batches,
+        positions=[first * size, (last + 1) * size - 1],
+        reason=spike.reason,
+        done=done,
+        **facts,
+    )
+
+
+def train(run: Run, profiler: Any) -> str:
     """The loop. All ranks run it, with one outcome; returns why it stopped early, or nothing."""
     config = run.config
     runtime = run.runtime
@@ -127,7 +217,6 @@ def train(run: Run) -> str:
     record_start(run)
     pending: Pending | None = None
     began = Moment(runtime.device)
-    profiler = runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
 
     while True:
         # All ranks: is this the last turn? It only evaluates and saves.
@@ -155,31 +244,38 @@ def train(run: Run) -> str:
         # All ranks, each on its rows of the batch: gradients, and one update.
         lr = lr_at(config.optim, state.step, run.steps or 0)
         set_lr(run.optimizer, lr)
-        loss_sum = add_gradients(run, batch, targets)
+        loss_sum, forwarded = add_gradients(run, batch, targets)
+        runtime.enter(state.step, "update")
         norm = runtime.engine.update()
 
         # All ranks: one small sum carries all that they must agree on. Its flags are read one step
         # late, with the figures.
+        runtime.enter(state.step, "data")
         waiting = time.monotonic()
         next_batch = take_batch(run, batches)
         seconds_waiting = time.monotonic() - waiting
-        agreed = runtime.sum(torch.cat([loss_sum[None], runtime.with_flags(next_batch.targets)]))
-        loss_sum, next_targets, stop, are_refusing = agreed
+        flags = runtime.with_flags(next_batch.targets)
+        agreed = runtime.sum(torch.cat([loss_sum[None], flags, runtime.of_main(norm)[None]]))
+        loss_sum, next_targets, stop, are_refusing, norm = agreed
 
-        figures = torch.stack([loss_sum / targets, norm.double(), targets, stop, are_refusing])
+        figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
+        weight_hashes = hashes_of_weights(run)
         late_figures = LateFigures(figures)
 
         # All ranks: read the figures of the step before, and keep those of this step.
         if pending:
             is_stopping = record_step(run, pending)
         state.advance(batch.after)
+        runtime.has_made_a_step = True
         pending = Pending(
             step=state.step,
             lr=lr,
             loss_norm_targets_flags=late_figures,
             began=began,
+            forwarded=forwarded,
             batch_hash=batch_hash,
+            weight_hashes=weight_hashes,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
@@ -188,7 +284,6 @@ def train(run: Run) -> str:
         targets = next_targets
         profiler.step()
 
-    profiler.stop()
     batches.close()
     run.has_ended = has_ended
     if has_ended or not is_stopping:
@@ -216,7 +311,10 @@ def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
 
 
 def record_start(run: Run) -> None:
-    """Note in metrics.jsonl where and when this start of the run begins to train. Rank 0."""
+    """Note in metrics.jsonl where and when this process begins to train. Rank 0."""
+    if run.has_begun:  # it went back
+        return
+    run.has_begun = True
     attempt = run.runtime.attempt
     run.metrics.event(
         "start",
@@ -230,16 +328,20 @@ def record_start(run: Run) -> None:
     )
 
 
-def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
-    """Forward and backward of this rank's micro-batches; the sum of its losses. All ranks.
+def add_gradients(run: Run, batch: Batch, targets: Tensor) -> tuple[Tensor, Moment]:
+    """Forward and backward of this rank's micro-batches. All ranks.
 
-    The loss is the sum over the global batch divided by its number of targets, however the batch is
-    cut up.
+    Returns the sum of its losses, and when its first forward had ended. The loss is the sum over
+    the global batch divided by its number of targets, however the batch is cut up.
     """
-    engine = run.runtime.engine
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.runtime.device)
+    runtime = run.runtime
+    engine = runtime.engine
+    step = run.state.step
+    loss_sum = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    forwarded: Moment | None = None
     for number, micro in enumerate(batch.micros, 1):
         with engine.micro_step(last=number == len(batch.micros)):
+            runtime.enter(step, "forward")
             loss = engine.model(
                 micro.tokens_BT,
                 micro.targets_BT,
@@ -247,9 +349,12 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> Tensor:
                 segments_BT=micro.segments_BT,
                 bounds_N=micro.bounds_N,
             )
+            forwarded = forwarded or Moment(runtime.device)
+            runtime.enter(step, "backward")
             engine.backward(loss / targets.float())
         loss_sum += loss.detach()
-    return loss_sum
+    assert forwarded, "a batch has a micro-batch"
+    return loss_sum, forwarded
 
 
 def loss_of_nothing(run: Run, batch: Batch) -> Tensor:
@@ -275,32 +380,63 @@ def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
     return LateFigures(run.runtime.sum(run.runtime.on_device([batch.row_hashes], torch.int64)))
 
 
+def hashes_of_weights(run: Run) -> LateFigures | None:
+    """Each rank's hash of the weights after this step, if they are due to be compared. All ranks.
+
+    They are also compared before a save, so that what is saved was checked.
+    """
+    config = run.config.run
+    step = run.state.step + 1
+    is_due = due(step, config.check_every) or due(step, config.save_every)
+    engine = run.runtime.engine
+    if not (config.check_every and is_due and engine.has_replicas):
+        return None
+    hashes = torch.zeros(engine.world_size, dtype=torch.int64, device=run.runtime.device)
+    hashes[engine.rank] = hash_of_bits(engine.bare.parameters())
+    return LateFigures(run.runtime.sum(hashes))
+
+
+def refuse_corrupt_weights(run: Run, pending: Pending) -> None:
+    """End the run if some rank's weights are not those of the others. All ranks."""
+    if pending.weight_hashes is None:
+        return
+    ranks = who_differs(pending.weight_hashes.read())
+    if not ranks:
+        return
+    hosts = run.runtime.channel.gather(socket.gethostname())
+    names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+    whose = f"the weights of {names} are not those of the others"
+    if len(ranks) == len(hosts):
+        whose = f"the weights of {names} differ, and no majority says whose are right"
+    run.metrics.close()
+    raise RetryableError(
+        f"corrupt at step {pending.step}: {whose}; rule: equal bits on every rank; the same command"
+        " goes on from the newest checkpoint, better without that device"
+    )
+
+
 def record_step(run: Run, pending: Pending) -> bool:
-    """Read a step's figures, refuse what is not finite, record them. All ranks.
+    """Read a step's figures, judge them, record them. All ranks.
 
     Returns whether some rank was told to stop.
     """
     runtime = run.runtime
     state = run.state
-    scaler = runtime.engine.scaler
     loss, norm, targets, stop, are_refusing = pending.loss_norm_targets_flags.read()
     seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
+    runtime.note_own_seconds(
+        pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
+    )
     runtime.refuse_together(are_refusing)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
-            run.metrics.close()
-            raise DivergedError(
-                f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
-                f" optim.lr={pending.lr}; no later step was saved; rule: finite on every rank; try"
-                " a smaller optim.lr, a longer warm-up or optim.clip",
-            )
-        state.skipped_updates += 1
+    refuse_corrupt_weights(run, pending)
+    judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
         (batch_hash,) = pending.batch_hash.read()
         extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
+    scaler = runtime.engine.scaler
     if scaler.is_enabled():
         extra["scale"] = scaler.get_scale()
         extra["skipped_updates"] = state.skipped_updates
@@ -319,11 +455,59 @@ def record_step(run: Run, pending: Pending) -> bool:
     return bool(stop)
 
 
+def judge_step(run: Run, pending: Pending, loss: float, norm: float) -> None:
+    """Warn of figures that are far off, go back from them, or end the run. All ranks.
+
+    Without run.on_spike=act only figures that are not finite end it. They never reach a checkpoint.
+    """
+    state = run.state
+    scaler = run.runtime.engine.scaler
+    on_spike = run.config.run.on_spike
+    if math.isfinite(loss) and math.isfinite(norm):
+        reason = ""
+        if on_spike != "ignore":
+            forget_before_new_stage(run, pending.step)
+            reason = far_off(state.recent, loss, norm)
+        spike = Spike(pending.step, loss, norm, reason)
+        if reason and on_spike == "act":
+            raise spike
+        if reason and not run.is_spiking:
+            batch = batch_of_step(pending.step - 1, state.stepped_over)
+            record_spike(run, spike, [batch, batch], "the run goes on")
+        run.is_spiking = bool(reason)
+        state.recent = [*state.recent, [loss, norm]][-WINDOW:]
+    elif scaler.is_enabled() and scaler.get_scale() >= SMALLEST_SCALE:
+        state.skipped_updates += 1
+    elif on_spike == "act":
+        reason = f"loss={loss}, grad_norm={norm} is not finite"
+        raise Spike(pending.step, loss, norm, reason)
+    else:
+        run.metrics.close()
+        raise DivergedError(
+            f"diverged at step {pending.step}: loss={loss}, grad_norm={norm},"
+            f" optim.lr={pending.lr}; no later step was saved; rule: finite on every rank; try"
+            " a smaller optim.lr, a longer warm-up or optim.clip",
+        )
+
+
+def forget_before_new_stage(run: Run, step: int) -> None:
+    """Compare the steps of a stage with each other only: another mixture has another loss."""
+    stages = run.config.data.stages
+    if not stages or step < 2:
+        return
+    state = run.state
+    before = batch_of_step(step - 2, state.stepped_over)
+    batch = batch_of_step(step - 1, state.stepped_over)
+    if any(before < stage.from_step <= batch for stage in stages):
+        state.recent = []
+
+
 def evaluate(run: Run, is_saving: bool = False) -> None:
     """Held-out figures, and samples in which a reader sees the text become coherent.
 
     `is_saving`: this step gets a checkpoint, which the samples name. All ranks, in step.
     """
+    run.runtime.enter(run.state.step, "evaluation")
     with run.metrics.pause("evaluation", run.state.step):
         losses = []
         for name in run.data.val:
@@ -393,6 +577,7 @@ def save(run: Run, last: bool) -> None:
     """Begin a checkpoint, which is written beside training; wait for the last one. All ranks."""
     config = run.config
     runtime = run.runtime
+    runtime.enter(run.state.step, "save")
     tokenizer = run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))
@@ -487,6 +672,7 @@ def training_batches(run: Run) -> Batches:
         runtime.device,
         eot=data.tokenizer.eot,
         first_step=run.state.step,
+        stepped_over=run.state.stepped_over,
         dropout_seed=config.run.seed if config.model.dropout > 0 else None,
         hash_rows=config.run.log_batch_hash,
     )

@@ -393,7 +393,9 @@ class EventLine(CheckedModel):
     time: Seconds = 0.0  # since 1970, by the clock of who wrote it
     began: Seconds = 0.0  # of a start: when the process began, since 1970
     attempt: Count = 0
-    tokens: Count = 0  # of a start: trained on before it
+    tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
+    back: Count | None = None  # of a spike: the step to which the run went back
+    done: Text = ""  # about a spike
     seconds: Seconds = 0.0  # how long it took
     kind: Text = Field("", alias="class")  # of a stop, as in outcome.json
     reason: Text = ""

@@ -130,7 +130,7 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
 
 
 def print_goodput(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Where the time of the runs and all their restarts went, and why they stopped."""
+    """Where the time of the runs and all their restarts went, why they stopped, their spikes."""
     told = [run for run in runs if run["goodput"]]
     if not told:
         return
@@ -145,6 +145,8 @@ def print_goodput(runs: Sequence[Mapping[str, Any]]) -> None:
     for run in told:
         for cause, times in run["goodput"]["stops"].items():
             print(f"{run['run']} stopped {times} x {printable(cause)}")
+        for spike in run["goodput"]["spikes"]:
+            print(f"{run['run']} {printable(spike)}")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

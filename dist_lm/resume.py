@@ -33,6 +33,7 @@ from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
 from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
 from dist_lm.runtime.world import Runtime
+from dist_lm.spikes import STRETCH
 
 _DATA = "data (its tokens, by hash)"  # compared like a setting
 
@@ -61,8 +62,11 @@ class Run:
     metrics: Metrics
     saver: Saver
     state: TrainState
+    point: ResumePoint  # where this start of it began
     batches: Batches | None = None  # of training, while it lasts
     has_ended: bool = False  # its last step was made, and not only that of run.stop_after
+    has_begun: bool = False  # to train, in this process
+    is_spiking: bool = False  # the last step was far off, and was warned about
 
     @property
     def dir(self) -> Path:
@@ -136,9 +140,12 @@ def _why_nothing_is_left(config: Config, steps: int | None, facts: Mapping[str, 
 def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> int:
     """The step at which the run is finished, as far as it is known."""
     ends = [steps or sys.maxsize, config.run.stop_after or sys.maxsize]
+    stepped_over = sum(stop - first for first, stop in facts.get("stepped_over", []))
+    if steps and config.run.epochs:
+        ends.append(steps - stepped_over)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
     if used_up:
-        ends.append(-(-used_up // config.data.global_batch))
+        ends.append(-(-used_up // config.data.global_batch) - stepped_over)
     return min(ends)
 
 
@@ -205,6 +212,7 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         runtime.background,
         keep_last=config.run.keep_last,
         keep_every=config.run.keep_every,
+        reach=STRETCH if config.run.on_spike == "act" else 0,
         resumed=point.folder,
         lost=runtime.attempt.lock.look,
     )
@@ -219,6 +227,7 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         metrics=metrics,
         saver=saver,
         state=TrainState(),
+        point=point,
     )
     restore_or_init(run, point)
     is_on_gpu = runtime.device.type == "cuda"
@@ -260,6 +269,58 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
         engine.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState.restored(facts)
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
+
+
+def go_back(run: Run, latest: int) -> None:
+    """Everything as at the newest good checkpoint up to a step, or as the run began. All ranks.
+
+    It happens in this process. Later checkpoints are renamed, because what follows is another
+    trajectory.
+    """
+    chosen = run.runtime.on_main(lambda: _choose_for_going_back(run, latest))
+    run.is_spiking = False
+    run.runtime.engine.clear()
+    if chosen is not None:
+        folder = Path(chosen)
+        _restore(run, folder, run.runtime.together(lambda: read_state(folder)))
+        return
+    run.runtime.engine.scaler = run.runtime.engine.new_scaler()
+    run.state = TrainState()
+    _init(run)
+
+
+def _choose_for_going_back(run: Run, latest: int) -> str | None:
+    """The newest valid checkpoint up to a step; None: the beginning of the run. Rank 0.
+
+    Where a regular save left one so early, but it is damaged, the oldest one is next best.
+    """
+    config = run.config
+    run_dir = Path(config.run.dir)
+    folders = step_folders(run_dir)
+    begun = run.point.folder
+    if begun and begun not in folders:  # run.resume names one elsewhere
+        folders.append(begun)
+    steps = {}
+    for folder in folders:
+        step = _valid_step(run, folder)
+        if step is not None:
+            steps[step] = folder
+    early = [step for step in steps if step <= latest]
+    chosen = max(early, default=0)
+    if not early and 0 < config.run.save_every <= latest:
+        chosen = min(steps, default=0)
+    set_aside_newer(run_dir, chosen, run.runtime.say)
+    return str(steps[chosen]) if chosen else None
+
+
+def _valid_step(run: Run, folder: Path) -> int | None:
+    """The step of a checkpoint; None if it is damaged, after saying so."""
+    try:
+        step: int = verify_state(folder)["step"]
+        return step
+    except UserError as error:
+        run.runtime.say(f"warning: passed over a damaged checkpoint: {error}")
+        return None
 
 
 def start_from(run: Run, name: str) -> None:
@@ -305,6 +366,11 @@ def describe(run: Run) -> None:
         runtime.say(
             f"warning: optim.warmup_steps={config.optim.warmup_steps} is longer than the run of"
             f" {run.steps} steps"
+        )
+    if config.run.check_every and not runtime.engine.has_replicas:
+        runtime.say(
+            f"warning: run.check_every={config.run.check_every} compares nothing: no two processes"
+            f" hold the same weights under {runtime.strategy}"
         )
     if families.family(config.model) is None:
         runtime.say(

@@ -51,7 +51,7 @@ def test_fields() -> None:
     run.activation_checkpointing
     run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
     run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
-    run.trackers run.sample_prompt
+    run.trackers run.sample_prompt run.on_spike run.check_every
     """
     assert set(expected.split()) == set(FIELDS)
 

@@ -268,9 +268,9 @@ def test_damaged_data(tmp_path: Path) -> None:
     page = entry("doctor", *arguments, code=65)
     assert f"): {folder}: its tokens are of a tokenizer " in page  # as train says
     (folder / "tokenizer.json").unlink()
-    os.mkfifo(folder / "tokenizer.json")  # a mount that hangs
+    os.mkfifo(folder / "tokenizer.json")  # opening it would wait for ever
     page = entry("doctor", *arguments, "--timeout_seconds", "6", code=65)
-    assert "): no answer within 3 s" in page
+    assert f"{folder}/tokenizer.json: not a usable tokenizer (cannot be read" in page
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").write_text(whole)
     shard = next(folder.glob("train*.safetensors"))

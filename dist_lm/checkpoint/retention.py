@@ -20,16 +20,18 @@ class Retention:
     """Decides which steps of a run stay, and deletes the others.
 
     Rank 0 uses it, in the saver's thread. The newest `keep_last` stay, the best by validation loss,
-    every multiple of `keep_every`, and always the step that was just saved. Only valid steps count:
+    every multiple of `keep_every`, and always the step that was just saved. So does the newest that
+    is `reach` steps older than that, if a run may have to go back so far. Only valid steps count:
     those that this process saved or verified. A step of an earlier start is verified when its turn
     comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
     counts, is deleted or is renamed.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int, keep_every: int):
+    def __init__(self, run_dir: Path, keep_last: int, keep_every: int, reach: int = 0):
         self.run_dir = run_dir
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.reach = reach
         self._valid: dict[Path, bool] = {}  # step folders that were looked at
 
     def trust(self, folder: Path) -> None:
@@ -110,6 +112,10 @@ class Retention:
         staying = {saved}
         staying.update(self._first_valid(newest_first, self.keep_last))
         staying.update(self._first_valid(best_first, 1))
+        if self.reach:
+            latest = step_of(saved) - self.reach
+            old_enough = [folder for folder in newest_first if step_of(folder) <= latest]
+            staying.update(self._first_valid(old_enough, 1))
         if self.keep_every:
             staying.update(folder for folder in losses if step_of(folder) % self.keep_every == 0)
         return [folder for folder in losses if folder not in staying and self._is_valid(folder)]

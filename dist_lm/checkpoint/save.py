@@ -39,10 +39,13 @@ class Saver:
         channel: Channel,
         keep_last: int = 2,
         keep_every: int = 0,
+        reach: int = 0,
         resumed: Path | None = None,
         lost: Callable[[], str] = str,
     ):
-        """`resumed` is the folder that this run goes on from; it has been verified.
+        """`keep_last`, `keep_every` and `reach` are as Retention means them.
+
+        `resumed` is the folder that this run goes on from; it has been verified.
 
         `lost` returns why the run folder is no longer this run's, or nothing. Rank 0 asks it before
         it changes one.
@@ -50,7 +53,7 @@ class Saver:
         self.run_dir = run_dir
         self.channel = channel
         self._lost = lost
-        self._retention = Retention(run_dir, keep_last, keep_every)
+        self._retention = Retention(run_dir, keep_last, keep_every, reach)
         if resumed:
             self._retention.trust(resumed)
         self._memory = HostMemory()

@@ -29,6 +29,10 @@ class TrainState:
     skipped_updates: int = 0  # fp16 overflows
     val_loss: float | None = None  # of the evaluation at this step, if there was one
     streams: dict[str, Any] = field(default_factory=dict)  # where this rank's raw sources stand
+    # Loss and gradient norm of the last steps, with which the next one is compared.
+    recent: list[list[float]] = field(default_factory=list)
+    # Ranges of global batches that the run steps over, as data/order.py means them.
+    stepped_over: list[list[int]] = field(default_factory=list)
 
     def advance(self, streams: dict[str, Any]) -> None:
         """An update was made; the raw sources stand at `streams` now."""
@@ -44,6 +48,8 @@ class TrainState:
             tokens=facts["tokens"],
             skipped_updates=facts["skipped_updates"],
             streams=facts.get("streams", {}),
+            recent=[list(figures) for figures in facts.get("recent", [])],
+            stepped_over=[list(part) for part in facts.get("stepped_over", [])],
         )
 
 
@@ -103,6 +109,10 @@ class StreamsFacts(CheckedModel):
     end: Count | None
 
 
+Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+LossAndNorm = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class StateFacts(CheckedModel):
     """What the other parts of a state.json are."""
 
@@ -111,6 +121,8 @@ class StateFacts(CheckedModel):
     skipped_updates: Count
     val_loss: Annotated[float, Field(allow_inf_nan=True)] | None
     streams: dict[str, Any] = Field({})
+    recent: list[LossAndNorm] = Field([])
+    stepped_over: list[Range] = Field([])
     strategy: Text
     world_size: Count
     scaler: dict[str, float]

@@ -1,15 +1,16 @@
 """The sequences of a step -> a rank's micro-batches as tensors, read ahead.
 
-A batch is a pure function of (seed, step), of streams also of where they stood before it. Threads
-that read ahead change only the speed. All ranks get micro-batches of equal shape and number; what a
-rank lacks is filled with rows that have no targets.
+A batch is a pure function of (seed, its number), of streams also of where they stood before it. Its
+number is that of the step, or more where a run steps over batches. Threads that read ahead change
+only the speed. All ranks get micro-batches of equal shape and number; what a rank lacks is filled
+with rows that have no targets.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from dist_lm.config import NO_TARGET, BatchLayout, DataConfig
 from dist_lm.data.mix import StepReader
-from dist_lm.data.order import Ints, row_keys
+from dist_lm.data.order import Ints, batch_after, batch_of_step, row_keys
 from dist_lm.data.rows import StepRows
 from dist_lm.errors import UserError
 
@@ -75,7 +76,10 @@ class Batch:
 
 
 class Batches:
-    """Batches one after another from `first_step`; the number of a step counts from 0."""
+    """Batches one after another from `first_step`; the number of a step counts from 0.
+
+    `stepped_over` has the ranges of batches that are left out, as order.py means them.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class Batches:
         *,
         eot: int,
         first_step: int = 0,
+        stepped_over: Sequence[Sequence[int]] = (),
         dropout_seed: int | None = None,
         hash_rows: bool = False,
     ):
@@ -95,6 +100,8 @@ class Batches:
         self._device = device
         self._eot = eot
         self._next_step = first_step
+        self._stepped_over = stepped_over
+        self._read_up_to = batch_after(first_step, stepped_over)  # of a reader in order
         self._dropout_seed = dropout_seed  # None: no dropout, so no keys
         self._hash_rows = hash_rows
         threads = data.workers
@@ -108,20 +115,34 @@ class Batches:
     def take(self) -> Batch:
         """The next batch, on the device."""
         if self._pool is None:
-            batch = self.read(self._next_step)
+            batch = self._read_step(self._next_step)
         else:
             while len(self._ahead) <= _AHEAD * self._data.workers:
                 step = self._next_step + len(self._ahead)
-                self._ahead.append(self._pool.submit(self.read, step))
+                self._ahead.append(self._pool.submit(self._read_step, step))
             batch = self._ahead.popleft().result()
         self._next_step += 1
         return replace(batch, micros=[micro.each(self._to_device) for micro in batch.micros])
 
-    def read(self, step: int) -> Batch:
-        """Read a step's rows and cut them into micro-batches, in main memory."""
+    def _read_step(self, step: int) -> Batch:
+        """The batch of a step. A reader in order must read what is stepped over, too."""
+        number = batch_of_step(step, self._stepped_over)
+        if not self._reader.any_order:
+            for passed in range(self._read_up_to, number):
+                self._reader.read(passed, self._rows_of_batch)
+            self._read_up_to = number + 1
+        return self.read(number)
+
+    @property
+    def _rows_of_batch(self) -> int:
+        """Of this rank, with those that only fill up."""
+        return self._layout.micro_batch * self._layout.accumulation
+
+    def read(self, number: int) -> Batch:
+        """Read a batch's rows and cut them into micro-batches, in main memory."""
         size = self._layout.micro_batch
-        count = size * self._layout.accumulation
-        rows = self._reader.read(step, count)
+        count = self._rows_of_batch
+        rows = self._reader.read(number, count)
         tokens_NT = rows.tokens[:, :-1]
         targets_NT = _targets(rows)
         segments_NT = None
@@ -133,7 +154,7 @@ class Batches:
             self._tensor(tokens_NT),
             self._tensor(targets_NT),
             segments_NT,
-            self._dropout_keys(step, count),
+            self._dropout_keys(number, count),
         )
         hashes = 0
         if self._hash_rows:
@@ -163,12 +184,14 @@ class Batches:
         assert micro.segments_BT is not None
         return replace(micro, bounds_N=self._tensor(document_bounds(micro.segments_BT.numpy())))
 
-    def _dropout_keys(self, step: int, count: int) -> Tensor | None:
+    def _dropout_keys(self, number: int, count: int) -> Tensor | None:
         if self._dropout_seed is None:
             return None
         places = self._reader.places
         keys = np.zeros(count, dtype=np.int64)
-        keys[: len(places)] = row_keys(self._dropout_seed, step * self._data.global_batch + places)
+        keys[: len(places)] = row_keys(
+            self._dropout_seed, number * self._data.global_batch + places
+        )
         return self._tensor(keys)
 
     def _hash(self, rows: StepRows) -> int:

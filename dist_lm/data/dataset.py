@@ -360,9 +360,9 @@ def _refuse_other_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
     entry = shards.manifest["tokenizer"]
     if (entry["sha256"], entry["vocab_size"]) != (tokenizer.sha256, tokenizer.vocab_size):
         raise DataError(
-            f"{shards.folder}: its tokens are of a tokenizer {entry['sha256'][:12]} with"
-            f" {entry['vocab_size']} tokens, but its tokenizer.json is {tokenizer.sha256[:12]} with"
-            f" {tokenizer.vocab_size}; nearest: prepare again"
+            f"{shards.folder}/tokenizer.json is not the one that the folder was prepared with"
+            f" ({tokenizer.sha256[:12]} with {tokenizer.vocab_size} tokens, not"
+            f" {entry['sha256'][:12]} with {entry['vocab_size']}); nearest: prepare again"
         )
 
 

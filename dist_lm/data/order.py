@@ -105,6 +105,27 @@ def _mix(x: Words) -> Words:
 # --- ranks and rows
 
 
+def batch_of_step(step: int, stepped_over: Sequence[Sequence[int]]) -> int:
+    """The global batch that a step trains on, both counted from 0.
+
+    Without anything to step over it has the step's own number. `stepped_over` has ranges of global
+    batches in order, each from its first one to the one after its last.
+    """
+    batch = step
+    for first, stop in stepped_over:
+        if first > batch:
+            break
+        batch += stop - first
+    return batch
+
+
+def batch_after(steps: int, stepped_over: Sequence[Sequence[int]]) -> int:
+    """The global batch that follows those of the first `steps` steps, stepped over or not."""
+    if steps == 0:
+        return 0
+    return batch_of_step(steps - 1, stepped_over) + 1
+
+
 def rank_places(rank: int, world: int, global_batch: int) -> Ints:
     """The places j of the global batch that a rank trains on; some ranks may have one more."""
     return np.arange(rank, global_batch, world, dtype=np.int64)

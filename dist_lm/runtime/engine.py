@@ -46,8 +46,15 @@ class Engine(ABC):
         self.bare: Any = None  # the model without a wrapper, with our own parameter names
         self.model: Any = None  # the wrapped model, which the loop calls
         self.optimizer: Any = None
-        # Accelerate refuses fp16 on CPU; torch's own scaler works on both.
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.run.precision == "fp16")
+        self.scaler = self.new_scaler()
+
+    def new_scaler(self) -> torch.amp.GradScaler:
+        """The loss scale of fp16 as a run begins.
+
+        Accelerate refuses fp16 on CPU; torch's own scaler works on both.
+        """
+        is_fp16 = self.config.run.precision == "fp16"
+        return torch.amp.GradScaler(self.device.type, enabled=is_fp16)
 
     # --- building
 
@@ -178,12 +185,29 @@ class Engine(ABC):
     def spread(self) -> None:
         """Make the model compute with the owned parts after they were changed. All ranks."""
 
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Weights and state become zero, with what no checkpoint fills. All ranks.
+
+        Rows that pad the vocabulary, and what pads DeepSpeed's flat pieces, may be NaN by now.
+        """
+        for _ in self.opened():
+            for tensor in self._optimized():
+                tensor.zero_()
+                for values in self.optimizer.state[tensor].values():
+                    values.zero_()
+
     def _optimized(self) -> list[Tensor]:
         """The tensors of the optimizer's groups, as far as they are open."""
         tensors: list[Tensor] = []
         for group in self.optimizer.param_groups:
             tensors += group["params"]
         return tensors
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether every rank holds the same weights."""
+        return False
 
     # --- the moving average of the weights
 
@@ -219,6 +243,10 @@ class ReplicatedEngine(Engine):
         super().__init__(accelerator, config, strategy)
         self._trainable: list[nn.Parameter] = []
         self._accumulates = False  # whether a step has several backward passes
+
+    @property
+    def has_replicas(self) -> bool:
+        return self.world_size > 1
 
     def construction(self) -> contextlib.AbstractContextManager[Any]:
         return built_on(self.device)

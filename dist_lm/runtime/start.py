@@ -14,6 +14,7 @@ import secrets
 import socket
 import stat
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from dist_lm.revision import version_and_hash
 from dist_lm.runtime.device import prepare_device
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
-from dist_lm.runtime.watchdog import Watchdog
+from dist_lm.runtime.watchdog import Watchdog, dump_stacks
 from dist_lm.runtime.world import Runtime
 from dist_lm.runtime.zero import ZeroEngine, deepspeed_plugin, zero_settings
 
@@ -44,6 +45,7 @@ _BUCKET_MB_OF_LARGE_MODELS = 100
 _BUCKET_MB_ON_CPU = (
     1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
 )
+_RECORDED_COLLECTIVES = "2000"  # that NCCL's flight recorder remembers
 _LARGEST_KEPT_BLOCK = 2**25 - 2**16  # bytes; just below the 32 MB that glibc learns at most
 
 
@@ -168,6 +170,11 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
 def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     """Accelerate's object, which opens the process group. `settings` are DeepSpeed's. All ranks."""
     has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        # NCCL's flight recorder, which dump_stacks() reads. Newer versions of torch have the second
+        # name. It was not tested on several GPUs.
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", _RECORDED_COLLECTIVES)
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED_COLLECTIVES)
     plugin = None
     accumulation = 1
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout_seconds))
@@ -307,13 +314,17 @@ def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
 def _start_watchdog(runtime: Runtime, config: Config) -> None:
     """From here on a rank that vanishes is named. All ranks."""
     name = runtime.channel.gather(secrets.token_hex(8))[0]
+    who = f"rank {runtime.rank} on {socket.gethostname()}"
+    nccl_file = os.path.join(config.run.dir, f"nccl-rank-{runtime.rank}.json")
     runtime.watch = Watchdog(
         rank=runtime.rank,
         world_size=runtime.world_size,
         name=name,
         timeout=config.run.timeout_seconds,
-        progress=lambda: runtime.agreements,
+        place=lambda: runtime.place,
         lost=runtime.end_at_once,
+        dump=partial(dump_stacks, who, nccl_file),
+        say=runtime.say,
     )
     runtime.barrier()
     runtime.watch.start()

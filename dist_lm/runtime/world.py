@@ -8,11 +8,14 @@ import contextlib
 import gc
 import os
 import socket
+import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +33,10 @@ from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
-from dist_lm.runtime.watchdog import Watchdog
+from dist_lm.runtime.watchdog import Place, Watchdog
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
+_OWN_STEPS = 9  # whose median says how fast this rank is
 _LOOK_SECONDS = 1.0  # how often all ranks ask whether rank 0 has ended its work
 _RECORD_SECONDS = 10.0  # for recording how the run ended; the run folder's host may be what is gone
 
@@ -60,9 +64,10 @@ class Runtime:
         self.watch: Watchdog | None = None
         # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
         self.refusal: UserError | None = None
-        self.agreements = (
-            0  # sums entered; the watchdog tells a rank that hangs from the others by it
-        )
+        # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
+        self.place = Place(phase="start-up")
+        self.has_made_a_step = False
+        self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
 
     def _channel_of_its_own(self) -> Channel:
         channel = Channel(self.rank, self.world_size, torch.device("cpu"))
@@ -70,11 +75,27 @@ class Runtime:
             channel.group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
         return channel
 
+    # --- where this rank is
+
+    def enter(self, step: int, phase: str) -> None:
+        """Note what this rank begins to do, after `step` updates."""
+        if not self.has_made_a_step:
+            phase = "start-up"  # the first step compiles
+        progress = self.place.progress + 1
+        self.place = Place(progress, step=step, phase=phase, seconds=self.place.seconds)
+
+    def note_own_seconds(self, seconds: float) -> None:
+        """Note what a step took this rank until it exchanged anything with the others."""
+        if self.has_made_a_step:
+            self._own_seconds.append(seconds)
+            median = statistics.median(self._own_seconds)
+            self.place = replace(self.place, seconds=median)
+
     # --- agreements
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
-        self.agreements += 1
+        self.place = replace(self.place, progress=self.place.progress + 1)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -83,6 +104,17 @@ class Runtime:
         """This rank's part of a sum: a number, was it told to stop, does it refuse to go on."""
         is_refusing = bool(self.attempt.lock.lost or self.refusal)
         return self.on_device([number, self.stop.requested, is_refusing], torch.float64)
+
+    def of_main(self, number: Tensor) -> Tensor:
+        """This rank's part of a sum that gives rank 0's number, or what is not finite anywhere.
+
+        What is no sum, such as a gradient norm, may differ between ranks in its last bits, but all
+        must decide alike by it.
+        """
+        number = number.double()
+        if self.is_main:
+            return number
+        return torch.where(number.isfinite(), torch.zeros_like(number), number)
 
     def on_device(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers of the host as a tensor on this rank's device, without a host sync.
@@ -224,11 +256,13 @@ class Runtime:
         Returns where there is one process only, which can raise the error instead.
         """
         if self.watch:
-            traceback.print_exc()
-            self.end_at_once(self.watch.explain(error))
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+            reason, kind = self.watch.explain(error)
+            self.end_at_once(reason, kind)
 
-    def end_at_once(self, reason: str) -> None:
-        """End the process.
+    def end_at_once(self, reason: str, kind: str = "retryable") -> None:
+        """End the process; `kind` is the class of the ending.
 
         Others may be gone, so neither collectives nor destructors wait for them.
         """
@@ -237,7 +271,7 @@ class Runtime:
             if not self.is_main:
                 time.sleep(2)  # rank 0 records it if it can
             if self.is_main or not self.attempt.is_recorded:
-                self.attempt.record("retryable", reason)
+                self.attempt.record(kind, reason)
             self.attempt.lock.release()
 
         print(
@@ -249,7 +283,7 @@ class Runtime:
         recorder.start()
         recorder.join(_RECORD_SECONDS)
         end_stopped_ranks()
-        os._exit(CODES["retryable"])
+        os._exit(CODES[kind])
 
     def close(self) -> None:
         """Leave together: a rank that exits early aborts peers that still work. All ranks."""

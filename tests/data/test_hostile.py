@@ -510,7 +510,7 @@ def test_names_from_outside_reach_no_terminal_raw(
     (tmp_path / "\x1b[2Ja.txt").write_text("some text to train on\n" * 20)
     data = DataConfig(input=str(tmp_path / "\x1b[2Ja.txt"), tokenizer="byte")
     prepare_dataset(data, tmp_path / "p")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert r"\x1b[2Ja.txt" in printed and "\x1b" not in printed
 
 

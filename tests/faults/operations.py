@@ -252,6 +252,7 @@ class Enumeration:
         self.undisturbed = self.copy("undisturbed")
         ended = do(scenario, self.undisturbed, Fault("count", 0))
         assert ended.how == "done", ended
+        scenario.check(self.undisturbed, Fault("count", 0), ended)
         self.log = ended.log
         self.expected = scenario.look(self.undisturbed)
 

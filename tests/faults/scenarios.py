@@ -35,6 +35,19 @@ def quiet(*_: object) -> None:
     pass
 
 
+STATE = {
+    "step": 0,
+    "tokens": 100,
+    "skipped_updates": 0,
+    "val_loss": None,
+    "strategy": "single",
+    "world_size": 1,
+    "scaler": {},
+    "config": {},
+    "data": "x",
+}
+
+
 class Save(Scenario):
     """A checkpoint is written, and an older one deleted."""
 
@@ -54,7 +67,7 @@ class Save(Scenario):
     def save(self, saver: Saver, step: int) -> None:
         contents_of_files = {
             "config.json": families.config_json(self.spec, self.tokenizer.eot),
-            "state.json": {"step": step, "val_loss": None},
+            "state.json": STATE | {"step": step},
         }
         texts = {name: json.dumps(content) for name, content in contents_of_files.items()}
         parts = owned(self.model, self.optimizer)
@@ -73,6 +86,8 @@ class Save(Scenario):
         if ended.how == "done":
             assert newest.name == "step-00000003"
             assert not_synced(ended.log) == []
+            # Else a fault in deleting would never be tried.
+            assert fault.action != "count" or not (folder / "step-00000001").exists()
 
 
 def not_synced(log: Sequence[str]) -> list[str]:

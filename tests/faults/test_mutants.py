@@ -11,8 +11,12 @@ from tests.faults.rows import linked
 
 # The work in which each is caught, as what, and which faults are tried.
 CAUGHT = {
-    "delete_in_place": ("save", STRAY, ["--most", "3", "--first", "636"]),
-    "renamed_before_its_manifest": ("save", STATE, ["--first", "509", "--most", "4"]),
+    "delete_in_place": ("save", STRAY, ["--only", "unlink /step-00000001", "--most", "3"]),
+    "renamed_before_its_manifest": (
+        "save",
+        STATE,
+        ["--only", "write /step-00000003/manifest.json", "--most", "2"],
+    ),
     "no_fsync": ("save", STATE, ["--most", "1", "--first", "6"]),
     "left_overs_stay": ("save", STRAY, ["--every", "5", "--most", "9"]),
     "outcome_in_place": ("outcome", STATE, ["--every", "1", "--first", "50"]),

@@ -253,8 +253,6 @@ def train(
     ours = ("state.json", "manifest.json")
     result.bits |= {name: h for name, h in hashes(step).items() if name not in ours}
     result.bits |= figures(run)
-    if (run / "samples.md").exists():
-        result.bits["samples.md"] = sha256(run / "samples.md")
     return result
 
 
@@ -275,6 +273,8 @@ def figures(run: Path) -> dict[str, str]:
     found: dict[str, list[Any]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
+        if "event" in entry:  # older revisions have none
+            continue
         for name, value in entry.items():
             if name in FIGURES or name.startswith(FIGURES_OF_A_SOURCE):
                 found.setdefault(name, []).append([entry["step"], value])

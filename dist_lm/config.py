@@ -197,6 +197,11 @@ class SourceConfig(Section):
         """The inputs as they are given on a command line, for messages."""
         return " ".join(self.inputs)
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the inputs are files of raw tokens, such as nanoGPT's train.bin."""
+        return all(one.endswith(".bin") for one in self.inputs)
+
     def template_columns(self) -> list[str]:
         """The columns that the template names; raises ValueError for a brace alone."""
         parts = string.Formatter().parse(self.template or "")
@@ -278,6 +283,9 @@ class DataConfig(Section):
     filter: dict[str, str | int | float | bool | None] = Field(
         {}, description="Column: the value that rows must have, e.g. '{lang: en}'."
     )
+    dtype: Literal["uint16", "uint32"] | None = Field(
+        None, description="Type of the tokens in .bin files of raw tokens."
+    )
     tokenizer: str = Field(
         "bpe:2048", description="char, byte, bpe:N, a tokenizer.json or its folder, or a hub name."
     )
@@ -307,6 +315,7 @@ class DataConfig(Section):
                 "data.separator='' must not be empty; nearest: null (each file is one document)"
             )
         self._check_sources()
+        self._check_token_files()
         self._check_stages()
         self._derive(stride=self.stride or self.seq_len)
         if self.stream and self.stride != self.seq_len:
@@ -331,6 +340,31 @@ class DataConfig(Section):
         for name, source in (self.sources | self.validation).items():
             field = self.field_of(name).removesuffix("input") + "template"
             _check_template(field, source)
+
+    def _check_token_files(self) -> None:
+        """Files of raw tokens say neither their type nor their tokenizer."""
+        holders = []
+        for name, source in (self.named_sources() | self.validation).items():
+            if source.holds_tokens:
+                holders.append(f"{self.field_of(name)}={source.title}")
+                if self.stream and name not in self.validation:
+                    raise ValueError(f"{holders[-1]} holds tokens; nearest: data.stream=false")
+        if not holders:
+            if self.dtype:
+                raise ValueError(
+                    f"data.dtype={self.dtype} is for files of raw tokens, which end in .bin;"
+                    " nearest: null"
+                )
+            return
+        if not self.dtype:
+            raise ValueError(
+                f"{holders[0]} holds tokens, and data.dtype=null; rule: their type; nearest: uint16"
+            )
+        if self.tokenizer == "char" or self.tokenizer.startswith("bpe:"):
+            raise ValueError(
+                f"data.tokenizer={self.tokenizer} would be made from text, and {holders[0]} holds"
+                " tokens; rule: the tokenizer that they were made with; nearest: gpt2"
+            )
 
     def _check_stages(self) -> None:
         for stage in self.stages:
@@ -561,6 +595,7 @@ FREE_ON_RESUME = frozenset(
         "data.separator",
         "data.template",
         "data.filter",
+        "data.dtype",
         "data.tokenizer",
         "data.val_fraction",
         "data.micro_batch",

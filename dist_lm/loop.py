@@ -26,6 +26,7 @@ from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.order import batch_of_step
+from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import DivergedError, RetryableError, UserError
@@ -581,7 +582,8 @@ def save(run: Run, last: bool) -> None:
     tokenizer = run.data.tokenizer
     spec = config.model_spec(tokenizer.vocab_size)
     streams = merge_after(runtime.channel.gather(run.state.streams))
-    _say_left_out(runtime, streams)
+    if last:
+        _say_left_out(runtime, streams)
     state = compose_state(
         run.state,
         streams=streams,
@@ -605,11 +607,10 @@ def save(run: Run, last: bool) -> None:
 
 
 def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:
-    """Print which rows the streams have left out so far."""
+    """Print how much the streams have left out in the whole run so far, by kind."""
     left_out = count_left_out(streams)
     if left_out:
-        counts = ", ".join(f"{number:,} {kind}" for kind, number in left_out.items())
-        runtime.say(f"left out so far: {counts}")
+        runtime.say(f"left out so far: {count_kinds(left_out)}")
 
 
 def report_saving(run: Run, look: Callable[[], None]) -> None:

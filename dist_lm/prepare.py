@@ -12,6 +12,7 @@ from pydantic import Field
 
 from dist_lm.cli import Command, ConfigFlags, load
 from dist_lm.config import DataConfig
+from dist_lm.console import notice
 from dist_lm.errors import INTERRUPTED, DataError, UserError, run_entry
 
 CORES = len(os.sched_getaffinity(0))
@@ -45,6 +46,7 @@ SETTINGS = (
     "template",
     "filter",
     "bad_rows",
+    "dtype",
     "tokenizer",
     "val_fraction",
 )
@@ -95,7 +97,7 @@ def prepare(data: DataConfig, output: Path, processes: int) -> None:
     for name, source in sources.items():
         label = data.field_of(name)
         readers.append(Reader(source, find_files(source, label), data.bad_rows, label))
-    learn_tokenizer(data, readers, output, print)
+    learn_tokenizer(data, readers, output, notice)
     tokenizer = Tokenizer.load(output)
     for name in sources:
         prepare_dataset(data, output / name, processes, name=name, tokenizer=tokenizer)

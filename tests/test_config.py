@@ -43,7 +43,7 @@ def test_fields() -> None:
     model.tie_embeddings model.init model.norm_eps model.rope_theta
     data.input data.sources data.stages data.validation data.stream data.lanes data.packing
     data.bad_rows data.cache_gb data.text_column data.separator data.template
-    data.filter data.tokenizer data.val_fraction
+    data.filter data.dtype data.tokenizer data.val_fraction
     data.seq_len data.stride data.document_mask data.global_batch data.micro_batch data.workers
     optim.name optim.lr optim.min_lr optim.warmup_steps optim.schedule optim.betas optim.eps
     optim.weight_decay optim.clip

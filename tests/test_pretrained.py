@@ -204,6 +204,13 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "b/data").exists()
 
 
+def test_the_recipe_takes_any_model(tmp_path: Path) -> None:
+    for folder in (write_run(tmp_path / "base"), write_gpt2(tmp_path / "gpt2")):
+        config = settings("--config", "finetune", "--run.init_from", str(folder))
+        assert config.data.tokenizer == str(folder)
+        assert (config.run.epochs, config.run.steps) == (3, None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "transformers"])
 def test_fine_tuning_on_own_text_at_the_first_start(kind: str, tmp_path: Path) -> None:

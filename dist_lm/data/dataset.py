@@ -29,7 +29,7 @@ from dist_lm.data.prepared.holdout import document_hash, held_out
 from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer, read_hashes
 from dist_lm.data.prepared.manifest import find_prepared
 from dist_lm.data.prepared.parts import open_shards, parts_of
-from dist_lm.data.prepared.preparing import Preparation, prepare_dataset
+from dist_lm.data.prepared.preparing import preparation_of, prepare_dataset
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.prepared.shards import TokenShards
 from dist_lm.data.remote import fetch_small, is_remote
@@ -159,7 +159,7 @@ def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list
         return prepared, files
     (name,) = data.named_sources()
     if name not in prepared:
-        work = Preparation(data, folder, name, say)
+        work = preparation_of(data, folder, name, say)
         if not work.look():
             return {}, work.reader.files
         prepared[name] = [str(folder)]
@@ -441,7 +441,7 @@ class _Preparation:
         else:
             for name in self._raw:
                 own = self._folder / "sources" / name
-                Preparation(self._config.data, own, name, self._say).look()
+                preparation_of(self._config.data, own, name, self._say).look()
         for reader in self._raw_validation.values():
             reader.refuse_missing_hub()
         readers = [*self._raw.values(), *self._raw_validation.values()]

@@ -113,7 +113,9 @@ def table(cluster: Cluster) -> str:
         "|---" * (3 + len(names)) + "|",
     ]
     for path in recipes().values():
-        lines.append(f"| {' | '.join(row_of_recipe(path, cluster))} |")
+        has_model = any(name.startswith("model.") for name in read_yaml(path))
+        if has_model:  # a recipe for fine-tuning takes any model
+            lines.append(f"| {' | '.join(row_of_recipe(path, cluster))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -596,6 +596,17 @@ def test_a_bad_csv_row_of_several_lines_is_one_bad_row(tmp_path: Path) -> None:
         list(Reader(source, found).documents(Counter()))
 
 
+def test_what_is_left_out_is_counted_by_its_kind(tmp_path: Path) -> None:
+    """Rows of .csv that end before their text are no nulls, and a text that was cut is no text."""
+    rows = ["id,text", "1,good", "2", "3,", "4,a text, with a comma", "5,also good,,"]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    texts_read, skipped = read_skipping(tmp_path / "a.csv")
+    assert texts_read == [(1, "good"), (5, "also good")]
+    assert skipped == {"short rows": 1, "empty documents": 1, "bad rows": 1}
+    with pytest.raises(UserError, match=r"a.csv: row 4: 3 cells under 2 columns; a text with a co"):
+        texts(tmp_path / "a.csv")
+
+
 def test_rows_that_do_not_fit_a_template_are_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud800", "b": 1}\n{"a": "ok", "b": 2}\n')
     (tmp_path / "a.csv").write_text("a,b\nfew\nok,2\n")

@@ -123,6 +123,28 @@ def read_through(data: Dataset, passes: int = 1) -> list[str]:
     return data.tokenizer.decode(inputs, skip_special=False).split("<|endoftext|>")
 
 
+def test_what_a_validation_set_leaves_out_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = write_rows(tmp_path / "a.jsonl", documents(100, 3))
+    held = write_rows(tmp_path / "held.jsonl", [None, *documents(30, 4), " "])
+    opened(tmp_path / "run", text, validation={"held": {"input": str(held)}})
+    assert "held: skipped: 1 null rows" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run/data/val/held/dataset.json").read_text())
+    assert manifest["skipped"] == {"null rows": 1}
+
+
+@pytest.mark.slow
+def test_what_a_stream_left_out_is_printed_once(tmp_path: Path) -> None:
+    """At the end of each start, of the whole run so far."""
+    text = write_rows(tmp_path / "a.jsonl", [None, "", *documents(60, 3)])
+    flags = single(text, "--data.lanes", "1", "--run.save_every", "2", "--run.eval_every", "0")
+    told = "left out so far: 1 empty documents, 1 null rows"
+    for stop in ("6", "8"):
+        output = train(tmp_path / "run", *flags, "--run.stop_after", stop)
+        assert output.count("left out") == output.count(told) == 1
+
+
 # --- one run
 
 

@@ -286,6 +286,7 @@ def test_every_recipe_is_in_a_family() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
         config, _ = load(["--config", str(path)], TRAIN)
         found[path.stem.split("-")[0]] = families.family(config.model)
+    assert found.pop("finetune") == "llama"  # the default, where no model is given
     assert found == {"char": "openai-gpt", "gpt2": "gpt2", "llama": "llama", "debug": "llama"}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from dist_lm.config import DataConfig
 from dist_lm.console import count
 from dist_lm.data.prepared.holdout import SplitDocument, document_hash, held_out
-from dist_lm.data.prepared.preparing import read_beginning
-from dist_lm.data.prepared.progress import Progress, Say
+from dist_lm.data.prepared.phases import read_beginning
+from dist_lm.data.prepared.progress import Progress, Say, count_kinds
+from dist_lm.data.prepared.token_files import add_document, documents
 from dist_lm.data.prepared.writer import SplitWriter, write_manifest, write_tokenizer
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +61,11 @@ def keep_validation(
     writer = SplitWriter(folder, "val", tokenizer, {"splits": {}})
     val_fraction = 1.0 if whole else data.val_fraction
     seen = Progress("looked for validation in", reader, say)
-    hashes = _write_first_held_out(reader, writer, val_fraction, wanted, seen)
+    skipped = Counter[str]()
+    if reader.spec.holds_tokens:
+        hashes = _copy_first(data, reader, writer, wanted)
+    else:
+        hashes = _write_first_held_out(reader, writer, val_fraction, wanted, seen, skipped)
     if not hashes:
         raise DataError(
             f"data.val_fraction={data.val_fraction} holds out none of the first {seen.documents}"
@@ -73,10 +78,12 @@ def keep_validation(
         "val": writer.close(),
     }
     write_tokenizer(folder, tokenizer)
-    write_manifest(folder, data, tokenizer, reader, splits, {})
+    write_manifest(folder, data, tokenizer, reader, splits, {"skipped": dict(skipped)})
     write_json(hashes_file, hashes)
     kept = count(len(hashes), "document")
     say(f"{folder.name}: {kept} of {reader.spec.title} kept for validation")
+    if whole and skipped:
+        say(f"{folder.name}: skipped: {count_kinds(skipped)}")
     return hashes
 
 
@@ -104,17 +111,36 @@ def _read_beginnings(data: DataConfig, readers: list[Reader], say: Say) -> Itera
         )
 
 
+def _copy_first(data: DataConfig, reader: Reader, writer: SplitWriter, wanted: int) -> list[int]:
+    """Copy the first documents of files of tokens; returns their hashes."""
+    hashes: list[int] = []
+    tokens = 0
+    for document in documents(reader, data.dtype, writer.tokenizer):
+        add_document(writer, document)
+        hashes.append(document.number())
+        tokens += len(document.tokens)
+        if tokens >= wanted:
+            break
+    return hashes
+
+
 def _write_first_held_out(
-    reader: Reader, writer: SplitWriter, val_fraction: float, wanted: int, seen: Progress
+    reader: Reader,
+    writer: SplitWriter,
+    val_fraction: float,
+    wanted: int,
+    seen: Progress,
+    skipped: Counter[str],
 ) -> list[int]:
     """Write held-out documents until there are enough tokens; returns their hashes.
 
-    Gives up if the first LOOKED_AT documents have none.
+    `skipped` counts what is left out on the way. It gives up if the first LOOKED_AT documents have
+    none.
     """
     tokenizer = writer.tokenizer
     hashes: list[int] = []
     tokens = 0
-    for source, row, stretches in reader.documents(Counter()):
+    for source, row, stretches in reader.documents(skipped):
         seen.documents += 1
         number, texts = document_hash(stretches)
         if held_out(number, val_fraction):

@@ -5,7 +5,7 @@ tqdm is not used: into a log it writes carriage returns, and it has no plain lin
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 from dist_lm.console import count, notice, say
@@ -15,6 +15,11 @@ Say = Callable[[str], None]  # prints a line
 
 TERMINAL_PAUSE = 0.2  # seconds between two states of the line on a terminal
 LOG_PAUSE = 10.0  # seconds between two lines elsewhere
+
+
+def count_kinds(skipped: Mapping[str, int]) -> str:
+    """What was left out, in words: its number by kind."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items()))
 
 
 class Progress:

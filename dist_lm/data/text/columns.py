@@ -12,8 +12,22 @@ Rows = Iterator[tuple[int, Any]]  # number of a row, and its content as its form
 ToText = Callable[[Any], str | None]  # turns that content into text; None is a null
 
 
-class FilteredError(Exception):
+class LeftOutError(Exception):
+    """This row has no text for us; `kind` is what it is counted as."""
+
+    kind = "rows"
+
+
+class FilteredError(LeftOutError):
     """The source's filter leaves this row out."""
+
+    kind = "filtered rows"
+
+
+class ShortRowError(LeftOutError):
+    """This row of .csv ends before its text."""
+
+    kind = "short rows"
 
 
 class Columns:

@@ -6,13 +6,20 @@ from itertools import count
 from typing import BinaryIO
 
 from dist_lm.data.text import lines
-from dist_lm.data.text.columns import Columns, Rows, ToText
+from dist_lm.data.text.columns import Columns, Rows, ShortRowError, ToText
 from dist_lm.data.text.files import Part
 
 
 def csv_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tuple[Rows, ToText]:
     """The rows below the header; a row without cells is left out."""
-    return zip(count(1), CsvRows(file, columns)), columns.text_of_cells
+
+    def to_text(row: dict[str, str]) -> str | None:
+        text = columns.text_of_cells(row)
+        if text is None:
+            raise ShortRowError
+        return text
+
+    return zip(count(1), CsvRows(file, columns)), to_text
 
 
 class CsvRows:
@@ -35,6 +42,11 @@ class CsvRows:
         cells = next(self.cells)
         while not cells:
             cells = next(self.cells)
+        if any(cells[len(self.header) :]):
+            raise ValueError(
+                f"{len(cells)} cells under {len(self.header)} columns; a text with a comma must be"
+                " quoted"
+            )
         return dict(zip(self.header, _checked(cells), strict=False))
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
-from dist_lm.data.text.columns import Columns, FilteredError, Rows, ToText
+from dist_lm.data.text.columns import Columns, LeftOutError, Rows, ToText
 from dist_lm.data.text.csv_rows import csv_rows
 from dist_lm.data.text.files import (
     DAMAGE,
@@ -200,8 +200,8 @@ class Reader:
                 text = to_text(content)
             except StopIteration:
                 return
-            except FilteredError:
-                skipped["filtered rows"] += 1
+            except LeftOutError as error:
+                skipped[error.kind] += 1
                 continue
             except DAMAGE as error:
                 is_end = isinstance(error, (OSError, LostRestError))

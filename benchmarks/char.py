@@ -82,9 +82,9 @@ def race(path: str, extra: list[str], cores: tuple[int, int]) -> dict[str, float
                     assert process.returncode == 0, f"{name}: exit code {process.returncode}"
                     seconds[name] = time.monotonic() - began
             time.sleep(0.05)
-        print(
-            (Path(folder) / "metrics.jsonl").read_text().splitlines()[-1]
-        )  # the validation loss, if it evaluated
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        # The validation loss, if it evaluated.
+        print([line for line in lines if '"event"' not in line][-1])
     return seconds
 
 

@@ -61,6 +61,8 @@ def median_step(side: Side, run: Path, world: int) -> float:
     seconds: list[float] = []
     before = 0
     for entry in map(json.loads, lines):
+        if "event" in entry:
+            continue
         seconds.append((entry["tokens"] - before) / entry["tokens_per_second"])
         before = entry["tokens"]
     return statistics.median(seconds[WARM_UP:])

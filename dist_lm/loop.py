@@ -10,7 +10,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config
 from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
-from dist_lm.data.batches import Batch, Batches
+from dist_lm.data.batches import Batch, Batches, Micro
 from dist_lm.data.dataset import Dataset
 from dist_lm.data.mix import count_left_out, merge_after
 from dist_lm.data.order import batch_of_step
@@ -33,8 +33,9 @@ from dist_lm.errors import DivergedError, RetryableError, UserError
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point, go_back
+from dist_lm.runtime.engine import ReplicatedEngine
 from dist_lm.runtime.late import LateFigures, Moment
-from dist_lm.runtime.replicas import hash_of_bits, who_differs
+from dist_lm.runtime.replicas import hash_of_bits, who_computes_otherwise, who_differs
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.sample import Sampling, sample
@@ -42,6 +43,7 @@ from dist_lm.spikes import (
     LONGEST_RANGE,
     STRETCH,
     WINDOW,
+    Ranges,
     Spike,
     far_off,
     spell_ranges,
@@ -69,7 +71,7 @@ class Pending:
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
-    weight_hashes: LateFigures | None  # by rank
+    hashes: LateFigures | None  # of replicas, by rank
     shares: dict[str, float]  # of a mixture
 
 
@@ -99,13 +101,7 @@ def run_to_end(
                 reason = _train_and_keep(run)
             finish(run, reason)
     except torch.OutOfMemoryError as error:  # of this rank, perhaps alone
-        from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
-
-        strategy = runtime.engine.strategy
-        world = runtime.world_size
-        shortage = UserError(
-            explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
-        )
+        shortage = shortage_of_memory(runtime, config, vocab_size)
         runtime.give_up(shortage)
         raise shortage from error
     except UserError:  # raised by all ranks together, so they can also leave together
@@ -116,6 +112,16 @@ def run_to_end(
         raise
     runtime.close()
     return reason
+
+
+def shortage_of_memory(runtime: Runtime, config: Config, vocab_size: int) -> UserError:
+    """What to say when this rank's device had too little memory."""
+    from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
+
+    strategy = runtime.engine.strategy
+    world = runtime.world_size
+    text = explain_shortage(config, strategy, vocab_size, world=world, device=runtime.device)
+    return UserError(text)
 
 
 def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
@@ -163,22 +169,27 @@ def return_from(run: Run, spike: Spike) -> None:
     run.runtime.enter(run.state.step, "start-up")
     _end_reading_and_saving(run)
     known = run.state.stepped_over
-    latest = spike.step - STRETCH
+    latest = max(spike.step - STRETCH, 0)
+    last = batch_of_step(spike.step - 1, known)
+    refuse_endless_returns(run, spike, with_range(known, batch_of_step(latest, known), last + 1))
     go_back(run, latest)
     step = run.state.step
     first = batch_of_step(max(step, latest), known)
-    last = batch_of_step(spike.step - 1, known)
-    ranges = with_range(known, first, last + 1)
-    if max(stop - start for start, stop in ranges) > LONGEST_RANGE:
-        run.metrics.close()
-        raise DivergedError(
-            f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
-            f" back, the last time without global batches {spell_ranges(known)}; rule: a loss that"
-            " falls; try a smaller optim.lr, or an earlier step as run.resume"
-        )
-    run.state.stepped_over = ranges
+    run.state.stepped_over = with_range(known, first, last + 1)
     done = f"went back to step {step}, steps over global batches {first} to {last}"
     record_spike(run, spike, [first, last], done, back=step, tokens=run.state.tokens)
+
+
+def refuse_endless_returns(run: Run, spike: Spike, ranges: Ranges) -> None:
+    """End a run that spikes again and again in one place, before it steps over more. All ranks."""
+    if max(stop - start for start, stop in ranges) <= LONGEST_RANGE:
+        return
+    run.metrics.close()
+    raise DivergedError(
+        f"diverged at step {spike.step}: {spike.reason}; it did so again and again after going"
+        f" back, the last time without global batches {spell_ranges(run.state.stepped_over)}; rule:"
+        " a loss that falls; try a smaller optim.lr, or an earlier step as run.resume"
+    )
 
 
 def record_spike(run: Run, spike: Spike, batches: list[int], done: str, **facts: Any) -> None:
@@ -261,7 +272,7 @@ def train(run: Run, profiler: Any) -> str:
 
         figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
-        weight_hashes = hashes_of_weights(run)
+        hashes = hashes_of_replicas(run, batch)
         late_figures = LateFigures(figures)
 
         # All ranks: read the figures of the step before, and keep those of this step.
@@ -276,7 +287,7 @@ def train(run: Run, profiler: Any) -> str:
             began=began,
             forwarded=forwarded,
             batch_hash=batch_hash,
-            weight_hashes=weight_hashes,
+            hashes=hashes,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
         )
@@ -381,38 +392,63 @@ def sum_of_hashes(run: Run, batch: Batch) -> LateFigures | None:
     return LateFigures(run.runtime.sum(run.runtime.on_device([batch.row_hashes], torch.int64)))
 
 
-def hashes_of_weights(run: Run) -> LateFigures | None:
-    """Each rank's hash of the weights after this step, if they are due to be compared. All ranks.
+def hashes_of_replicas(run: Run, batch: Batch) -> LateFigures | None:
+    """What the ranks compare after this step, if that is due: hashes by rank. All ranks.
 
-    They are also compared before a save, so that what is saved was checked.
+    The first row is of the weights. With run.deterministic the second is of each rank's gradient of
+    a micro-batch, and the third of that of the rank before it. They are also compared before a
+    save, so that what is saved was checked.
     """
     config = run.config.run
+    runtime = run.runtime
+    engine = runtime.engine
     step = run.state.step + 1
     is_due = due(step, config.check_every) or due(step, config.save_every)
-    engine = run.runtime.engine
-    if not (config.check_every and is_due and engine.has_replicas):
+    if not (config.check_every and is_due and isinstance(engine, ReplicatedEngine)):
         return None
-    hashes = torch.zeros(engine.world_size, dtype=torch.int64, device=run.runtime.device)
-    hashes[engine.rank] = hash_of_bits(engine.bare.parameters())
-    return LateFigures(run.runtime.sum(hashes))
+    hashes = torch.zeros(3, engine.world_size, dtype=torch.int64, device=runtime.device)
+    hashes[0, engine.rank] = hash_of_bits(engine.bare.parameters())
+    if config.deterministic and engine.has_replicas:
+        ours = replace(batch.micros[0], bounds_N=None)  # their number differs between ranks
+        theirs = ours.each(runtime.of_rank_before)
+        hashes[1, engine.rank] = engine.hash_of_gradient(lambda: loss_of(run, ours))
+        hashes[2, engine.rank] = engine.hash_of_gradient(lambda: loss_of(run, theirs))
+    return LateFigures(runtime.sum(hashes))
 
 
-def refuse_corrupt_weights(run: Run, pending: Pending) -> None:
-    """End the run if some rank's weights are not those of the others. All ranks."""
-    if pending.weight_hashes is None:
+def loss_of(run: Run, micro: Micro) -> Tensor:
+    """The summed loss of a micro-batch."""
+    loss: Tensor = run.runtime.engine.model(
+        micro.tokens_BT,
+        micro.targets_BT,
+        dropout_keys_B=micro.dropout_keys_B,
+        segments_BT=micro.segments_BT,
+        bounds_N=micro.bounds_N,
+    )
+    return loss
+
+
+def refuse_corrupt_replicas(run: Run, pending: Pending) -> None:
+    """End the run if a rank has other weights than the others, or computes otherwise. All ranks."""
+    if pending.hashes is None:
         return
-    ranks = who_differs(pending.weight_hashes.read())
+    weights, own, of_neighbour = pending.hashes.read()
+    what = "the weights"
+    ranks = who_differs(weights)
+    if not ranks:
+        what = "the gradients of the same rows"
+        ranks = who_computes_otherwise(own, of_neighbour)
     if not ranks:
         return
     hosts = run.runtime.channel.gather(socket.gethostname())
     names = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
-    whose = f"the weights of {names} are not those of the others"
-    if len(ranks) == len(hosts):
-        whose = f"the weights of {names} differ, and no majority says whose are right"
+    verdict = f"{what} of {names} are not those of the others"
+    if len(ranks) > 1:
+        verdict = f"{what} of {names} differ, and no majority says whose are right"
     run.metrics.close()
     raise RetryableError(
-        f"corrupt at step {pending.step}: {whose}; rule: equal bits on every rank; the same command"
-        " goes on from the newest checkpoint, better without that device"
+        f"corrupt at step {pending.step}: {verdict}; rule: equal bits on every rank; the same"
+        " command goes on from the newest checkpoint, better without that device"
     )
 
 
@@ -429,7 +465,7 @@ def record_step(run: Run, pending: Pending) -> bool:
         pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
     )
     runtime.refuse_together(are_refusing)
-    refuse_corrupt_weights(run, pending)
+    refuse_corrupt_replicas(run, pending)
     judge_step(run, pending, loss, norm)
     state.tokens += int(targets)
 

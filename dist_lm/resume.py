@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from dist_lm import families
-from dist_lm.checkpoint.folder import locate, newest_valid, set_aside_newer, step_folders
+from dist_lm.checkpoint.folder import (
+    locate,
+    newest_valid,
+    set_aside_newer,
+    step_folders,
+    step_of,
+)
 from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
@@ -290,37 +296,37 @@ def go_back(run: Run, latest: int) -> None:
 
 
 def _choose_for_going_back(run: Run, latest: int) -> str | None:
-    """The newest valid checkpoint up to a step; None: the beginning of the run. Rank 0.
+    """The newest valid checkpoint up to a step, or else the oldest. Rank 0.
 
-    Where a regular save left one so early, but it is damaged, the oldest one is next best.
+    None is the beginning of the run, where nothing was saved yet.
     """
-    config = run.config
-    run_dir = Path(config.run.dir)
-    folders = step_folders(run_dir)
+    run_dir = Path(run.config.run.dir)
+    by_step = {step_of(folder): folder for folder in step_folders(run_dir)}
     begun = run.point.folder
-    if begun and begun not in folders:  # run.resume names one elsewhere
-        folders.append(begun)
-    steps = {}
-    for folder in folders:
-        step = _valid_step(run, folder)
-        if step is not None:
-            steps[step] = folder
-    early = [step for step in steps if step <= latest]
-    chosen = max(early, default=0)
-    if not early and 0 < config.run.save_every <= latest:
-        chosen = min(steps, default=0)
-    set_aside_newer(run_dir, chosen, run.runtime.say)
-    return str(steps[chosen]) if chosen else None
+    if begun and begun.is_dir():  # run.resume may name one elsewhere
+        by_step.setdefault(run.point.facts["step"], begun)
+    if not by_step:
+        return None
+    steps = sorted(by_step)
+    early = [step for step in reversed(steps) if step <= latest]
+    late = [step for step in steps if step > latest]
+    for step in (*early, *late):
+        if _is_valid(run, by_step[step]):
+            set_aside_newer(run_dir, step, run.runtime.say)
+            return str(by_step[step])
+    raise CheckpointError(
+        f"run.dir={run_dir} has no valid checkpoint to go back to; rule: never restart at step 0"
+    )
 
 
-def _valid_step(run: Run, folder: Path) -> int | None:
-    """The step of a checkpoint; None if it is damaged, after saying so."""
+def _is_valid(run: Run, folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint. Says so if it cannot."""
     try:
-        step: int = verify_state(folder)["step"]
-        return step
+        verify_state(folder)
     except UserError as error:
         run.runtime.say(f"warning: passed over a damaged checkpoint: {error}")
-        return None
+        return False
+    return True
 
 
 def start_from(run: Run, name: str) -> None:

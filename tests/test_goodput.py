@@ -94,6 +94,17 @@ def test_work_is_lost_once_however_often_the_run_goes_back() -> None:
     assert told["seconds"]["steps"] == 18.0
 
 
+def test_what_a_run_goes_back_from_is_lost() -> None:
+    spike = {"event": "spike", "step": 3, "back": 1, "tokens": 1000, "reason": "up", "done": "back"}
+    warning = {"event": "spike", "step": 2, "reason": "high", "done": "the run goes on"}
+    lines = [start(0, step=0, attempt=1, tokens=0), step(1), step(2), spike, step(2), warning]
+    told = goodput(lines)
+    assert told is not None
+    assert told["seconds"]["lost work"] == 10.0 and told["seconds"]["steps"] == 18.0
+    assert told["starts"] == 1
+    assert told["spikes"] == ["at step 3: up; back", "at step 2: high; the run goes on"]
+
+
 def test_a_run_of_an_older_version_has_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n")
     main([str(tmp_path), "--json"])

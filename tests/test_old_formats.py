@@ -56,7 +56,8 @@ def copied(name: str, folder: Path) -> Path:
 
 
 def steps(metrics: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line for line in lines if "event" not in line]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Spikes: the rule, what is stepped over, and runs with a poisoned batch, which go back and go on."""
 
+import hashlib
 import json
 import math
 import random
@@ -13,11 +14,15 @@ import torch
 
 from dist_lm import loop
 from dist_lm.checkpoint.folder import step_folders
+from dist_lm.cli import load
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.order import batch_after, batch_of_step
 from dist_lm.errors import run_entry
+from dist_lm.history import open_data, read_steps
 from dist_lm.metrics import read_lines
+from dist_lm.outcome import TRAIN
 from dist_lm.report import main as report
+from dist_lm.resume import _last_step
 from dist_lm.spikes import far_off, with_range
 from dist_lm.train import main as train
 from tests.procs import finish, start_ranks
@@ -146,7 +151,7 @@ def test_a_run_goes_back_from_a_nan_and_an_interrupted_one_is_the_same(
     assert (spike["step"], spike["back"], spike["batches"]) == (25, 10, [17, 24])
     assert spike["positions"] == [17 * 8, 25 * 8 - 1] and not math.isfinite(spike["grad_norm"])
 
-    for stop in ("20", "23", "27"):  # 20 is saved and set aside; 23 is within the stretch
+    for stop in ("20", "23"):  # both are within the stretch, and set aside
         stopped = ("--run.stop_after", stop)
         poisoned(tmp_path / "parts", [24], "nan", world, *arguments, *stopped)
     poisoned(tmp_path / "parts", [24], "nan", world, *arguments)
@@ -189,9 +194,40 @@ def test_streams_read_and_leave_out_what_is_stepped_over(prepared: Path, tmp_pat
     assert state(tmp_path / "run")["stepped_over"] == [[8, 16]]
     assert [ours[step] for step in range(1, 9)] == [theirs[step] for step in range(1, 9)]
     assert [ours[step] for step in range(9, 17)] == [theirs[step] for step in range(17, 25)]
+    assert hashes_read_again(tmp_path / "run", 24) == ours
     poisoned(tmp_path / "parts", [15], "nan", 2, *arguments, *act, "--run.stop_after", "12")
     poisoned(tmp_path / "parts", [15], "nan", 2, *arguments, *act)
     assert weights(tmp_path / "parts") == weights(tmp_path / "run")
+
+
+def hashes_read_again(run: Path, steps: int) -> dict[int, str]:
+    """The hash of each step's batch, from what show reads."""
+    config, _ = load(["--config", str(run / "config.yaml")], TRAIN)
+    hashes = {}
+    batches = read_steps(config, open_data(config), 0)
+    for step, origins in zip(range(1, steps + 1), batches, strict=False):
+        total = 0
+        for place, origin in origins.items():
+            row = origin.tokens().astype("<u4").tobytes() + place.to_bytes(8)
+            total += int.from_bytes(hashlib.blake2b(row, digest_size=8).digest())
+        hashes[step] = f"{total % 2**64:016x}"
+    return hashes
+
+
+@pytest.mark.parametrize(
+    ("length", "facts", "last"),
+    [
+        (["--run.steps", "100"], {"stepped_over": [[3, 11]]}, 100),
+        (["--run.epochs", "2"], {"stepped_over": [[3, 11], [20, 22]]}, 90),
+        (["--run.steps", "100"], {"streams": {"end": 321}, "stepped_over": [[3, 11]]}, 33),
+    ],
+)
+def test_where_the_data_decides_a_run_is_shorter_by_what_it_stepped_over(
+    length: list[str], facts: dict[str, Any], last: int
+) -> None:
+    """A finished run must say so. A global batch has 8 sequences."""
+    config, _ = load([*length, "--data.global_batch", "8"], TRAIN)
+    assert _last_step(config, 100, facts) == last
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ class Retention:
     """Decides which steps of a run stay, and deletes the others.
 
     Rank 0 uses it, in the saver's thread. The newest `keep_last` stay, the best by validation loss,
-    every multiple of `keep_every`, and always the step that was just saved. So does the newest that
-    is `reach` steps older than that, if a run may have to go back so far. Only valid steps count:
+    every multiple of `keep_every`, and always the step that was just saved. A run that may have to
+    go back `reach` steps keeps all that it could then go back to. Only valid steps count:
     those that this process saved or verified. A step of an earlier start is verified when its turn
     comes, once. A damaged step may be readable later and a link may lead anywhere, so neither
     counts, is deleted or is renamed.
@@ -113,9 +113,10 @@ class Retention:
         staying.update(self._first_valid(newest_first, self.keep_last))
         staying.update(self._first_valid(best_first, 1))
         if self.reach:
-            latest = step_of(saved) - self.reach
+            latest = step_of(saved) + 1 - self.reach  # where the next step would go back to
             old_enough = [folder for folder in newest_first if step_of(folder) <= latest]
             staying.update(self._first_valid(old_enough, 1))
+            staying.update(folder for folder in losses if step_of(folder) > latest)
         if self.keep_every:
             staying.update(folder for folder in losses if step_of(folder) % self.keep_every == 0)
         return [folder for folder in losses if folder not in staying and self._is_valid(folder)]

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from dist_lm import __version__
 from dist_lm.checkpoint.folder import damaged, read_json, verify
 from dist_lm.config import Config
 from dist_lm.outside import CheckedModel, Count, Text, check
 from dist_lm.revision import git_commit
+
+_LONGEST_RANGE = 1000  # batches that are stepped over in one place; a run has at most 24
+_MOST_RANGES = 10_000
 
 
 @dataclass
@@ -109,7 +112,14 @@ class StreamsFacts(CheckedModel):
     end: Count | None
 
 
-Range = Annotated[list[Count], Field(min_length=2, max_length=2)]
+def _check_range(part: list[int]) -> list[int]:
+    """A range of batches that a reader may have to read through."""
+    if not 0 < part[1] - part[0] <= _LONGEST_RANGE:
+        raise ValueError(f"must have 1 to {_LONGEST_RANGE} batches")
+    return part
+
+
+Range = Annotated[list[Count], Field(min_length=2, max_length=2), AfterValidator(_check_range)]
 LossAndNorm = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
@@ -122,7 +132,7 @@ class StateFacts(CheckedModel):
     val_loss: Annotated[float, Field(allow_inf_nan=True)] | None
     streams: dict[str, Any] = Field({})
     recent: list[LossAndNorm] = Field([])
-    stepped_over: list[Range] = Field([])
+    stepped_over: Annotated[list[Range], Field(max_length=_MOST_RANGES)] = Field([])
     strategy: Text
     world_size: Count
     scaler: dict[str, float]

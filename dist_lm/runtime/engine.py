@@ -20,6 +20,7 @@ from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config, batch_layout
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import Muon, create_state
+from dist_lm.runtime.replicas import hash_of_bits
 from dist_lm.runtime.strategy import Strategy
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -304,6 +305,15 @@ class ReplicatedEngine(Engine):
         self.scaler.update()
         self._forget_gradients()
         return norm.detach()
+
+    def hash_of_gradient(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The hash of the bits of a loss's gradient, of which nothing remains."""
+        with self.micro_step(last=False):
+            self._backward(loss())
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        value = hash_of_bits(gradients)
+        self._forget_gradients()
+        return value
 
     def _clip(self) -> Tensor:
         """Scale the gradients down to optim.clip; their norm before that."""

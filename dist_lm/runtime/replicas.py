@@ -1,7 +1,9 @@
 """Whether the replicas of the weights are still equal: under DDP every rank has all of them.
 
-A bit that flips in the memory or in the arithmetic of one device changes the weights of its rank
-alone. Gradients are averaged, so the damage spreads slowly and without an error.
+A bit that flips in the memory of one device changes the weights of its rank alone. Gradients are
+averaged, so the damage spreads slowly and without an error. A bit that flips in the arithmetic of a
+gradient reaches all ranks at once, and their weights stay equal. So each rank can also compute a
+gradient of its neighbour's again.
 """
 
 from collections import Counter
@@ -24,6 +26,22 @@ def hash_of_bits(tensors: Iterable[Tensor]) -> Tensor:
         total = bits if total is None else total * _MULTIPLIER + bits
     assert total is not None, "a model has weights"
     return total
+
+
+def who_computes_otherwise(own: Sequence[int], of_neighbour: Sequence[int]) -> list[int]:
+    """The ranks whose gradients are not those that another rank computes from the same rows.
+
+    `own` has each rank's hash of its gradient, `of_neighbour` its hash of that of the rank before
+    it. A rank that differs from both of its neighbours is wrong; of a pair alone nobody can tell.
+    """
+    world = len(own)
+    suspicions = Counter[int]()
+    for rank in range(world):
+        neighbour = (rank + 1) % world
+        if own[rank] != of_neighbour[neighbour]:
+            suspicions.update([rank, neighbour])
+    surely = [rank for rank, number in suspicions.items() if number == 2]
+    return sorted(surely if world > 2 and surely else suspicions)
 
 
 def who_differs(hashes: Sequence[int]) -> list[int]:

@@ -243,9 +243,11 @@ class Watchdog:
             self._wants_stacks = True  # the other thread tells the others
             self._dump_once()
             time.sleep(3 * self.beat)
-            where = self._where(hanging[0])
-            names = self._names(hanging)
-            self._lost(f"{names} lives but has not moved for {limit:.0f} s ({where})")
+            self._wants_stacks = False
+            if set(hanging) & set(self._hanging(limit)):
+                where = self._where(hanging[0])
+                names = self._names(hanging)
+                self._lost(f"{names} lives but has not moved for {limit:.0f} s ({where})")
         for rank in self._slow():
             self._called_slow.add(rank)
             seconds = self._messages[rank].seconds

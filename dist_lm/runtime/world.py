@@ -116,6 +116,11 @@ class Runtime:
             return number
         return torch.where(number.isfinite(), torch.zeros_like(number), number)
 
+    def of_rank_before(self, tensor: Tensor) -> Tensor:
+        """The tensor of the rank before this one, of equal shape. All ranks."""
+        everyones = self.channel.collect(tensor.contiguous())
+        return everyones.chunk(self.world_size)[(self.rank - 1) % self.world_size]
+
     def on_device(self, numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Numbers of the host as a tensor on this rank's device, without a host sync.
 

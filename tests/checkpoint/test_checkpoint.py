@@ -460,8 +460,11 @@ class Saves:
         keep_last: int,
         keep_every: int = 0,
         resumed: Path | None = None,
+        reach: int = 0,
     ):
-        more = {"resumed": resumed} if resumed else {}
+        more: dict[str, Any] = {"resumed": resumed} if resumed else {}
+        if reach:
+            more["reach"] = reach
         self.run, self.trained = run, trained
         self.saver = Saver(run, Channel(0, 1, torch.device("cpu")), keep_last, keep_every, **more)
 
@@ -500,6 +503,16 @@ def test_what_stays(trained: Any, tmp_path: Path, restarted: bool) -> None:
         8, losses[-1]
     )
     assert steps(tmp_path) == [2, 3, 6, 7, 8]
+
+
+def test_what_a_run_may_go_back_to_stays(trained: Any, tmp_path: Path) -> None:
+    """After step 12, step 13 may go back to 5 at the latest, so 5 stays with all that follow it."""
+    save = Saves(tmp_path, trained, keep_last=1, reach=8)
+    stays = []
+    for step in (3, 5, 10, 12, 17, 19, 40):
+        save(step)
+        stays.append(steps(tmp_path))
+    assert stays[3:] == [[5, 10, 12], [10, 12, 17], [12, 17, 19], [19, 40]]
 
 
 def test_damaged_newer_steps_take_no_place_of_a_valid_one(

@@ -13,7 +13,7 @@ from dist_lm.checkpoint.folder import step_folders
 from dist_lm.errors import run_entry
 from dist_lm.outcome import read
 from dist_lm.runtime.engine import ReplicatedEngine
-from dist_lm.runtime.replicas import hash_of_bits, who_differs
+from dist_lm.runtime.replicas import hash_of_bits, who_computes_otherwise, who_differs
 from dist_lm.train import main
 from tests.procs import finish, start_ranks, train
 from tests.test_train import tiny
@@ -26,6 +26,14 @@ def test_who_differs() -> None:
     assert who_differs([5, 6, 7]) == [0, 1, 2]
     assert who_differs([5, 5, 6, 6]) == [0, 1, 2, 3]
     assert who_differs([-1, 5, 5, 5, 2]) == [0, 4]
+
+
+def test_who_computes_otherwise() -> None:
+    assert who_computes_otherwise([1, 2, 3], [3, 1, 2]) == []
+    assert who_computes_otherwise([1, 9, 3], [3, 8, 9]) == [0, 1]  # rank 1 was right about its own
+    assert who_computes_otherwise([1, 9, 3], [3, 8, 2]) == [1]
+    assert who_computes_otherwise([1, 2, 3, 9], [9, 1, 2, 8]) == [2, 3]
+    assert who_computes_otherwise([1, 2], [7, 8]) == [0, 1]
 
 
 def test_any_flipped_bit_and_any_exchange_of_tensors_changes_the_hash() -> None:
@@ -91,3 +99,51 @@ def test_equal_weights_go_on_and_one_process_says_that_it_has_nothing_to_compare
     assert "compares nothing" not in train(tmp_path / "two", *arguments, world=2)
     said = train(tmp_path / "one", *arguments)
     assert "warning: run.check_every=1 compares nothing: no two processes hold the same" in said
+
+
+def train_with_other_arithmetic() -> None:
+    """As a rank: train.py, but all losses of rank 1 are a millionth too large from step 4 on."""
+    backward = ReplicatedEngine._backward
+    step_ = ReplicatedEngine._step
+    updates = 0
+
+    def step(self: Any) -> Tensor:
+        nonlocal updates
+        updates += 1
+        return step_(self)
+
+    def spoil(self: Any, loss: Tensor) -> None:
+        is_wrong = self.rank == 1 and updates >= 3
+        backward(self, loss * 1.000001 if is_wrong else loss)
+
+    ReplicatedEngine._step = step  # type: ignore[method-assign]
+    ReplicatedEngine._backward = spoil  # type: ignore[method-assign]
+    run_entry(main, prints_result=False)
+
+
+@pytest.mark.slow
+def test_a_rank_that_computes_otherwise_is_found_although_all_weights_are_equal(
+    prepared: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = tiny(prepared, "--run.check_every", "2", "--run.deterministic", "true")
+    code = "from tests.runtime import test_replicas; test_replicas.train_with_other_arithmetic()"
+    ranks = start_ranks(3, "-c", code, "--run.dir", str(run), *arguments)
+    _, output = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [70] * 3, output
+    named = f"the gradients of the same rows of rank 1 on {socket.gethostname()} are not those"
+    assert f"corrupt at step 4: {named}" in read(run)["reason"]
+
+
+@pytest.mark.slow
+def test_comparing_changes_no_bit(prepared: Path, tmp_path: Path) -> None:
+    """Also where a step has several backward passes, and with dropout."""
+    more = ("--data.micro_batch", "2", "--model.dropout", "0.1", "--run.deterministic", "true")
+    for name, every in (("compared", "1"), ("not", "0")):
+        arguments = tiny(prepared, *more, "--run.check_every", every)
+        train(tmp_path / name, *arguments, world=2)
+    compared, other = (
+        (step_folders(tmp_path / name)[-1] / "model.safetensors").read_bytes()
+        for name in ("compared", "not")
+    )
+    assert compared == other

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_lm import loop
+from dist_lm.checkpoint.save import Saver
 from dist_lm.errors import run_entry
 from dist_lm.outcome import read
 from dist_lm.runtime import watchdog
@@ -21,16 +22,23 @@ from tests.test_train import tiny
 
 
 def train_slowly() -> None:
-    """As a rank: train.py, where rank 1 sleeps whenever it enters a phase after these steps."""
+    """As a rank: train.py, where rank 1 sleeps as it enters a phase, or ends a save, at some steps."""
     phase, steps, seconds = json.loads(sys.argv.pop(1))
     enter = loop.Runtime.enter
+    begin = Saver.begin
+
+    def linger(self: Saver, step: int, *arguments: Any) -> None:
+        begin(self, step, *arguments)
+        if phase == "save" and self.channel.rank == 1 and step in steps:
+            time.sleep(seconds)
 
     def sleep(self: Any, step: int, entered: str) -> None:
         enter(self, step, entered)
-        if self.rank == 1 and entered == phase and step in steps:
+        if self.rank == 1 and entered == phase != "save" and step in steps:
             time.sleep(seconds)
 
     loop.Runtime.enter = sleep  # type: ignore[method-assign]
+    Saver.begin = linger  # type: ignore[method-assign]
     watchdog._SHORTEST_SLOWNESS = 0.3
     run_entry(main, prints_result=False)
 

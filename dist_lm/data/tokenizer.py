@@ -347,12 +347,6 @@ class StreamDecoder:
 def load_tokenizer(spec: str) -> Tokenizer:
     """From a local tokenizer.json, a folder with one, or the hub."""
     if Path(spec).exists():
-        steps = sorted(Path(spec).glob("step-*/tokenizer.json"))
-        if steps and not Path(spec, "tokenizer.json").exists():
-            raise UserError(
-                f"data.tokenizer={spec!r}: a run, and not a folder with a tokenizer.json; nearest:"
-                f" {steps[-1].parent}"
-            )
         return Tokenizer.load(spec)
     hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
     # A name near char or byte is rather a slip than one of the few hub names without an owner.

@@ -32,7 +32,7 @@ from dist_lm.data.batches import Batches
 from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError, UserError
-from dist_lm.metrics import Metrics
+from dist_lm.metrics import Metrics, read_lines
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
@@ -298,18 +298,20 @@ def go_back(run: Run, latest: int) -> None:
 def _choose_for_going_back(run: Run, latest: int) -> str | None:
     """The newest valid checkpoint up to a step, or else the oldest. Rank 0.
 
-    None is the beginning of the run, where nothing was saved yet.
+    None is the beginning of the run, where nothing was to be saved so early.
     """
     run_dir = Path(run.config.run.dir)
     by_step = {step_of(folder): folder for folder in step_folders(run_dir)}
     begun = run.point.folder
     if begun and begun.is_dir():  # run.resume may name one elsewhere
         by_step.setdefault(run.point.facts["step"], begun)
-    if not by_step:
-        return None
     steps = sorted(by_step)
     early = [step for step in reversed(steps) if step <= latest]
     late = [step for step in steps if step > latest]
+    is_young = latest < run.config.run.save_every and _has_begun_at_zero(run_dir)
+    if not steps or (is_young and not early):
+        set_aside_newer(run_dir, 0, run.runtime.say)
+        return None
     for step in (*early, *late):
         if _is_valid(run, by_step[step]):
             set_aside_newer(run_dir, step, run.runtime.say)
@@ -317,6 +319,15 @@ def _choose_for_going_back(run: Run, latest: int) -> str | None:
     raise CheckpointError(
         f"run.dir={run_dir} has no valid checkpoint to go back to; rule: never restart at step 0"
     )
+
+
+def _has_begun_at_zero(run_dir: Path) -> bool:
+    """Whether the run's first start is known to have made its first step."""
+    try:
+        starts = (line for line in read_lines(run_dir) if line.get("event") == "start")
+        return next(starts, {}).get("step") == 0
+    except CheckpointError:  # no history, which no run needs
+        return False
 
 
 def _is_valid(run: Run, folder: Path) -> bool:

@@ -128,7 +128,13 @@ def spikes(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(run) if line.get("event") == "spike"]
 
 
-STRATEGIES = {"single": (1, ()), "ddp": (2, ()), "zero2": (2, ("--launch", "zero2"))}
+# The world, the flags, and the steps at which the interrupted run stops: both of them are within the
+# stretch, and set aside.
+STRATEGIES = {
+    "single": (1, (), ("20", "23")),
+    "ddp": (2, (), ("23",)),
+    "zero2": (2, ("--launch", "zero2"), ("23",)),
+}
 
 
 @pytest.mark.slow
@@ -137,9 +143,9 @@ def test_a_run_goes_back_from_a_nan_and_an_interrupted_one_is_the_same(
     prepared: Path, tmp_path: Path, strategy: str
 ) -> None:
     """Batch 24 is poison. Steps 18 to 25 read the stretch, so the checkpoint is that of step 10."""
-    world, launch = STRATEGIES[strategy]
+    world, launch, stops = STRATEGIES[strategy]
     arguments = [
-        *tiny(prepared, "--run.steps", "40", "--run.save_every", "10", "--model.dropout", "0.1"),
+        *tiny(prepared, "--run.steps", "32", "--run.save_every", "10", "--model.dropout", "0.1"),
         *("--run.on_spike", "act"),
         *launch,
     ]
@@ -151,7 +157,7 @@ def test_a_run_goes_back_from_a_nan_and_an_interrupted_one_is_the_same(
     assert (spike["step"], spike["back"], spike["batches"]) == (25, 10, [17, 24])
     assert spike["positions"] == [17 * 8, 25 * 8 - 1] and not math.isfinite(spike["grad_norm"])
 
-    for stop in ("20", "23"):  # both are within the stretch, and set aside
+    for stop in stops:
         stopped = ("--run.stop_after", stop)
         poisoned(tmp_path / "parts", [24], "nan", world, *arguments, *stopped)
     poisoned(tmp_path / "parts", [24], "nan", world, *arguments)
@@ -178,6 +184,18 @@ def test_a_run_that_goes_back_to_its_beginning_and_reports_it(
     report([str(tmp_path / "run"), "--output", str(tmp_path / "x.png")])
     told = capsys.readouterr().out
     assert "run at step 4: loss=" in told and "went back to step 0" in told
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_back_to_its_beginning_too(prepared: Path, tmp_path: Path) -> None:
+    """The spike at step 14 is too early for the first regular save, and behind the stop at 12."""
+    flags = ("--run.on_spike", "act", "--run.steps", "20", "--run.save_every", "10")
+    arguments = tiny(prepared, *flags)
+    poisoned(tmp_path / "whole", [13], "nan", 1, *arguments)
+    poisoned(tmp_path / "parts", [13], "nan", 1, *arguments, "--run.stop_after", "12")
+    poisoned(tmp_path / "parts", [13], "nan", 1, *arguments)
+    assert state(tmp_path / "parts")["stepped_over"] == [[6, 14]]
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
 def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     """Accelerate's object, which opens the process group. `settings` are DeepSpeed's. All ranks."""
     has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if has_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # NCCL's flight recorder, which dump_stacks() reads. Newer versions of torch have the second
         # name. It was not tested on several GPUs.
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", _RECORDED_COLLECTIVES)

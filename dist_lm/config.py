@@ -652,3 +652,8 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
         tokens_per_step=batch * config.data.seq_len,
         filler_percent=100 * (rows / batch - 1),
     )
+
+
+def due(step: int, every: int, at_the_end: bool = False) -> bool:
+    """Whether this step is a multiple of `every`. Never for 0."""
+    return every > 0 and (at_the_end or step % every == 0)

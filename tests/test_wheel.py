@@ -64,7 +64,7 @@ def test_a_wheel_has_all_that_the_checkout_ships(wheel: Path) -> None:
 def test_a_wheel_trains_and_generates_in_another_folder(installed: Path, tmp_path: Path) -> None:
     trained = run(installed, tmp_path, "dist-lm", "launch", "--nproc", "2", *SHORT_RUN)
     assert trained.returncode == 0, trained.stdout + trained.stderr
-    assert "-m dist_lm.train" in trained.stdout
+    assert "-m dist_lm.train" in trained.stderr
     assert (tmp_path / "run" / "step-00000004" / "manifest.json").is_file()
     text = ["dist-lm", "generate", "--ckpt", "run", "--prompt", "def ", "--max_new_tokens", "8"]
     generated = run(installed, tmp_path, *text)
@@ -83,7 +83,7 @@ def test_a_wheel_gives_its_scripts_to_edit(installed: Path, tmp_path: Path) -> N
     command = ["mine/launch/torchrun.sh", "--dry-run", "--nproc", "2", *SHORT_RUN]
     dry = run(installed, tmp_path, *command)
     assert dry.returncode == 0, dry.stderr
-    assert " -m dist_lm.train --launch ddp --config debug" in dry.stdout
+    assert " -m dist_lm.train --launch ddp --config debug" in dry.stdout + dry.stderr
 
 
 def test_recipes_have_names() -> None:

@@ -253,7 +253,7 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
                 track=None,
             )
             resume.restore_or_init(run, place)
-        loop.train(run)
+        loop.train(run, runtime.profiler(0, Path()))
         run.metrics.close()
     runtime.close()
 
@@ -277,8 +277,7 @@ def test_offload_writes_and_reads_the_same_checkpoint(prepared: Path, tmp_path: 
     assert_same_curve(tmp_path / "chain", tmp_path / "one", 1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.long  # DeepSpeed's async I/O is compiled first: minutes, while other tests run
+@pytest.mark.campaign  # DeepSpeed's async I/O is compiled first: minutes. .ci/run has it at its end
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     ctypes.util.find_library("aio") is None, reason="DeepSpeed's NVMe offload needs libaio-dev"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
+from dist_lm.outcome import STOP_SIGNALS
 
 torch.set_num_threads(1)
 
@@ -49,6 +51,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ):  # takes a while to build, so one worker of pytest -n has all its tests
             if network in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(network))
+
+
+@pytest.fixture(autouse=True)
+def same_signal_handlers() -> Iterator[None]:
+    """A test that runs a command in this process leaves no handler behind: processes inherit them."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 def text_of(documents: int, seed: int = 0) -> str:

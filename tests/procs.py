@@ -68,6 +68,8 @@ class Connection:
             "-" * 20_000,
         ]
         env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
+        # What a test has set for its own processes is not the server's.
+        env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
         with theirs:
             self.server = subprocess.Popen(
                 words,

@@ -33,7 +33,7 @@ from dist_lm.errors import RetryableError, UserError, in_a_line, one_line
 
 # Words in errors that mean that another rank ended, and this one only noticed it.
 _WORDS_OF_PEER_ERRORS = ("gloo", "NCCL", "onnection", "ocket", "imed out", "TCPStore")
-_LONGEST_BEAT = 2.0  # seconds
+_LONGEST_BEAT = 1.0  # seconds
 # Of the timeout. The collectives have the same timeout, and NCCL ends the process without a report.
 _SILENT_SHARE = 0.8
 # Phases in which one rank may be far behind the others. The first step compiles.

@@ -50,7 +50,10 @@ from dist_lm.lock import RunLock
 from dist_lm.outside import CheckedModel, Count, Text, check, read_json
 
 _LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
-SECONDS_TO_MEET = 3.0  # after a signal during start-up
+# After a signal during start-up, how long the ranks may still take to meet: imports take seconds on
+# a busy machine. Where a rank is lost, they will not meet.
+SECONDS_TO_MEET = 15.0
+SECONDS_TO_MEET_WITHOUT_ONE = 3.0
 SECONDS_TO_EXPLAIN = 12.0  # the watchdog asks for four beats which rank is to blame
 SECONDS_TO_RECORD = 3.0  # in a folder that may hang
 PATIENCE = 3  # failures without a new step after which nothing is started again
@@ -189,7 +192,7 @@ class Attempt:
         while True:
             name = self.stop.wait_for_signal()
             has_lost_one = has_lost_a_rank()
-            self.has_met.wait(SECONDS_TO_MEET)
+            self.has_met.wait(SECONDS_TO_MEET_WITHOUT_ONE if has_lost_one else SECONDS_TO_MEET)
             if not self.has_met.is_set():
                 break
             if has_lost_one:

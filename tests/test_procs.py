@@ -36,6 +36,12 @@ print(json.dumps({
 """
 
 
+def listen_again() -> None:
+    """To the signals that a shell lets its background jobs ignore; pytest may be one of them."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("way", ["path", "module", "code"])
 def test_a_fork_finds_what_a_cold_start_finds(tmp_path: Path, way: str) -> None:
     (tmp_path / "folder").mkdir()
@@ -54,7 +60,7 @@ def test_a_fork_finds_what_a_cold_start_finds(tmp_path: Path, way: str) -> None:
         check=True,
         umask=0o022,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=listen_again,
     ).stdout
     wanted = without_imports(json.loads(expected))
     for cold in (False, True):

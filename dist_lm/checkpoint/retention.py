@@ -39,7 +39,7 @@ class Retention:
         self._valid[folder] = True
 
     def warn_if_short(self, size: int) -> None:
-        """Say before the first save that not so many checkpoints fit as are to stay.
+        """Warn before the first save if fewer checkpoints fit than are to stay.
 
         The next one is written before an old one is deleted. `size` is that of one, in bytes.
         """
@@ -56,7 +56,7 @@ class Retention:
         )
 
     def make_room(self, size: int) -> None:
-        """Before a save: delete old steps beside which so many bytes would not fit.
+        """Delete old steps before a save, until its bytes fit beside the others.
 
         The newest valid one always stays. What cannot be deleted is only worth a warning.
         """

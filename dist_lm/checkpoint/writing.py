@@ -53,7 +53,7 @@ class CheckpointWriter:
     texts: Mapping[str, str]  # JSON files, by name
     tokenizer: Tokenizer
     lost: Callable[[], str]  # why the run folder is no longer this run's, or nothing
-    make_room: Callable[[int], None]  # deletes older steps that leave no room for so many bytes
+    make_room: Callable[[int], None]  # deletes older steps until this many bytes fit
 
     @property
     def aside(self) -> Path:

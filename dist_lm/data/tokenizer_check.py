@@ -65,7 +65,7 @@ def _growth(step: dict[str, Any]) -> float:
 
 
 def _refuse_false_map(charsmap: Any) -> None:
-    """Refuse a map of characters whose trie is said to be larger than the map."""
+    """Refuse a map of characters that claims a trie larger than the map itself."""
     if not isinstance(charsmap, str):
         return  # the library says what is wrong
     if len(charsmap) > LARGEST_MAP:

@@ -24,7 +24,7 @@ LEVELS = [
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "spikes", "safeguards", "loop"},
+    {"resume", "spikes", "safeguards", "evaluation", "loop"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
 ]
 STRANGERS = {"model", "data"}

@@ -136,9 +136,8 @@ def _train_through_spikes(run: Run) -> str:
 
 
 def _end_reading_and_saving(run: Run) -> None:
-    """Close the batches, and wait for the checkpoint that is being written. All ranks."""
-    if run.batches:
-        run.batches.close()
+    """End what works beside training: reading ahead, and writing a checkpoint. All ranks."""
+    end_reading(run)
     report_saving(run, run.saver.finish)
 
 
@@ -191,7 +190,7 @@ def train(run: Run) -> str:
         runtime.profiler.step()
 
     # All ranks: reading ahead ends.
-    run.batches.close()
+    end_reading(run)
     run.has_ended = has_ended
     if has_ended or not is_stopping:
         return ""
@@ -291,6 +290,12 @@ def take_batch(run: Run) -> Batch:
     if batch.failure:
         run.runtime.refusal = batch.failure
     return batch
+
+
+def end_reading(run: Run) -> None:
+    """Close the batches, if they were opened. All ranks."""
+    if run.batches:
+        run.batches.close()
 
 
 def record_start(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dist_lm import families
+from dist_lm.arithmetic import ceil_div
 from dist_lm.checkpoint.folder import (
     locate,
     newest_valid,
@@ -151,7 +152,7 @@ def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> i
         ends.append(steps - stepped_over)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
     if used_up:
-        ends.append(-(-used_up // config.data.global_batch) - stepped_over)
+        ends.append(ceil_div(used_up, config.data.global_batch) - stepped_over)
     return min(ends)
 
 

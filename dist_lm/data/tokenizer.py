@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import decoders
 
 from dist_lm.console import printable
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
+from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.tokenizer_check import refuse_excess
 from dist_lm.errors import DataError, UserError, did_you_mean
 from dist_lm.outside import parse_json, read_bytes, read_json
@@ -363,6 +365,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
         f"data.tokenizer={spec!r}: not char, byte, bpe:N, a tokenizer.json or a folder with one"
         f"{hint}"
     )
+
+
+def tokenizer_of(folder: str) -> Tokenizer:
+    """The tokenizer in a prepared folder, at its URL, or in a run's data folder."""
+    if not is_remote(folder):
+        return Tokenizer.load(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            Path(scratch, name).write_bytes(fetch_small(f"{folder}/{name}"))
+        return Tokenizer.load(scratch)
 
 
 def _download(name: str) -> str:

@@ -31,7 +31,7 @@ from tests.procs import DEVNULL, ROOT, Process
 SECONDS = 5  # for one input
 STUCK_SECONDS = 30  # of a call into C, which no signal handler can end
 FOREVER = 10.0**9  # seconds
-LONGEST_ERROR = 10_000  # characters
+LONGEST_ERROR = 2_100  # characters
 MEMORY_BYTES = 4 * 2**30  # more than the process has when it begins
 
 

@@ -3,7 +3,7 @@
     python -m tests.faults.campaign --seconds 3600 --place campaign.json
     python -m tests.faults.campaign --report --place campaign.json
 
-Pieces take turns of about a minute. How far each has come, and what it found, stands in the file
+Pieces take turns of two minutes. How far each has come, and what it found, stands in the file
 `--place`. A piece is done when it has tried all it has to try.
 """
 
@@ -24,7 +24,7 @@ from tests.faults.operations import compile_shim, enumerate_faults
 from tests.faults.scenarios import SCENARIOS
 from tests.faults.targets import TARGETS
 
-TURN_SECONDS = 60
+TURN_SECONDS = 120
 INPUTS = 1_000_000  # of each fuzz target
 SCHEDULES = 500  # of kills
 

@@ -100,7 +100,7 @@ def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
 
 
 class ModelConfig(Section):
-    """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
+    """The network. Its knobs cover the GPT-2, Llama, Qwen3 and post-norm families."""
 
     layers: Layers = Field(4, description="Number of transformer blocks.")
     heads: Width = Field(4, description="Attention heads.")

@@ -17,14 +17,20 @@ from dist_lm.launcher import RETRYABLE
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
-_LONGEST_LINE = 2_000  # characters of an error that are printed
+_LONGEST_ERROR = 2_000  # characters of the text of an error
 
 
 class UserError(ValueError):
-    """Something a user can fix. Commands print it as one line and exit with its `code`."""
+    """Something a user can fix. Commands print it as one line and exit with its `code`.
+
+    Its text is short, however long a value from outside in it is: the middle is left out.
+    """
 
     kind = "config"  # how outcome.json names it
     code = 2
+
+    def __init__(self, text: str):
+        super().__init__(_shortened(text))
 
 
 class DataError(UserError):
@@ -143,13 +149,17 @@ def _warn_of_lost_output(error: OSError) -> None:
     warn(f"standard output is gone, the command goes on: {error.strerror}")
 
 
+def _shortened(text: str) -> str:
+    """The beginning and the end of a long text: the field, and the rule."""
+    if len(text) <= _LONGEST_ERROR:
+        return text
+    half = _LONGEST_ERROR // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
 def one_line(error: UserError) -> str:
-    """An error of ours for a terminal: one line, however long or hostile a value in it is."""
-    text = str(error)
-    if len(text) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return printable(" ".join(text.splitlines()))
+    """An error of ours for a terminal: one line, however hostile a value in it is."""
+    return printable(" ".join(str(error).splitlines()))
 
 
 def in_a_line(error: BaseException) -> str:

@@ -189,8 +189,9 @@ def refuse_other_mathematics(
         )
 
 
-def _grows(before: int | None, after: int | None) -> bool:
-    return before is not None and after is not None and after > before
+def _grows(before: object, after: int | None) -> bool:
+    """Whether a number grows. The one before comes from state.json, and may be anything."""
+    return type(before) is int and after is not None and after > before
 
 
 # --- building

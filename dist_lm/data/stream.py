@@ -56,6 +56,11 @@ class Stream:
                 f"a lane of {spec.name} is passes ahead of the others; rule: a state.json that"
                 " train wrote"
             )
+        if spec.passes is not None and self.passed > spec.passes:
+            raise CheckpointError(
+                f"{spec.name} has made {self.passed} passes of {spec.passes}; rule: a state.json"
+                " that train wrote"
+            )
         self._world = world
         self._shift = shift
         self._gather = gather

@@ -43,6 +43,7 @@ LONGEST_WORD = 4 * 2**20
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _NEARBY = 2**14  # characters before the limit that are searched before all the others
 _LONGEST_REASON = 300  # characters of what the library says
+_NO_LIMIT = int(1e30)  # what transformers writes as model_max_length where there is no limit
 _MOST_TRIED = 256  # of the places found in one search
 
 # In decoders of sentencepiece and WordPiece: marks in tokens, and the text that they stand for.
@@ -427,7 +428,12 @@ def _eos_token(config_file: Path) -> str | None:
     """The end-of-text token that a tokenizer_config.json names, if there is one."""
     if not config_file.is_file():
         return None
-    token = read_json(config_file, DataError).get("eos_token")
+
+    def refuse(why: str) -> UserError:
+        return DataError(f"{config_file.name}: {why}")
+
+    config = read_json(config_file, refuse, largest_number=_NO_LIMIT)
+    token = config.get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     name: str | None = token

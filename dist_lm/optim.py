@@ -199,7 +199,7 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def moments(name: str, parameter: str) -> int:
-    """How many tensors of a parameter's own shape the optimizer `name` keeps for it.
+    """The number of tensors of a parameter's own shape that the optimizer `name` keeps for it.
 
     Those of adafactor are smaller and do not count.
     """

@@ -1,4 +1,4 @@
-"""What a config amounts to before anything is built: vocabulary, steps, bytes of checkpoints."""
+"""Sizes that follow from a config before anything is built: vocabulary, steps, checkpoints."""
 
 import math
 from pathlib import Path
@@ -55,7 +55,7 @@ def steps_of(config: Config) -> int:
 
 
 def parameters(config: Config, vocab_size: int) -> int:
-    """How many parameters there are, without what pads the vocabulary."""
+    """The number of parameters, without the rows that pad the vocabulary."""
     shapes = hf.shapes(config.model_spec(vocab_size))
     return sum(math.prod(shape) for shape in shapes.values())
 
@@ -74,7 +74,7 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
 
 
 def checkpoints_kept(config: Config, steps: int) -> int:
-    """How many lie on disk at once.
+    """The number of checkpoints that lie on disk at once.
 
     They are the newest, the best, what keep_every keeps, and one that is being written.
     """

@@ -144,7 +144,7 @@ def _bytes(entries: list[hf.Entry]) -> int:
 
 
 def _choose_writers(files: Mapping[str, list[hf.Entry]], world: int) -> dict[str, int]:
-    """Which rank writes each file: the largest first, each to the rank with the least so far."""
+    """Choose a rank to write each file: the largest first, to the rank with the least so far."""
     sizes = {name: _bytes(entries) for name, entries in files.items()}
     loads = [0] * world
     writers = {}

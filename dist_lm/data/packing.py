@@ -58,7 +58,7 @@ class Packer(Protocol):
         """The sequences that the next few documents of a pass complete."""
 
     def rest(self, passed: int) -> list[PackedSequence]:
-        """What is left, when no document will follow."""
+        """The sequence of what is left, when no document will follow."""
 
 
 class ConcatPacker:

@@ -27,7 +27,7 @@ from dist_lm.errors import DataError, UserError
 
 
 class Ranks(NamedTuple):
-    """How the ranks read a mixture together."""
+    """The ranks that read a mixture together."""
 
     rank: int
     world: int
@@ -39,17 +39,17 @@ class SourceReader(Protocol):
     """A source as a mixture reads it, from its first sequence on or from where it stood."""
 
     def fill(self, rows: StepRows, places: Ints, turns: Ints) -> int:
-        """Put the next sequences at these places of the global batch; how many there were.
+        """Put the next sequences at these places of the global batch. Returns their number.
 
         `turns` has, for each place, how many earlier positions of the run had this source. All
         ranks.
         """
 
     def passes(self, given: int) -> float:
-        """How often the source was read through, after it was given this many positions."""
+        """The number of passes over the source after this many positions."""
 
     def snapshot(self) -> dict[str, Any] | None:
-        """Where it stands, as far as this rank reads it; None: a function of the position."""
+        """The state, as far as this rank reads the source; None: it follows from the position."""
 
 
 class Source(Protocol):
@@ -60,7 +60,7 @@ class Source(Protocol):
         """The prepared folder or URL; None: raw text."""
 
     def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
-        """Open it in a mixture where `state` says, if it says so; `shift` is its number in it."""
+        """Open it in a mixture, where `state` says if it has it; `shift` is its number there."""
 
     def describe(self, weight: float, world: int) -> list[str]:
         """Lines for the start of a run."""
@@ -201,7 +201,7 @@ class StreamSource:
         return [json.dumps([self.spec.name, options, files, val_fraction])]
 
     def refuse_too_short(self, where: str) -> None:
-        """Never: what a stream has is known only when it is read."""
+        """Never raises: only reading shows what a stream has."""
 
     def search(self, text: str, tokenizer: Tokenizer) -> Search:
         return StreamSearch(text, tokenizer, self.spec.reader)

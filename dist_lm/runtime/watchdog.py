@@ -54,7 +54,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank tells the others with each beat."""
+    """The message that a rank sends to the others with each beat."""
 
     at: float  # seconds since 1970, so that each message differs from the one before
     host: str
@@ -144,7 +144,7 @@ class Watchdog:
             thread.join(5)
 
     def explain(self, error: Exception) -> tuple[str, str]:
-        """Which rank is to blame for an error of this rank, and of which kind its error is."""
+        """Name the rank that is to blame for an error of this rank, and the kind of its error."""
         self._own_error = in_a_line(error)
         if isinstance(error, UserError):
             self._own_error = one_line(error)

@@ -103,15 +103,14 @@ class Runtime:
         return tensor
 
     def with_flags(self, number: int) -> Tensor:
-        """This rank's part of a sum: a number, was it told to stop, does it refuse to go on."""
+        """This rank's part of a sum: a number, whether it was told to stop, whether it refuses."""
         is_refusing = bool(self.attempt.lock.lost or self.refusal)
         return self.on_device([number, self.stop.requested, is_refusing], torch.float64)
 
     def of_main(self, number: Tensor) -> Tensor:
-        """This rank's part of a sum that gives rank 0's number, or what is not finite anywhere.
+        """This rank's part of a sum that gives rank 0's number, or infinity or NaN of any rank.
 
-        What is no sum, such as a gradient norm, may differ between ranks in its last bits, but all
-        must decide alike by it.
+        A gradient norm may differ between ranks in its last bits, but all must decide alike by it.
         """
         number = number.double()
         if self.is_main:
@@ -134,7 +133,7 @@ class Runtime:
 
     @property
     def why_stopped(self) -> str:
-        """Why this run stops before its end. Only meaningful once some rank was told to stop."""
+        """The reason why this run stops before its end, once a rank was told to."""
         return self.stop.reason or "another rank was told to stop"
 
     def refuse_together(self, are_refusing: float) -> None:
@@ -163,7 +162,7 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work; every rank gets its JSON result or its UserError. All ranks.
 
-        The work may take long: Rank 0 works in a thread while all ranks keep reducing a flag, so
+        The work may take long. Rank 0 works in a thread while all ranks keep reducing a flag, so
         that no collective waits past the timeout.
         """
         outcome: dict[str, Any] = {}

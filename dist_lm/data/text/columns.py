@@ -1,4 +1,4 @@
-"""Which columns of a row become its text, and which rows the filter lets through."""
+"""Choose the columns of a row that become its text, and the rows that the filter lets through."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping

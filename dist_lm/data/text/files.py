@@ -62,7 +62,7 @@ class TextFile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a stream reads in one go.
+    """A part of a file, which a stream reads in one go.
 
     A range of bytes (.jsonl), of row groups (.parquet) or of shards (hub dataset), or a whole file.
     """

@@ -149,7 +149,7 @@ class Reader:
         return number
 
     def _bounds(self, file: TextFile, range_bytes: int) -> list[int]:
-        """Where the parts of a file begin, and where the last ends; [0, 0] for the whole file."""
+        """Bounds of the parts of a file, with the end of the last; [0, 0] for the whole file."""
         if not file.path:
             shards: int = open_hub_dataset(file, self.spec).num_shards
             return list(range(shards + 1))

@@ -35,7 +35,7 @@ def parquet_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tu
 
 
 def count_row_groups(file: BinaryIO) -> int:
-    """How many row groups a Parquet file has."""
+    """The number of row groups of a Parquet file."""
     with contextlib.closing(TableFile(file, ".parquet", [])) as table:
         return len(table.groups)
 

@@ -20,7 +20,7 @@ from dist_lm.config import DataConfig
 from dist_lm.data.order import Ints, MixtureSchedule, rank_places
 from dist_lm.data.provenance import Origin
 from dist_lm.data.rows import StepRows
-from dist_lm.data.sources import PreparedSource, Ranks, Source, SourceReader
+from dist_lm.data.sources import PreparedSource, ReadingRanks, Source, SourceReader
 from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class MixtureReader:
         if data.workers:
             self._pool = ThreadPoolExecutor(data.workers, "lanes")
         gather = channel.gather if channel and world > 1 else _gather_alone
-        ranks = Ranks(rank, world, gather, self._pool)
+        ranks = ReadingRanks(rank, world, gather, self._pool)
         self._readers: dict[str, SourceReader] = {}
         for number, (name, source) in enumerate(sources.items()):
             self._readers[name] = source.open(state["streams"], ranks, shift=number)

@@ -26,7 +26,7 @@ from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError, UserError
 
 
-class Ranks(NamedTuple):
+class ReadingRanks(NamedTuple):
     """The ranks that read a mixture together."""
 
     rank: int
@@ -59,7 +59,7 @@ class Source(Protocol):
     def folder(self) -> str | None:
         """The prepared folder or URL; None: raw text."""
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
         """Open it in a mixture, where `state` says if it has it; `shift` is its number there."""
 
     def describe(self, weight: float, world: int) -> list[str]:
@@ -111,7 +111,7 @@ class PreparedSource:
             self.name, self.shards, self.seq_len, self.stride, number=number, epoch=epoch
         )
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
         return self
 
     def fill(self, rows: StepRows, places: Ints, turns: Ints) -> int:
@@ -170,7 +170,7 @@ class StreamSource:
     def folder(self) -> str | None:
         return None
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
         return Stream(
             self.spec,
             state.get(self.spec.name),

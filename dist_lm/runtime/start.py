@@ -320,7 +320,7 @@ def _start_watchdog(runtime: Runtime, config: Config) -> None:
         world_size=runtime.world_size,
         name=name,
         timeout=config.run.timeout_seconds,
-        place=lambda: runtime.place,
+        whereabouts=lambda: runtime.whereabouts,
         lost=runtime.end_at_once,
         dump=partial(dump_stacks, who, nccl_file),
         say=runtime.say,

@@ -43,7 +43,7 @@ _SHORTEST_SLOWNESS = 1.0  # seconds a step; shorter ones are the noise of a smal
 
 
 @dataclass(frozen=True)
-class Place:
+class Whereabouts:
     """Where a rank is in the run."""
 
     progress: int = 0  # how many agreements and phases it has entered
@@ -85,7 +85,7 @@ class Watchdog:
         world_size: int,
         name: str,
         timeout: float,
-        place: Callable[[], Place],
+        whereabouts: Callable[[], Whereabouts],
         lost: Callable[[str], None],
         dump: Callable[[], None],
         say: Callable[[str], None],
@@ -99,7 +99,7 @@ class Watchdog:
         self.name = name
         self.timeout = timeout
         self.beat = min(_LONGEST_BEAT, timeout / 10)  # seconds between two messages
-        self._place = place
+        self._whereabouts = whereabouts
         self._lost = lost
         self._dump = dump
         self._say = say
@@ -167,7 +167,7 @@ class Watchdog:
             if message.has_own_error:
                 failed.append(f"{self._names([rank])} ended: {message.error}")
                 kind = message.kind
-            if not message.error and message.progress < self._place().progress:
+            if not message.error and message.progress < self._whereabouts().progress:
                 behind.append(rank)
         if failed:
             text = ", ".join(failed)
@@ -199,7 +199,7 @@ class Watchdog:
             error=self._own_error,
             kind=self._kind_of_error,
             wants_stacks=self._wants_stacks,
-            **asdict(self._place()),
+            **asdict(self._whereabouts()),
         )
         self._store.set(f"{self.name}/{self.rank}", json.dumps(asdict(message)))
 

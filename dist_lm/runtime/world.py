@@ -33,7 +33,7 @@ from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
-from dist_lm.runtime.watchdog import Place, Watchdog
+from dist_lm.runtime.watchdog import Watchdog, Whereabouts
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
 _OWN_STEPS = 9  # whose median says how fast this rank is
@@ -65,7 +65,7 @@ class Runtime:
         # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
         self.refusal: UserError | None = None
         # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
-        self.place = Place(phase="start-up")
+        self.whereabouts = Whereabouts(phase="start-up")
         self.has_made_a_step = False
         self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
         # Does nothing until start_profiler().
@@ -83,21 +83,23 @@ class Runtime:
         """Note what this rank begins to do, after `step` updates."""
         if not self.has_made_a_step:
             phase = "start-up"  # the first step compiles
-        progress = self.place.progress + 1
-        self.place = Place(progress, step=step, phase=phase, seconds=self.place.seconds)
+        progress = self.whereabouts.progress + 1
+        self.whereabouts = Whereabouts(
+            progress, step=step, phase=phase, seconds=self.whereabouts.seconds
+        )
 
     def note_own_seconds(self, seconds: float) -> None:
         """Note what a step took this rank until it exchanged anything with the others."""
         if self.has_made_a_step:
             self._own_seconds.append(seconds)
             median = statistics.median(self._own_seconds)
-            self.place = replace(self.place, seconds=median)
+            self.whereabouts = replace(self.whereabouts, seconds=median)
 
     # --- agreements
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
-        self.place = replace(self.place, progress=self.place.progress + 1)
+        self.whereabouts = replace(self.whereabouts, progress=self.whereabouts.progress + 1)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor

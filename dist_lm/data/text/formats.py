@@ -30,8 +30,8 @@ from dist_lm.data.text.files import (
     TextFile,
     format_of,
     is_damage,
-    one_line,
     open_text_file,
+    reason_of,
 )
 from dist_lm.data.text.json_rows import json_rows
 from dist_lm.data.text.tables import (
@@ -207,7 +207,7 @@ class Reader:
             except DAMAGE as error:
                 is_end = isinstance(error, (OSError, LostRestError))
                 if is_end or self.bad_rows == "error":
-                    raise DataError(f"{label} {row}: {one_line(error)}") from error
+                    raise DataError(f"{label} {row}: {reason_of(error)}") from error
                 if row >= start:
                     skipped["bad rows"] += 1
                 continue
@@ -224,7 +224,7 @@ class Reader:
             yield
         except DAMAGE as error:
             if self.bad_rows == "error" or not is_damage(error):
-                raise DataError(f"{file.path or file.name}: {one_line(error)}") from error
+                raise DataError(f"{file.path or file.name}: {reason_of(error)}") from error
             skipped["rests of damaged files"] += 1
 
 

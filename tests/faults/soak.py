@@ -20,16 +20,20 @@ from pathlib import Path
 
 import psutil
 
+from dist_lm.errors import PreemptedError
 from dist_lm.metrics import read_metrics
 from tests.conftest import TINY, text_of
 from tests.procs import ROOT, clean_env
 
-FLAGS = "--data.tokenizer char --data.val_fraction 0.1 --run.save_every 50 --run.eval_every 100"
+FLAGS = (
+    "--model.layers 1 --model.width 16 --data.seq_len 16 --data.global_batch 4 --run.save_every 50"
+    " --run.eval_every 100 --run.eval_batches 1 --data.tokenizer char --data.val_fraction 0.1"
+)
 PAUSE = 0.2  # seconds between two looks
 BLOCKS = 20  # of equal length: neighbouring figures depend on each other, means of blocks hardly
 T_QUANTILE = 2.101  # of 97.5 %, for a line through 20 points
 PER = 10_000  # steps
-TOKENS = 8 * 32  # of a step of TINY
+TOKENS = 4 * 16  # of a step
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,15 @@ def start(folder: Path, steps: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=printed, stderr=printed)
 
 
-def watch(process: "subprocess.Popen[bytes]", run: Path) -> list[Sample]:
-    """Look at the process from its first step until it ends."""
+def watch(process: "subprocess.Popen[bytes]", run: Path, seconds: float) -> list[Sample]:
+    """Look at the process from its first step until it ends, or is told to after so long."""
     watched = psutil.Process(process.pid)
     samples = []
+    end = time.monotonic() + seconds
     while process.poll() is None:
+        if time.monotonic() > end:
+            process.terminate()
+            break
         try:
             step = last_step(run)
             if step:
@@ -159,27 +167,28 @@ def table(found: dict[str, Slope]) -> str:
     return "\n".join(lines)
 
 
-def soak(folder: Path, steps: int) -> dict[str, Slope]:
-    """Run, watch, and fit the lines."""
+def soak(folder: Path, steps: int, seconds: float) -> tuple[int, dict[str, Slope]]:
+    """Run, watch, and fit the lines. Returns the steps that were made, too."""
     process = start(folder, steps)
     try:
-        samples = watch(process, folder / "run")
+        samples = watch(process, folder / "run", seconds)
     finally:
         process.kill()
         process.wait()
     printed = (folder / "printed").read_text()
-    assert process.returncode == 0, printed[-2000:]
-    return figures(folder / "run", samples)
+    assert process.returncode in (0, PreemptedError.code), printed[-2000:]
+    return last_step(folder / "run"), figures(folder / "run", samples)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=86_400, help="stop after so long")
     chosen = parser.parse_args(argv)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dist_lm-soak-") as folder:
-        found = soak(Path(folder), chosen.steps)
-    print(f"{chosen.steps:,} steps in {time.monotonic() - began:.0f} s\n")
+        steps, found = soak(Path(folder), chosen.steps, chosen.seconds)
+    print(f"{steps:,} steps in {time.monotonic() - began:.0f} s\n")
     print(table(found))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_lm import families
+from dist_lm.checkpoint.card import CARD, CardFacts, write_card
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config, due
 from dist_lm.console import dispensable
@@ -27,6 +28,8 @@ from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import UserError
+from dist_lm.model import hf
+from dist_lm.model.init import flops_per_token
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
@@ -327,6 +330,7 @@ def record_step(run: Run, pending: Pending) -> bool:
     refuse_corrupt_replicas(run, pending.step, pending.hashes)
     judge_step(run, pending.step, lr=pending.lr, loss=loss, norm=norm)
     state.tokens += int(targets)
+    state.curve.add_step(pending.step, state.tokens, loss)
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
@@ -358,18 +362,20 @@ def evaluate(run: Run, is_saving: bool = False) -> None:
     """
     run.runtime.enter(run.state.step, "evaluation")
     with run.metrics.pause("evaluation", run.state.step):
-        losses = []
+        figures = {}
         for name in run.data.val:
-            losses.append(_evaluate_set(run, name, name))
+            figures[name] = _evaluate_set(run, name, name)
             if run.config.run.ema:
                 with run.runtime.engine.averaged():
-                    _evaluate_set(run, name, f"{name} of ema")
-        run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
-        write_samples(run, losses[0], is_saving)
+                    figures[f"{name} of ema"] = _evaluate_set(run, name, f"{name} of ema")
+        run.state.curve.add_evaluation(run.state.step, figures)
+        first = next(iter(figures.values()))  # this set decides which checkpoint is the best
+        run.state.val_loss = first["val_loss"]
+        write_samples(run, first["val_loss"], is_saving)
 
 
-def _evaluate_set(run: Run, name: str, label: str) -> float:
-    """The loss of a validation set, recorded under a label. All ranks."""
+def _evaluate_set(run: Run, name: str, label: str) -> dict[str, float]:
+    """The figures of a validation set, recorded under a label. All ranks."""
     figures = validate(
         run.runtime,
         run.runtime.engine.model,
@@ -379,7 +385,7 @@ def _evaluate_set(run: Run, name: str, label: str) -> float:
         run.data.tokenizer,
     )
     run.metrics.evaluation(run.state.step, label, figures)
-    return figures["val_loss"]
+    return figures
 
 
 def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
@@ -447,11 +453,31 @@ def save(run: Run, last: bool) -> None:
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    texts[CARD] = write_card(facts_of_card(run))
     with run.metrics.pause("save", run.state.step):
         report_saving(run, run.saver.finish)
         run.saver.begin(run.state.step, spec, runtime.engine.owned, texts, tokenizer)
         if last:
             run.saver.finish()
+
+
+def facts_of_card(run: Run) -> CardFacts:
+    """What the model card of this step tells."""
+    config = run.config
+    spec = config.model_spec(run.data.tokenizer.vocab_size)
+    sources, held_out = run.data.public_facts(config.data)
+    return CardFacts(
+        config=config,
+        spec=spec,
+        parameters=hf.number_of_parameters(spec),
+        flops_per_token=flops_per_token(spec),
+        step=run.state.step,
+        steps=run.steps,
+        tokens=run.state.tokens,
+        sources=sources,
+        held_out=held_out,
+        curve=run.state.curve,
+    )
 
 
 def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:

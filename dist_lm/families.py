@@ -32,7 +32,7 @@ OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 # Other names that transformers gives to the same functions.
 ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 # Where transformers takes something else for a field of Qwen3 left out than for one of Llama.
-QWEN3_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 22016}
+QWEN3_DEFAULTS: Json = {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 22016}
 
 
 def family(model: ModelConfig) -> str | None:

@@ -33,12 +33,12 @@ from dist_lm.data.dataset import Dataset, open_dataset
 from dist_lm.disk import open_own
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.metrics import Metrics, read_lines
+from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
 from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
 from dist_lm.runtime.world import Runtime
-from dist_lm.size import parameters
 from dist_lm.spikes import STRETCH
 
 _DATA = "data (its tokens, by hash)"  # compared like a setting
@@ -419,7 +419,7 @@ def _warn_of_settings(run: Run) -> None:
 def _describe_size(run: Run) -> None:
     """Print the size of the model, of a step and of the run. Rank 0."""
     config = run.config
-    size = parameters(config, run.data.tokenizer.vocab_size)
+    size = hf.number_of_parameters(config.model_spec(run.data.tokenizer.vocab_size))
     if run.steps:
         length = count(run.steps, "step")
     else:

@@ -56,8 +56,7 @@ def steps_of(config: Config) -> int:
 
 def parameters(config: Config, vocab_size: int) -> int:
     """The number of parameters, without the rows that pad the vocabulary."""
-    shapes = hf.shapes(config.model_spec(vocab_size))
-    return sum(math.prod(shape) for shape in shapes.values())
+    return hf.number_of_parameters(config.model_spec(vocab_size))
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:

@@ -25,7 +25,7 @@ LEVELS = [
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "spikes", "safeguards", "evaluation", "loop"},
+    {"resume", "spikes", "safeguards", "evaluation", "saving", "loop"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
 ]
 STRANGERS = {"model", "data"}

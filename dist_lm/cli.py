@@ -20,9 +20,10 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
-from dist_lm.errors import UserError, closest, did_you_mean, nearest
+from dist_lm.errors import UserError
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.nearest import closest, did_you_mean, nearest
 from dist_lm.pretrained import settings_to_take
 from dist_lm.safe_yaml import LARGEST, parse
 from dist_lm.shipped import recipes

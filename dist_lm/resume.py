@@ -5,7 +5,6 @@ is found out before anything is built: a run that is finished ends at once.
 """
 
 import gc
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -420,8 +419,7 @@ def _describe_size(run: Run) -> None:
     """How large model, step and run are."""
     config = run.config
     data = run.data
-    shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = hf.number_of_parameters(config.model_spec(data.tokenizer.vocab_size))
     plural = "steps" if run.steps else "passes"
     length = count(run.steps or config.run.epochs or 0, "step" if run.steps else "pass", plural)
     run.runtime.say(

@@ -30,6 +30,7 @@ from dist_lm.data.prepared.preparing import preparation_of
 from dist_lm.data.prepared.progress import Say
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.prepared.shards import TokenShards
+from dist_lm.data.public_facts import PublicFacts, facts_of_shards
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
 from dist_lm.data.text.files import Part, TextFile
 from dist_lm.data.text.formats import Reader
@@ -81,6 +82,16 @@ class Dataset:
         for sequences in self.shards():
             for part in parts_of(sequences):
                 part.check_sizes()
+
+    def public_facts(self, data: DataConfig) -> tuple[list[PublicFacts], list[PublicFacts]]:
+        """What a model card tells of the sources, and of the validation sets."""
+        specs = data.named_sources()
+        sources = [source.public_facts(specs[name]) for name, source in self.sources.items()]
+        held_out = []
+        for name, shards in self.val.items():
+            spec = data.validation.get(name, data.as_source())
+            held_out.append(facts_of_shards(name, spec, shards))
+        return sources, held_out
 
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""

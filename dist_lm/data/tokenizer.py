@@ -24,7 +24,8 @@ from dist_lm.console import printable
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.tokenizer_check import refuse_excess
-from dist_lm.errors import DataError, UserError, did_you_mean
+from dist_lm.errors import DataError, UserError
+from dist_lm.nearest import did_you_mean
 from dist_lm.outside import parse_json, read_bytes, read_json
 from dist_lm.pretrained import find_tokenizer
 

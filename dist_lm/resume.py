@@ -1,7 +1,7 @@
-"""What happens before the loop: where a run stands, building model and optimizer, and filling them.
+"""Before the loop: find where a run stands, build model and optimizer, and fill them.
 
-A run folder says itself where its run stands, so the same command starts a run and resumes it. That
-is found out before anything is built: a run that is finished ends at once.
+The run folder says where its run stands, so the same command starts a run and resumes it. This is
+found out before anything is built, so a run that is finished ends at once.
 """
 
 import gc
@@ -46,7 +46,7 @@ _DATA = "data (its tokens, by hash)"  # compared like a setting
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run stands."""
+    """The step and the checkpoint at which a run goes on or begins."""
 
     data: Dataset
     steps: int | None  # None: the data says when it ends
@@ -85,7 +85,7 @@ class Run:
 def find_resume_point(
     runtime: Runtime, config: Config, allowed: Sequence[str]
 ) -> ResumePoint | None:
-    """Where the run stands; None if nothing is left to do, after saying so. All ranks.
+    """Find where the run stands. Returns None, and says so, if nothing is left to do. All ranks.
 
     `allowed` names settings that may differ from those of the checkpoint.
     """
@@ -219,24 +219,6 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
     # What exists by now stays: collecting garbage need not look through torch's modules again.
     gc.freeze()
     runtime.engine.prepare(model, optimizer, parameter_shapes(spec), runtime.channel)
-    metrics = Metrics(
-        config.run.dir,
-        steps=point.steps,
-        flops_per_token=flops_per_token(spec),
-        device=runtime.device,
-        world_size=runtime.world_size,
-        is_main=runtime.is_main,
-        track=runtime.track,
-    )
-    saver = Saver(
-        Path(config.run.dir),
-        runtime.background,
-        keep_last=config.run.keep_last,
-        keep_every=config.run.keep_every,
-        reach=STRETCH if config.run.on_spike == "act" else 0,
-        resumed=point.folder,
-        lost=runtime.attempt.lock.look,
-    )
     run = Run(
         config=config,
         runtime=runtime,
@@ -245,8 +227,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         steps=point.steps,
         model=model,
         optimizer=optimizer,
-        metrics=metrics,
-        saver=saver,
+        metrics=_metrics(runtime, config, point),
+        saver=_saver(runtime, config, point),
         state=TrainState(),
         point=point,
     )
@@ -254,6 +236,31 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
     is_on_gpu = runtime.device.type == "cuda"
     run.saver.make_ready(spec, runtime.engine.owned, make_memory=is_on_gpu)
     return run
+
+
+def _metrics(runtime: Runtime, config: Config, point: ResumePoint) -> Metrics:
+    spec = config.model_spec(point.data.tokenizer.vocab_size)
+    return Metrics(
+        config.run.dir,
+        steps=point.steps,
+        flops_per_token=flops_per_token(spec),
+        device=runtime.device,
+        world_size=runtime.world_size,
+        is_main=runtime.is_main,
+        track=runtime.track,
+    )
+
+
+def _saver(runtime: Runtime, config: Config, point: ResumePoint) -> Saver:
+    return Saver(
+        Path(config.run.dir),
+        runtime.background,
+        keep_last=config.run.keep_last,
+        keep_every=config.run.keep_every,
+        reach=STRETCH if config.run.on_spike == "act" else 0,
+        resumed=point.folder,
+        lost=runtime.attempt.lock.look,
+    )
 
 
 def restore_or_init(run: Run, point: ResumePoint) -> None:
@@ -389,6 +396,19 @@ def describe(run: Run) -> None:
         f" {config.run.precision}; each step {layout.accumulation} x {layout.micro_batch} sequences"
         " a process"
     )
+    _warn_of_settings(run)
+    if runtime.is_main:
+        path = run.dir / "config.yaml"
+        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
+            file.write(config.to_yaml())
+    runtime.start_trackers(config, run.state.step)
+
+
+def _warn_of_settings(run: Run) -> None:
+    """Warn of settings that do not do all that they seem to. Rank 0."""
+    config = run.config
+    runtime = run.runtime
+    layout = run.layout
     if layout.filler_percent > 0:
         runtime.say(
             "warning: rows without targets even out the processes and cost"
@@ -408,21 +428,17 @@ def describe(run: Run) -> None:
         runtime.say(
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )
-    if runtime.is_main:
-        path = run.dir / "config.yaml"
-        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
-            file.write(config.to_yaml())
-    runtime.start_trackers(config, run.state.step)
 
 
 def _describe_size(run: Run) -> None:
-    """How large model, step and run are."""
+    """Print the size of the model, of a step and of the run. Rank 0."""
     config = run.config
-    data = run.data
-    parameters = hf.number_of_parameters(config.model_spec(data.tokenizer.vocab_size))
-    plural = "steps" if run.steps else "passes"
-    length = count(run.steps or config.run.epochs or 0, "step" if run.steps else "pass", plural)
+    size = hf.number_of_parameters(config.model_spec(run.data.tokenizer.vocab_size))
+    if run.steps:
+        length = count(run.steps, "step")
+    else:
+        length = count(config.run.epochs or 0, "pass", "passes")
     run.runtime.say(
-        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
+        f"{size:,} parameters, sequences of {config.data.seq_len} tokens;"
         f" {run.layout.tokens_per_step:,} tokens a step, {length}"
     )

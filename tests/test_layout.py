@@ -18,7 +18,7 @@ LEVELS = [
     | {"arithmetic", "environment", "nearest", "stop"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
-    {"cli", "metrics", "progress_line", "optim", "outcome"},
+    {"cli", "metrics", "progress_line", "own_optimizers", "optim", "outcome"},
     {"curves", "goodput"},
     {"model", "data"},
     {"checkpoint"},

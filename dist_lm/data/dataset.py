@@ -177,7 +177,7 @@ def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list
 
 
 def validation_folders(config: Config, run_dir: Path) -> dict[str, list[str]]:
-    """Where a run that was started has its validation sets, by name; the first one decides.
+    """The folders of a started run's validation sets, by name; the first one decides.
 
     Each is in prepared folders or URLs, of which the split `val` is the run's.
     """

@@ -177,7 +177,7 @@ class Tokenizer:
         return [self._replace_special(encoding.ids) for encoding in encodings]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """What encode_batch returns, as arrays of `dtype`. For much text: it may be faster."""
+        """The ids of encode_batch, as arrays of `dtype`. It may be faster for much text."""
         engine = self._engine
         arrays = []
         if engine is None:
@@ -207,7 +207,7 @@ class Tokenizer:
         return engine
 
     def why_slow(self) -> str:
-        """Why much text is encoded by `tokenizers` and not by tiktoken, or nothing."""
+        """The reason why tiktoken cannot encode for this tokenizer, or an empty string."""
         if self._engine is not None:
             return ""
         return self._why_slow

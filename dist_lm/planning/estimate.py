@@ -75,7 +75,7 @@ def estimate(
 
 
 def strategies(world: int) -> dict[str, Strategy]:
-    """Those of launch/ that this number of processes can have, cheapest first."""
+    """The strategies of launch/ that this number of processes can have, cheapest first."""
     by_name = {path.stem: choose_strategy(path.stem) for path in LAUNCH_FILES.glob("*.yaml")}
     del by_name["ddp" if world == 1 else "single"]
 
@@ -120,7 +120,7 @@ def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str
 
 
 def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, Any]:
-    """Which strategy to take, at which micro-batch, and why. The launch is None if none fits.
+    """Choose a strategy and a micro-batch, and say why. The launch is None if none fits.
 
     It is the first that fits in the order of what a step costs: everything on each process, then
     parts of it divided, then parts of it offloaded. The asked micro-batch comes before a smaller
@@ -147,7 +147,7 @@ def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, 
 
 
 def needed(figures: Memory, cluster: Cluster) -> float:
-    """What must fit into a device.
+    """The bytes that must fit into a device.
 
     A CPU's memory also holds what is offloaded, and what is on its way to disk.
     """

@@ -21,7 +21,8 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config, batch_layout
 from dist_lm.model.gpt import GPT
-from dist_lm.optim import Muon, create_state
+from dist_lm.optim import create_state
+from dist_lm.own_optimizers import Muon
 from dist_lm.runtime.replicas import hash_of_bits
 from dist_lm.runtime.strategy import Strategy
 

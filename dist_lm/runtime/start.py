@@ -1,9 +1,8 @@
-"""How a process joins the others.
+"""Start a process as one rank of a run.
 
-start() checks what one process can check alone, meets the other ranks, and compares. Silent
-degradation is the worst failure of this stack: one process where eight were asked for, or ranks
-with different code or data. So start() proves the world with an exchange and refuses whatever
-differs.
+start() first checks what one process can check alone. Then it meets the other ranks and compares.
+The worst failure is a silent one: one process where eight were asked for, or ranks with different
+code or data. So start() proves the world with an exchange, and refuses whatever differs.
 """
 
 import hashlib
@@ -44,9 +43,8 @@ _BUCKET_MB_ON_GPU = 25  # torch's own choice
 # Of models of 10^9 parameters and more: across machines each sum has a latency, which 25 MB do not
 # hide.
 _BUCKET_MB_OF_LARGE_MODELS = 100
-_BUCKET_MB_ON_CPU = (
-    1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
-)
+# One bucket: gloo overlaps nothing, and one large sum beats several small ones.
+_BUCKET_MB_ON_CPU = 1024
 _LARGEST_MESH = 64  # ranks that gloo connects each with each other
 _RECORDED_COLLECTIVES = "2000"  # that NCCL's flight recorder remembers
 _LARGEST_KEPT_BLOCK = 2**25 - 2**16  # bytes; just below the 32 MB that glibc learns at most
@@ -224,7 +222,7 @@ def _make_room_for_sockets() -> None:
 
 
 def _bucket_mb(config: Config, has_gpu: bool) -> int:
-    """How many megabytes of gradients DDP sums at once."""
+    """The size of DDP's buckets: the megabytes of gradients that it sums at once."""
     if not has_gpu:
         return _BUCKET_MB_ON_CPU
     # Without the embedding: the tokenizer, which decides its size, is not loaded yet.
@@ -341,7 +339,7 @@ def _start_watchdog(runtime: Runtime, config: Config) -> None:
         world_size=runtime.world_size,
         name=name,
         timeout=config.run.timeout_seconds,
-        place=lambda: runtime.place,
+        whereabouts=lambda: runtime.whereabouts,
         lost=runtime.end_at_once,
         dump=partial(dump_stacks, who, nccl_file),
         say=runtime.say,

@@ -33,7 +33,7 @@ from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
-from dist_lm.runtime.watchdog import Place, Watchdog
+from dist_lm.runtime.watchdog import Watchdog, Whereabouts
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
 _OWN_STEPS = 9  # whose median says how fast this rank is
@@ -65,7 +65,7 @@ class Runtime:
         # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
         self.refusal: UserError | None = None
         # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
-        self.place = Place(phase="start-up")
+        self.whereabouts = Whereabouts(phase="start-up")
         self.has_made_a_step = False
         self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
         # Does nothing until start_profiler().
@@ -89,35 +89,36 @@ class Runtime:
         """Note what this rank begins to do, after `step` updates."""
         if not self.has_made_a_step:
             phase = "start-up"  # the first step compiles
-        progress = self.place.progress + 1
-        self.place = Place(progress, step=step, phase=phase, seconds=self.place.seconds)
+        progress = self.whereabouts.progress + 1
+        self.whereabouts = Whereabouts(
+            progress, step=step, phase=phase, seconds=self.whereabouts.seconds
+        )
 
     def note_own_seconds(self, seconds: float) -> None:
         """Note what a step took this rank until it exchanged anything with the others."""
         if self.has_made_a_step:
             self._own_seconds.append(seconds)
             median = statistics.median(self._own_seconds)
-            self.place = replace(self.place, seconds=median)
+            self.whereabouts = replace(self.whereabouts, seconds=median)
 
     # --- agreements
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
-        self.place = replace(self.place, progress=self.place.progress + 1)
+        self.whereabouts = replace(self.whereabouts, progress=self.whereabouts.progress + 1)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def with_flags(self, number: int) -> Tensor:
-        """This rank's part of a sum: a number, was it told to stop, does it refuse to go on."""
+        """This rank's part of a sum: a number, whether it was told to stop, whether it refuses."""
         is_refusing = bool(self.attempt.lock.lost or self.refusal)
         return self.on_device([number, self.stop.requested, is_refusing], torch.float64)
 
     def of_main(self, number: Tensor) -> Tensor:
-        """This rank's part of a sum that gives rank 0's number, or what is not finite anywhere.
+        """This rank's part of a sum that gives rank 0's number, or infinity or NaN of any rank.
 
-        What is no sum, such as a gradient norm, may differ between ranks in its last bits, but all
-        must decide alike by it.
+        A gradient norm may differ between ranks in its last bits, but all must decide alike by it.
         """
         number = number.double()
         if self.is_main:
@@ -140,7 +141,7 @@ class Runtime:
 
     @property
     def why_stopped(self) -> str:
-        """Why this run stops before its end. Only meaningful once some rank was told to stop."""
+        """The reason why this run stops before its end, once a rank was told to."""
         return self.stop.reason or "another rank was told to stop"
 
     def refuse_together(self, are_refusing: float) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.data.lane import Lane, Status, StreamSpec
 from dist_lm.data.order import Ints
 from dist_lm.data.packing import PackedSequence
@@ -116,7 +117,7 @@ class Stream:
                 self._done.add(lane)
             else:
                 missing = count - len(dealt)
-                self._read(waiting, -(-missing // len(waiting)))
+                self._read(waiting, ceil_div(missing, len(waiting)))
         self._read_ahead(2 * count)
         return dealt
 

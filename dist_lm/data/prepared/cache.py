@@ -240,6 +240,8 @@ def _blocks_of(url: str, most: int) -> Iterator[bytes]:
             while left and (block := file.read(min(BLOCK, left))):
                 left -= len(block)
                 yield block
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         raise RetryableError(in_a_line(error)) from error
 

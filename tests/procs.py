@@ -1,7 +1,7 @@
-"""Start dist_lm in processes of its own: plain commands, or one process a rank with gloo between them.
+"""Start dist_lm in processes of its own: plain commands, or one process a rank with gloo between.
 
-Every call has a timeout, after which all its processes are killed and their output is part of the failure.
-How this is fast, and what state the processes start in, is said in forkserver.py.
+Every call has a timeout, after which all its processes are killed and their output is part of the
+failure. forkserver.py says how this is fast, and in what state the processes start.
 """
 
 import atexit
@@ -55,44 +55,66 @@ def clean_env(**more: str) -> dict[str, str]:
 
 
 class Connection:
-    """To a fork server of this pytest process."""
+    """To a fork server, which the workers of `pytest -n` share: to start one takes seconds."""
 
     def __init__(self, seed: int, modules: str):
+        self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.server: subprocess.Popen[bytes] | None = None  # None if another worker started it
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the connection
-        self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [
-            sys.executable,
-            str(ROOT / "tests/forkserver.py"),
-            str(theirs.fileno()),
-            modules,
-            "-" * 20_000,
-        ]
-        env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
-        # What a test has set for its own processes is not the server's.
-        env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
-        with theirs:
+        atexit.register(self.close)
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}-{id(self)}"
+        place = f"\0dist_lm-tests-{run}-{seed}-{modules}"[:100]
+        while not self.connected(place):
+            self.start(place, seed, modules)
+
+    def connected(self, place: str) -> bool:
+        """Whether a server listens there; waits until it has imported all."""
+        try:
+            self.door.connect(place)
+            if self.door.recv(100):
+                return True
+        except ConnectionError:
+            pass
+        if self.server:
+            self.server.wait()
+            self.errors.seek(0)
+            raise RuntimeError(f"the fork server ended:\n{self.errors.read()}")
+        self.door.close()  # nobody listens, or a server that ends with its last worker
+        self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return False
+
+    def start(self, place: str, seed: int, modules: str) -> None:
+        """Start the server, if no other worker does that right now."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(place)
+            except OSError:
+                time.sleep(0.01)  # until the other worker's listens
+                return
+            listener.listen(100)
+            file = listener.fileno()
+            words = [str(ROOT / "tests/forkserver.py"), str(file), modules, "-" * 20_000]
+            env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
+            # What a test has set for its own processes is not the server's.
+            env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
             self.server = subprocess.Popen(
-                words,
+                [sys.executable, *words],
                 env=env,
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=self.errors,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[file],
                 start_new_session=True,
             )
-        atexit.register(self.close)
-        if not self.door.recv(100):  # when it has imported all
-            self.server.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"the fork server ended:\n{self.errors.read()}")
 
     def ask(self, request: dict[str, Any], files: list[int]) -> None:
         socket.send_fds(self.door, [json.dumps(request).encode()], files)
 
     def close(self) -> None:
-        """The server ends, and all that it started."""
+        """What this process started ends; with the last worker's connection, the server too."""
         self.door.close()
-        self.server.wait()
+        if self.server:
+            self.server.wait()
         self.errors.close()
 
 

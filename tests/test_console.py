@@ -1,4 +1,4 @@
-"""Standard output and standard error may be gone at any time: closed, without a reader, on a full disk."""
+"""Standard output and standard error may be gone: closed, without a reader, on a full disk."""
 
 import subprocess
 import sys

@@ -107,7 +107,7 @@ def test_the_launchers_words_are_held_and_no_others(tmp_path: Path) -> None:
   File "/x/dist_lm/train.py", line 41, in <module>
     run_entry(main)
 ValueError: of a rank"""
-    of_torchrun = """W1127 17:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:900] Sending
+    of_torchrun = """W1127 17:00:00.0 1 torch/distributed/elastic/multiprocessing/api.py:900] Send
 Traceback (most recent call last):
   File "<frozen runpy>", line 198, in _run_module_as_main
   File "<frozen runpy>", line 88, in _run_code

@@ -1,4 +1,4 @@
-"""A run takes along shape, context and tokenizer of the model that it starts from, or refuses at once."""
+"""A run takes over shape, context and tokenizer of the model that it starts from, or refuses."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Sources in parts, and those of other programs: one source, in a fixed order, exact as any other."""
+"""Sources in parts, and those of other programs: one source, in a fixed order, exact as any."""
 
 import json
 import shutil

@@ -3,8 +3,8 @@
     python -m tests.faults.operations SCENARIO [--mutant NAME] [--every N] [--first K]
 
 runs the work once to count its operations, and then again for each fault: a kill before, after or
-in the middle of the n-th operation, an error, a short write, a delay. After each fault the same work
-is done again without one. The end must be the same as if nothing had happened.
+in the middle of the n-th operation, an error, a short write, a delay. After each fault the same
+work is done again without one. The end must be the same as if nothing had happened.
 
 A line of JSON is printed for each fault that was survived badly, and one with the counts at the
 end. The process is started with the shim in LD_PRELOAD; see shim.c and start().

@@ -5,6 +5,7 @@ failure. forkserver.py says how this is fast, and in what state the processes st
 """
 
 import atexit
+import hashlib
 import json
 import os
 import selectors
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,18 @@ def clean_env(**more: str) -> dict[str, str]:
 class Connection:
     """To a fork server, which the workers of `pytest -n` share: to start one takes seconds."""
 
-    def __init__(self, seed: int, modules: str):
+    def __init__(self, seed: int, modules: str, variables: frozenset[tuple[str, str]]):
         self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.server: subprocess.Popen[bytes] | None = None  # None if another worker started it
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the connection
         atexit.register(self.close)
         run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}-{id(self)}"
-        place = f"\0dist_lm-tests-{run}-{seed}-{modules}"[:100]
-        while not self.connected(place):
-            self.start(place, seed, modules)
+        kind = hashlib.sha256(repr((seed, modules, sorted(variables))).encode()).hexdigest()[:16]
+        env = clean_env(**{**START, "PYTHONHASHSEED": str(seed), **dict(variables)})
+        # What a test has set for its own processes is not the server's.
+        env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
+        while not self.connected(f"\0dist_lm-{run}-{kind}"):
+            self.start(f"\0dist_lm-{run}-{kind}", modules, env)
 
     def connected(self, place: str) -> bool:
         """Whether a server listens there; waits until it has imported all."""
@@ -83,7 +87,7 @@ class Connection:
         self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return False
 
-    def start(self, place: str, seed: int, modules: str) -> None:
+    def start(self, place: str, modules: str, env: dict[str, str]) -> None:
         """Start the server, if no other worker does that right now."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             try:
@@ -94,9 +98,6 @@ class Connection:
             listener.listen(100)
             file = listener.fileno()
             words = [str(ROOT / "tests/forkserver.py"), str(file), modules, "-" * 20_000]
-            env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
-            # What a test has set for its own processes is not the server's.
-            env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
             self.server = subprocess.Popen(
                 [sys.executable, *words],
                 env=env,
@@ -124,12 +125,17 @@ def late_modules(command: Sequence[str]) -> str:
 
 
 @cache
-def connection(seed: int, modules: str) -> Connection:
-    return Connection(seed, modules)
+def connection(
+    seed: int, modules: str, variables: frozenset[tuple[str, str]] = frozenset()
+) -> Connection:
+    return Connection(seed, modules, variables)
 
 
 class Process:
-    """A process that a fork server started. It has what the tests use of subprocess.Popen."""
+    """A process that a fork server started. It has what the tests use of subprocess.Popen.
+
+    `variables` are in its environment and in that of its server, for what is read by libraries.
+    """
 
     def __init__(
         self,
@@ -143,6 +149,7 @@ class Process:
         stderr: Any = STDOUT,
         cold: bool = False,
         seed: int = 0,
+        variables: Mapping[str, str] | None = None,
     ):
         self.args, self.text = list(map(str, command)), text
         self.returncode: int | None = None
@@ -168,11 +175,12 @@ class Process:
                 file = theirs[1]
             theirs.append(file if isinstance(file, int) else file.fileno())
         self.line, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        server = connection(seed, late_modules(self.args))
+        variables = variables or {}
+        server = connection(seed, late_modules(self.args), frozenset(variables.items()))
         request = {
             "words": self.args,
             "cwd": str(cwd),
-            "env": clean_env() if env is None else env,
+            "env": (clean_env() if env is None else env) | dict(variables),
             "cold": "the caller wants it" if cold else "",
         }
         with their_end:

@@ -307,6 +307,7 @@ def test_what_failed_is_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_dry_run_has_every_section(tmp_path: Path) -> None:
     file = tmp_path / "dry.jsonl"
     done = command("--out", str(file))

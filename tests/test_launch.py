@@ -181,6 +181,7 @@ def test_a_refusal_of_the_data_is_told_without_the_launchers_words(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun", "accelerate"])
+@pytest.mark.long
 def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     prepared: Path, tmp_path: Path, script: str
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(
     prepared: Path, tmp_path: Path
 ) -> None:

@@ -84,8 +84,9 @@ def assert_same_bits(step: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.campaign), "0.1"])
+@pytest.mark.long
 def test_the_curve_does_not_know_the_machine(prepared: Path, tmp_path: Path, dropout: str) -> None:
-    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout)
+    common = tiny(prepared, "--run.steps", "20", "--model.dropout", dropout)
     train(tmp_path / "one", *common)
     spread: dict[str, tuple[int, list[str]]] = {
         "2 processes": (2, []),
@@ -492,6 +493,7 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
     """A second start refuses, also while the first is stopped, and leaves the outcome alone; a
     killed run's lock is taken over, and its launch script hears that it may be started again.

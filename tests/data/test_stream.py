@@ -199,6 +199,7 @@ def test_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_cases(tmp_path, monkeypatch, range(40, 540))
 

@@ -365,6 +365,7 @@ def test_a_prepared_folder_at_a_url_is_the_local_one(
     assert copy.name.endswith("-train-00000.safetensors")
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_streams_by_row_group(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

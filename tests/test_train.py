@@ -640,8 +640,8 @@ LAUNCHERS = {
     ("launcher", "after"),
     [
         ("torchrun", 0.0),
-        ("torchrun", 0.3),
-        ("torchrun", 1),
+        pytest.param("torchrun", 0.3, marks=pytest.mark.campaign),
+        pytest.param("torchrun", 1, marks=pytest.mark.campaign),
         ("torchrun", 2),
         ("accelerate", 0.3),
         ("torchrun", None),
@@ -675,8 +675,17 @@ def test_ranks_end_when_their_launcher_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.0, 1, 3])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "after"),
+    [
+        pytest.param(signal.SIGKILL, 0.0, marks=pytest.mark.campaign),
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 3, marks=pytest.mark.campaign),
+        (signal.SIGSTOP, 0.0),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.campaign),
+        (signal.SIGSTOP, 3),
+    ],
+)
 def test_a_rank_that_is_lost_during_start_up_takes_the_others_along(
     prepared: Path, tmp_path: Path, how: signal.Signals, after: float
 ) -> None:

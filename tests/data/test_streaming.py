@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -370,6 +369,8 @@ def test_a_hub_dataset_streams_by_row_group(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """load_dataset reads a folder as it reads a hub dataset; here no hub is reached."""
+    import datasets  # slow
+
     asked = []
     real = datasets.load_dataset
 

@@ -318,6 +318,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     assert largest_micro_batch(config, strategy, Cluster("rtx4090"), 32000) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_would() -> None:
     config = recipe("llama-7b")
     figures = estimate(config, 32000, "ddp", Cluster("h100", 8, 8), 0.4)
@@ -343,6 +344,7 @@ def test_what_does_not_fit_and_what_would() -> None:
     assert estimate(tiny(), 257, None, Cluster("cpu", 1, 1), 0.4)["advice"] == ["single fits"]
 
 
+@pytest.mark.slow
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [

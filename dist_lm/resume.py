@@ -95,37 +95,51 @@ def find_resume_point(
         runtime.on_main(lambda: refuse_other_tokenizers(config))
     data = open_dataset(config, runtime.on_main)
     steps = data.steps(config)
-    # Rank 0 decides, because others may see the folder otherwise for a while.
-    chosen = runtime.on_main(lambda: _choose_checkpoint(runtime, config))
+    chosen = _choose_checkpoint(runtime, config)
     if chosen is None:
         return ResumePoint(data, steps, folder=None, facts={})
-    facts = runtime.together(lambda: read_state(Path(chosen)))
+    facts = runtime.together(lambda: read_state(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(_why_nothing_is_left(config, steps, facts))
         return None
-    return ResumePoint(data, steps, folder=Path(chosen), facts=facts)
+    return ResumePoint(data, steps, folder=chosen, facts=facts)
 
 
-def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
-    """The folder to go on from, or None if the run begins. Rank 0."""
+def _choose_checkpoint(runtime: Runtime, config: Config) -> Path | None:
+    """The folder to go on from, or None if the run begins. All ranks, which divide its files."""
+
+    def check(folder: Path) -> None:
+        def check_share() -> None:
+            verify_state(folder, runtime.rank, runtime.world_size)
+
+        runtime.on_all(check_share)
+
     run_dir = Path(config.run.dir)
-    if config.run.resume == "never":
-        if (run_dir / "metrics.jsonl").exists() or step_folders(run_dir):
-            raise UserError(
-                f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
-                " run.resume=auto"
-            )
-        return None
-    if config.run.resume != "auto":
-        folder = Path(config.run.resume)
-        step = verify_state(folder)["step"]
-        set_aside_newer(run_dir, step, runtime.say)
-        return str(folder)
-    newest, passed_over = newest_valid(run_dir, verify_state)
+    if config.run.resume not in ("auto", "never"):
+        chosen = Path(config.run.resume)
+        check(chosen)
+        step = read_state(chosen)["step"]
+        runtime.on_main(lambda: set_aside_newer(run_dir, step, runtime.say))
+        return chosen
+    # Rank 0 looks, because others may see the folder otherwise for a while.
+    names = runtime.on_main(lambda: _checkpoints_to_try(config))
+    newest, passed_over = newest_valid(run_dir, check, [Path(name) for name in names])
     for why in passed_over:
         runtime.say(f"warning: passed over a damaged checkpoint: {why}")
-    return str(newest) if newest else None
+    return newest
+
+
+def _checkpoints_to_try(config: Config) -> list[str]:
+    """The step folders of the run, oldest first. Rank 0."""
+    run_dir = Path(config.run.dir)
+    folders = step_folders(run_dir)
+    if config.run.resume == "never" and (folders or (run_dir / "metrics.jsonl").exists()):
+        raise UserError(
+            f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
+            " run.resume=auto"
+        )
+    return [str(folder) for folder in folders]
 
 
 def _why_nothing_is_left(config: Config, steps: int | None, facts: Mapping[str, Any]) -> str:
@@ -264,9 +278,9 @@ def _init(run: Run) -> None:
     if config.run.init_from:
         run.runtime.together(lambda: start_from(run, config.run.init_from or ""))
     else:
-        parts = ((part.name, part.start, part.weight) for part in engine.owned())
+        parts = ((part.name, part.start, part.weight) for part in engine.to_fill())
         init_weights(run.model, config.run.seed, parts)
-    engine.spread()
+    engine.fill_others()
     engine.start_average()
 
 
@@ -275,8 +289,8 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
     runtime = run.runtime
     engine = runtime.engine
     spec = run.config.model_spec(run.data.tokenizer.vocab_size)
-    runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
-    engine.spread()
+    runtime.together(lambda: restore(folder, spec, engine.to_fill(), optimizer=True))
+    engine.fill_others()
     if engine.scaler.is_enabled():
         if facts["scaler"].keys() != engine.scaler.state_dict().keys():
             raise CheckpointError(f"{folder.name}/state.json: has no loss scale, which fp16 needs")
@@ -359,7 +373,7 @@ def start_from(run: Run, name: str) -> None:
     refuse_disagreements(model, given)
     refuse_tokenizer(model, tokenizer, f"data.input={config.data.title}")
     spec = config.model_spec(model.spec.vocab_size)
-    restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
+    restore(folder, spec, run.runtime.engine.to_fill(), optimizer=False)
 
 
 # --- saying what is about to happen

@@ -155,9 +155,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def verify_state(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint from which a run can go on: all its files are right."""
-    manifest = verify(folder)
+def verify_state(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """The facts of a checkpoint from which a run can go on: all its files are right.
+
+    Several ranks divide the files among them; each must call this.
+    """
+    manifest = verify(folder, rank, world_size)
     facts = read_state(folder)
     if facts["step"] != manifest["step"]:
         raise damaged(folder / "state.json", f"is of step {facts['step']}")

@@ -14,6 +14,7 @@ from dist_lm.metrics import peak_flops
 from dist_lm.model.init import flops_per_token
 from dist_lm.planning.cluster import GPUS, OVERHEAD, Cluster
 from dist_lm.planning.memory import Memory, memory
+from dist_lm.planning.network import efficiency
 from dist_lm.runtime.strategy import LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of
 
@@ -32,7 +33,18 @@ def estimate(
     rows = fit(config, vocab_size, cluster)
     flops = flops_per_token(config.model_spec(vocab_size))
     tokens = steps * layout.tokens_per_step
-    rate = mfu * peak(cluster) * world / flops
+    seconds_of_step = layout.tokens_per_step * flops / (mfu * peak(cluster) * world)
+    for name, row in rows.items():
+        if "refused" not in row:
+            row["efficiency"] = efficiency(
+                config,
+                choose_strategy(name),
+                cluster,
+                layout,
+                vocab_size=vocab_size,
+                seconds=seconds_of_step,
+            )
+    rate = layout.tokens_per_step / seconds_of_step * rows[asked].get("efficiency", 1.0)
     seconds = tokens / rate
     return {
         "parameters": parameters(config, vocab_size),
@@ -47,6 +59,7 @@ def estimate(
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
         "room": cluster.room,
+        "bandwidth": cluster.bandwidth,
         "overhead": OVERHEAD if cluster.on_gpu else 0.0,
         "strategies": rows,
         "asked": asked,

@@ -37,7 +37,7 @@ from dist_lm.runtime.watchdog import Watchdog, Whereabouts
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
 _OWN_STEPS = 9  # whose median says how fast this rank is
-_LOOK_SECONDS = 1.0  # how often all ranks ask whether rank 0 has ended its work
+_LOOK_SECONDS = 1.0  # how often all ranks ask whether work in threads has ended
 _RECORD_SECONDS = 10.0  # for recording how the run ended; the run folder's host may be what is gone
 
 
@@ -60,7 +60,7 @@ class Runtime:
         self.channel = Channel(self.rank, self.world_size, self.device)
         # Messages of checkpoints and of data never mix with training's.
         self.background = self._channel_of_its_own()
-        self.reading = self._channel_of_its_own()
+        self._reading: Channel | None = None
         self.watch: Watchdog | None = None
         # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
         self.refusal: UserError | None = None
@@ -76,6 +76,12 @@ class Runtime:
         if self.world_size > 1:
             channel.group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
         return channel
+
+    def reading(self) -> Channel:
+        """The channel of those who read ahead, which is opened for the first of them. All ranks."""
+        if self._reading is None:
+            self._reading = self._channel_of_its_own()
+        return self._reading
 
     # --- where this rank is
 
@@ -164,12 +170,23 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work; every rank gets its JSON result or its UserError. All ranks.
 
-        The work may take long. Rank 0 works in a thread while all ranks keep reducing a flag, so
-        that no collective waits past the timeout.
+        The work may take long, as on_all() says.
         """
+        return _result_of(self._work_aside(work if self.is_main else None)[0])
+
+    def on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank does the work; every rank gets all JSON results, or one UserError. All ranks.
+
+        The work may take long: it is done in a thread while all ranks keep reducing a flag, so that
+        no collective waits past the timeout.
+        """
+        return [_result_of(outcome) for outcome in self._work_aside(work)]
+
+    def _work_aside(self, work: Callable[[], Any] | None) -> list[dict[str, Any]]:
+        """How the work of each rank ended, by rank; without work there is nothing. All ranks."""
         outcome: dict[str, Any] = {}
         worker: threading.Thread | None = None
-        if self.is_main:
+        if work:
             worker = threading.Thread(target=_note_outcome, args=(work, outcome), daemon=True)
             worker.start()
         while True:
@@ -180,15 +197,11 @@ class Runtime:
             busy, stop, are_refusing = self.sum(self.with_flags(is_busy)).tolist()
             self.refuse_together(are_refusing)
             if not busy:
-                break
+                return self.channel.gather(outcome)
             if stop:
                 raise PreemptedError(
                     f"stopped during start-up: {self.why_stopped}; the same command goes on"
                 )
-        of_main = self.channel.gather(outcome)[0]
-        if "error" in of_main:
-            raise error_with_code(of_main["error"], of_main["code"])
-        return of_main["result"]
 
     def together(self, work: Callable[[], Any]) -> Any:
         """Every rank does the work; if any refuses, all raise that rank's UserError. All ranks."""
@@ -299,7 +312,8 @@ class Runtime:
         # without an active exception").
         self.engine.release()
         self.background.group = None
-        self.reading.group = None
+        if self._reading:
+            self._reading.group = None
         self.accelerator.free_memory()
         gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run
@@ -307,6 +321,13 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
         del last_sum  # kept until no thread can hold it
+
+
+def _result_of(outcome: dict[str, Any]) -> Any:
+    """What the work of a rank gave; raises what it raised."""
+    if "error" in outcome:
+        raise error_with_code(outcome["error"], outcome["code"])
+    return outcome["result"]
 
 
 def _note_outcome(work: Callable[[], Any], outcome: dict[str, Any]) -> None:

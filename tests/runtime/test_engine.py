@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from dist_lm import loop, own_optimizers
 from dist_lm.cli import load
@@ -86,6 +85,8 @@ def train_eagerly(*words: str) -> None:
 
 def train_counting_graphs(*words: str) -> None:
     """As a rank: compile with a backend that only counts, and print how many graphs it got."""
+    from torch._dynamo.testing import CompileCounter  # slow
+
     counter = CompileCounter()
     of_warm_up = []
     compile_blocks, warm_up = GPT.compile_for_training, ReplicatedEngine.warm_up

@@ -109,12 +109,15 @@ class TokenSequences(ABC):
             with self.open_shard(shard) as tokens:
                 for _, first, row in in_shard:
                     tokens_NT[row] = tokens[first : first + seq_len + 1]
-        if tokens_NT.size and tokens_NT.max() >= self.vocab_size:
-            self._refuse_unknown_id(tokens_NT, places)
+        self._refuse_unknown_ids(tokens_NT, places)
         return tokens_NT
 
-    def _refuse_unknown_id(self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+    def _refuse_unknown_ids(
+        self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]
+    ) -> None:
         """Raise over a token that the tokenizer does not have."""
+        if not tokens_NT.size or tokens_NT.max() < self.vocab_size:
+            return
         for shard, _, row in places:
             largest = int(tokens_NT[row].max())
             if largest >= self.vocab_size:

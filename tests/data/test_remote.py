@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import s3fs
 
 from dist_lm.data import remote
 from dist_lm.data.prepared import cache as cache_module
@@ -64,6 +63,8 @@ def start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[dict[str, bytes]], ObjectStore]]:
     """A server with these files in the bucket `bkt`."""
+    import s3fs  # slow
+
     stores = []
 
     def begin(files: dict[str, bytes]) -> ObjectStore:

@@ -30,6 +30,7 @@ for name, work in WORKS.items():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SAMPLE)
 def test_it_can_be_interrupted(shim_library: Path, scenario: str) -> None:
     result = enumerate_faults(shim_library, scenario, "--every", str(SAMPLE[scenario]))

@@ -45,7 +45,7 @@ class Copy(NamedTuple):
 
     @property
     def unfinished(self) -> Path:
-        """Where the copy is while it is being written."""
+        """The path of the copy while it is being written."""
         return self.path.with_name(f"tmp-{self.path.name}")
 
 

@@ -53,7 +53,7 @@ class TokenSequences(ABC):
 
     @abstractmethod
     def path_of(self, shard: int) -> str:
-        """Where a shard lies, for messages."""
+        """The path or URL of a shard, for messages."""
 
     @abstractmethod
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
@@ -64,7 +64,7 @@ class TokenSequences(ABC):
         """The tokens of a shard, to be used inside."""
 
     def counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences each shard has."""
+        """The number of sequences of each shard."""
         counts = []
         for size in self.sizes:
             count = 0
@@ -75,7 +75,7 @@ class TokenSequences(ABC):
         return counts
 
     def count(self, data: DataConfig) -> int:
-        """How many sequences there are in an epoch."""
+        """The number of sequences in an epoch."""
         ends = self._ends(data.seq_len, data.stride)
         return ends[-1] if ends else 0
 
@@ -126,5 +126,5 @@ class TokenSequences(ABC):
                 )
 
     def _sum_up_counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences there are up to the end of each shard."""
+        """The number of sequences up to the end of each shard."""
         return list(accumulate(self.counts(seq_len, stride)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_lm import loop, optim
+from dist_lm import loop, own_optimizers
 from dist_lm.cli import load
 from dist_lm.config import Config, ModelConfig, ModelSpec
 from dist_lm.model.gpt import GPT
@@ -146,7 +146,7 @@ def test_ranks_divide_muon_s_matrices_on_gpus(prepared: Path, tmp_path: Path, wo
 def train_dividing(*words: str) -> None:
     """As a rank: divide the matrices as on GPUs, and print how many this rank orthogonalised."""
     counts: list[int] = []
-    newton_schulz, wrap = optim.newton_schulz, ReplicatedEngine._wrap
+    newton_schulz, wrap = own_optimizers.newton_schulz, ReplicatedEngine._wrap
 
     def counted(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
         counts.append(len(matrices_NRC))
@@ -157,6 +157,6 @@ def train_dividing(*words: str) -> None:
         wrap(engine, *arguments)
         engine.on_gpu = False
 
-    optim.newton_schulz, ReplicatedEngine._wrap = counted, as_on_gpus
+    own_optimizers.newton_schulz, ReplicatedEngine._wrap = counted, as_on_gpus
     run(words)
     print(f"matrices a step: {sum(counts) / 7:g}")  # create_state makes a seventh step

@@ -144,7 +144,7 @@ def find_model(name: str) -> Pretrained:
             f"run.init_from={name}: no such folder; rule: a run, a step folder, a transformers"
             " folder or hub name"
         )
-    folder = _download(name)
+    folder = download(name, ["*.json"], "run.init_from=")
     return Pretrained(name, folder, read_spec(folder))
 
 
@@ -193,14 +193,15 @@ def _hash_of_file(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _download(name: str) -> Path:
-    """A folder with the small files of a model of the hub."""
+def download(name: str, patterns: list[str], label: str = "") -> Path:
+    """A folder with these files of a model of the hub; owner/name@revision has a revision."""
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
+    repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json"]))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # of the hub's client, of its HTTP library, of the system
         raise CheckpointError(
-            f"run.init_from={name}: neither a folder here nor readable from the hub"
+            f"{label}{name}: neither a folder here nor readable from the hub"
             f" ({type(error).__name__})"
         ) from error

@@ -19,14 +19,25 @@ LEVELS = [
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "progress_line", "own_optimizers", "optim", "outcome"},
-    {"curves", "goodput"},
+    {"curves", "goodput", "evals"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks"},
+    {"scoring", "history", "planning", "checks", "publishing"},
     {"resume", "spikes", "safeguards", "evaluation", "loop"},
-    {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
+    {
+        "prepare",
+        "train",
+        "generate",
+        "score",
+        "show",
+        "report",
+        "publish",
+        "doctor",
+        "plan",
+        "__main__",
+    },
 ]
 STRANGERS = {"model", "data"}
 MODULES = {

@@ -19,10 +19,13 @@ from dist_lm.arithmetic import share_out
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.nearest import nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
+from dist_lm.pretrained import download
 
 FORMAT = 1  # of the manifest
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
 _LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
+# What a clone or a download of a hub repository has besides; nobody reads it.
+_OF_THE_HUB = {".gitattributes", ".cache", ".git"}
 _LONGEST_NAME = 255  # characters that a message shows of a file name
 
 
@@ -94,14 +97,7 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
             f"{_neighbours(path)}"
         )
-    from huggingface_hub import snapshot_download  # slow, and only for hub names
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        raise CheckpointError(
-            f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
-        ) from error
+    return download(name, ["*.json", "*.safetensors"])
 
 
 def _neighbours(path: Path) -> str:
@@ -134,7 +130,7 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
-    extra = present - set(files) - {"manifest.json"}
+    extra = present - set(files) - {"manifest.json"} - _OF_THE_HUB
     if extra:
         raise damaged(folder / min(extra), "is not in the manifest")
     checker = share_out({name: facts["size"] for name, facts in files.items()}, world_size)

@@ -216,6 +216,20 @@ def hub_with(hub: Hub, files: dict[str, bytes], private: bool = True) -> str:
     return "own/there"
 
 
+def test_a_licence_that_somebody_wrote_on_the_hub_stays(hub: Hub, run: Path) -> None:
+    theirs = b"---\nlicense: mit\nlanguage: [en, de]\nlibrary_name: other\n---\n# Mine\n"
+    repo = hub_with(hub, {CARD: theirs})
+    published(run, repo=repo)
+    card = ModelCard(hub.files(repo)[CARD].decode())
+    assert (card.data.license, card.data.language) == ("mit", ["en", "de"])
+    assert card.data.library_name == "transformers" and "# Mine" not in card.text
+    commits = hub.count("POST /api/models/own/there/commit/")
+    published(run, repo=repo)
+    assert hub.count("POST /api/models/own/there/commit/") == commits
+    published(run, "--optimizer", repo=repo)
+    assert verify(Path(huggingface_hub.snapshot_download(repo)))["step"] == 4
+
+
 def test_a_public_repository_is_only_written_when_asked(hub: Hub, run: Path) -> None:
     repo = hub_with(hub, {}, private=False)
     with pytest.raises(UserError, match="--repo=own/there exists and is public; .* or --public"):

@@ -18,6 +18,7 @@ from dist_lm.config import Section
 from dist_lm.console import duration, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
+from dist_lm.evals import primary, read_evals
 from dist_lm.goodput import PARTS, goodput
 from dist_lm.metrics import read_lines, read_metrics
 
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         return
     print_table([tuple(COLUMNS), *(spell(run) for run in runs)])
     print_goodput(runs)
+    print_evals(runs)
     print(f"drawn: {png}")
 
 
@@ -117,6 +119,7 @@ def summary(name: str, run_dir: str) -> dict[str, Any]:
         "loss": trailing_means([step["loss"] for step in steps])[-1],
         "best": min(deciding, key=lambda figures: float(figures["val_loss"]), default=None),
         "goodput": goodput(read_lines(run_dir)),
+        "evals": read_evals(run_dir),
     }
 
 
@@ -147,6 +150,25 @@ def print_goodput(runs: Sequence[Mapping[str, Any]]) -> None:
             print(f"{run['run']} stopped {times} x {printable(cause)}")
         for spike in run["goodput"]["spikes"]:
             print(f"{run['run']} {printable(spike)}")
+
+
+def print_evals(runs: Sequence[Mapping[str, Any]]) -> None:
+    """What lm-eval measured of each run: the first metric of each task, a row for each step."""
+    for run in runs:
+        tasks = list(dict.fromkeys(line["task"] for line in run["evals"]))
+        if not tasks:
+            continue
+        by_step: dict[int, dict[str, str]] = {}
+        for line in run["evals"]:
+            metric = primary(line)
+            if metric:
+                name, value = metric
+                by_step.setdefault(line["step"], {})[line["task"]] = f"{name} {value:.4f}"
+        print()
+        rows = [(f"{run['run']} step", *tasks)]
+        for step, cells in by_step.items():
+            rows.append((str(step), *(cells.get(task, "-") for task in tasks)))
+        print_table(rows)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -24,7 +24,7 @@ LEVELS = [
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks", "publishing"},
+    {"scoring", "history", "planning", "checks", "publishing", "measuring"},
     {"resume", "spikes", "safeguards", "evaluation", "saving", "loop"},
     {
         "prepare",
@@ -33,6 +33,7 @@ LEVELS = [
         "score",
         "show",
         "report",
+        "harness",
         "publish",
         "doctor",
         "plan",

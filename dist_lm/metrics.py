@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -393,6 +393,8 @@ class EventLine(CheckedModel):
     time: Seconds = 0.0  # since 1970, by the clock of who wrote it
     began: Seconds = 0.0  # of a start: when the process began, since 1970
     attempt: Count = 0
+    world_size: Count = 1  # of a start: processes that share the work
+    strategy: Text = ""  # of a start: how they share it
     tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
     back: Count | None = None  # of a spike: the step to which the run went back
     done: Text = ""  # about a spike
@@ -418,9 +420,16 @@ def read_metrics(
     The last line of each stands. Of one step the validation sets are in the order of training,
     whose first one decides which checkpoint is the best.
     """
+    return steps_and_evaluations(read_lines(run_dir, say))
+
+
+def steps_and_evaluations(
+    lines: Iterable[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same of lines that were read already."""
     steps = {}
     evaluations = {}
-    for figures in read_lines(run_dir, say):
+    for figures in lines:
         if "event" in figures:
             continue
         if "val_loss" in figures:

@@ -5,6 +5,7 @@ and what is missing or broken is left out.
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ CURVES = (
     "scale",
 )
 EVALUATIONS = "evals.jsonl"
+_SHAKY_END = 200  # the part of a smoothed curve, at its end, that is not shown
 MOST_SOURCES = 40
 MOST_EVENTS = 200
 _LONGEST_LINE = 2**16  # bytes of a line of EVALUATIONS
@@ -130,6 +132,8 @@ def curves_of(steps: Sequence[Mapping[str, Any]], places: Sequence[Spent]) -> di
         if key in present:
             curves[key] = curve([number_in(step, key) for step in steps], size)
     line = smooth([step["loss"] for step in steps])
+    # Near its end the line follows single values.
+    line[len(line) - len(line) // _SHAKY_END :] = [math.nan] * (len(line) // _SHAKY_END)
     curves["loss"]["smooth"] = shortened(middles(line, size))
     shares = {}
     for source in names_of_sources(steps[-1]):
@@ -365,9 +369,6 @@ def events_of(
         if line.get("event") != "spike":
             continue
         text = safe(f"{line.get('reason', '')}; {line.get('done', '')}")
-        batches = line.get("batches")
-        if batches:
-            text += f"; global batches {spelled(batches)}"
         events.append({"at": x_of(line.get("step", 0)), "kind": "spike", "text": text})
     for step in steps:
         for key in ("loss", "grad_norm"):

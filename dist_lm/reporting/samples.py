@@ -15,7 +15,7 @@ FILE = "samples.md"
 MOST = 24  # entries that a page shows, evenly chosen
 _LARGEST = 32 * 2**20  # bytes that are read, from the end of the file
 _LONGEST_TEXT = 4000  # characters that are shown of a text
-_ENTRY = re.compile(r"^## step (\d{1,15})(?:, loss (\S{1,30}))?.*\n", re.MULTILINE)
+_ENTRY = re.compile(r"^## step (\d{1,15})(?:, loss ([^\s,]{1,30}))?.*\n", re.MULTILINE)
 _TEXT = re.compile(r"^temperature (\S{1,20})\n```\n", re.MULTILINE)
 _FENCE = "\n```"
 

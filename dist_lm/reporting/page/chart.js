@@ -2,6 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 60, right: 18, top: 10, bottom: 32 };
+const FIRST_STEPS = 0.1; // the part of a run that is left out of the height of a linear loss
 const MARKERS = ["circle", "square", "up", "diamond", "down", "plus", "cross", "star"];
 
 // --- elements: text always goes in as text, never as markup
@@ -16,11 +17,13 @@ function draw(tag, options = {}, ...children) {
 
 function fill(element, options, children) {
   for (const [name, value] of Object.entries(options)) {
-    if (value === null || value === undefined || value === false) continue;
+    if (value === null || value === undefined) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "style") {
       for (const [key, text] of Object.entries(value)) element.style.setProperty(key, text);
-    } else element.setAttribute(name, value === true ? "" : value);
+    } else if (!name.includes("-") && typeof value === "boolean") {
+      element.toggleAttribute(name, value); // as of `hidden`; that of `aria-...` is a word
+    } else element.setAttribute(name, value);
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
@@ -136,11 +139,12 @@ function markerPath(kind, x, y, size) {
 // `error` (a whisker's length), `dashed`, and tell(i) -> text of the read-out.
 
 class Chart {
-  constructor(view, { key, title, unit = "", series, wide = false, format, notes = [],
-    events = [] }) {
-    Object.assign(this, { view, key, title, series, wide, notes, events });
-    this.format = format || ((value) => significant(value, 4));
-    this.height = wide ? 340 : 210;
+  constructor(view, { key, title, unit = "", series, wide = false, hasLegend = wide, notes = [],
+    events = [], spellTick = null }) {
+    Object.assign(this, { view, key, title, series, wide, events });
+    this.spellTick = spellTick || ((tick) => (tick >= 10000 || (tick < 0.01 && tick > 0) ?
+      shorten(tick) : significant(tick, 4)));
+    this.height = wide ? 360 : 210;
     this.logButton = make("button", {
       type: "button", title: "Logarithmic vertical axis",
       onclick: () => this.toggleLog(),
@@ -152,11 +156,27 @@ class Chart {
     });
     this.tip = make("div", { class: "tip", hidden: true });
     this.element = make("figure", { class: `panel chart${wide ? " wide" : ""}`, "data-key": key },
-      make("div", { class: "chart-head" }, heading, this.logButton),
-      wide || series.length > view.runs.length ? this.legend() : null,
+      make("div", { class: "chart-head" }, heading,
+        make("span", { class: "buttons" }, this.firstButton(), this.logButton)),
+      hasLegend ? this.legend() : null,
       this.svg, this.tip,
       ...notes.map((text) => make("p", { class: "missing" }, text)));
     this.listen();
+  }
+
+  // The losses of the first steps are so high that those of all others would be one flat line.
+  firstButton() {
+    if (!this.wide) return null;
+    const { view } = this;
+    const button = make("button", { type: "button", class: "first",
+      title: "Make room for the losses of the first steps", "aria-pressed": view.hasFirst,
+      onclick: () => {
+        view.hasFirst = !view.hasFirst;
+        button.setAttribute("aria-pressed", view.hasFirst);
+        view.save();
+        this.draw();
+      } }, "first steps");
+    return button;
   }
 
   legend() {
@@ -193,7 +213,8 @@ class Chart {
   }
 
   draw() {
-    const width = Math.max(280, Math.round(this.svg.getBoundingClientRect().width) || 560);
+    const shown = Math.round(this.svg.getBoundingClientRect().width) || 560;
+    const width = this.view.isPrinting ? (this.wide ? 760 : 370) : Math.max(280, shown);
     const { view, height } = this;
     const isLog = this.isLog();
     this.logButton.setAttribute("aria-pressed", view.logY.has(this.key));
@@ -220,11 +241,15 @@ class Chart {
   heights(left, right, isLog) {
     let low = Infinity;
     let high = -Infinity;
+    const isCut = this.wide && !isLog && !this.view.hasFirst && !this.view.zoom;
+    const begin = isCut ? this.x.invert(
+      this.x(left) + FIRST_STEPS * (this.x(right) - this.x(left))) : left;
     for (const series of this.shown()) {
       const xs = series.x(this.view.axis);
       for (const ys of [series.y, series.ghost, series.low, series.high]) {
         if (!ys) continue;
         for (let i = 0; i < xs.length; i++) {
+          if (xs[i] < begin) continue;
           const y = ys[i];
           if (y === null || xs[i] === null || xs[i] < left || xs[i] > right) continue;
           if (isLog && y <= 0) continue;
@@ -254,7 +279,7 @@ class Chart {
         draw("line", { class: "gridline", x1: MARGIN.left, x2: width - MARGIN.right, y1: at,
           y2: at }),
         draw("text", { x: MARGIN.left - 8, y: at + 4, "text-anchor": "end" },
-          tick >= 10000 || tick < 0.01 && tick > 0 ? shorten(tick) : significant(tick, 4)));
+          this.spellTick(tick)));
     }
     const unit = this.view.unit();
     const most = Math.max(2, Math.floor((width - MARGIN.left) / 90));
@@ -299,18 +324,24 @@ class Chart {
     const xs = series.x(this.view.axis);
     const { x, y } = this;
     const floor = y.isLog ? y.low : -Infinity;
-    const above = [];
-    const below = [];
+    const gap = (8 * (xs[xs.length - 1] - xs[0])) / xs.length; // e.g. an evaluation, on an axis of hours
+    const paths = [];
+    let above = [];
+    let below = [];
+    const close = () => {
+      if (above.length) paths.push(`M${above.join("L")}L${below.reverse().join("L")}Z`);
+      [above, below] = [[], []];
+    };
     for (let i = 0; i < xs.length; i++) {
       if (xs[i] === null || series.low[i] === null || (x.isLog && xs[i] <= 0)) continue;
       if (y.isLog && series.high[i] <= 0) continue;
+      if (i && Math.abs(xs[i] - xs[i - 1]) > gap) close();
       const at = x(xs[i]).toFixed(1);
       above.push(`${at},${y(series.high[i]).toFixed(1)}`);
       below.push(`${at},${y(Math.max(series.low[i], floor)).toFixed(1)}`);
     }
-    if (!above.length) return;
-    group.append(draw("path", { class: "band", style: { fill: series.color },
-      d: `M${above.join("L")}L${below.reverse().join("L")}Z` }));
+    close();
+    group.append(draw("path", { class: "band", d: paths.join(""), style: { fill: series.color } }));
   }
 
   drawSeries(group, series) {
@@ -320,7 +351,8 @@ class Chart {
       group.append(draw("path", { class: "ghost", d: this.path(xs, series.ghost), style }));
     }
     const kind = series.marker ? " points" : series.dashed ? " asked" : "";
-    group.append(draw("path", { class: `curve${kind}`, d: this.path(xs, series.y), style }));
+    const thin = this.wide || kind ? "" : " thin";
+    group.append(draw("path", { class: `curve${kind}${thin}`, d: this.path(xs, series.y), style }));
     if (series.marker) this.drawMarkers(group, series, xs);
   }
 
@@ -397,13 +429,14 @@ class Chart {
       make("span", {}, series.name), make("span", {}, series.tell(i))));
     this.tip.replaceChildren(make("b", {}, title), ...rows);
     this.tip.hidden = false;
-    const scale = this.svg.getBoundingClientRect().width / this.width;
+    const inside = this.svg.getBoundingClientRect();
+    const outside = this.element.getBoundingClientRect();
     const box = this.tip.getBoundingClientRect();
-    const place = this.svg.offsetLeft + at * scale;
+    const place = inside.left - outside.left + at * (inside.width / this.width);
     const isRight = place + box.width + 24 > this.element.clientWidth;
     const left = isRight ? place - box.width - 14 : place + 14;
     this.tip.style.setProperty("left", `${Math.max(4, left)}px`);
-    this.tip.style.setProperty("top", `${this.svg.offsetTop + 8}px`);
+    this.tip.style.setProperty("top", `${inside.top - outside.top + 8}px`);
     this.view.speak([title, ...told.map(([series, i]) => `${series.name} ${series.tell(i)}`)]
       .join(", "));
   }

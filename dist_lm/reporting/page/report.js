@@ -30,6 +30,7 @@ class View {
     this.zoom = zoom.length === 2 && zoom[0] < zoom[1] ? zoom : null;
     this.temperature = kept.get("temperature");
     this.settings = kept.get("settings");
+    this.hasFirst = kept.get("first") === "1";
     this.isPaused = kept.get("paused") === "1";
   }
 
@@ -53,6 +54,7 @@ class View {
     if (this.price !== (DATA.price ?? 0)) kept.set("price", this.price);
     if (this.temperature) kept.set("temperature", this.temperature);
     if (this.settings) kept.set("settings", this.settings);
+    if (this.hasFirst) kept.set("first", "1");
     if (this.isPaused) kept.set("paused", "1");
     history.replaceState(null, "", `#${kept}`);
   }
@@ -185,23 +187,15 @@ function header(view) {
 
 function overview(view, colors) {
   const body = make("div", { id: "overview" });
-  const heads = ["run", "state", "steps", "tokens", "loss, smoothed", "best held-out loss", "time",
+  const heads = ["run", "state", "steps", "tokens", "loss", "best held-out", "hours",
     "device hours", "cost"];
   const rowOf = (run, number) => {
     const { total } = run;
     const best = bestOf(run);
-    const toggle = make("button", {
-      type: "button", class: "run-toggle", "aria-pressed": !view.hidden.has(number),
-      title: "Show or hide the curves of this run",
-      onclick: () => {
-        if (!view.hidden.delete(number)) view.hidden.add(number);
-        view.show();
-      },
-    }, make("span", { class: "swatch", style: { background: colors.ofRun(number) } }), run.name);
     const expected = total.expected || {};
     const cost = (hours) => (view.price ? significant(hours * view.price, 4) : "–");
     const cells = [
-      toggle, stateOf(run), progressOf(total),
+      runToggle(view, colors, number), stateOf(run), progressOf(total),
       withExpected(shorten(total.tokens), expected.tokens, shorten), significant(total.loss, 4),
       best ? [significant(best.loss, 5), make("small", {}, `${best.set} at ${
         spellCount(best.step)}`)] : "–",
@@ -216,6 +210,18 @@ function overview(view, colors) {
   const show = () => body.replaceChildren(table(heads, view.runs.map(rowOf), { text: [0, 1] }));
   show();
   return { element: body, show };
+}
+
+function runToggle(view, colors, number) {
+  return make("button", {
+    type: "button", class: "run-toggle", "aria-pressed": !view.hidden.has(number),
+    title: "Show or hide the curves of this run",
+    onclick: () => {
+      if (!view.hidden.delete(number)) view.hidden.add(number);
+      view.show();
+    },
+  }, make("span", { class: "swatch", style: { background: colors.ofRun(number) } }),
+  view.runs[number].name);
 }
 
 function bestOf(run) {
@@ -252,7 +258,7 @@ function withExpected(text, expected, spell) {
 
 // --- the bar
 
-function bar(view) {
+function bar(view, colors) {
   const axis = choice("Horizontal axis", AXES, (one) => one === view.axis,
     (one) => view.chooseAxis(one));
   const costButton = axis.querySelector('[data-value="cost"]');
@@ -272,12 +278,17 @@ function bar(view) {
     } });
   const reset = make("button", { type: "button", class: "reset", onclick: () => view.zoomTo(null) },
     "Reset zoom");
+  const legend = make("span", { class: "group runs" });
   const element = make("div", { class: "bar" },
     make("span", { class: "group" }, make("span", { class: "label" }, "Along"), axis, logX),
     make("span", { class: "group" }, make("label", { class: "group" },
       make("span", { class: "label" }, "Price of a device hour"), price)),
-    make("span", { class: "group push" }, ...live(view), reset));
+    make("span", { class: "group push" }, ...live(view), reset),
+    legend);
   const show = () => {
+    if (view.runs.length > 1) {
+      legend.replaceChildren(...view.runs.map((_, number) => runToggle(view, colors, number)));
+    }
     costButton.disabled = !view.price;
     costButton.title = view.price ? "" : "Needs the price of a device hour";
     reset.disabled = !view.zoom;
@@ -327,7 +338,7 @@ function startPage() {
   const view = new View(DATA);
   const colors = new Colors(view.runs);
   const runs = overview(view, colors);
-  const controls = bar(view);
+  const controls = bar(view, colors);
   const curves = [lossChart(view, colors), bitsChart(view, colors),
     ...SMALL_CURVES.map((curve) => smallChart(view, colors, curve)),
     ...shareCharts(view, colors)].filter(Boolean);
@@ -350,12 +361,17 @@ function startPage() {
     make("footer", {}, `Made ${spellTime(DATA.made)} by dist_lm ${DATA.version}. ${hours} ` +
       "What is expected assumes that the run goes on as it did."),
   ].filter(Boolean));
-  for (const chart of view.charts) chart.draw();
+  const drawAll = () => view.charts.forEach((chart) => chart.draw());
+  drawAll();
+  for (const [event, isPrinting] of [["beforeprint", true], ["afterprint", false]]) {
+    addEventListener(event, () => {
+      view.isPrinting = isPrinting;
+      drawAll();
+    });
+  }
   new ResizeObserver(() => {
-    for (const chart of view.charts) {
-      const width = Math.round(chart.svg.getBoundingClientRect().width);
-      if (Math.abs(width - chart.width) > 2) chart.draw();
-    }
+    const isOther = (chart) => Math.abs(chart.svg.getBoundingClientRect().width - chart.width) > 2;
+    if (!view.isPrinting && view.charts.some(isOther)) drawAll();
   }).observe(document.getElementById("page"));
 }
 

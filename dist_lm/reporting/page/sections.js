@@ -30,8 +30,8 @@ function table(heads, rows, options = {}) {
   };
   return make("div", { class: "panel scroll" }, make("table", {},
     make("thead", {}, make("tr", {}, ...heads.map((head, i) => cell("th", head, i)))),
-    make("tbody", {}, ...rows.map((row) => make("tr", { class: row.class || null },
-      ...(row.cells || row).map((content, i) => cell("td", content, i)))))));
+    make("tbody", {}, ...rows.map((row) => make("tr", {},
+      ...row.map((content, i) => cell("td", content, i)))))));
 }
 
 function choice(label, options, isChosen, choose) {
@@ -128,8 +128,8 @@ function smallChart(view, colors, [key, title, unit]) {
     });
   });
   if (!series.some((one) => one.y.some((value) => value !== null))) return null;
-  return new Chart(view, { key, title, unit, series, format: formatOf(key),
-    notes: notesOf(view, key) });
+  return new Chart(view, { key, title, unit, series, notes: notesOf(view, key),
+    spellTick: formatOf(key) === percent ? percent : null });
 }
 
 function notesOf(view, key) {
@@ -165,7 +165,8 @@ function shareCharts(view, colors) {
     });
     charts.push(new Chart(view, {
       key: `shares-${number}`, title: "Shares of the sources",
-      unit: view.runs.length > 1 ? run.name : "", series, format: percent,
+      unit: view.runs.length > 1 ? run.name : "", series, hasLegend: true,
+      spellTick: percent,
     }));
   });
   return charts;
@@ -194,16 +195,16 @@ function samplesSection(view) {
   if (!runs.length) return null;
   const temperatures = [...new Set(runs.flatMap((run) =>
     run.samples.flatMap((entry) => entry.texts.map((text) => text.temperature))))];
-  if (!temperatures.includes(view.temperature)) {
-    view.temperature = temperatures[temperatures.length - 1];
-  }
+  let shown = view.temperature;
+  if (!temperatures.includes(shown)) shown = temperatures[temperatures.length - 1];
   const rows = make("div", {});
   const show = () => rows.replaceChildren(...runs.flatMap((run) => [
-    view.runs.length > 1 ? make("h3", {}, run.name) : null, sampleRow(run, view.temperature),
+    view.runs.length > 1 ? make("h3", {}, run.name) : null, sampleRow(run, shown),
   ].filter(Boolean)));
   show();
   const pick = choice("Temperature", temperatures.map((value) => [value, value]),
-    (value) => value === view.temperature, (value) => {
+    (value) => value === shown, (value) => {
+      shown = value;
       view.temperature = value;
       view.save();
       show();
@@ -250,7 +251,7 @@ function timeOfRun(view, run) {
   const legend = make("ul", { class: "legend" }, ...parts.map(([name, seconds, color]) =>
     make("li", { title: PART_MEANING[name] },
       make("span", { class: "swatch", style: { background: color } }),
-      `${name} ${percent(seconds / total)} · ${spellDuration(seconds)}`)));
+      `${name} ${(100 * seconds / total).toFixed(1)} % · ${spellDuration(seconds)}`)));
   return [
     view.runs.length > 1 ? make("h3", {}, run.name) : null,
     make("div", { class: "panel timeline" }, bar, legend, timeline(run)),
@@ -351,22 +352,24 @@ function settingsSection(view, defaults, meaning) {
   const several = view.runs.length > 1;
   const kinds = [["default", "Not the default"], ["all", "All"]];
   if (several) kinds.unshift(["differ", "Differences between the runs"]);
-  if (!kinds.some(([kind]) => kind === view.settings)) view.settings = kinds[0][0];
+  let shown = view.settings;
+  if (!kinds.some(([kind]) => kind === shown)) shown = kinds[0][0];
   const search = make("input", { type: "search", placeholder: "Search", "aria-label":
     "Search settings", oninput: () => show() });
   const show = () => body.replaceChildren(
-    settingsTable(view, defaults, meaning, search.value.trim().toLowerCase()));
-  const pick = choice("Which settings", kinds, (kind) => kind === view.settings, (kind) => {
+    settingsTable(view, { defaults, meaning, kind: shown }, search.value.trim().toLowerCase()));
+  const pick = choice("Which settings", kinds, (kind) => kind === shown, (kind) => {
+    shown = kind;
     view.settings = kind;
     view.save();
     show();
   });
   show();
-  return section("settings", "Settings", several ? "Marked where the runs differ." : "",
+  return section("settings", "Settings", several ? "Marked: what is not as in the first run." : "",
     make("div", { class: "tools" }, pick, search), body);
 }
 
-function settingsTable(view, defaults, meaning, words) {
+function settingsTable(view, { defaults, meaning, kind }, words) {
   const names = [...new Set([...Object.keys(defaults), ...view.runs.flatMap((run) =>
     Object.keys(run.settings))])];
   const rows = [];
@@ -375,18 +378,17 @@ function settingsTable(view, defaults, meaning, words) {
     if (values.every((value) => value === undefined)) continue;
     const differs = new Set(values).size > 1;
     const isDefault = values.every((value) => value === defaults[name]);
-    if (view.settings === "differ" && !differs) continue;
-    if (view.settings === "default" && isDefault) continue;
+    if (kind === "differ" && !differs) continue;
+    if (kind === "default" && isDefault) continue;
     if (words && !`${name} ${values.join(" ")}`.toLowerCase().includes(words)) continue;
     const cells = [make("span", { class: "setting", title: meaning[name] }, name),
-      ...values.map((value) => make("span", { class: "setting" }, value ?? "–")),
+      ...values.map((value) => make("span", {
+        class: value === values[0] ? "setting" : "setting other" }, value ?? "–")),
       make("span", { class: "setting" }, defaults[name] ?? "–")];
-    rows.push({ cells, class: differs ? "differs" : null });
+    rows.push(cells);
   }
   if (!rows.length) return make("p", { class: "note" }, "There is none.");
   const heads = ["setting", ...view.runs.map((run) => run.name), "default"];
   const text = heads.map((_, i) => i);
-  const made = table(heads, rows, { text });
-  for (const row of made.querySelectorAll("tr")) row.lastChild.classList.add("by-default");
-  return made;
+  return table(heads, rows, { text });
 }

@@ -84,7 +84,7 @@ class Metrics:
         self.is_main = is_main
         self.device = DeviceFigures(device, flops_per_token, world_size)
         self.file = MetricsFile(Path(run_dir, FILE))
-        self.clock = RunClock()
+        self.clock = RunClock(steps, world_size)
         self.progress = ProgressLine(steps, self.device.mfu_per_rate)
         self.trackers = Trackers(track)
 
@@ -116,7 +116,7 @@ class Metrics:
             **self.device.read(tokens_per_second),
         }
         self.file.write(figures)
-        self.clock.count_step(now)
+        self.clock.count_step(now, step, tokens)
         self.progress.take(figures)
         is_first_or_last = self.clock.steps == 1 or step == self.steps
         if is_first_or_last or self.progress.is_due(now):
@@ -146,21 +146,25 @@ class Metrics:
     def pause(self, name: str, step: int) -> Iterator[None]:
         """Surrounds what is not training, and records how long it took.
 
-        It is an "evaluation" or a "save" after `step` updates.
+        It is an "evaluation" or a "save" after `step` updates. Its line also says what this start
+        has taken so far, and what it takes until the end of the run.
         """
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
         self.clock.paused_seconds += seconds
-        self.event(name, step, seconds=seconds)
+        self.event(name, step, seconds=seconds, **self.clock.taken(time.monotonic()))
 
     def close(self) -> None:
-        """Print the last step if it was not printed, and where the time since the start went."""
+        """Print the last step if it was not printed, where the time since the start went, and what
+        the start has taken.
+        """
         if not self.is_main or not self.clock.steps:
             return
         now = time.monotonic()
         self.progress.end(now, self.clock)
         say(self.clock.summary(now))
+        say(self.clock.spell_taken(now))
         self.file.close()
 
 
@@ -221,15 +225,21 @@ class MetricsFile:
 
 
 class RunClock:
-    """Where the time of this process went."""
+    """Where the time of this process went, and what it has taken and will take."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps_of_run: int | None, world_size: int) -> None:
+        self._steps_of_run = steps_of_run
+        self._world_size = world_size
         self.started_at = time.monotonic()
         self.steps = 0  # made in this process
+        self.step = 0  # the last one, of the run
+        self.tokens = 0  # of the run, after it
         self.first_step_at = 0.0  # when it had been made
         self.paused_seconds = 0.0
 
-    def count_step(self, now: float) -> None:
+    def count_step(self, now: float, step: int, tokens: int) -> None:
+        self.step = step
+        self.tokens = tokens
         self.steps += 1
         if self.steps == 1:
             self.first_step_at = now
@@ -239,6 +249,42 @@ class RunClock:
         if self.steps < 2:
             return None
         return (now - self.first_step_at) / (self.steps - 1)
+
+    def taken(self, now: float) -> dict[str, float]:
+        """The tokens of the run so far, and the time and device hours of this start.
+
+        "expected" is what they are at the end of the run, if it goes on as it did. It is left out
+        where the end is not known, or where no pace is known yet. A process is one device.
+        """
+        elapsed = now - self.started_at
+        hours_a_second = self._world_size / 3600
+        taken: dict[str, float] = {
+            "tokens": self.tokens,
+            "elapsed_seconds": elapsed,
+            "device_hours": elapsed * hours_a_second,
+        }
+        pace = self.seconds_a_step(now)
+        if self._steps_of_run and pace is not None:
+            whole = elapsed + pace * max(0, self._steps_of_run - self.step)
+            taken["tokens_expected"] = round(self.tokens * self._steps_of_run / self.step)
+            taken["elapsed_seconds_expected"] = whole
+            taken["device_hours_expected"] = whole * hours_a_second
+        return taken
+
+    def spell_taken(self, now: float) -> str:
+        """What this start has taken; of a run that stopped before its end, also what is expected."""
+        taken = self.taken(now)
+        text = (
+            f"{shorten(taken['tokens'])} tokens so far,"
+            f" {taken['device_hours']:,.2f} device hours in this start"
+        )
+        if self.step == self._steps_of_run or "tokens_expected" not in taken:
+            return text
+        return (
+            f"{text}; by the end {shorten(taken['tokens_expected'])} tokens,"
+            f" {taken['device_hours_expected']:,.2f} device hours,"
+            f" {_spell_days(taken['elapsed_seconds_expected'])}"
+        )
 
     def summary(self, now: float) -> str:
         """Goodput is the share of the time that went into steps."""
@@ -250,6 +296,12 @@ class RunClock:
             f" goodput {1 - (starting + paused):.0%},"
             f" up to the first step {starting:.0%}, evaluating and saving {paused:.0%}"
         )
+
+
+def _spell_days(seconds: float) -> str:
+    if seconds < 86400:
+        return duration(seconds)
+    return f"{seconds / 86400:,.1f} days"
 
 
 class ProgressLine:

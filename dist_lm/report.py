@@ -4,6 +4,7 @@ Prints tables and draws training and validation loss against the step, from the 
 alone; or makes one HTML page of all that the run folders tell. A run may still be going on.
 """
 
+import contextlib
 import json
 import statistics
 import time
@@ -27,6 +28,7 @@ from dist_lm.reporting.samples import FILE as SAMPLES
 
 RELOAD_SECONDS = 20  # between two times that a page which follows a run loads itself again
 FOLLOWED = (FILE, SAMPLES, EVALUATIONS)
+_LONG_TO_READ = 2e7  # bytes; reading and working them out takes about 2 s
 _SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has none
 
 
@@ -92,6 +94,10 @@ def main(argv: list[str]) -> None:
 
 def lines_of(run_dir: str) -> list[dict[str, Any]]:
     """All lines of a run, of which one at least is a step's."""
+    with contextlib.suppress(OSError):  # which reading tells
+        size = Path(run_dir, FILE).stat().st_size
+        if size > _LONG_TO_READ:
+            notice(f"{run_dir}: reading {size / 1e6:,.0f} MB of steps")
     lines = list(read_lines(run_dir, warn))
     if not any("loss" in line and "event" not in line for line in lines):
         raise CheckpointError(f"{run_dir}: metrics.jsonl has no whole line of a step yet")

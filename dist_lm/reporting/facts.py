@@ -104,14 +104,18 @@ class _Places:
     """Where on each horizontal axis something is that happened after a step."""
 
     def __init__(self, steps: Sequence[Mapping[str, Any]], places: Sequence[Spent]):
-        self._of_step: dict[int, list[float | None]] = {}
-        for step, spent in zip(steps, places, strict=True):
-            axes = [step["tokens"], spent.hours, spent.device_hours]
-            self._of_step[step["step"]] = [step["step"], *shortened(axes)]
+        self._steps = steps
+        self._places = places
+        self._number = {step["step"]: number for number, step in enumerate(steps)}
 
     def __call__(self, step: int) -> list[float | None]:
         """Steps, tokens, hours and device hours; of a step without a line only the steps."""
-        return self._of_step.get(step, [step, None, None, None])
+        number = self._number.get(step)
+        if number is None:
+            return [step, None, None, None]
+        spent = self._places[number]
+        axes = [self._steps[number]["tokens"], spent.hours, spent.device_hours]
+        return [step, *shortened(axes)]
 
 
 # --- curves

@@ -272,7 +272,7 @@ class RunClock:
         return taken
 
     def spell_taken(self, now: float) -> str:
-        """What this start has taken; of a run that stopped before its end, also what is expected."""
+        """What this start has taken, and what is expected where the run is not at its end."""
         taken = self.taken(now)
         text = (
             f"{shorten(taken['tokens'])} tokens so far,"

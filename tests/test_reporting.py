@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ def test_of_many_samples_some_are_kept_evenly(tmp_path: Path) -> None:
     (tmp_path / "samples.md").write_text("".join(entry.format(n) for n in range(1, 101)))
     steps = [entry["step"] for entry in read_samples(tmp_path)]
     assert len(steps) == MOST and (steps[0], steps[-1]) == (1, 100)
-    assert {b - a for a, b in zip(steps, steps[1:], strict=False)} <= {4, 5}
+    assert {b - a for a, b in pairwise(steps)} <= {4, 5}
 
 
 def test_sources_have_their_size_where_the_run_has_it(tmp_path: Path) -> None:

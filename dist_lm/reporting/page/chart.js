@@ -3,6 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 60, right: 18, top: 10, bottom: 32 };
 const FIRST_STEPS = 0.1; // the part of a run that is left out of the height of a linear loss
+const FARTHEST = 1e5; // pixels
 const MARKERS = ["circle", "square", "up", "diamond", "down", "plus", "cross", "star"];
 
 // --- elements: text always goes in as text, never as markup
@@ -97,7 +98,11 @@ function makeScale(low, high, from, to, isLog) {
   const bend = isLog ? Math.log10 : (value) => value;
   const begin = bend(low);
   const span = bend(high) - begin || 1;
-  const scale = (value) => from + ((bend(value) - begin) / span) * (to - from);
+  // Far outside of the picture all places are alike, and a path takes no numbers of any size.
+  const scale = (value) => {
+    const place = from + ((bend(value) - begin) / span) * (to - from);
+    return Math.min(Math.max(place, -FARTHEST), FARTHEST);
+  };
   scale.invert = (place) => {
     const value = begin + ((place - from) / (to - from)) * span;
     return isLog ? 10 ** value : value;

@@ -12,6 +12,7 @@ SCRIPTS = (
     "<img src=x onerror='window.hacked = 2'>",
     '"><svg onload=window.hacked=3>',
     "<!--<script>",
+    "</script ><script>window.hacked = 6</script >",
     "javascript:window.hacked=4",
     "']});window.hacked=5;//",
     "@SCRIPT@ @DATA@ \\1 \\g<0>",

@@ -23,7 +23,7 @@ LEVELS = [
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks"},
+    {"scoring", "history", "planning", "checks", "reporting"},
     {"resume", "spikes", "safeguards", "loop"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
 ]

@@ -80,6 +80,14 @@ def ticks(browser: Chromium) -> list[str]:
     return [text for text in texts(browser, f"{SVG} text") if text][-20:]
 
 
+def zoom(browser: Chromium) -> list[float]:
+    """The ends of what is in sight, as the address keeps them."""
+    ends: list[float] = browser.value(
+        "new URLSearchParams(location.hash.slice(1)).get('zoom').split(',').map(Number)"
+    )
+    return ends
+
+
 def axis_name(browser: Chromium) -> str:
     return ticks(browser)[-1]
 
@@ -166,7 +174,7 @@ def test_dragging_zooms_all_charts_and_a_button_resets(browser: Chromium, page: 
     whole = ticks(browser)
     assert browser.value("document.querySelector('.reset').disabled")
     drag(browser, 0.5, 0.75)
-    low, high = browser.value("location.hash.match(/zoom=([^&]*)/)[1].split('%2C').map(Number)")
+    low, high = zoom(browser)
     assert 30 < low < 45 and 50 < high < 65  # of 80 steps
     zoomed = ticks(browser)
     assert zoomed != whole
@@ -185,25 +193,41 @@ def test_the_axis_changes_and_keeps_in_sight_what_is_in_sight(
 ) -> None:
     browser.open(page)
     drag(browser, 0.5, 0.75)
+    zooms = {}
     units = {"tokens": "tokens", "hours": "minutes", "device_hours": "device hours", "cost": "cost"}
     for axis, name in units.items():
         click(browser, f'[data-value="{axis}"]')
         assert axis_name(browser) == name
         assert f"x={axis}" in browser.value("location.hash")
+        zooms[axis] = zoom(browser)
+    assert zooms["cost"] == pytest.approx([2.5 * end for end in zooms["device_hours"]], rel=1e-5)
     click(browser, '[data-value="step"]')
-    low, high = browser.value("location.hash.match(/zoom=([^&]*)/)[1].split('%2C').map(Number)")
+    low, high = zoom(browser)
     assert 30 < low < 45 and 50 < high < 65
     assert browser.complaints() == []
 
 
+def heights(browser: Chromium) -> dict[float, float]:
+    """Where the labels of the vertical axis of the loss chart stand."""
+    found: dict[float, float] = browser.value(
+        f"""Object.fromEntries([...document.querySelectorAll('{SVG} text[text-anchor="end"]')]
+            .map((text) => [text.textContent, Number(text.getAttribute("y"))]))"""
+    )
+    return {float(label): place for label, place in found.items() if label[0].isdigit()}
+
+
 def test_axes_may_be_logarithmic(browser: Chromium, page: Path) -> None:
     browser.open(page)
-    linear = texts(browser, f"{SVG} text")
     click(browser, ".log-x")
+    click(browser, f"{LOSS} .first")
+    assert {"1", "2", "5", "10", "20", "50"} <= set(texts(browser, f"{SVG} text"))  # steps
+    assert heights(browser)[4.0] - heights(browser)[6.0] == pytest.approx(
+        heights(browser)[6.0] - heights(browser)[8.0], rel=1e-3
+    )
     click(browser, f"{LOSS} .buttons button:last-child")
-    labels = texts(browser, f"{SVG} text")
-    assert labels != linear
-    assert {"1", "2", "5", "10", "20", "50"} <= set(labels)  # steps
+    assert heights(browser)[2.0] - heights(browser)[4.0] == pytest.approx(
+        heights(browser)[4.0] - heights(browser)[8.0], rel=1e-3
+    )
     assert "logx=1" in browser.value("location.hash")
     drawn = browser.value(f"document.querySelector('{SVG} .curve').getAttribute('d')")
     assert "NaN" not in drawn and "Infinity" not in drawn
@@ -332,12 +356,12 @@ def test_a_page_that_follows_a_run_loads_itself_again_and_keeps_its_zoom(
     path = page_of(tmp_path, run, reload_seconds=0.5)
     browser.open(path)
     drag(browser, 0.5, 0.75)
-    zoom = browser.value("location.hash")
+    chosen = browser.value("location.hash")
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(step_line(41)) + "\n")
     page_of(tmp_path, run)  # the last one, which stays
     browser.wait_for("document.querySelector('#overview td:nth-child(3)')?.textContent == '41'")
-    assert browser.value("location.hash") == zoom and "zoom=" in zoom
+    assert browser.value("location.hash") == chosen and "zoom=" in chosen
     assert browser.value("document.querySelector('.live')") is None
 
 

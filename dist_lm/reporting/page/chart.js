@@ -81,7 +81,10 @@ function linearTicks(low, high, most) {
 function logTicks(low, high, most) {
   const decades = Math.log10(high / low);
   if (decades < 0.6) return linearTicks(low, high, most).filter((tick) => tick > 0);
-  const digits = decades > most ? [1] : decades > most / 3 ? [1, 3] : [1, 2, 5];
+  let digits = [1, 2, 5];
+  if (decades < 1.2) digits = [1, 2, 3, 4, 6, 8];
+  if (decades > most / 3) digits = [1, 3];
+  if (decades > most) digits = [1];
   const every = Math.max(1, Math.ceil(decades / most));
   const ticks = [];
   const first = Math.floor(Math.log10(low));
@@ -122,7 +125,8 @@ function markerPath(kind, x, y, size) {
     square: `M${x - a},${y - a}h${2 * a}v${2 * a}h${-2 * a}Z`,
     up: `M${x},${y - 1.2 * a}L${x + 1.15 * a},${y + a}H${x - 1.15 * a}Z`,
     down: `M${x},${y + 1.2 * a}L${x + 1.15 * a},${y - a}H${x - 1.15 * a}Z`,
-    diamond: `M${x},${y - 1.35 * a}L${x + 1.35 * a},${y}L${x},${y + 1.35 * a}L${x - 1.35 * a},${y}Z`,
+    diamond: `M${x},${y - 1.35 * a}l${1.35 * a},${1.35 * a}l${-1.35 * a},${1.35 * a}l${
+      -1.35 * a},${-1.35 * a}Z`,
   };
   if (shapes[kind]) return shapes[kind];
   const turns = { plus: [0, 4, 0.34], cross: [Math.PI / 4, 4, 0.34], star: [0, 5, 0.5] };
@@ -329,7 +333,8 @@ class Chart {
     const xs = series.x(this.view.axis);
     const { x, y } = this;
     const floor = y.isLog ? y.low : -Infinity;
-    const gap = (8 * (xs[xs.length - 1] - xs[0])) / xs.length; // e.g. an evaluation, on an axis of hours
+    // On an axis of hours, an evaluation leaves a gap.
+    const gap = (8 * (xs[xs.length - 1] - xs[0])) / xs.length;
     const paths = [];
     let above = [];
     let below = [];
@@ -501,7 +506,7 @@ class Chart {
       const to = Math.min(Math.max(moves[event.key], 0), places.length - 1);
       if (places.length) view.setCursor(places[to], this);
     } else if (event.key === "+" || event.key === "=" || event.key === "-") {
-      const middle = x(view.cursor === null ? x.invert((MARGIN.left + this.width) / 2) : view.cursor);
+      const middle = view.cursor === null ? (MARGIN.left + this.width) / 2 : x(view.cursor);
       const reach = (this.width - MARGIN.left - MARGIN.right) * (event.key === "-" ? 1 : 0.25);
       view.zoomTo([x.invert(middle - reach), x.invert(middle + reach)]);
     } else if (event.key === "Escape" || event.key === "0") {

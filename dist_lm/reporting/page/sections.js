@@ -243,7 +243,8 @@ function timeOfRun(view, run) {
   const parts = PART_COLORS.map((name, i) => [name, run.seconds[name] || 0, `var(--p${i})`])
     .filter(([, seconds]) => seconds > 0);
   const bar = make("div", { class: "hours", role: "img",
-    "aria-label": parts.map(([name, seconds]) => `${name} ${percent(seconds / total)}`).join(", ") },
+    "aria-label": parts.map(([name, seconds]) => `${name} ${percent(seconds / total)}`)
+      .join(", ") },
   ...parts.map(([name, seconds, color]) => make("i", {
     title: `${name}: ${spellDuration(seconds)}, ${percent(seconds / total)}`,
     style: { width: `${(100 * seconds) / total}%`, background: color },
@@ -341,7 +342,8 @@ function eventsSection(view) {
   const shift = view.runs.length > 1 ? 1 : 0;
   const heads = ["step", "event", "what happened, and what was done"];
   if (!rows.length) return null;
-  return section("events", "Events", "Spikes, what was stepped over, and figures that are no number.",
+  return section("events", "Events",
+    "Spikes, what was stepped over, and figures that are not finite.",
     table(shift ? ["run", ...heads] : heads, rows,
       { text: shift ? [0, 2, 3] : [1, 2] }));
 }

@@ -292,29 +292,29 @@ def test_plain_lines_come_at_the_ends_and_every_ten_seconds(tmp_path, capsys, cl
 
 
 def test_what_a_start_has_taken_and_will_take(tmp_path, capsys, clock):
-    """Two devices make 4 of 10 steps in 4 hours, the first in 2."""
+    """Two devices make 4 of 10 steps in 40 hours, the first in 20."""
     recorder = make(tmp_path, steps=10, world_size=2)
-    for n, hours in ((21, 2), (22, 0.5), (23, 0.5), (24, 0.5)):
+    for n, hours in ((1, 20), (2, 5), (3, 5), (4, 5)):
         clock.now += 3600 * hours
-        give(recorder, n - 20)
+        give(recorder, n)
     with recorder.pause("save", 4):
-        clock.now += 3600 * 0.5
+        clock.now += 3600 * 5
     recorder.close()
     saved = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert saved == {
         "event": "save",
         "step": 4,
-        "seconds": 1800.0,
+        "seconds": 5 * 3600.0,
         "tokens": 400,
-        "elapsed_seconds": 4 * 3600.0,
-        "device_hours": 8.0,
+        "elapsed_seconds": 40 * 3600.0,
+        "device_hours": 80.0,
         "tokens_expected": 1000,
-        "elapsed_seconds_expected": 8 * 3600.0,  # 6 more steps, 2 hours for 3 with their save
-        "device_hours_expected": 16.0,
+        "elapsed_seconds_expected": 80 * 3600.0,  # 6 more steps; 3 took 20 hours with the save
+        "device_hours_expected": 160.0,
     }
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "400 tokens so far, 8.00 device hours in this start; by the end 1k tokens,"
-        " 16.00 device hours, 8:00:00"
+        "400 tokens so far, 80.00 device hours in this start; by the end 1k tokens,"
+        " 160.00 device hours, 3.3 days"
     )
 
 

@@ -247,6 +247,8 @@ def test_a_hostile_run_adds_no_element(tmp_path: Path) -> None:
     plain = Elements(render([facts(ordinary_run(tmp_path / "run"))]))
     page = render([facts(hostile_run(tmp_path / "hostile"), name=ATTACK)])
     assert [tag for tag, _ in Elements(page).found] == [tag for tag, _ in plain.found]
+    block = page.partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in block and "window.hacked" in block
     (run,) = data_of(page)["runs"]
     assert run["name"] == ATTACK  # it is there, as text
     assert "\u202e" not in page

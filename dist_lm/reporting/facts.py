@@ -340,7 +340,7 @@ def sources_of(
 
 def _source(name: str, where: Any, run_dir: str, folder: str) -> dict[str, Any]:
     """A source and its size, where the run or the source has a manifest of prepared tokens."""
-    source = {
+    source: dict[str, Any] = {
         "name": safe(name),
         "input": spelled(where) if where else "",
         "size": None,

@@ -241,7 +241,7 @@ class Chart {
     this.over = draw("g", {});
     this.svg.replaceChildren(
       draw("defs", {}, draw("clipPath", { id: clip }, draw("rect", {
-        x: MARGIN.left, y: MARGIN.top - 4, width: width - MARGIN.left - MARGIN.right,
+        x: MARGIN.left - 5, y: MARGIN.top - 4, width: width - MARGIN.left - MARGIN.right + 10,
         height: height - MARGIN.top - MARGIN.bottom + 8,
       }))), this.drawAxes(), inside, this.over);
   }

@@ -1,4 +1,4 @@
-"""What a run shows on the console while it trains: how far it is, and where its time went."""
+"""The console of a run: a line that says how far it is, and at the end where its time went."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ MEAN_STEPS = 20  # steps that the rates are averaged over
 
 
 class RunClock:
-    """Where the time of this process went, and what it has taken and will take."""
+    """Counts where the time of this process goes, and what it has taken and will take."""
 
     def __init__(self, steps_of_run: int | None, world_size: int) -> None:
         self._steps_of_run = steps_of_run
@@ -95,7 +95,7 @@ def _spell_days(seconds: float) -> str:
 
 
 class ProgressLine:
-    """Where the run stands: on a terminal one line that changes, elsewhere now and then a line."""
+    """The line of progress. On a terminal it changes; elsewhere a new line comes now and then."""
 
     def __init__(self, steps: int | None, mfu_per_rate: float):
         self._steps = steps

@@ -1,4 +1,4 @@
-"""The page of `report --html`, without a browser: what it holds, and that a run cannot write code."""
+"""The page of `report --html`, without a browser: what it holds, and that no run writes code."""
 
 import base64
 import hashlib

@@ -391,7 +391,8 @@ CONTRASTS = """(() => {
         return [1, 3, 5].map((at) => parseInt(full.slice(at, at + 2), 16) / 255);
     };
     const light = (name) => {
-        const [r, g, b] = rgb(name).map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+        const [r, g, b] = rgb(name).map(
+            (v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
         return .2126 * r + .7152 * g + .0722 * b;
     };
     const ratio = (a, b) => {

@@ -20,14 +20,15 @@ from dist_lm.config import Section
 from dist_lm.console import duration, notice, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
+from dist_lm.evals import FILE as EVALS
 from dist_lm.goodput import PARTS, goodput
 from dist_lm.metrics import FILE, read_lines, steps_and_evaluations
 from dist_lm.reporting.document import render, write_page
-from dist_lm.reporting.facts import EVALUATIONS, facts_of
+from dist_lm.reporting.facts import facts_of
 from dist_lm.reporting.samples import FILE as SAMPLES
 
 RELOAD_SECONDS = 20  # between two times that a page which follows a run loads itself again
-FOLLOWED = (FILE, SAMPLES, EVALUATIONS)
+FOLLOWED = (FILE, SAMPLES, EVALS)
 _LONG_TO_READ = 2e7  # bytes; reading and working them out takes about 2 s
 _SLOWEST = 1e-6  # tokens/s that a step is taken for; one without targets has none
 

@@ -91,8 +91,8 @@ def ordinary_run(folder: Path, steps: int = 60, lr: float = 1e-3) -> Path:
     lines += [stop_line(again + 60 + 10 * (steps - half), 2, "done")]
     write_lines(folder / "metrics.jsonl", lines)
     evaluations = [
-        {"step": half, "task": "arc", "metric": "acc", "value": 0.25, "stderr": 0.01},
-        {"step": steps, "task": "arc", "metric": "acc", "value": 0.5, "stderr": 0.01},
+        {"step": half, "task": "arc", "shots": 0, "metrics": {"acc": 0.25, "acc_stderr": 0.01}},
+        {"step": steps, "task": "arc", "shots": 0, "metrics": {"acc": 0.5, "acc_stderr": 0.01}},
     ]
     write_lines(folder / "evals.jsonl", evaluations)
     (folder / "config.yaml").write_text(f"optim: {{lr: {lr}}}\nrun: {{steps: {2 * steps}}}\n")
@@ -128,9 +128,9 @@ def hostile_run(folder: Path) -> Path:
     ]
     write_lines(folder / "metrics.jsonl", lines)
     evaluations = [
-        {"step": 41, "task": ATTACK, "metric": ATTACK, "value": 1.0, "stderr": -1e300},
-        {"step": 2**48, "task": "__proto__", "metric": "constructor", "value": 1e100},
-        {"step": "x", "task": ATTACK, "metric": ATTACK, "value": 1.0},
+        {"step": 41, "task": ATTACK, "metrics": {ATTACK: 1.0, f"{ATTACK}_stderr": -1e300}},
+        {"step": 2**48, "task": "__proto__", "metrics": {"constructor": 1e100}},
+        {"step": "x", "task": ATTACK, "metrics": {ATTACK: 1.0}},
     ]
     write_lines(folder / "evals.jsonl", evaluations)
     config = {"model": {"activation": ATTACK}, "data": {"input": ATTACK, "sources": {ATTACK: 3}}}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_lm import report
+from dist_lm.evals import add_evals
 from dist_lm.goodput import History
 from dist_lm.metrics import read_lines, read_metrics
 from dist_lm.report import main
@@ -168,13 +169,23 @@ def test_evaluations_have_their_place_on_each_axis(tmp_path: Path) -> None:
     assert task["at"] == web["at"]
 
 
-def test_broken_lines_of_evaluations_are_left_out(tmp_path: Path) -> None:
+def test_each_metric_of_a_task_has_a_curve(tmp_path: Path) -> None:
+    """Other shots, or a limit, make it another one; the last line of a step stands."""
     run = ordinary_run(tmp_path / "run")
+    add_evals(
+        run,
+        [{"step": 60, "task": "arc", "metrics": {"acc": 0.75, "f1,a": 0.5, "f1_stderr,a": 0.2}}],
+    )
+    add_evals(run, [{"step": 60, "task": "arc", "shots": 5, "limit": 0.1, "metrics": {"acc": 1}}])
     with open(run / "evals.jsonl", "a") as file:
-        file.write('{"step": 60, "task": "arc", "metric": "acc", "value": 0.75}\n')  # again
-        file.write('{"step": "1"}\n[1]\n{"step": 1, "task": "arc", "metric": "acc", "va')
-    (task,) = facts(run)["evaluations"]
-    assert (task["value"], task["stderr"]) == ([0.25, 0.75], [0.01, None])
+        file.write('{"step": "1"}\n[1]\n{"step": 1, "task": "arc", "metr')
+    curves = facts(run)["evaluations"]
+    keys = ("task", "metric", "value", "stderr")
+    assert [tuple(curve[key] for key in keys) for curve in curves] == [
+        ("arc", "acc", [0.25, 0.75], [0.01, None]),
+        ("arc", "f1,a", [0.5], [0.2]),
+        ("arc, 5 shots, limit 0.1", "acc", [1.0], [None]),
+    ]
 
 
 def test_samples_are_read_back_with_what_a_model_may_write(tmp_path: Path) -> None:

@@ -12,18 +12,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from dist_lm.cli import read_yaml
 from dist_lm.config import FIELDS
 from dist_lm.console import printable
 from dist_lm.curves import smooth, trailing_means
 from dist_lm.errors import CheckpointError, UserError
+from dist_lm.evals import read_evals
 from dist_lm.goodput import History
 from dist_lm.helptext import spell
 from dist_lm.metrics import FILE as METRICS
 from dist_lm.metrics import steps_and_evaluations
-from dist_lm.outside import CheckedModel, Count, Text, check, open_regular, parse_json, read_json
+from dist_lm.outside import read_json
 from dist_lm.reporting.samples import read_samples
 from dist_lm.reporting.series import (
     curve,
@@ -46,27 +45,16 @@ CURVES = (
     "data_wait",
     "scale",
 )
-EVALUATIONS = "evals.jsonl"
+_STDERR = "_stderr"  # ends the name of a metric's standard error
 _SHAKY_END = 200  # the part of a smoothed curve, at its end, that is not shown
 MOST_SOURCES = 40
 MOST_EVENTS = 200
-_LONGEST_LINE = 2**16  # bytes of a line of EVALUATIONS
 _LONGEST_VALUE = 300  # characters of a setting
 _LARGEST_MANIFEST = 16 * 2**20  # bytes
 _SECONDS_OF_SILENCE = 900.0  # after which a run that did not say that it ended does not run either
 # Of a URL: a user with a password, and what follows a question mark, which may be a signature.
 _USER = re.compile(r"(\w://)[^/@\s'\"]+@")
 _QUERY = re.compile(r"(\w://[^\s'\"?]+\?)[^\s'\"]+")
-
-
-class EvaluationOfTask(CheckedModel):
-    """A line of evals.jsonl: what a checkpoint scores in a task."""
-
-    step: Count
-    task: Text
-    metric: Text
-    value: float = Field(ge=-1e100, le=1e100)
-    stderr: float | None = None
 
 
 def facts_of(name: str, run_dir: str, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -163,32 +151,38 @@ def validation(evaluations: Sequence[Mapping[str, Any]], x_of: _Places) -> list[
 
 
 def evaluations_of_tasks(run_dir: str, x_of: _Places) -> list[dict[str, Any]]:
-    """The curve of each metric of each task in evals.jsonl, whose last line of a step stands."""
-    found: dict[tuple[str, str], dict[int, EvaluationOfTask]] = {}
+    """The curve of each metric of each task in evals.jsonl."""
     try:
-        with open_regular(Path(run_dir, EVALUATIONS)) as file:
-            while line := file.readline(_LONGEST_LINE):
-                try:
-                    content = parse_json(line, CheckpointError)
-                    figures = check(content, EvaluationOfTask, CheckpointError)
-                except CheckpointError:  # torn by a kill, or of another kind
-                    continue
-                found.setdefault((figures.task, figures.metric), {})[figures.step] = figures
-    except OSError:  # nothing was evaluated
+        lines = read_evals(run_dir)
+    except CheckpointError:  # a page needs none
         return []
-    curves = []
-    for (task, metric), by_step in found.items():
-        points = [by_step[step] for step in sorted(by_step)]
-        curves.append(
-            {
-                "task": safe(task),
-                "metric": safe(metric),
-                "at": [x_of(point.step) for point in points],
-                "value": [short(point.value) for point in points],
-                "stderr": [point.stderr and short(point.stderr) for point in points],
-            }
-        )
-    return curves
+    curves: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        task = _title_of(line)
+        metrics = line["metrics"]
+        for metric, value in metrics.items():
+            name, comma, of_filter = metric.partition(",")  # e.g. f1,strict
+            if name.endswith(_STDERR):
+                continue
+            error = metrics.get(f"{name}{_STDERR}{comma}{of_filter}", math.nan)
+            points = {"at": [], "value": [], "stderr": []}
+            curve_of = curves.setdefault(
+                (task, metric), {"task": safe(task), "metric": safe(metric), **points}
+            )
+            curve_of["at"].append(x_of(line["step"]))
+            curve_of["value"].append(short(value))
+            curve_of["stderr"].append(short(error))
+    return list(curves.values())
+
+
+def _title_of(line: Mapping[str, Any]) -> str:
+    """A task, and what makes its figures another curve."""
+    title = str(line["task"])
+    if line.get("shots"):
+        title += f", {line['shots']} shots"
+    if line.get("limit"):
+        title += f", limit {line['limit']:g}"
+    return title
 
 
 # --- where a run stands

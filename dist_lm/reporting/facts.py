@@ -165,7 +165,7 @@ def evaluations_of_tasks(run_dir: str, x_of: _Places) -> list[dict[str, Any]]:
             if name.endswith(_STDERR):
                 continue
             error = metrics.get(f"{name}{_STDERR}{comma}{of_filter}", math.nan)
-            points = {"at": [], "value": [], "stderr": []}
+            points: dict[str, Any] = {"at": [], "value": [], "stderr": []}
             curve_of = curves.setdefault(
                 (task, metric), {"task": safe(task), "metric": safe(metric), **points}
             )

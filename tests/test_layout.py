@@ -24,7 +24,7 @@ LEVELS = [
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks", "publishing", "measuring"},
+    {"scoring", "history", "planning", "checks", "publishing", "measuring", "reporting"},
     {"resume", "spikes", "safeguards", "evaluation", "saving", "loop"},
     {
         "prepare",

@@ -1,0 +1,15 @@
+"""All claims, in the order of the table."""
+
+from benchmarks.claim import Claim
+from benchmarks.claims import (
+    decoding,
+    loader,
+    matrix_share,
+    prepare,
+    streaming,
+    training_step,
+)
+
+_FILES = (training_step, matrix_share, decoding, prepare, streaming, loader)
+
+CLAIMS: tuple[Claim, ...] = sum((file.CLAIMS for file in _FILES), ())

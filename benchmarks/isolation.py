@@ -5,6 +5,7 @@ may run before a fork, because threads do not survive one.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -81,8 +82,8 @@ def _be_child(work: Callable[[], Any], log: Path, answer: int, leads: bool) -> N
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), line_buffering=True)
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), line_buffering=True)
         data = json.dumps(work()).encode()
         while data:
             data = data[os.write(answer, data) :]

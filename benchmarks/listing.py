@@ -2,14 +2,16 @@
 
 from benchmarks.claim import Claim
 from benchmarks.claims import (
+    checkpoints,
     decoding,
     loader,
+    loops,
     matrix_share,
     prepare,
     streaming,
     training_step,
 )
 
-_FILES = (training_step, matrix_share, decoding, prepare, streaming, loader)
+_FILES = (training_step, matrix_share, decoding, prepare, streaming, loader, loops, checkpoints)
 
 CLAIMS: tuple[Claim, ...] = sum((file.CLAIMS for file in _FILES), ())

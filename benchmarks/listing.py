@@ -8,10 +8,25 @@ from benchmarks.claims import (
     loops,
     matrix_share,
     prepare,
+    resuming,
+    safety,
     streaming,
+    tokenizers_alone,
     training_step,
 )
 
-_FILES = (training_step, matrix_share, decoding, prepare, streaming, loader, loops, checkpoints)
+_FILES = (
+    training_step,
+    matrix_share,
+    decoding,
+    prepare,
+    streaming,
+    loader,
+    loops,
+    checkpoints,
+    resuming,
+    tokenizers_alone,
+    safety,
+)
 
 CLAIMS: tuple[Claim, ...] = sum((file.CLAIMS for file in _FILES), ())

@@ -8,13 +8,16 @@ import contextlib
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +131,7 @@ def run_ranks(world: int, work: Callable[[int], Any], scratch: Path) -> list[Any
 
     forks = []
     for rank in range(world):
-        forks.append(Fork(lambda rank=rank: be_rank(rank), scratch / f"rank-{rank}.log"))
+        forks.append(Fork(partial(be_rank, rank), scratch / f"rank-{rank}.log"))
     try:
         return [fork.result(_SECONDS) for fork in forks]
     finally:
@@ -142,44 +145,66 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
 
 
-def run_command(words: Sequence[str], **env: str) -> str:
-    """What a fresh Python process prints. It must succeed."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=clean_environment(**env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=_SECONDS,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-3000:]}"
-    return done.stdout
+def run_processes(
+    world: int, words: Sequence[str], *, is_forked: bool = False, **env: str
+) -> list[str]:
+    """What Python processes print that run a script, one a rank. They must succeed.
 
-
-def run_commands(world: int, words: Sequence[str]) -> list[str]:
-    """What fresh processes print, one a rank."""
+    They are fresh ones, or forks of this one where only the result matters.
+    """
     port = free_port()
-    processes = []
-    for rank in range(world):
-        processes.append(
-            subprocess.Popen(
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"{rank}.log" for rank in range(world)]
+        processes: list[Fork | _Fresh] = []
+        for rank, log in enumerate(logs):
+            own = dict(env)
+            if world > 1:
+                own |= world_of(rank, world, port)
+            if is_forked:
+                processes.append(Fork(partial(_run_script, words, own), log))
+            else:
+                processes.append(_Fresh(words, own, log))
+        try:
+            for process in processes:
+                process.result(_SECONDS)
+        finally:
+            for process in processes:
+                process.kill()
+        return [log.read_text(errors="replace") for log in logs]
+
+
+class _Fresh:
+    """A Python process that runs a script of this checkout."""
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path):
+        self._log = log
+        kept = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+        with open(log, "wb") as stream:
+            self._process = subprocess.Popen(
                 [sys.executable, *words],
                 cwd=ROOT,
-                env=clean_environment(**world_of(rank, world, port)),
+                env={**kept, "PYTHONPATH": str(ROOT), **env},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+                stdout=stream,
+                stderr=stream,
             )
-        )
+
+    def result(self, seconds: float) -> None:
+        code = self._process.wait(seconds)
+        if code:
+            raise RuntimeError(f"exit code {code}:\n{self._log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _run_script(words: Sequence[str], env: Mapping[str, str]) -> None:
+    """In a fork: as `python SCRIPT WORDS` would."""
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = list(words)
     try:
-        outputs = [process.communicate(timeout=_SECONDS)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, f"exit code {process.returncode}:\n{output[-3000:]}"
-    return outputs
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as error:
+        assert not error.code, f"exit code {error.code}"

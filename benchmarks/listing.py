@@ -10,6 +10,7 @@ from benchmarks.claims import (
     prepare,
     resuming,
     safety,
+    starting,
     streaming,
     tokenizers_alone,
     training_step,
@@ -27,6 +28,7 @@ _FILES = (
     resuming,
     tokenizers_alone,
     safety,
+    starting,
 )
 
 CLAIMS: tuple[Claim, ...] = sum((file.CLAIMS for file in _FILES), ())

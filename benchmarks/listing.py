@@ -2,11 +2,13 @@
 
 from benchmarks.claim import Claim
 from benchmarks.claims import (
+    characters,
     checkpoints,
     decoding,
     loader,
     loops,
     matrix_share,
+    memory,
     prepare,
     resuming,
     safety,
@@ -19,11 +21,13 @@ from benchmarks.claims import (
 _FILES = (
     training_step,
     matrix_share,
+    memory,
     decoding,
     prepare,
     streaming,
     loader,
     loops,
+    characters,
     checkpoints,
     resuming,
     tokenizers_alone,

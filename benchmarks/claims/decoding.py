@@ -3,7 +3,16 @@
 import torch
 
 from benchmarks import models
-from benchmarks.claim import FASTER, Claim, Context, Measured, Target, must_equal, take_turns
+from benchmarks.claim import (
+    FASTER,
+    SHARE,
+    Claim,
+    Context,
+    Measured,
+    Target,
+    must_equal,
+    take_turns,
+)
 from benchmarks.models import Size
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.sample import Sampling, lay_out_for_decoding, sample
@@ -56,6 +65,43 @@ def decode(ctx: Context, lengths: list[int]) -> Measured:
     return take_turns(ctx, ours, theirs, equal)
 
 
+def bandwidth(ctx: Context) -> Measured:
+    """Decoding one text, against products of the same weights with a vector, one after another.
+
+    A token must read each weight once, so these products are the least that it can take.
+    """
+    size = ctx.pick(SIZE, models.TINY)
+    new_tokens = ctx.pick(24, 3)
+    model = models.ours(size).eval()
+    lay_out_for_decoding(model)
+    tokenizer = train_tokenizer("byte", [])
+    settings = Sampling(new_tokens, temperature=0)
+    matrices = []
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and not name.startswith("positions"):
+            matrices.append(weight.detach())
+    vectors = [torch.ones(1, weight.shape[1]) for weight in matrices]
+    elements = sum(weight.numel() for weight in matrices)
+    others = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)
+    positions = model.positions.weight.numel()
+    whole = sum(weight.numel() for weight in model.parameters())
+    equal = must_equal(elements + others + positions, whole, "numbers of weights")
+
+    def ours() -> None:
+        for _ in sample(model, tokenizer, [[1]], settings, seeds=[0], stop_early=False):
+            pass
+
+    def products() -> None:
+        for _ in range(new_tokens):
+            for vector, weight in zip(vectors, matrices, strict=True):
+                torch.nn.functional.linear(vector, weight)
+
+    measured = take_turns(ctx, ours, products, equal)
+    seconds = sorted(measured.other)[len(measured.other) // 2]
+    measured.notes["products, GB/s"] = round(4e-9 * elements * new_tokens / seconds, 1)
+    return measured
+
+
 CLAIMS = (
     Claim(
         name="decoding-1",
@@ -78,5 +124,14 @@ CLAIMS = (
         probe="copy",
         peers=("transformers",),
         preload=("transformers.models.gpt2.modeling_gpt2",),
+    ),
+    Claim(
+        name="decoding-bandwidth",
+        sentence="decoding a 124M model, as a share of the speed of its matrix products alone",
+        figure=SHARE,
+        target=Target(least=0.9),
+        measure=bandwidth,
+        threads=2,
+        probe="copy",
     ),
 )

@@ -30,7 +30,7 @@ def main(words: list[str] | None = None) -> int:
     running.prepare_imports(claims)
     outcomes = running.Runner(args.quick, args.nanogpt).run_all(claims)
     entries = [outcome.entry for outcome in outcomes if outcome.entry]
-    if entries and not args.quick:
+    if entries and not args.quick and args.results.name != "-":
         path = results.write(entries, args.results)
         print(f"written to {path}; python -m benchmarks --table puts them into the README")
     failed = [outcome.claim.name for outcome in outcomes if outcome.failed]

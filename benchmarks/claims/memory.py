@@ -1,6 +1,7 @@
 """Memory: while ZeRO-3 builds a model, and what `plan` predicts of training."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def planned(ctx: Context, strategy: str) -> Measured:
         config = resolve(("benchmark", {**settings, "run.dir": str(ctx.scratch / name)}))
         plan = memory(config, choose_strategy(strategy), 2, _VOCABULARY, on_gpu=False)
         predicted[name] = plan.peak
-        answers = run_ranks(2, lambda rank: _train(ctx, name, strategy, settings), ctx.scratch)
+        work = partial(_train, ctx, name, strategy, settings)
+        answers = run_ranks(2, work, ctx.scratch)
         measured[name] = max(peak for peak, _ in answers)
         parameters = answers[0][1]
         expected = [math.prod(shape) for shape in parameter_shapes(_spec(config)).values()]
@@ -96,7 +98,9 @@ def _settings(shape: tuple[int, int, int], shards: Path) -> dict[str, Any]:
     }
 
 
-def _train(ctx: Context, name: str, strategy: str, settings: dict[str, Any]) -> list[int]:
+def _train(
+    ctx: Context, name: str, strategy: str, settings: dict[str, Any], rank: int
+) -> list[int]:
     """The peak of three steps on this rank, and how many parameters there are."""
     zero.tune_malloc(mmap_threshold=2**20, trim_threshold=2**17)
     run = build_run(ctx.scratch / name, strategy, settings)

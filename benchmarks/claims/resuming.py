@@ -120,7 +120,7 @@ CLAIMS = (
     _shards_claim("resume-ms", "first batch of shards at step 100,000, from opening", MS, most=50),
     Claim(
         name="resume-stream",
-        sentence="first batch of a stream of Parquet late in a pass, against reading a block a lane",
+        sentence="first batch of a Parquet stream late in a pass, against reading a block a lane",
         figure=COST,
         target=Target(most=1.0),
         measure=streams,

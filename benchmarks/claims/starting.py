@@ -81,7 +81,7 @@ def _first_step_at(folder: Path) -> float:
 CLAIMS = (
     Claim(
         name="start-1",
-        sentence="from the command to the first step, one process, against a bare Accelerate script",
+        sentence="from the command to the first step, against a bare Accelerate script",
         figure=COST,
         target=Target(most=0.9),
         measure=lambda ctx: measure(ctx, 1),
@@ -89,7 +89,7 @@ CLAIMS = (
     ),
     Claim(
         name="start-2",
-        sentence="the same with two processes",
+        sentence="the same to the first step of two processes, against a bare Accelerate script",
         figure=COST,
         target=Target(most=1.0),
         measure=lambda ctx: measure(ctx, 2),

@@ -148,7 +148,7 @@ def against_engine(ctx: Context) -> Measured:
 CLAIMS = (
     Claim(
         name="streaming-datasets",
-        sentence="streaming Parquet to batches on two processes, against the usual datasets pipeline",
+        sentence="streaming Parquet to batches on two processes, against datasets' usual way",
         figure=FASTER,
         target=Target(least=4.0),
         measure=against_datasets,
@@ -159,7 +159,7 @@ CLAIMS = (
     ),
     Claim(
         name="streaming-engine",
-        sentence="streaming Parquet to batches, as a share of the speed of the bare tiktoken engine",
+        sentence="streaming Parquet to batches, as a share of the bare tiktoken engine's speed",
         figure=SHARE,
         target=Target(least=0.8),
         measure=against_engine,

@@ -22,6 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# What ranks under DeepSpeed import, and late.
+ZERO_MODULES = (
+    "deepspeed",
+    "transformers.integrations",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 _SECONDS = 300  # that ranks may take
 
 

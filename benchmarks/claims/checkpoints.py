@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.claim import COST, Claim, Context, Measured, Target, must_equal, take_turns
-from benchmarks.isolation import run_ranks
+from benchmarks.isolation import ZERO_MODULES, run_ranks
 from benchmarks.loops import build_run, make_shards, train_to
 from dist_lm import loop
 from dist_lm.checkpoint.folder import step_folders
@@ -164,7 +164,7 @@ CLAIMS = (
         measure=lambda ctx: stall(ctx, "zero3"),
         threads=2,
         probe="copy",
-        preload=("deepspeed",),
+        preload=ZERO_MODULES,
     ),
     Claim(
         name="checkpoint-load",

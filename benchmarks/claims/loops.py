@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.claim import COST, MORE_MS, Claim, Context, Measured, Target, must_be_near
-from benchmarks.isolation import run_ranks
+from benchmarks.isolation import ZERO_MODULES, run_ranks
 from benchmarks.loops import CPU_CLOCK, WALL_CLOCK, build_run, compare_loops, make_shards
 
 _TINY = {
@@ -77,6 +77,6 @@ CLAIMS = (
         measure=lambda ctx: two_processes(ctx, "zero2"),
         threads=2,
         rounds=3,
-        preload=("deepspeed",),
+        preload=ZERO_MODULES,
     ),
 )

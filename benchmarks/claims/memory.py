@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.claim import SIZE, Claim, Context, Measured, Target, must_equal
-from benchmarks.isolation import run_ranks
+from benchmarks.isolation import ZERO_MODULES, run_ranks
 from benchmarks.loops import build_run, make_shards, train_to
 from benchmarks.memory import forget_peak, resident
 from dist_lm import loop
@@ -132,7 +132,7 @@ CLAIMS = (
         threads=2,
         rounds=1,
         probe="copy",
-        preload=("deepspeed",),
+        preload=ZERO_MODULES,
     ),
     Claim(
         name="memory-plan-ddp",
@@ -153,6 +153,6 @@ CLAIMS = (
         threads=2,
         rounds=1,
         probe="copy",
-        preload=("deepspeed",),
+        preload=ZERO_MODULES,
     ),
 )

@@ -202,6 +202,10 @@ class Tokenizer:
             return None
         return engine
 
+    def encodes_beside_python(self) -> bool:
+        """Whether other threads can work while encode_arrays encodes."""
+        return self._engine is not None
+
     def why_slow(self) -> str:
         """Why much text is encoded by `tokenizers` and not by tiktoken, or nothing."""
         if self._engine is not None:

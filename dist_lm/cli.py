@@ -33,6 +33,8 @@ ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
 ONE_AT_A_TIME = "one at a time"
 
 _HELP = {"-h", "--help"}
+# Flags by which other commands take a run.
+_NAMES_OF_A_RUN = {"ckpt", "checkpoint", "model", "run", "run.dir"}
 _NAME = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # other words are values, e.g. -1
 
 
@@ -69,7 +71,12 @@ class Command(Generic[Flags]):
 
     def hint(self, name: str) -> str:
         """Text that names the flag that is meant, or nothing."""
-        guess = closest(name, [*self.settings, *self.fields, *self.of_scripts])
+        if name in _NAMES_OF_A_RUN and self.positional:
+            return f"; rule: {self.positional.upper()} stands without a flag"
+        if name in _NAMES_OF_A_RUN and "ckpt" in self.fields:
+            return "; did you mean --ckpt?"
+        flags = [flag for flag in self.fields if flag != self.positional]
+        guess = closest(name, [*self.settings, *flags, *self.of_scripts])
         if not guess:
             return ""
         if guess in self.of_scripts:

@@ -6,7 +6,6 @@ depends on the number of processes. This module imports neither torch nor numpy,
 mistake is answered at once.
 """
 
-import math
 import re
 import string
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from dist_lm.arithmetic import ceil_div, round_up
 from dist_lm.errors import UserError, did_you_mean
 
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
@@ -99,7 +99,7 @@ def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
 
 
 class ModelConfig(Section):
-    """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
+    """The network. Its knobs cover the GPT-2, Llama, Qwen3 and post-norm families."""
 
     layers: Layers = Field(4, description="Number of transformer blocks.")
     heads: Width = Field(4, description="Attention heads.")
@@ -157,7 +157,7 @@ class ModelConfig(Section):
         """4 x width; swiglu has three matrices instead of two, so 8/3 of it has as many weights."""
         if self.activation != "swiglu":
             return 4 * self.width
-        return 64 * math.ceil(math.ceil(self.width * 8 / 3) / 64)
+        return round_up(ceil_div(8 * self.width, 3), 64)
 
 
 class SourceConfig(Section):
@@ -629,7 +629,7 @@ def total_steps(config: Config, sequences: int | None) -> int | None:
     if not sequences:
         return None
     positions = (config.run.epochs or 0) * sequences
-    return -(-positions // config.data.global_batch)
+    return ceil_div(positions, config.data.global_batch)
 
 
 def batch_layout(config: Config, world_size: int) -> BatchLayout:
@@ -640,9 +640,9 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
             f"data.global_batch={batch} must be at least the number of processes, {world_size};"
             f" nearest: {world_size}"
         )
-    share = math.ceil(batch / world_size)
+    share = ceil_div(batch, world_size)
     micro_batch = min(config.data.micro_batch or share, share)
-    accumulation = math.ceil(share / micro_batch)
+    accumulation = ceil_div(share, micro_batch)
     rows = world_size * micro_batch * accumulation
     return BatchLayout(
         world_size=world_size,

@@ -18,16 +18,22 @@ from dist_lm.launcher import RETRYABLE
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
-_LONGEST_LINE = 2_000  # characters of an error that are printed
+_LONGEST_ERROR = 2_000  # characters of the text of an error
 _MOST_DIGITS = 9  # of a number in the environment
 _LONGEST_WORD = 100  # characters of a name that are compared with the good ones
 
 
 class UserError(ValueError):
-    """Something a user can fix. Commands print it as one line and exit with its `code`."""
+    """Something a user can fix. Commands print it as one line and exit with its `code`.
+
+    Its text is short, however long a value from outside in it is: the middle is left out.
+    """
 
     kind = "config"  # how outcome.json names it
     code = 2
+
+    def __init__(self, text: str):
+        super().__init__(_shortened(text))
 
 
 class DataError(UserError):
@@ -257,13 +263,17 @@ def environment_number(name: str, default: int) -> int:
     return int(text)
 
 
+def _shortened(text: str) -> str:
+    """The beginning and the end of a long text: the field, and the rule."""
+    if len(text) <= _LONGEST_ERROR:
+        return text
+    half = _LONGEST_ERROR // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
 def one_line(error: UserError) -> str:
-    """An error of ours for a terminal: one line, however long or hostile a value in it is."""
-    text = str(error)
-    if len(text) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return printable(" ".join(text.splitlines()))
+    """An error of ours for a terminal: one line, however hostile a value in it is."""
+    return printable(" ".join(str(error).splitlines()))
 
 
 def closest(value: str, options: Iterable[object]) -> str:

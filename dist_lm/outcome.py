@@ -413,11 +413,10 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     if attempt.read_refusal():
         attempt.forget_refusal()
     ending = outcome["class"]
-    print(
-        f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}:"
-        f" {printable(str(outcome['reason']))}",
-        file=sys.stderr,
-    )
+    line = f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}"
+    if outcome["reason"]:
+        line += f": {printable(str(outcome['reason']))}"
+    print(line, file=sys.stderr)
     failures = outcome["failures"]
     if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(

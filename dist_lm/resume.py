@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dist_lm import families
+from dist_lm.arithmetic import ceil_div
 from dist_lm.checkpoint.folder import (
     locate,
     newest_valid,
@@ -151,7 +152,7 @@ def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> i
         ends.append(steps - stepped_over)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
     if used_up:
-        ends.append(-(-used_up // config.data.global_batch) - stepped_over)
+        ends.append(ceil_div(used_up, config.data.global_batch) - stepped_over)
     return min(ends)
 
 
@@ -188,8 +189,9 @@ def refuse_other_mathematics(
         )
 
 
-def _grows(before: int | None, after: int | None) -> bool:
-    return before is not None and after is not None and after > before
+def _grows(before: object, after: int | None) -> bool:
+    """Whether a number grows. The one before comes from state.json, and may be anything."""
+    return type(before) is int and after is not None and after > before
 
 
 # --- building

@@ -14,7 +14,8 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports a command.
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
-    {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"},
+    {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"}
+    | {"arithmetic"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
     {"cli", "metrics", "optim", "outcome"},
@@ -24,7 +25,7 @@ LEVELS = [
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "spikes", "safeguards", "loop"},
+    {"resume", "spikes", "safeguards", "evaluation", "loop"},
     {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
 ]
 STRANGERS = {"model", "data"}

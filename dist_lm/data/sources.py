@@ -145,7 +145,12 @@ class PreparedSource:
         if self.sequences:
             return
         sizes = self.shards.sizes
-        nearest = max(max(sizes, default=0) - 1, 1)
+        if not sum(sizes):
+            raise DataError(
+                f"{where} has nothing left to train on; rule: the documents of data.validation and"
+                " data.val_fraction are held out; nearest: other text to train on or to hold out"
+            )
+        nearest = max(max(sizes) - 1, 1)
         raise DataError(
             f"data.seq_len={self.seq_len} needs {self.seq_len + 1} tokens in one shard,"
             f" {where} has {sum(sizes)} to train on; nearest: {nearest}"

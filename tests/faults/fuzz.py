@@ -30,7 +30,10 @@ from tests.procs import DEVNULL, ROOT, Process
 
 SECONDS = 5  # for one input
 STUCK_SECONDS = 30  # of a call into C, which no signal handler can end
-LONGEST_ERROR = 10_000  # characters
+START_SECONDS = 600  # of the imports, on a machine that has other work
+HAS_BEGUN = 8  # the byte of the progress that says so; before it is the number of the input
+FOREVER = 10.0**9  # seconds
+LONGEST_ERROR = 2_100  # characters
 MEMORY_BYTES = 4 * 2**30  # more than the process has when it begins
 
 
@@ -75,10 +78,12 @@ class Report:
 # --- in the process that is fuzzed
 
 
-def feed_range(name: str, first: int, count: int, progress: "mmap.mmap") -> Report:
+def feed_range(
+    name: str, first: int, count: int, progress: "mmap.mmap", seconds: float = FOREVER
+) -> Report:
     """Feed inputs to a target, and note in `progress` which one is being read.
 
-    Each finding is printed at once, because a later input may end this process.
+    None is begun after so many seconds. Each finding is printed at once, because a later input may end this process.
     """
     from tests.faults.targets import TARGETS
 
@@ -86,10 +91,16 @@ def feed_range(name: str, first: int, count: int, progress: "mmap.mmap") -> Repo
     with scratch_folder() as folder:
         target = TARGETS[name](folder)
         limit_memory()
+        progress[HAS_BEGUN] = 1
+        end = time.monotonic() + seconds
         for number in range(first, first + count):
-            progress[:8] = number.to_bytes(8, "little")
             began = time.monotonic()
+            if began > end and number > first:
+                break
+            progress[:8] = number.to_bytes(8, "little")
             what = feed_one(target, random.Random(f"{name} {number}"))
+            if what.startswith(TooSlow.__name__):  # the machine may have had other work
+                what = feed_one(target, random.Random(f"{name} {number}"))
             report.inputs += 1
             report.slowest = max(report.slowest, time.monotonic() - began)
             if what == "refused":
@@ -155,43 +166,44 @@ def main(argv: list[str]) -> None:
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=FOREVER, help="begin none after so long")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS))
     parser.add_argument("--progress", help="a file that says which input is being read")
     chosen = parser.parse_args(argv)
     if chosen.mutant:
         mutants.MUTANTS[chosen.mutant]()
     with open(chosen.progress, "r+b") if chosen.progress else tempfile.TemporaryFile() as file:
-        file.truncate(8)
-        with mmap.mmap(file.fileno(), 8) as progress:
-            report = feed_range(chosen.target, chosen.first, chosen.count, progress)
+        file.truncate(HAS_BEGUN + 1)
+        with mmap.mmap(file.fileno(), HAS_BEGUN + 1) as progress:
+            report = feed_range(chosen.target, chosen.first, chosen.count, progress, chosen.seconds)
     print(json.dumps({"refused": report.refused, "slowest": report.slowest}))
 
 
 # --- in the process that looks after it
 
 
-def fuzz(target: str, first: int, count: int, mutant: str = "") -> Report:
-    """Feed inputs to a target in processes of their own. One that dies is a finding."""
+def fuzz(target: str, first: int, count: int, mutant: str = "", seconds: float = FOREVER) -> Report:
+    """Feed inputs to a target in a process of its own, for so many seconds.
+
+    A process that dies is a finding, and another one goes on behind that input.
+    """
     report = Report()
-    end = first + count
-    while first < end:
-        part, died_at = _fuzz_until_death(target, first, end - first, mutant)
-        report.add(part)
-        first = end if died_at is None else died_at + 1
+    began = time.monotonic()
+    while report.inputs < count and (left := seconds - (time.monotonic() - began)) > 0:
+        words = [target, "--first", str(first + report.inputs)]
+        words += ["--count", str(count - report.inputs), "--seconds", str(left)]
+        if mutant:
+            words += ["--mutant", mutant]
+        report.add(_fuzz_until_death(words, first + report.inputs))
     return report
 
 
-def _fuzz_until_death(
-    target: str, first: int, count: int, mutant: str
-) -> tuple[Report, int | None]:
-    """What the process reported, and the number of the input that it died of."""
+def _fuzz_until_death(words: list[str], first: int) -> Report:
+    """What the process reported, and whether it died of its last input."""
     with tempfile.NamedTemporaryFile() as progress, tempfile.TemporaryFile("w+") as printed:
-        progress.truncate(8)
-        words = ["-m", "tests.faults.fuzz", target, "--first", str(first), "--count", str(count)]
-        words += ["--progress", progress.name]
-        if mutant:
-            words += ["--mutant", mutant]
-        process = Process([sys.executable, *words], stdout=printed, stderr=DEVNULL, cwd=ROOT)
+        progress.truncate(HAS_BEGUN + 1)
+        command = [sys.executable, "-m", "tests.faults.fuzz", *words, "--progress", progress.name]
+        process = Process(command, stdout=printed, stderr=DEVNULL, cwd=ROOT)
         is_stuck = _wait_while_it_moves(process, Path(progress.name))
         process.kill()
         process.wait()
@@ -199,10 +211,9 @@ def _fuzz_until_death(
         printed.seek(0)
         report = _read_report(printed)
     report.inputs = number + 1 - first
-    if process.returncode == 0:
-        return report, None
-    report.find("stuck" if is_stuck else f"ended by {process.returncode}", number)
-    return report, number
+    if process.returncode != 0:
+        report.find("stuck" if is_stuck else f"ended by {process.returncode}", number)
+    return report
 
 
 def _read_report(printed: IO[str]) -> Report:
@@ -227,7 +238,8 @@ def _wait_while_it_moves(process: Process, progress: Path) -> bool:
         if now != before:
             before = now
             since = time.monotonic()
-        if time.monotonic() - since > STUCK_SECONDS:
+        limit = STUCK_SECONDS if now[HAS_BEGUN] else START_SECONDS
+        if time.monotonic() - since > limit:
             return True
         time.sleep(0.02)
     return False

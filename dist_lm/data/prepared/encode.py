@@ -4,9 +4,9 @@ Invariant: the pieces come back in their order, each with the tokens that its te
 number of threads or processes.
 
 tiktoken lets other threads work while it encodes, so threads are enough for it: on two cores they
-needed 0.75 of the CPU time of two processes, and less time by the clock. `tokenizers` makes a Python
-list of each text's tokens, and other threads wait for that: two processes were 1.4 x as fast as two
-threads.
+needed 0.75 of the CPU time of two processes, and less time by the clock. With `tokenizers`, other
+threads wait while it makes a Python list of each text's tokens: there two processes were 1.4 x as
+fast as two threads.
 """
 
 import contextlib

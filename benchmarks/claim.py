@@ -95,7 +95,7 @@ class Claim:
 def take_turns(
     ctx: Context, ours: Side, other: Side, equal: str, clock: str = "wall", **notes: Any
 ) -> Measured:
-    """Both sides in turns, after one turn of each that does not count.
+    """Both sides in turns. The check that they are equal has run both before, so they are warm.
 
     `clock` is "cpu" for work of one process that never waits: CPU time does not see what else the
     machine does.
@@ -103,9 +103,6 @@ def take_turns(
     read = time.process_time if clock == "cpu" else time.perf_counter
     sides = {"ours": ours, "other": other}
     taken: dict[str, list[float]] = {"ours": [], "other": []}
-    if not ctx.is_quick:
-        for side in sides.values():
-            side()
     names = list(sides)
     for _ in range(ctx.rounds):
         for name in names:

@@ -15,7 +15,7 @@ _RECIPE = str(ROOT / "configs" / "char.yaml")
 
 
 def measure(ctx: Context) -> Measured:
-    steps = ctx.pick(300, 3)
+    steps = ctx.pick(200, 3)
     text = ctx.scratch / "text.txt"
     text.write_text("".join(corpus.documents(ctx.pick(1.2, 0.05))))
     number = iter(range(100))
@@ -53,10 +53,10 @@ def measure(ctx: Context) -> Measured:
 CLAIMS = (
     Claim(
         name="character-run",
-        sentence="a whole run of configs/char.yaml (300 steps), against a loop that only trains",
+        sentence="a whole run of configs/char.yaml (200 steps), against a loop that only trains",
         figure=COST,
         target=Target(most=1.1),
         measure=measure,
-        rounds=2,
+        rounds=1,
     ),
 )

@@ -96,6 +96,8 @@ def bandwidth(ctx: Context) -> Measured:
             for vector, weight in zip(vectors, matrices, strict=True):
                 torch.nn.functional.linear(vector, weight)
 
+    ours()
+    products()
     measured = take_turns(ctx, ours, products, equal)
     seconds = sorted(measured.other)[len(measured.other) // 2]
     measured.notes["products, GB/s"] = round(4e-9 * elements * new_tokens / seconds, 1)
@@ -121,6 +123,7 @@ CLAIMS = (
         target=Target(least=1.5),
         measure=lambda ctx: decode(ctx, [8, 16, 24, 32, 40, 48, 56, 64]),
         threads=2,
+        rounds=3,
         probe="copy",
         peers=("transformers",),
         preload=("transformers.models.gpt2.modeling_gpt2",),

@@ -85,6 +85,7 @@ def against_mosaic(ctx: Context) -> Measured:
         sums["theirs"] = int(found[2])
         return float(found[1])
 
+    ours()
     theirs()
     batches = batches_of(config, data)
     epoch = [batches.take() for _ in range(rows // BATCH)]

@@ -86,6 +86,7 @@ CLAIMS = (
         target=Target(most=0.9),
         measure=lambda ctx: measure(ctx, 1),
         threads=2,
+        rounds=3,
     ),
     Claim(
         name="start-2",
@@ -94,5 +95,6 @@ CLAIMS = (
         target=Target(most=1.0),
         measure=lambda ctx: measure(ctx, 2),
         threads=2,
+        rounds=3,
     ),
 )

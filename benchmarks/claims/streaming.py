@@ -34,7 +34,7 @@ def against_datasets(ctx: Context) -> Measured:
         ctx.scratch / "tokenizer", ctx.pick(8192, 300), ctx.pick(8, 0.1)
     )
     text = ctx.scratch / "text"
-    corpus.write_files(text, "parquet", ctx.pick(24, 0.6), _FILES)
+    corpus.write_files(text, "parquet", ctx.pick(16, 0.6), _FILES)
 
     def be_rank(rank: int) -> list[dict[str, list[float]]]:
         return _rounds_of_rank(ctx, rank, text, tokenizer)
@@ -118,7 +118,7 @@ def against_engine(ctx: Context) -> Measured:
     """One core. The engine alone encodes a list that lies in memory."""
     file = corpus.make_tokenizer(ctx.scratch / "tokenizer", ctx.pick(8192, 300), ctx.pick(8, 0.1))
     text = ctx.scratch / "text"
-    paths = corpus.write_files(text, "parquet", ctx.pick(24, 0.6), _FILES)
+    paths = corpus.write_files(text, "parquet", ctx.pick(16, 0.6), _FILES)
     documents = corpus.read_parquet(paths)
     config = config_of(text, file, ctx.scratch)
     data = opened(config)

@@ -98,6 +98,7 @@ CLAIMS = (
         figure=FASTER,
         target=Target(least=1.25),
         measure=against_transformers,
+        rounds=3,
         peers=("transformers",),
         preload=("transformers.models.gpt2.modeling_gpt2",),
     ),
@@ -107,6 +108,7 @@ CLAIMS = (
         figure=FASTER,
         target=Target(least=1.25),
         measure=against_nanogpt,
+        rounds=3,
         needs_nanogpt=True,
     ),
 )

@@ -27,3 +27,11 @@ class PlainStep:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.item()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MB, as train does (`runtime/start.py`).
+
+    Both sides are in this process, so both have it.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)

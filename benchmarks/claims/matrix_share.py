@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.claim import SHARE, Claim, Context, Measured, Target, must_be_near, take_turns
 from benchmarks.claims.training_step import SIZE
-from benchmarks.steps import PlainStep
+from benchmarks.steps import PlainStep, keep_freed_memory
 from dist_lm.model.init import flops_per_token
 
 _SIDE = 1024  # of the square matrices
@@ -20,6 +20,7 @@ _SIDE = 1024  # of the square matrices
 
 def measure(ctx: Context) -> Measured:
     size = ctx.pick(SIZE, models.TINY)
+    keep_freed_memory()
     model = models.ours(size)
     step = PlainStep(
         model,

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import models
 from benchmarks.claim import FASTER, Claim, Context, Measured, Target, must_be_near, take_turns
 from benchmarks.models import Size
-from benchmarks.steps import PlainStep
+from benchmarks.steps import PlainStep, keep_freed_memory
 from dist_lm.model.gpt import GPT
 
 SIZE = Size(layers=6, heads=6, width=384, vocabulary=50_304, length=256, batch=4)
@@ -20,6 +20,7 @@ SIZE = Size(layers=6, heads=6, width=384, vocabulary=50_304, length=256, batch=4
 
 def against(ctx: Context, make_twin: Callable[[GPT, Size], Any]) -> Measured:
     size = ctx.pick(SIZE, models.TINY)
+    keep_freed_memory()
     model = models.ours(size)
     twin = make_twin(model, size)
     tokens = size.tokens()

@@ -87,7 +87,6 @@ class Claim:
     probe: str = "matrix"  # or "copy": what limits it
     peers: tuple[str, ...] = ()  # packages of the other side
     needs_nanogpt: bool = False
-    needs_root: bool = False
     preload: tuple[str, ...] = ()  # modules that are imported before the processes are forked
     tried: str = ""  # what was tried where the target is missed
 

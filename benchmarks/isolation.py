@@ -145,12 +145,6 @@ def run_ranks(world: int, work: Callable[[int], Any], scratch: Path) -> list[Any
             fork.kill()
 
 
-def clean_environment(**more: str) -> dict[str, str]:
-    """This environment for a fresh command that imports this checkout."""
-    kept = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
-    return {**kept, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
-
-
 def run_processes(
     world: int, words: Sequence[str], *, is_forked: bool = False, **env: str
 ) -> list[str]:
@@ -185,11 +179,14 @@ class _Fresh:
     def __init__(self, words: Sequence[str], env: Mapping[str, str], log: Path):
         self._log = log
         kept = {key: value for key, value in os.environ.items() if key != "OPENBLAS_NUM_THREADS"}
+        paths = [str(ROOT)]
+        if os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
         with open(log, "wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, *words],
                 cwd=ROOT,
-                env={**kept, "PYTHONPATH": str(ROOT), **env},
+                env={**kept, "PYTHONPATH": os.pathsep.join(paths), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

@@ -53,7 +53,7 @@ def train_to(run: Run, step: int) -> None:
     """train's loop up to a step, and the end of the checkpoint that it writes there."""
     settings = run.config.run.model_copy(update={"stop_after": step})
     run.config = Config(**{**run.config.__dict__, "run": settings})
-    loop.train(run, run.runtime.profiler(0, Path("trace.json")))
+    loop.train(run)
     run.saver.finish()
 
 

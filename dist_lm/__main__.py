@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from dist_lm import __version__
 from dist_lm.console import count
-from dist_lm.errors import UserError, did_you_mean, run_entry
+from dist_lm.errors import UserError, run_entry
+from dist_lm.nearest import did_you_mean
 from dist_lm.shipped import FOLDERS, recipes, shipped
 
 COMMANDS = {
@@ -25,6 +26,7 @@ COMMANDS = {
     "score": "measure a checkpoint on any text",
     "show": "show what a step trained on, and whether a run has seen a text",
     "report": "draw the curves of runs",
+    "publish": "upload a run's checkpoints to the hub",
     "plan": "say whether a run fits, how long it takes and what it costs",
     "doctor": "check that these machines are fit for a run",
 }

@@ -18,18 +18,20 @@ def evaluate(run: Run, is_saving: bool = False) -> None:
     """
     run.runtime.enter(run.state.step, "evaluation")
     with run.metrics.pause("evaluation", run.state.step):
-        losses = []
+        figures = {}
         for name in run.data.val:
-            losses.append(_evaluate_set(run, name, name))
+            figures[name] = _evaluate_set(run, name, name)
             if run.config.run.ema:
                 with run.runtime.engine.averaged():
-                    _evaluate_set(run, name, f"{name} of ema")
-        run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
-        write_samples(run, losses[0], is_saving)
+                    figures[f"{name} of ema"] = _evaluate_set(run, name, f"{name} of ema")
+        run.state.curve.add_evaluation(run.state.step, figures)
+        first = next(iter(figures.values()))  # this set decides which checkpoint is the best
+        run.state.val_loss = first["val_loss"]
+        write_samples(run, first["val_loss"], is_saving)
 
 
-def _evaluate_set(run: Run, name: str, label: str) -> float:
-    """The loss of a validation set, recorded under a label. All ranks."""
+def _evaluate_set(run: Run, name: str, label: str) -> dict[str, float]:
+    """The figures of a validation set, recorded under a label. All ranks."""
     figures = validate(
         run.runtime,
         run.runtime.engine.model,
@@ -39,14 +41,17 @@ def _evaluate_set(run: Run, name: str, label: str) -> float:
         run.data.tokenizer,
     )
     run.metrics.evaluation(run.state.step, label, figures)
-    return figures["val_loss"]
+    return figures
 
 
 def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
     """Continue a prompt at each temperature, for samples.md. All ranks; rank 0 writes.
 
-    The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
+    Where every rank holds all weights, rank 0 does it alone. The texts are one batch: half the
+    forwards, in each of which ZeRO-3 gathers weights.
     """
+    if run.runtime.engine.has_replicas and not run.runtime.is_main:
+        return
     tokenizer = run.data.tokenizer
     tokens = prompt_of_samples(run)
     prompt = run.config.run.sample_prompt or tokenizer.decode(tokens)

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from dist_lm.config import LONGEST_CONTEXT, ModelConfig, ModelSpec
-from dist_lm.errors import CheckpointError, in_a_line, nearest
+from dist_lm.errors import CheckpointError, in_a_line
+from dist_lm.nearest import nearest
 from dist_lm.outside import CheckedModel, check, first_fault
 
 Json = dict[str, Any]
@@ -31,7 +32,7 @@ OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 # Other names that transformers gives to the same functions.
 ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
 # Where transformers takes something else for a field of Qwen3 left out than for one of Llama.
-QWEN3_DEFAULTS = {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 22016}
+QWEN3_DEFAULTS: Json = {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 22016}
 
 
 def family(model: ModelConfig) -> str | None:

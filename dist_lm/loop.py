@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_lm import families
+from dist_lm.checkpoint.card import CARD, CardFacts, write_card
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config, due
 from dist_lm.console import dispensable
@@ -28,6 +29,8 @@ from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import UserError
 from dist_lm.evaluation import evaluate
+from dist_lm.model import hf
+from dist_lm.model.init import flops_per_token
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
@@ -268,7 +271,8 @@ def training_batches(run: Run) -> Batches:
         state=run.state.streams,
         rank=runtime.rank,
         world=runtime.world_size,
-        channel=runtime.reading,
+        # A lone prepared folder needs none: each rank reads its own rows of it.
+        channel=None if data.any_order else runtime.reading(),
     )
     return Batches(
         reader,
@@ -372,6 +376,7 @@ def record_step(run: Run, pending: Pending) -> bool:
     refuse_corrupt_replicas(run, pending.step, pending.replica_hashes)
     judge_step(run, pending.step, lr=pending.lr, loss=loss, norm=norm)
     state.tokens += int(targets)
+    state.curve.add_step(pending.step, state.tokens, loss)
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
@@ -421,11 +426,31 @@ def save(run: Run, last: bool) -> None:
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    texts[CARD] = write_card(facts_of_card(run))
     with run.metrics.pause("save", run.state.step):
         report_saving(run, run.saver.finish)
         run.saver.begin(run.state.step, spec, runtime.engine.owned, texts, tokenizer)
         if last:
             run.saver.finish()
+
+
+def facts_of_card(run: Run) -> CardFacts:
+    """What the model card of this step tells."""
+    config = run.config
+    spec = config.model_spec(run.data.tokenizer.vocab_size)
+    sources, held_out = run.data.public_facts(config.data)
+    return CardFacts(
+        config=config,
+        spec=spec,
+        parameters=hf.number_of_parameters(spec),
+        flops_per_token=flops_per_token(spec),
+        step=run.state.step,
+        steps=run.steps,
+        tokens=run.state.tokens,
+        sources=sources,
+        held_out=held_out,
+        curve=run.state.curve,
+    )
 
 
 def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:

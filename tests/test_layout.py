@@ -15,18 +15,29 @@ CODE = ROOT / "dist_lm"
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
     {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"}
-    | {"arithmetic"},
+    | {"arithmetic", "environment", "nearest", "stop"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
-    {"cli", "metrics", "optim", "outcome"},
-    {"curves", "goodput"},
+    {"cli", "metrics", "progress_line", "own_optimizers", "optim", "outcome"},
+    {"curves", "goodput", "evals"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks"},
+    {"scoring", "history", "planning", "checks", "publishing"},
     {"resume", "spikes", "safeguards", "evaluation", "loop"},
-    {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
+    {
+        "prepare",
+        "train",
+        "generate",
+        "score",
+        "show",
+        "report",
+        "publish",
+        "doctor",
+        "plan",
+        "__main__",
+    },
 ]
 STRANGERS = {"model", "data"}
 MODULES = {

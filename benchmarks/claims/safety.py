@@ -1,14 +1,24 @@
-"""What two checks of data from strangers cost: parsing tables in a child process, and token ids."""
+"""What safety costs: parsing tables in a child process, token ids, and the checks of a step."""
 
 from collections.abc import Iterator
-from itertools import groupby
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from benchmarks import corpus
-from benchmarks.claim import COST, Claim, Context, Measured, Target, must_equal, take_turns
+from benchmarks.checks_per_step import CHECKS
+from benchmarks.checks_per_step import measure as measure_checks
+from benchmarks.claim import (
+    COST,
+    Claim,
+    Context,
+    Figure,
+    Measured,
+    Target,
+    must_equal,
+    take_turns,
+)
 from benchmarks.gpu.data import write_random
 from benchmarks.streams import LENGTH, batches_of, config_of, opened
 from dist_lm.config import Config
@@ -34,11 +44,24 @@ class TableInThisProcess:
     def batches(
         self, *, row_groups: list[int], batch_rows: int, passed_over: int = 0
     ) -> Iterator[Any]:
-        assert passed_over == 0, "it reads from the beginning"
-        yield from self._table.iter_batches(batch_rows, row_groups, self._columns)
+        for batch in self._table.iter_batches(batch_rows, row_groups, self._columns):
+            begin = min(passed_over, len(batch))
+            passed_over -= begin
+            yield batch.slice(begin)
 
     def close(self) -> None:
         self._table.close()
+
+
+@contextmanager
+def unprotected_tables() -> Iterator[None]:
+    """Inside, tables are parsed in this process."""
+    table_file = tables.TableFile
+    tables.TableFile = TableInThisProcess  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        tables.TableFile = table_file  # type: ignore[misc]
 
 
 def parse_tables(ctx: Context) -> Measured:
@@ -53,12 +76,8 @@ def parse_tables(ctx: Context) -> Measured:
         found["ours"] = sum_of_pass(config, data)
 
     def unprotected() -> None:
-        table_file = tables.TableFile
-        tables.TableFile = TableInThisProcess  # type: ignore[misc,assignment]
-        try:
+        with unprotected_tables():
             found["other"] = sum_of_pass(config, data)
-        finally:
-            tables.TableFile = table_file  # type: ignore[misc]
 
     ours()
     unprotected()
@@ -73,23 +92,6 @@ def sum_of_pass(config: Config, data: Dataset) -> int:
         total += int(batch.micros[0].tokens_BT.sum())
     batches.close()
     return total
-
-
-def read_unchecked(
-    self: TokenSequences, sequences: Any, seq_len: int, stride: int
-) -> np.ndarray[Any, Any]:
-    """TokenSequences.read without the look at the largest token."""
-    tokens_NT = np.empty((len(sequences), seq_len + 1), self.dtype)
-    places = []
-    for row, sequence in enumerate(np.asarray(sequences).tolist()):
-        shard, first = self.find(sequence, seq_len, stride)
-        places.append((shard, first, row))
-    places.sort()
-    for shard, in_shard in groupby(places, key=lambda place: place[0]):
-        with self.open_shard(shard) as tokens:
-            for _, first, row in in_shard:
-                tokens_NT[row] = tokens[first : first + seq_len + 1]
-    return tokens_NT
 
 
 def check_tokens(ctx: Context) -> Measured:
@@ -108,12 +110,12 @@ def check_tokens(ctx: Context) -> Measured:
         return batch.micros[0].tokens_BT
 
     def unchecked() -> torch.Tensor:
-        read = TokenSequences.read
-        TokenSequences.read = read_unchecked  # type: ignore[method-assign]
+        refuse = TokenSequences._refuse_unknown_ids
+        TokenSequences._refuse_unknown_ids = lambda *given: None  # type: ignore[method-assign]
         try:
             return ours()
         finally:
-            TokenSequences.read = read  # type: ignore[method-assign]
+            TokenSequences._refuse_unknown_ids = refuse  # type: ignore[method-assign]
 
     equal = must_equal(ours().tolist(), unchecked().tolist(), "batches")
 
@@ -125,6 +127,16 @@ def check_tokens(ctx: Context) -> Measured:
 
     return take_turns(ctx, our_side, other_side, equal, clock="cpu")
 
+
+def checks_of_a_step(ctx: Context) -> Measured:
+    """The checks are timed where train's loop calls them, so both sides are one run."""
+    figures = measure_checks(ctx.pick(30, 2))
+    ours = figures["all checks"] / 1e6
+    step = figures["a step"] / 1e6
+    return Measured([ours], [step], "equal run", {"checks": len(CHECKS)})
+
+
+OF_A_STEP = Figure("of a step", lambda ours, other: ours / other)
 
 CLAIMS = (
     Claim(
@@ -142,5 +154,13 @@ CLAIMS = (
         target=Target(most=1.1),
         measure=check_tokens,
         probe="copy",
+    ),
+    Claim(
+        name="step-checks",
+        sentence="all checks of a training step, as a share of the step (the quickstart's size)",
+        figure=OF_A_STEP,
+        target=Target(most=0.01),
+        measure=checks_of_a_step,
+        rounds=1,
     ),
 )

@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from dist_lm import __version__
+from dist_lm.checkpoint.curve import Curve, CurveFacts
 from dist_lm.checkpoint.folder import damaged, read_json, verify
 from dist_lm.config import Config
 from dist_lm.outside import CheckedModel, Count, Text, check
@@ -36,6 +37,7 @@ class TrainState:
     recent: list[list[float]] = field(default_factory=list)
     # Ranges of global batches that the run steps over, as data/order.py means them.
     stepped_over: list[list[int]] = field(default_factory=list)
+    curve: Curve = field(default_factory=Curve)
 
     def advance(self, streams: dict[str, Any]) -> None:
         """An update was made; the raw sources stand at `streams` now."""
@@ -53,6 +55,7 @@ class TrainState:
             streams=facts.get("streams", {}),
             recent=[list(figures) for figures in facts.get("recent", [])],
             stepped_over=[list(part) for part in facts.get("stepped_over", [])],
+            curve=Curve.restored(facts.get("curve", {})),
         )
 
 
@@ -83,7 +86,7 @@ def compose_state(
 
 
 class Cursor(CheckedModel):
-    """Where a lane stands, as lane.py means it."""
+    """The cursor of a lane, as lane.py means it."""
 
     passed: Count = Field(alias="pass")
     block: Count
@@ -96,7 +99,7 @@ class Cursor(CheckedModel):
 
 
 class StreamFacts(CheckedModel):
-    """Where a source of raw text stands, as stream.py means it."""
+    """The state of a source of raw text, as stream.py means it."""
 
     passed: Count = Field(alias="pass")
     turn: Count
@@ -105,7 +108,7 @@ class StreamFacts(CheckedModel):
 
 
 class StreamsFacts(CheckedModel):
-    """Where all sources stand, as mix.py means it."""
+    """The state of all sources, as mix.py means it."""
 
     streams: dict[str, StreamFacts]
     ended: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
@@ -124,7 +127,7 @@ LossAndNorm = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class StateFacts(CheckedModel):
-    """What the other parts of a state.json are."""
+    """The other parts of a state.json."""
 
     step: Count
     tokens: Count
@@ -133,6 +136,7 @@ class StateFacts(CheckedModel):
     streams: dict[str, Any] = Field({})
     recent: list[LossAndNorm] = Field([])
     stepped_over: Annotated[list[Range], Field(max_length=_MOST_RANGES)] = Field([])
+    curve: CurveFacts = CurveFacts()
     strategy: Text
     world_size: Count
     scaler: dict[str, float]
@@ -151,9 +155,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def verify_state(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint from which a run can go on: all its files are right."""
-    manifest = verify(folder)
+def verify_state(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """The facts of a checkpoint from which a run can go on: all its files are right.
+
+    Several ranks divide the files among them; each must call this.
+    """
+    manifest = verify(folder, rank, world_size)
     facts = read_state(folder)
     if facts["step"] != manifest["step"]:
         raise damaged(folder / "state.json", f"is of step {facts['step']}")

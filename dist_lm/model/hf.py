@@ -188,6 +188,10 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: unpadded(name, shape, spec.vocab_size) for name, shape in padded.items()}
 
 
+def number_of_parameters(spec: ModelSpec) -> int:
+    return sum(math.prod(shape) for shape in shapes(spec).values())
+
+
 def _shapes_of_family(spec: ModelSpec, kind: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all that the family has. What our model lacks of it is written as a constant."""
     if kind in ROPE_FAMILIES:

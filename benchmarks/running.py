@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -67,7 +68,8 @@ class Runner:
         """All, one after another; quick ones side by side, one a core."""
         if not self._is_quick:
             outcomes = []
-            for claim in claims:
+            for number, claim in enumerate(claims, 1):
+                print(f"{number} of {len(claims)}: {claim.name}", file=sys.stderr, flush=True)
                 outcomes.append(self._finish(claim, self._start(claim, 0)))
                 self._say(outcomes[-1])
             return outcomes
@@ -181,4 +183,6 @@ def _digits(value: float) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 10:
         return f"{value:.1f}"
+    if 0 < abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.2f}"

@@ -23,6 +23,7 @@ from dist_lm.checkpoint.folder import (
     step_of,
 )
 from dist_lm.checkpoint.load import restore
+from dist_lm.checkpoint.retention import Retention
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
 from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
@@ -101,6 +102,8 @@ def find_resume_point(
     facts = runtime.together(lambda: read_state(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
+        if chosen.parent == Path(config.run.dir):
+            runtime.on_main(lambda: _retention(config).complete(chosen))
         runtime.say(_why_nothing_is_left(config, steps, facts))
         return None
     return ResumePoint(data, steps, folder=chosen, facts=facts)
@@ -249,6 +252,12 @@ def _metrics(runtime: Runtime, config: Config, point: ResumePoint) -> Metrics:
         is_main=runtime.is_main,
         track=runtime.track,
     )
+
+
+def _retention(config: Config) -> Retention:
+    run = config.run
+    reach = STRETCH if run.on_spike == "act" else 0
+    return Retention(Path(run.dir), run.keep_last, run.keep_every, reach)
 
 
 def _saver(runtime: Runtime, config: Config, point: ResumePoint) -> Saver:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dist_lm import outside
 from dist_lm.arithmetic import share_out
+from dist_lm.console import warn
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.nearest import nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
@@ -221,6 +222,15 @@ def remove(folder: Path) -> None:
         delete(doomed)
         folder.rename(doomed)
         delete(doomed)
+
+
+def delete_left_overs(run_dir: Path) -> None:
+    """Delete what killed saves left. They are ours alone, because the run folder is locked."""
+    for left_over in run_dir.glob(".step-*.tmp"):
+        try:
+            delete(left_over)
+        except OSError as error:  # it takes space, but does no harm
+            warn(f"{left_over.name} stays: {error}")
 
 
 def set_aside_newer(run_dir: Path, step: int, say: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from dist_lm.checkpoint.folder import remove, step_folders, step_of
+from dist_lm.checkpoint.folder import delete_left_overs, remove, step_folders, step_of
 from dist_lm.checkpoint.state import read_state, verify_state
 from dist_lm.console import gigabytes, warn
 from dist_lm.errors import UserError
@@ -98,6 +98,22 @@ class Retention:
                 remove(folder)
             except OSError as error:
                 warn(f"{folder.name} stays: {error}")
+
+    def complete(self, newest: Path) -> None:
+        """Do again what a kill after the last save of a finished run has left undone.
+
+        `newest` has been verified. The other steps are only read if one of them may go.
+        """
+        delete_left_overs(self.run_dir)
+        hopeful = Retention(self.run_dir, self.keep_last, self.keep_every, self.reach)
+        hopeful._valid = dict.fromkeys(step_folders(self.run_dir), True)
+        try:
+            is_left = bool(hopeful._superseded(newest))
+        except OSError as error:
+            warn(f"older checkpoints stay: {error}")
+        else:
+            if is_left:
+                self.prune(newest)
 
     def _superseded(self, saved: Path) -> list[Path]:
         """The valid steps that need not stay."""

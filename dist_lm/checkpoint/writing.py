@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.folder import FORMAT, delete, remove, step_name
+from dist_lm.checkpoint.folder import FORMAT, delete_left_overs, remove, step_name
 from dist_lm.checkpoint.layout import PlannedTensor
-from dist_lm.console import warn
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.disk import safetensors_head, sync_folder, write_parts
 from dist_lm.errors import CODES, UserError, error_with_code
@@ -109,11 +108,7 @@ class CheckpointWriter:
     def _prepare_folder(self) -> Written:
         """Make the temporary folder. Rank 0."""
         self._refuse_lost_folder()
-        for left_over in self.run_dir.glob(".step-*.tmp"):  # ours alone: the run folder is locked
-            try:
-                delete(left_over)
-            except OSError as error:  # it takes space, but this checkpoint can be written
-                warn(f"{left_over.name} stays: {error}")
+        delete_left_overs(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         texts = [*self.tokenizer.files().values(), *self.texts.values()]
         self.make_room(size_of(self.plan) + sum(len(text.encode()) for text in texts))

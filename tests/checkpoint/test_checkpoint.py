@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dist_lm.checkpoint import layout, retention, writing
 from dist_lm.checkpoint.folder import newest_valid, set_aside_newer, step_folders, step_of, verify
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.checkpoint.load import read_model, read_weights, restore
+from dist_lm.checkpoint.retention import Retention
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import verify_state
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
@@ -451,6 +453,30 @@ def test_the_best_is_given_up_last(small_disk: Callable[[int], Path], tmp_path: 
     for step in range(1, 6):
         save(step, val_loss=1.0 if step == 2 else 2.0)
     assert steps(run) == [2, 4, 5]
+
+
+def test_a_finished_run_is_pruned_again_after_a_kill(trained: Any, tmp_path: Path) -> None:
+    """The last save was killed between its rename and the end of its pruning."""
+    save = Saves(tmp_path, trained, 9)
+    for step in (1, 2, 3):
+        save(step)
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.old.tmp")
+    Retention(tmp_path, keep_last=1, keep_every=0).complete(tmp_path / "step-00000003")
+    assert steps(tmp_path) == [3] and not list(tmp_path.glob(".step-*"))
+
+
+def test_a_finished_run_that_is_pruned_is_not_read_again(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its newest step and its best one stay, and both may be large."""
+    save = Saves(tmp_path, trained, 9)
+    save(1, val_loss=1.0)
+    save(2, val_loss=2.0)
+    verify_again = Mock()
+    monkeypatch.setattr(retention, "verify_state", verify_again)
+    Retention(tmp_path, keep_last=1, keep_every=0).complete(tmp_path / "step-00000002")
+    assert steps(tmp_path) == [1, 2]
+    verify_again.assert_not_called()
 
 
 # --- what stays

@@ -2,6 +2,7 @@
 
     python -m tests.faults.table          writes the page from the rows and the last results
     python -m tests.faults.table --run    runs the tests of all rows first, and keeps their results
+    python -m tests.faults.table --run --row "two starts in one folder"    runs one row again
 
 The results stand in results.json beside this file. A row without a result says so.
 """
@@ -34,14 +35,16 @@ these tests is a campaign; its figures stand in `benchmarks/results/2026-11-27-f
 TAIL = """
 ## What is not covered
 
-- **All ranks of a node are stopped (SIGSTOP).** A rank that ends kills the stopped ones of its own node, and
-  here none is left to do that. The ranks of the other nodes notice the silence and end in time, with a report
-  that names the rank and its host. The stopped processes stay until somebody continues them, and then their
-  watchdog ends them, or until somebody kills them. Slurm does, because the job step ends with its first
-  failed task (`--kill-on-bad-exit`). The launch scripts for plain hosts do not.
-- **A rank that waits inside the kernel**, on a dead network file system say, cannot be killed by anybody
-  until the kernel gives up.
-- **Hub datasets** are parsed by `datasets` inside the run: a file that crashes the parser ends the run.
+- **All ranks of a node are stopped (SIGSTOP).** A rank that ends kills the stopped ones of its
+  own node, and here none is left to do that. The ranks of the other nodes notice the silence and
+  end in time, with a report that names the rank and its host. The stopped processes stay until
+  somebody continues them, and then their watchdog ends them, or until somebody kills them. Slurm
+  does, because the job step ends with its first failed task (`--kill-on-bad-exit`). The launch
+  scripts for plain hosts do not.
+- **A rank that waits inside the kernel**, on a dead network file system say, cannot be killed by
+  anybody until the kernel gives up.
+- **Hub datasets** are parsed by `datasets` inside the run: a file that crashes the parser ends
+  the run.
 """
 
 
@@ -94,9 +97,13 @@ def import_rows() -> None:
         importlib.import_module(f"tests.faults.{file.stem}")
 
 
+def read_results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def page() -> str:
     """The text of docs/faults.md."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read_results()
     lines = [HEAD]
     lines += ["| row | what is done | what must happen | result | seconds | lost | test |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -119,17 +126,20 @@ def _line(row: Row, result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
+    import_rows()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", action="store_true")
+    parser.add_argument("--row", action="append", choices=sorted(ROWS), help="only this row")
     parser.add_argument("words", nargs="*", help="more words for pytest, after --")
     chosen = parser.parse_args(argv)
-    import_rows()
     code = 0
     if chosen.run:
         recorder = Recorder()
-        tests = sorted({row.test for row in ROWS.values()})
+        names = chosen.row or sorted(ROWS)
+        tests = sorted({ROWS[name].test for name in names})
         code = int(pytest.main(["-q", *tests, *chosen.words], plugins=[recorder]))
-        results = {name: recorder.result(ROWS[name]) for name in sorted(ROWS)}
+        results = read_results() if chosen.row else {}
+        results |= {name: recorder.result(ROWS[name]) for name in names}
         RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page())
     return code

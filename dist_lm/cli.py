@@ -20,9 +20,10 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
-from dist_lm.errors import UserError, closest, did_you_mean, nearest
+from dist_lm.errors import UserError
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.nearest import closest, did_you_mean, nearest
 from dist_lm.pretrained import settings_to_take
 from dist_lm.safe_yaml import LARGEST, parse
 from dist_lm.shipped import recipes
@@ -53,7 +54,7 @@ RunFlags = TypeVar("RunFlags", bound=ConfigFlags)
 
 @dataclass(frozen=True)
 class Command(Generic[Flags]):
-    """What may be given to a command."""
+    """The flags and settings that a command takes."""
 
     usage: str  # e.g. python -m dist_lm.report RUN
     flags: type[Flags]
@@ -70,7 +71,7 @@ class Command(Generic[Flags]):
         return fields_by_name(self.flags)
 
     def hint(self, name: str) -> str:
-        """Text that names the flag that is meant, or nothing."""
+        """Text that names the flag that is meant, or an empty string."""
         if name in _NAMES_OF_A_RUN and self.positional:
             return f"; rule: {self.positional.upper()} stands without a flag"
         if name in _NAMES_OF_A_RUN and "ckpt" in self.fields:

@@ -1,7 +1,7 @@
 """The settings of a run: frozen, validated, and what they mean on a number of processes.
 
 The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics
-and the places. How a run is spread over machines is not in here: `batch_layout()` derives what
+and the places. How a run is spread over machines is not here: `batch_layout()` derives what
 depends on the number of processes. This module imports neither torch nor numpy, so that a typing
 mistake is answered at once.
 """
@@ -17,7 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.fields import FieldInfo
 
 from dist_lm.arithmetic import ceil_div, round_up
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import UserError
+from dist_lm.nearest import did_you_mean
 
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
 FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in

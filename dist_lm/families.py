@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from dist_lm.config import LONGEST_CONTEXT, ModelConfig, ModelSpec
-from dist_lm.errors import CheckpointError, in_a_line, nearest
+from dist_lm.errors import CheckpointError, in_a_line
+from dist_lm.nearest import nearest
 from dist_lm.outside import CheckedModel, check, first_fault
 
 Json = dict[str, Any]

@@ -271,7 +271,8 @@ def training_batches(run: Run) -> Batches:
         state=run.state.streams,
         rank=runtime.rank,
         world=runtime.world_size,
-        channel=runtime.reading,
+        # A lone prepared folder needs none: each rank reads its own rows of it.
+        channel=None if data.any_order else runtime.reading(),
     )
     return Batches(
         reader,

@@ -1,4 +1,4 @@
-"""How a run ended, and whether to start it again: RUN/outcome.json.
+"""Records how a run ended, and says whether to start it again: RUN/outcome.json.
 
 torchrun flattens every exit code to 1, so a launcher reads the file: `class`, the newest saved
 `step`, the `reason`, the number of the `attempt`, and how many `failures` in a row there were
@@ -16,10 +16,8 @@ DIST_LM_START_ID of its launch script. `after` of that script reads the file and
 
 import contextlib
 import json
-import math
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -35,11 +33,11 @@ from dist_lm import metrics
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.console import count, dispensable, printable
 from dist_lm.disk import open_own
+from dist_lm.environment import environment_number, own_rank
 from dist_lm.errors import (
     CODES,
     CheckpointError,
     UserError,
-    environment_number,
     in_a_line,
     kind,
     one_line,
@@ -48,6 +46,7 @@ from dist_lm.errors import (
 from dist_lm.launcher import end_stopped_ranks, has_lost_a_rank
 from dist_lm.lock import RunLock
 from dist_lm.outside import CheckedModel, Count, Text, check, read_json
+from dist_lm.stop import Stop
 
 _LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
 # After a signal during start-up, how long the ranks may still take to meet: imports take seconds on
@@ -84,63 +83,8 @@ TRAIN = Command(
 )
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Stop:
-    """Whether this process was told to stop: by a signal, or by the clock (DIST_LM_STOP_AT).
-
-    SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        # The variable has seconds since 1970, by the scheduler's clock. Later changes of our clock
-        # do not matter.
-        stop_at = _end_of_job()
-        self._deadline = time.monotonic() + stop_at - time.time()
-
-    def listen(self) -> None:
-        self._arrived, writing = os.pipe()
-        os.set_blocking(writing, False)
-        # The number of a signal is written there at once. self._ask() has to wait until the main
-        # thread returns from C code, which it may not do as long as a rank is missing.
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def wait_for_signal(self) -> str:
-        """Wait until a signal asks for a stop, and return its name. For a thread of its own."""
-        while True:
-            for number in os.read(self._arrived, 64):
-                if number in STOP_SIGNALS:
-                    return signal.Signals(number).name
-
-    @staticmethod
-    def ignore() -> None:
-        """From here on signals change nothing. Python would reset them to deadly at its exit."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-        if _rank() == 0:  # not print(): a handler may interrupt a print
-            text = f"{self.reason}: stopping at the next step, with a checkpoint\n"
-            with contextlib.suppress(OSError):  # standard error may be gone
-                os.write(2, text.encode())
-
-    @property
-    def requested(self) -> bool:
-        if not self.reason and time.monotonic() > self._deadline:
-            self.reason = "the time of the job ends"
-        return bool(self.reason)
-
-
 class Outcome(CheckedModel):
-    """What outcome.json holds."""
+    """The content of outcome.json."""
 
     kind: Literal[tuple(CODES)] = Field(alias="class")  # type: ignore[valid-type]
     step: Count
@@ -150,7 +94,7 @@ class Outcome(CheckedModel):
 
 
 def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
-    """How a run ended; empty if there is no readable file."""
+    """The content of an outcome file; empty if there is no readable one."""
     try:
         content = read_json(folder / name, CheckpointError, _LARGEST)
         return check(content, Outcome, CheckpointError).model_dump(by_alias=True)
@@ -206,8 +150,8 @@ class Attempt:
         """Record why, and end the process: nothing that waits for other ranks may be called."""
 
         def record() -> None:
-            time.sleep(min(_rank(), 1))  # rank 0 comes first
-            if _rank() == 0 or not self.is_recorded:
+            time.sleep(min(own_rank(), 1))  # rank 0 comes first
+            if own_rank() == 0 or not self.is_recorded:
                 self.record(kind, reason)
 
         recorder = threading.Thread(target=record, daemon=True)
@@ -221,7 +165,7 @@ class Attempt:
         return bool(self.read_refusal()) or int(read(self.folder).get("attempt", 0)) >= self.number
 
     def read_refusal(self) -> dict[str, Any]:
-        """How this start ended, where another run has the folder."""
+        """The outcome of this start, where another run has the folder."""
         if not self.refusal:
             return {}
         return read(self.folder, self.refusal)
@@ -293,7 +237,7 @@ class Attempt:
             file.write(text)
         os.replace(aside, self.folder / name)
         if self.lock.text:
-            # Files of attempts that were killed in here.
+            # Files of attempts that were killed while they wrote one.
             for left_over in self.folder.glob(".outcome.json.*"):
                 left_over.unlink(missing_ok=True)
 
@@ -304,7 +248,7 @@ class Attempt:
         """
         try:
             reason = work()
-            if _rank() == 0:
+            if own_rank() == 0:
                 self.record("preempted" if reason else "done", reason)
         except UserError as error:
             self._record_refusal(error)
@@ -315,8 +259,8 @@ class Attempt:
             os._exit(130)  # at once: nothing waits for peers
         except Exception as error:
             traceback.print_exc()
-            if _rank() == 0 or not self.is_recorded:
-                where = f"rank {_rank()} on {socket.gethostname()}"
+            if own_rank() == 0 or not self.is_recorded:
+                where = f"rank {own_rank()} on {socket.gethostname()}"
                 self.record("retryable", f"{where}: {in_a_line(error)}")
             self.lock.release()
             sys.stdout.flush()
@@ -334,7 +278,7 @@ class Attempt:
 
         Where another run has the folder, each rank tells the launch script of its own node.
         """
-        rank = _rank()
+        rank = own_rank()
         if rank:
             self._wait_for_record(seconds=5)
         if rank == 0 or not self.is_recorded:
@@ -350,35 +294,6 @@ class Attempt:
             if self.is_recorded or self.lock.is_anothers():
                 return
             time.sleep(0.1)
-
-
-def refuse_bad_environment() -> None:
-    """Refuse what a launcher has set wrongly, before it is used anywhere."""
-    for name in ("LOCAL_RANK", "MASTER_PORT", "DIST_LM_ATTEMPT"):
-        environment_number(name, 0)
-    _end_of_job()
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        if environment_number(name, 1) < 1:
-            raise UserError(f"{name}=0 must be at least 1; nearest: 1, or unset it")
-    world = environment_number("WORLD_SIZE", 1)
-    if _rank() >= world:
-        raise UserError(f"RANK={_rank()} must be below WORLD_SIZE={world}; nearest: {world - 1}")
-
-
-def _end_of_job() -> float:
-    """When the job ends, in seconds since 1970; never without a scheduler."""
-    text = os.environ.get("DIST_LM_STOP_AT") or "inf"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise UserError(f"DIST_LM_STOP_AT={text} must be a time in seconds since 1970; or unset it")
-    return seconds
-
-
-def _rank() -> int:
-    return environment_number("RANK", 0)
 
 
 def main(argv: list[str]) -> None:

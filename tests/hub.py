@@ -1,6 +1,7 @@
-"""A hub of models on loopback, for the real client: it keeps repositories in memory, as git and LFS would.
+"""A hub of models on loopback, for the real client. It keeps repositories in memory.
 
-It answers the few requests that huggingface_hub makes to make a repository, commit to it and download from it.
+It answers the few requests with which huggingface_hub makes a repository, commits to it and
+downloads from it.
 """
 
 import base64

@@ -15,10 +15,10 @@ CODE = ROOT / "dist_lm"
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
     {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"}
-    | {"arithmetic"},
+    | {"arithmetic", "environment", "nearest", "stop"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
-    {"cli", "metrics", "optim", "outcome"},
+    {"cli", "metrics", "progress_line", "own_optimizers", "optim", "outcome"},
     {"curves", "goodput", "evals"},
     {"model", "data"},
     {"checkpoint"},

@@ -1,4 +1,7 @@
-"""What is published is what others can load, and nothing more: the real client, a hub on loopback."""
+"""What is published is what others can load, and nothing more.
+
+The real client talks to a hub on loopback.
+"""
 
 import json
 import shutil
@@ -126,7 +129,7 @@ def test_the_best_step_goes_to_a_private_repository(
 
 
 def test_what_is_downloaded_again_works(hub: Hub, run: Path, tmp_path: Path) -> None:
-    """By its name, and as a folder: of links as the cache has it, or with what a clone has besides."""
+    """By its name, and as a folder: of links as in the cache, or with what a clone has besides."""
     repo = published(run)
     ours, tokenizer, _ = read_model(str(run / "step-00000004"))
     tokens = torch.arange(12).view(1, 12)

@@ -45,7 +45,7 @@ class StepRows:
         self._moves: list[_Move] = []
 
     def ours(self, places: Ints) -> np.ndarray:
-        """Which of the places this rank trains on."""
+        """A mask of the places that this rank trains on."""
         mask: np.ndarray = places % self.world == self.rank
         return mask
 

@@ -24,7 +24,8 @@ from dist_lm.console import printable
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
 from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.tokenizer_check import refuse_excess
-from dist_lm.errors import DataError, UserError, did_you_mean
+from dist_lm.errors import DataError, UserError
+from dist_lm.nearest import did_you_mean
 from dist_lm.outside import parse_json, read_bytes, read_json
 from dist_lm.pretrained import find_tokenizer
 
@@ -176,7 +177,7 @@ class Tokenizer:
         return [self._replace_special(encoding.ids) for encoding in encodings]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """What encode_batch returns, as arrays of `dtype`. For much text: it may be faster."""
+        """The ids of encode_batch, as arrays of `dtype`. It may be faster for much text."""
         engine = self._engine
         arrays = []
         if engine is None:
@@ -206,7 +207,7 @@ class Tokenizer:
         return engine
 
     def why_slow(self) -> str:
-        """Why much text is encoded by `tokenizers` and not by tiktoken, or nothing."""
+        """The reason why tiktoken cannot encode for this tokenizer, or an empty string."""
         if self._engine is not None:
             return ""
         return self._why_slow

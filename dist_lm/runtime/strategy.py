@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import Config
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import UserError
+from dist_lm.nearest import did_you_mean
 from dist_lm.safe_yaml import parse
 from dist_lm.shipped import shipped
 
@@ -59,7 +60,7 @@ class Strategy:
 
 
 def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many elements ZeRO-3 has gathered at most on a GPU: three blocks, and what is in none."""
+    """The most elements that ZeRO-3 has gathered on a GPU: three blocks, and all outside blocks."""
     of_block = 0
     outside = 0
     for name, shape in shapes.items():

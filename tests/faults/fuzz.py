@@ -24,14 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from dist_lm.errors import UserError
 from tests.faults.operations import scratch_folder
 from tests.procs import DEVNULL, ROOT, Process
 
 SECONDS = 5  # for one input
-STUCK_SECONDS = 30  # of a call into C, which no signal handler can end
-START_SECONDS = 600  # of the imports, on a machine that has other work
-HAS_BEGUN = 8  # the byte of the progress that says so; before it is the number of the input
+STUCK_SECONDS = 30  # of work in a call into C, which no signal handler can end
+WAIT_SECONDS = 600  # without work: for something that never comes, or on a machine with other work
 FOREVER = 10.0**9  # seconds
 LONGEST_ERROR = 2_100  # characters
 MEMORY_BYTES = 4 * 2**30  # more than the process has when it begins
@@ -83,7 +84,8 @@ def feed_range(
 ) -> Report:
     """Feed inputs to a target, and note in `progress` which one is being read.
 
-    None is begun after so many seconds. Each finding is printed at once, because a later input may end this process.
+    None is begun after so many seconds. Each finding is printed at once, because a later input may
+    end this process.
     """
     from tests.faults.targets import TARGETS
 
@@ -91,7 +93,6 @@ def feed_range(
     with scratch_folder() as folder:
         target = TARGETS[name](folder)
         limit_memory()
-        progress[HAS_BEGUN] = 1
         end = time.monotonic() + seconds
         for number in range(first, first + count):
             began = time.monotonic()
@@ -173,8 +174,8 @@ def main(argv: list[str]) -> None:
     if chosen.mutant:
         mutants.MUTANTS[chosen.mutant]()
     with open(chosen.progress, "r+b") if chosen.progress else tempfile.TemporaryFile() as file:
-        file.truncate(HAS_BEGUN + 1)
-        with mmap.mmap(file.fileno(), HAS_BEGUN + 1) as progress:
+        file.truncate(8)
+        with mmap.mmap(file.fileno(), 8) as progress:
             report = feed_range(chosen.target, chosen.first, chosen.count, progress, chosen.seconds)
     print(json.dumps({"refused": report.refused, "slowest": report.slowest}))
 
@@ -201,7 +202,7 @@ def fuzz(target: str, first: int, count: int, mutant: str = "", seconds: float =
 def _fuzz_until_death(words: list[str], first: int) -> Report:
     """What the process reported, and whether it died of its last input."""
     with tempfile.NamedTemporaryFile() as progress, tempfile.TemporaryFile("w+") as printed:
-        progress.truncate(HAS_BEGUN + 1)
+        progress.truncate(8)
         command = [sys.executable, "-m", "tests.faults.fuzz", *words, "--progress", progress.name]
         process = Process(command, stdout=printed, stderr=DEVNULL, cwd=ROOT)
         is_stuck = _wait_while_it_moves(process, Path(progress.name))
@@ -233,16 +234,27 @@ def _wait_while_it_moves(process: Process, progress: Path) -> bool:
     """Wait for the end. Returns whether it stuck at one input."""
     before: Any = None
     since = time.monotonic()
+    worked = 0.0
     while process.poll() is None:
         now = progress.read_bytes()
         if now != before:
             before = now
             since = time.monotonic()
-        limit = STUCK_SECONDS if now[HAS_BEGUN] else START_SECONDS
-        if time.monotonic() - since > limit:
+            worked = seconds_of_work(process.pid)
+        is_working = seconds_of_work(process.pid) - worked > STUCK_SECONDS
+        if is_working or time.monotonic() - since > WAIT_SECONDS:
             return True
         time.sleep(0.02)
     return False
+
+
+def seconds_of_work(pid: int) -> float:
+    """What a process has used of a processor so far. Waiting for one is not its fault."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:  # it has ended
+        return 0.0
+    return float(times.user + times.system)
 
 
 if __name__ == "__main__":

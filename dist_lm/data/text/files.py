@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dist_lm.config import SourceConfig
 from dist_lm.data import remote
-from dist_lm.errors import DataError, nearest
+from dist_lm.errors import DataError
+from dist_lm.nearest import nearest
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _PACKINGS = (".gz", ".zst")
@@ -61,7 +62,7 @@ class TextFile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a stream reads in one go.
+    """A part of a file, which a stream reads in one go.
 
     A range of bytes (.jsonl), of row groups (.parquet) or of shards (hub dataset), or a whole file.
     """
@@ -238,8 +239,8 @@ def nearest_hint(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error as one line."""
+def reason_of(error: Exception) -> str:
+    """The reason that an error gives, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -25,7 +25,7 @@ COMMANDS = {
     "generate": "generate text from a checkpoint",
     "score": "measure a checkpoint on any text",
     "show": "show what a step trained on, and whether a run has seen a text",
-    "report": "draw the curves of runs",
+    "report": "draw the curves of runs, or make a page of all that they tell",
     "harness": "measure checkpoints with lm-eval, also beside the training that goes on",
     "publish": "upload a run's checkpoints to the hub",
     "plan": "say whether a run fits, how long it takes and what it costs",

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +37,22 @@ TINY = (
     " --optim.lr 1e-3 --optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0"
     " --run.log_batch_hash true"
 ).split()
+
+
+# Where temporary folders may lie in memory, and how much room all tests may need there.
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 4 * 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary folders into memory where there is room, unless the user names a place.
+
+    Each save waits until its files are on the disk, and thousands of files are deleted. That takes
+    minutes on a disk and nothing in memory.
+    """
+    has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_BYTES
+    if has_room:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

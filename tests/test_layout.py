@@ -24,8 +24,8 @@ LEVELS = [
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks", "publishing", "measuring"},
-    {"resume", "spikes", "safeguards", "evaluation", "loop"},
+    {"scoring", "history", "planning", "checks", "publishing", "measuring", "reporting"},
+    {"resume", "spikes", "safeguards", "evaluation", "saving", "loop"},
     {
         "prepare",
         "train",

@@ -154,6 +154,7 @@ def test_every_step_is_a_revision(hub: Hub, run: Path) -> None:
     repo = published(run, "--steps", "all")
     names = ["step-00000002", "step-00000004", "step-00000006"]
     assert steps_of(hub, repo) == {"main": 4, names[0]: 2, names[1]: 4, names[2]: 6}
+    hub.repos[repo].commit("main", {})  # nothing of a revision is taken from there
     for name in names:
         model, _, _ = read_model(f"{repo}@{name}")
         ours, _, _ = read_model(str(run / name))

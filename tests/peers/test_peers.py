@@ -1,6 +1,7 @@
 """Tools of others on our checkpoints, with the packages from PyPI: lm-eval, TRL and peft.
 
-.ci/run gives them an environment of their own: `.venv-peers/bin/python -m pytest -m peers tests/peers`.
+.ci/run gives them an environment of their own:
+`PYTHONPATH=. .venv-peers/bin/python -m pytest -m peers tests/peers`.
 """
 
 import json

@@ -26,6 +26,7 @@ COMMANDS = {
     "score": "measure a checkpoint on any text",
     "show": "show what a step trained on, and whether a run has seen a text",
     "report": "draw the curves of runs, or make a page of all that they tell",
+    "harness": "measure checkpoints with lm-eval, also beside the training that goes on",
     "publish": "upload a run's checkpoints to the hub",
     "plan": "say whether a run fits, how long it takes and what it costs",
     "doctor": "check that these machines are fit for a run",

@@ -21,6 +21,7 @@ from dist_lm.console import duration, notice, printable, shorten, warn
 from dist_lm.curves import draw_curves, run_names, trailing_means
 from dist_lm.errors import CheckpointError, UserError, run_entry
 from dist_lm.evals import FILE as EVALS
+from dist_lm.evals import primary, read_evals
 from dist_lm.goodput import PARTS, goodput
 from dist_lm.metrics import FILE, read_lines, steps_and_evaluations
 from dist_lm.reporting.document import render, write_page
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     facts = []
     for name, run in zip(run_names(flags.run), flags.run, strict=True):
         lines = lines_of(run)
-        runs.append(summary(name, lines, flags.price))
+        runs.append(summary(name, run, lines, flags.price))
         if flags.html:
             facts.append(facts_of(name, run, lines))
     made = {}
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
     else:
         print_table([tuple(COLUMNS), *(spell(run) for run in runs)])
         print_goodput(runs, flags.price)
+        print_evals(runs)
         for path in made.values():
             print(f"drawn: {path}")
     if flags.follow:
@@ -189,7 +191,7 @@ def spell_best(best: Mapping[str, Any] | None, text: str) -> str:
 
 
 def summary(
-    name: str, lines: Sequence[dict[str, Any]], price: float | None = None
+    name: str, run_dir: str, lines: Sequence[dict[str, Any]], price: float | None = None
 ) -> dict[str, Any]:
     """A run's figures, from its lines.
 
@@ -216,6 +218,7 @@ def summary(
         "best": min(deciding, key=lambda figures: float(figures["val_loss"]), default=None),
         "goodput": where_time_went,
         "cost": cost,
+        "evals": read_evals(run_dir),
     }
 
 
@@ -250,6 +253,25 @@ def print_goodput(runs: Sequence[Mapping[str, Any]], price: float | None = None)
             print(f"{run['run']} stopped {times} x {printable(cause)}")
         for spike in run["goodput"]["spikes"]:
             print(f"{run['run']} {printable(spike)}")
+
+
+def print_evals(runs: Sequence[Mapping[str, Any]]) -> None:
+    """What lm-eval measured of each run: the first metric of each task, a row for each step."""
+    for run in runs:
+        tasks = list(dict.fromkeys(line["task"] for line in run["evals"]))
+        if not tasks:
+            continue
+        by_step: dict[int, dict[str, str]] = {}
+        for line in run["evals"]:
+            metric = primary(line)
+            if metric:
+                name, value = metric
+                by_step.setdefault(line["step"], {})[line["task"]] = f"{name} {value:.4f}"
+        print()
+        rows = [(f"{run['run']} step", *tasks)]
+        for step, cells in by_step.items():
+            rows.append((str(step), *(cells.get(task, "-") for task in tasks)))
+        print_table(rows)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

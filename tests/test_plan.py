@@ -418,7 +418,9 @@ def test_vocabulary_and_length_of_prepared_data(prepared: Path) -> None:
     assert steps_of(config) == math.ceil(3 * sequences(prepared) / 8)
     assert vocabulary(tiny(**{"data.tokenizer": "bpe:500"})) == 500
     assert vocabulary(tiny(**{"data.tokenizer": str(prepared)})) == 257
-    expected = "config print_config launch nodes gpus_per_node gpu network mfu vocab_size json"
+    expected = (
+        "config print_config launch nodes gpus_per_node gpu network mfu vocab_size json table"
+    )
     assert set(fields_by_name(PlanFlags)) == {*expected.split(), "table"}
     assert get_args(GpuKind) == tuple(GPUS)
 

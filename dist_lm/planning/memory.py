@@ -52,7 +52,9 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         on_gpu=on_gpu,
         gathered=4.0 * gathered,
     )
-    return memory_of_zero(step, strategy) if strategy.stage else memory_of_ddp(step)
+    if strategy.stage:
+        return memory_of_zero(step, strategy)
+    return memory_of_ddp(step)
 
 
 def weight_bytes(config: Config, vocab_size: int) -> float:

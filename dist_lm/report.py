@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     facts = []
     for name, run in zip(run_names(flags.run), flags.run, strict=True):
         lines = lines_of(run)
-        runs.append(summary(name, run, lines, flags.price))
+        runs.append(summary(name, lines, flags.price) | {"evals": read_evals(run)})
         if flags.html:
             facts.append(facts_of(name, run, lines))
     made = {}
@@ -191,7 +191,7 @@ def spell_best(best: Mapping[str, Any] | None, text: str) -> str:
 
 
 def summary(
-    name: str, run_dir: str, lines: Sequence[dict[str, Any]], price: float | None = None
+    name: str, lines: Sequence[dict[str, Any]], price: float | None = None
 ) -> dict[str, Any]:
     """A run's figures, from its lines.
 
@@ -218,7 +218,6 @@ def summary(
         "best": min(deciding, key=lambda figures: float(figures["val_loss"]), default=None),
         "goodput": where_time_went,
         "cost": cost,
-        "evals": read_evals(run_dir),
     }
 
 

@@ -1,8 +1,8 @@
 """The bytes that a process holds under each strategy: on its device, in host memory, on disk.
 
 Shapes give weights, gradients and the optimizer's state; activations.py gives the rest. The parts
-of DeepSpeed are those of 0.19 as they were measured. benchmarks/plan.py compares with real
-training.
+of DeepSpeed are those of 0.19 as they were measured. The claims memory-plan-* of
+`python -m benchmarks` compare with real training.
 """
 
 import math

@@ -236,7 +236,7 @@ class MetricsLines(Target):
             lines.append(nasty_json(rng, content) if is_damaged else json.dumps(content).encode())
         (self.folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
         lines = report.lines_of(str(self.folder))
-        report.summary("run", str(self.folder), lines)
+        report.summary("run", lines)
         render([facts_of("run", str(self.folder), lines)])
 
 

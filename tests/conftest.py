@@ -57,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Campaigns and peers run when asked for by name alone: `-m "not slow"` does not mean them."""
-    for mark in ("campaign", "peers"):
+    """Some stages run when asked for by name alone: `-m "not slow"` does not mean them."""
+    for mark in ("campaign", "peers", "browser"):
         if mark not in config.getoption("markexpr"):
             items[:] = [item for item in items if mark not in item.keywords]
     items.sort(key=place_in_order)

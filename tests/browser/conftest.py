@@ -1,15 +1,10 @@
-"""Tests in a browser are a stage of their own: they run when asked for by `-m browser` alone."""
+"""One browser for all tests of a stage. Without the program they skip themselves."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from tests.browser.chromium import PROGRAM, Chromium
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "browser" not in config.getoption("markexpr"):
-        items[:] = [item for item in items if "browser" not in item.keywords]
 
 
 @pytest.fixture(scope="session")

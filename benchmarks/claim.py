@@ -145,7 +145,7 @@ def find(claims: Sequence[Claim], names: Sequence[str]) -> list[Claim]:
     known = [claim.name for claim in claims]
     for name in names:
         if name not in known:
-            from dist_lm.errors import did_you_mean  # only for a wrong name
+            from dist_lm.nearest import did_you_mean  # only for a wrong name
 
             raise SystemExit(
                 f"error: {name} is no claim; rule: a name that python -m benchmarks"

@@ -23,7 +23,8 @@ WORD_BYTES = 6 * 10**6
 _OVERHEAD = 100  # bytes of memory that keeping a text takes beside the text
 _STRETCH = 2**16  # characters of a text that are fed to the trainer at once
 _WORD = re.compile(rb"\w+|[^\w\s]+")
-_LONG_WORD = re.compile(r"\S{1000}")
+_LONG = 1000  # characters of a word, after which it is cut
+_LONG_WORD = re.compile(rf"\S{{{_LONG}}}")
 
 
 def is_trained_spec(spec: str) -> bool:
@@ -102,8 +103,11 @@ def few_words(kept: list[tuple[int, bytes]], most: int = WORD_BYTES) -> Iterator
                 if not seen[place]:
                     most -= len(word)
                 seen[place] = 1
-            # The trainer's time grows with the square of a word's length.
-            yield _LONG_WORD.sub(r"\g<0>\n", stretch)
+            # The trainer's time grows with the square of a word's length. The expression tries each
+            # character as a beginning, so it is spared where nothing is long.
+            if max(map(len, distinct), default=0) >= _LONG:
+                stretch = _LONG_WORD.sub(r"\g<0>\n", stretch)
+            yield stretch
             if most <= 0:
                 kept.clear()
                 return

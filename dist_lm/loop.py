@@ -289,7 +289,7 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> tuple[Tensor, Mome
             forwarded = forwarded or Moment(runtime.device)
             runtime.enter(step, "backward")
             engine.backward(loss / targets.float())
-        loss_sum += loss.detach()
+        loss_sum += engine.addend(loss.detach())
     assert forwarded, "a batch has a micro-batch"
     return loss_sum, forwarded
 
@@ -507,6 +507,7 @@ def training_batches(run: Run) -> Batches:
         state=run.state.streams,
         rank=runtime.rank,
         world=runtime.world_size,
+        unit=run.layout.unit,
         channel=runtime.reading,
     )
     return Batches(

@@ -25,7 +25,7 @@ from dist_lm.checkpoint.folder import (
 from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
-from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
+from dist_lm.config import BatchLayout, Config, batch_layout, free_on_resume
 from dist_lm.console import count, dispensable
 from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
@@ -166,7 +166,7 @@ def refuse_other_mathematics(
 
     Only settings that do not touch its mathematics may differ from those it was started with.
     """
-    old = {_DATA: facts["data"]}
+    old = {"run.exact": False, _DATA: facts["data"]}  # older versions had no such setting
     for section, fields in facts["config"].items():
         for name, value in fields.items():
             old[f"{section}.{name}"] = value
@@ -179,7 +179,8 @@ def refuse_other_mathematics(
                 " of the longer run"
             )
             changed.remove(name)
-    refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
+    free = {*free_on_resume(config), *allowed}
+    refused = [name for name in changed if name not in free]
     if refused:
         both = ", ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in refused)
         raise UserError(

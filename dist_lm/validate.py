@@ -34,7 +34,9 @@ def validate(
     source = PreparedSource(
         "val", shards, data.seq_len, data.stride, seed=_ORDER_SEED, end=sequences
     )
-    reader = PreparedReader(source, data.global_batch, runtime.rank, runtime.world_size)
+    reader = PreparedReader(
+        source, data.global_batch, runtime.rank, runtime.world_size, layout.unit
+    )
     batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     # Sums of losses, targets, the bytes of their text and who refuses, on the device: one host sync
@@ -55,7 +57,7 @@ def validate(
                 # Sums over a mask: choosing the targets would need their number on the host.
                 is_target = micro.targets_BT != NO_TARGET
                 bytes_BT = token_bytes[micro.targets_BT * is_target]
-                sums[0] += loss
+                sums[0] += runtime.engine.addend(loss)
                 sums[1] += is_target.sum()
                 sums[2] += (bytes_BT * is_target).sum()
     batches.close()

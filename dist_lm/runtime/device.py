@@ -10,6 +10,7 @@ import torch
 import torch.utils.deterministic
 
 from dist_lm.config import Config
+from dist_lm.errors import environment_number
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -23,6 +24,13 @@ def prepare_device(config: Config) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.run.deterministic:
         _be_deterministic()
+    if config.run.exact:
+        _be_the_same_everywhere()
+
+
+def threads_of_exact() -> int:
+    """Threads of a rank on a CPU under run.exact: a kernel that divides its work adds otherwise."""
+    return environment_number("DIST_LM_THREADS", 1)
 
 
 def _be_deterministic() -> None:
@@ -38,3 +46,9 @@ def _be_deterministic() -> None:
     # By default the strict mode also fills new memory, which costs time. Nothing here reads memory
     # before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _be_the_same_everywhere() -> None:
+    """No kernel is chosen by how fast it happened to be on this machine."""
+    torch.set_float32_matmul_precision("highest")  # no tf32
+    torch.backends.cudnn.benchmark = False

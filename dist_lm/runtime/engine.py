@@ -137,6 +137,10 @@ class Engine(ABC):
             cache_enabled=self.strategy.stage < 3,
         )
 
+    def addend(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch as it is added up over micro-batches and ranks."""
+        return loss
+
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient.
 

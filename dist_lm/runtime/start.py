@@ -31,8 +31,9 @@ from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
-from dist_lm.runtime.device import prepare_device
+from dist_lm.runtime.device import prepare_device, threads_of_exact
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
+from dist_lm.runtime.exact import ExactEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from dist_lm.runtime.watchdog import Watchdog, dump_stacks
 from dist_lm.runtime.world import Runtime
@@ -72,11 +73,15 @@ def start(
         settings = _settings_of_zero(config, strategy, launch)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
+    if config.run.exact:
+        threads = threads_of_exact()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
     accelerator = _meet(config, settings)
     engine: Engine
     if settings:
         engine = ZeroEngine(accelerator, config, strategy, settings)
+    elif config.run.exact:
+        engine = ExactEngine(accelerator, config, strategy)
     else:
         engine = ReplicatedEngine(accelerator, config, strategy)
     runtime = Runtime(accelerator, engine, attempt or Attempt(Path(config.run.dir)))

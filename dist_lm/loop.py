@@ -27,10 +27,12 @@ from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import UserError
+from dist_lm.model import hf
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
-from dist_lm.runtime.late import LateFigures, Moment
+from dist_lm.runtime.fixed_point import spell
+from dist_lm.runtime.late import LateFigures, Moment, late_figures_of
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.safeguards import (
@@ -66,6 +68,7 @@ class Pending:
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
+    gradient_hashes: LateFigures | None  # of run.exact
     hashes: LateFigures | None  # of replicas, by rank
     shares: dict[str, float]  # of a mixture
 
@@ -203,6 +206,7 @@ def train(run: Run, profiler: Any) -> str:
 
         figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
         batch_hash = sum_of_hashes(run, batch)
+        gradient_hashes = late_figures_of(runtime.engine.gradient_hashes())
         hashes = hashes_of_replicas(run, batch)
         late_figures = LateFigures(figures)
 
@@ -218,6 +222,7 @@ def train(run: Run, profiler: Any) -> str:
             began=began,
             forwarded=forwarded,
             batch_hash=batch_hash,
+            gradient_hashes=gradient_hashes,
             hashes=hashes,
             seconds_waiting=seconds_waiting,
             shares=batch.shares,
@@ -332,6 +337,11 @@ def record_step(run: Run, pending: Pending) -> bool:
     if pending.batch_hash is not None:
         (batch_hash,) = pending.batch_hash.read()
         extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
+    if pending.gradient_hashes is not None:
+        of_sum, *of_units = map(spell, pending.gradient_hashes.read())
+        extra["grad_hash"] = of_sum
+        if of_units:
+            extra["unit_hashes"] = of_units
     scaler = runtime.engine.scaler
     if scaler.is_enabled():
         extra["scale"] = scaler.get_scale()
@@ -440,6 +450,7 @@ def save(run: Run, last: bool) -> None:
         scaler=runtime.engine.scaler.state_dict(),
         config=config,
         data_identity=run.data.identity,
+        facts_of_bits=runtime.engine.facts_of_bits(hf.shapes(spec)),
     )
     contents = {
         "config.json": families.config_json(spec, tokenizer.eot),

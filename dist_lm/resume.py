@@ -38,6 +38,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
 from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
+from dist_lm.runtime.device import describe_kernels
 from dist_lm.runtime.world import Runtime
 from dist_lm.spikes import STRETCH
 
@@ -276,6 +277,13 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
         engine.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState.restored(facts)
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
+    ours = describe_kernels(runtime.device)
+    theirs = facts.get("kernels", ours)  # of run.exact only
+    if theirs != ours:
+        runtime.say(
+            f"warning: run.exact: {folder.name} was computed by {theirs}, and this is {ours}; from"
+            " here on the bits may be others than there"
+        )
 
 
 def go_back(run: Run, latest: int) -> None:

@@ -2,9 +2,11 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dist_lm.checkpoint.state import read_state
 from tests.procs import train
 from tests.test_train import losses, tensors, tiny
 
@@ -25,21 +27,32 @@ def sha(step: Path) -> str:
     return digest.hexdigest()
 
 
-def figures(run: Path) -> list[list[float]]:
-    return [[s["step"], s["loss"], s["grad_norm"], s["tokens"]] for s in losses(run)]
+def figures(run: Path) -> list[list[Any]]:
+    keys = ("step", "loss", "grad_norm", "tokens", "grad_hash", "unit_hashes")
+    return [[line[key] for key in keys] for line in losses(run)]
+
+
+def weights_hash(step: Path) -> str:
+    return str(read_state(step)["weights_hash"])
 
 
 @pytest.mark.slow
 def test_one_hash_on_any_number_of_processes(prepared: Path, tmp_path: Path) -> None:
     """Alone, and begun by three and ended by two; with dropout, an average and document masks."""
     words = ["--run.ema", "0.9", "--model.dropout", "0.1", "--data.document_mask", "true"]
-    words = exact(prepared, *words, "--run.eval_every", "6", "--run.eval_batches", "2")
+    words += ["--run.eval_every", "6", "--run.eval_batches", "2", "--run.log_unit_hashes", "true"]
+    words = exact(prepared, *words)
     train(tmp_path / "one", *words)
     train(tmp_path / "many", *words, "--run.stop_after", "6", "--data.workers", "0", world=3)
     train(tmp_path / "many", *words, "--data.workers", "3", world=2)
     step = "step-00000012"
     assert sha(tmp_path / "one" / step) == sha(tmp_path / "many" / step)
     assert figures(tmp_path / "one") == figures(tmp_path / "many")
+    assert weights_hash(tmp_path / "one" / step) == weights_hash(tmp_path / "many" / step)
+    last = losses(tmp_path / "one")[-1]
+    assert len(last["unit_hashes"]) == 7
+    total = sum(int(digits, 16) for digits in last["unit_hashes"])
+    assert int(last["grad_hash"], 16) == total % 2**64
 
 
 @pytest.mark.slow

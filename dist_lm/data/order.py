@@ -134,7 +134,8 @@ def rank_places(rank: int, world: int, global_batch: int, unit: int = 1) -> Ints
     The ranks take turns. A turn has `unit` neighbouring places.
     """
     places = np.arange(global_batch, dtype=np.int64)
-    return places[rank_of(places, world, unit) == rank]
+    ours: Ints = places[rank_of(places, world, unit) == rank]
+    return ours
 
 
 def rank_of(places: Numbers, world: int, unit: int) -> Numbers:

@@ -4,12 +4,16 @@ CUDA reads its variables when it starts, so a process calls prepare_device() bef
 others. Nothing here changes what a CPU computes, unless run.deterministic is set.
 """
 
+import contextlib
 import os
+import platform
+from pathlib import Path
 
 import torch
 import torch.utils.deterministic
 
 from dist_lm.config import Config
+from dist_lm.console import count
 from dist_lm.errors import environment_number
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -31,6 +35,25 @@ def prepare_device(config: Config) -> None:
 def threads_of_exact() -> int:
     """Threads of a rank on a CPU under run.exact: a kernel that divides its work adds otherwise."""
     return environment_number("DIST_LM_THREADS", 1)
+
+
+def describe_kernels(device: torch.device) -> str:
+    """What decides the bits that kernels compute: another line may mean other bits."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        threads = count(threads_of_exact(), "thread")
+        kind = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    return f"torch {torch.__version__}, {kind}"
+
+
+def _processor() -> str:
+    """The kind of processor, as Linux names it; elsewhere the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _be_deterministic() -> None:

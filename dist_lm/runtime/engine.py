@@ -170,6 +170,19 @@ class Engine(ABC):
     def _step(self) -> Tensor:
         """One update of the weights; the gradient norm before clipping."""
 
+    # --- which bits it has computed
+
+    def gradient_hashes(self) -> Tensor | None:
+        """Hashes of the step's gradient, equal on all ranks; None where they would mean nothing."""
+        return None
+
+    def facts_of_bits(self, shapes: Shapes) -> dict[str, str]:
+        """What a checkpoint says about its bits; nothing where they depend on the world.
+
+        `shapes` are of the parameters as they are saved.
+        """
+        return {}
+
     # --- what this rank holds
 
     @abstractmethod

@@ -8,6 +8,7 @@ update. docs/exactness.md says what is promised where.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from dist_lm.channel import Channel
 from dist_lm.config import Config, units_of
+from dist_lm.runtime.device import describe_kernels
 from dist_lm.runtime.engine import ReplicatedEngine, Shapes
-from dist_lm.runtime.fixed_point import SCALE, Bucket, FixedPointSums
+from dist_lm.runtime.fixed_point import SCALE, Bucket, FixedPointSums, Hash, spell
 from dist_lm.runtime.strategy import Strategy
 
 # A loss is rounded to a multiple of this one's inverse. float64 adds such numbers exactly in any
@@ -42,6 +44,7 @@ class ExactEngine(ReplicatedEngine):
         self._is_first = True  # of this rank's units in this step
         self._is_last = False
         self._at_work: list[Any] = []  # exchanges that have begun
+        self._hashes: Tensor | None = None  # of the last step's gradient
 
     def _wrap(self, shapes: Shapes, channel: Channel) -> None:
         self.model = self.bare
@@ -134,6 +137,7 @@ class ExactEngine(ReplicatedEngine):
 
     def _step(self) -> Tensor:
         self._finish_exchange()
+        self._hashes = self.sums.hashes()
         self.sums.give(self._loss_scale() / SCALE)
         norm = super()._step()
         self._begin_step()
@@ -148,3 +152,28 @@ class ExactEngine(ReplicatedEngine):
         self._is_adding = True
         self._begin_step()
         return value
+
+    # --- which bits it has computed
+
+    def gradient_hashes(self) -> Tensor | None:
+        """The hash of the sum, and with run.log_unit_hashes that of each unit."""
+        return self._hashes
+
+    def facts_of_bits(self, shapes: Shapes) -> dict[str, str]:
+        """The hash of weights and state (a host sync), and which kernels made them."""
+        tensors = list(saved_tensors(self, shapes).values())
+        value = Hash(self.device).of_bits(tensors)
+        return {"weights_hash": spell(int(value)), "kernels": describe_kernels(self.device)}
+
+
+def saved_tensors(engine: ReplicatedEngine, shapes: Shapes) -> dict[str, Tensor]:
+    """The weights and the optimizer's tensors, flat, without rows that pad the vocabulary."""
+    found = {}
+    for part in engine.owned():
+        size = math.prod(shapes[part.name])
+        found[part.name] = part.weight[:size]
+        for key in sorted(part.state):
+            found[f"{part.name}.{key}"] = part.state[key][:size]
+        for key in sorted(part.extra):
+            found[f"{part.name}.{key}"] = part.extra[key].reshape(-1)
+    return found

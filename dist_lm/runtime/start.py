@@ -31,7 +31,7 @@ from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
-from dist_lm.runtime.device import prepare_device, threads_of_exact
+from dist_lm.runtime.device import describe_kernels, prepare_device, threads_of_exact
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
 from dist_lm.runtime.exact import ExactEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
@@ -255,7 +255,7 @@ def _prove_world(runtime: Runtime) -> None:
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
     """All ranks must have the same settings, code and data. All ranks."""
-    by_rank = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
+    by_rank = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(runtime, config)])
     first_host, first_facts = by_rank[0]
     for rank, (host, facts) in enumerate(by_rank):
         # Settings come first: where they are equal, the other names are equal too.
@@ -268,12 +268,14 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
                 )
 
 
-def _what_must_be_equal(config: Config) -> dict[str, str]:
+def _what_must_be_equal(runtime: Runtime, config: Config) -> dict[str, str]:
     facts = {
         "settings (by hash)": _short_hash(config.to_yaml()),
         "dist_lm": version_and_hash(),
         "torch": torch.__version__,
     }
+    if config.run.exact:
+        facts["kernels"] = describe_kernels(runtime.device)
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
         for one in source.inputs:

@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "generate text from a checkpoint",
     "score": "measure a checkpoint on any text",
     "show": "show what a step trained on, and whether a run has seen a text",
+    "verify": "replay steps of a run with run.exact and compare their bits",
     "report": "draw the curves of runs",
     "plan": "say whether a run fits, how long it takes and what it costs",
     "doctor": "check that these machines are fit for a run",

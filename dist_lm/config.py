@@ -29,6 +29,7 @@ NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # config.json ends here, and not in a table of a billion layers.
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
+MOST_HASHED_UNITS = 2000  # in a line of metrics.jsonl, whose readers have a limit
 LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -547,6 +548,11 @@ class Config(Section):
             raise ValueError(
                 "run.exact=true computes and adds in units of data.micro_batch sequences, and"
                 f" data.micro_batch is unset; rule: a size for all runs; nearest: {nearest}"
+            )
+        if self.run.log_unit_hashes and units_of(self) > MOST_HASHED_UNITS:
+            raise ValueError(
+                f"run.log_unit_hashes=true writes {units_of(self)} hashes in a line; rule: at most"
+                f" {MOST_HASHED_UNITS} units; nearest: false, or a larger data.micro_batch"
             )
         return self
 

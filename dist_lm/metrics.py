@@ -383,6 +383,10 @@ class StepLine(CheckedModel):
     tokens: Count
     tokens_per_second: float = Field(ge=0)
     data_wait: float = 0.0
+    lr: Figure = 0.0
+    batch_hash: Text = ""
+    grad_hash: Text = ""
+    unit_hashes: list[Text] = Field([])
 
 
 class EventLine(CheckedModel):
@@ -396,6 +400,8 @@ class EventLine(CheckedModel):
     tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
     back: Count | None = None  # of a spike: the step to which the run went back
     done: Text = ""  # about a spike
+    batches: list[Count] = Field([], max_length=2)  # of a spike
+    world_size: Count = Field(1, ge=1)  # of a start
     seconds: Seconds = 0.0  # how long it took
     kind: Text = Field("", alias="class")  # of a stop, as in outcome.json
     reason: Text = ""

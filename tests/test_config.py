@@ -390,7 +390,8 @@ HEAVY = ("torch", "numpy", "pyarrow", "datasets", "tokenizers", "accelerate", "m
 
 @pytest.mark.parametrize("word", ["--help", "--hlep"])
 @pytest.mark.parametrize(
-    "command", ["train", "prepare", "generate", "score", "show", "report", "plan", "doctor"]
+    "command",
+    ["train", "prepare", "generate", "score", "show", "verify", "report", "plan", "doctor"],
 )
 def test_help_and_mistakes_wait_for_nothing_slow(command: str, word: str) -> None:
     """What makes a start slow is imported after the command line is read."""

@@ -24,8 +24,19 @@ LEVELS = [
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "spikes", "safeguards", "loop"},
-    {"prepare", "train", "generate", "score", "show", "report", "doctor", "plan", "__main__"},
+    {"resume", "spikes", "safeguards", "loop", "replay"},
+    {
+        "prepare",
+        "train",
+        "generate",
+        "score",
+        "show",
+        "verify",
+        "report",
+        "doctor",
+        "plan",
+        "__main__",
+    },
 ]
 STRANGERS = {"model", "data"}
 MODULES = {

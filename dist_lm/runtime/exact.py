@@ -9,7 +9,7 @@ update. docs/exactness.md says what is promised where.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dist_lm.channel import Channel
+from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config, units_of
 from dist_lm.runtime.device import describe_kernels
 from dist_lm.runtime.engine import ReplicatedEngine, Shapes
@@ -161,15 +162,15 @@ class ExactEngine(ReplicatedEngine):
 
     def facts_of_bits(self, shapes: Shapes) -> dict[str, str]:
         """The hash of weights and state (a host sync), and which kernels made them."""
-        tensors = list(saved_tensors(self, shapes).values())
+        tensors = list(saved_tensors(self.owned(), shapes).values())
         value = Hash(self.device).of_bits(tensors)
         return {"weights_hash": spell(int(value)), "kernels": describe_kernels(self.device)}
 
 
-def saved_tensors(engine: ReplicatedEngine, shapes: Shapes) -> dict[str, Tensor]:
+def saved_tensors(owned: Iterable[OwnedSlice], shapes: Shapes) -> dict[str, Tensor]:
     """The weights and the optimizer's tensors, flat, without rows that pad the vocabulary."""
     found = {}
-    for part in engine.owned():
+    for part in owned:
         size = math.prod(shapes[part.name])
         found[part.name] = part.weight[:size]
         for key in sorted(part.state):

@@ -15,7 +15,8 @@ from typing import NoReturn
 
 from dist_lm import __version__
 from dist_lm.console import count
-from dist_lm.errors import UserError, did_you_mean, run_entry
+from dist_lm.errors import UserError, run_entry
+from dist_lm.nearest import did_you_mean
 from dist_lm.shipped import FOLDERS, recipes, shipped
 
 COMMANDS = {

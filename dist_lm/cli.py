@@ -20,9 +20,10 @@ from pydantic import Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, SECTIONS, Config, Section, fields_by_name, is_list, plain_type
-from dist_lm.errors import UserError, closest, did_you_mean, nearest
+from dist_lm.errors import UserError
 from dist_lm.explain import explain_flag, explain_setting
 from dist_lm.helptext import HelpPage, add_flags, add_settings
+from dist_lm.nearest import closest, did_you_mean, nearest
 from dist_lm.pretrained import settings_to_take
 from dist_lm.safe_yaml import LARGEST, parse
 from dist_lm.shipped import recipes
@@ -33,6 +34,8 @@ ALL_SETTINGS: Mapping[str, str] = {name: name for name in FIELDS}
 ONE_AT_A_TIME = "one at a time"
 
 _HELP = {"-h", "--help"}
+# Flags by which other commands take a run.
+_NAMES_OF_A_RUN = {"ckpt", "checkpoint", "model", "run", "run.dir"}
 _NAME = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # other words are values, e.g. -1
 
 
@@ -69,7 +72,12 @@ class Command(Generic[Flags]):
 
     def hint(self, name: str) -> str:
         """Text that names the flag that is meant, or nothing."""
-        guess = closest(name, [*self.settings, *self.fields, *self.of_scripts])
+        if name in _NAMES_OF_A_RUN and self.positional:
+            return f"; rule: {self.positional.upper()} stands without a flag"
+        if name in _NAMES_OF_A_RUN and "ckpt" in self.fields:
+            return "; did you mean --ckpt?"
+        flags = [flag for flag in self.fields if flag != self.positional]
+        guess = closest(name, [*self.settings, *flags, *self.of_scripts])
         if not guess:
             return ""
         if guess in self.of_scripts:

@@ -6,7 +6,6 @@ depends on the number of processes. This module imports neither torch nor numpy,
 mistake is answered at once.
 """
 
-import math
 import re
 import string
 from dataclasses import dataclass
@@ -17,7 +16,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.arithmetic import ceil_div, round_up
+from dist_lm.errors import UserError
+from dist_lm.nearest import did_you_mean
 
 NO_TARGET = -100  # the target of a token that has none, as torch's cross-entropy has it
 FOLLOWS: Any = None  # the default of a field that follows another: validation fills it in
@@ -100,7 +101,7 @@ def _check_at_most(name: str, value: float, of_name: str, of: float) -> None:
 
 
 class ModelConfig(Section):
-    """The network. Its knobs cover the GPT-2, Llama and post-norm (openai-gpt) families."""
+    """The network. Its knobs cover the GPT-2, Llama, Qwen3 and post-norm families."""
 
     layers: Layers = Field(4, description="Number of transformer blocks.")
     heads: Width = Field(4, description="Attention heads.")
@@ -158,7 +159,7 @@ class ModelConfig(Section):
         """4 x width; swiglu has three matrices instead of two, so 8/3 of it has as many weights."""
         if self.activation != "swiglu":
             return 4 * self.width
-        return 64 * math.ceil(math.ceil(self.width * 8 / 3) / 64)
+        return round_up(ceil_div(8 * self.width, 3), 64)
 
 
 class SourceConfig(Section):
@@ -660,7 +661,7 @@ class BatchLayout:
     def rows(self, places: int) -> int:
         """Rows that a rank computes in a step for its places of the global batch."""
         if self.is_exact:
-            return math.ceil(places / self.micro_batch) * self.micro_batch
+            return round_up(places, self.micro_batch)
         return self.micro_batch * self.accumulation
 
 
@@ -674,7 +675,7 @@ def total_steps(config: Config, sequences: int | None) -> int | None:
     if not sequences:
         return None
     positions = (config.run.epochs or 0) * sequences
-    return -(-positions // config.data.global_batch)
+    return ceil_div(positions, config.data.global_batch)
 
 
 def batch_layout(config: Config, world_size: int) -> BatchLayout:
@@ -687,9 +688,9 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
         )
     if config.run.exact:
         return _layout_in_units(config, world_size)
-    share = math.ceil(batch / world_size)
+    share = ceil_div(batch, world_size)
     micro_batch = min(config.data.micro_batch or share, share)
-    accumulation = math.ceil(share / micro_batch)
+    accumulation = ceil_div(share, micro_batch)
     rows = world_size * micro_batch * accumulation
     return BatchLayout(
         world_size=world_size,
@@ -703,7 +704,7 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
 
 def units_of(config: Config) -> int:
     """Units of a global batch under run.exact. The last one may have rows that only fill it up."""
-    return math.ceil(config.data.global_batch / (config.data.micro_batch or 1))
+    return ceil_div(config.data.global_batch, config.data.micro_batch or 1)
 
 
 def _layout_in_units(config: Config, world_size: int) -> BatchLayout:
@@ -717,7 +718,7 @@ def _layout_in_units(config: Config, world_size: int) -> BatchLayout:
             f" the {world_size} processes; rule with run.exact: at least one each; nearest:"
             f" {units} processes"
         )
-    accumulation = math.ceil(units / world_size)
+    accumulation = ceil_div(units, world_size)
     return BatchLayout(
         world_size=world_size,
         share=min(accumulation * size, batch),

@@ -9,7 +9,7 @@ def main(argv: list[str]) -> None:
     die_with_launcher()
     from dist_lm.checks.command import DOCTOR  # pydantic: a tenth of a second
     from dist_lm.cli import load
-    from dist_lm.outcome import refuse_bad_environment
+    from dist_lm.environment import refuse_bad_environment
 
     config, flags = load(argv, DOCTOR)
     refuse_bad_environment()

@@ -1,15 +1,14 @@
-"""What a user can fix, by kind and exit code; the nearest good value; how a command ends.
+"""What a user can fix, by kind and exit code, and how a command ends.
 
 Each kind of error is a class that knows its name and its exit code. An error is one line: the
 field, its value, the rule, and the nearest good value. It is printed at the process edge only, by
 run_entry().
 """
 
-import difflib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 from dist_lm.console import make_streams_last, printable, warn
@@ -18,16 +17,20 @@ from dist_lm.launcher import RETRYABLE
 Result = TypeVar("Result")
 
 INTERRUPTED = 130  # the exit code of shells for a Ctrl-C
-_LONGEST_LINE = 2_000  # characters of an error that are printed
-_MOST_DIGITS = 9  # of a number in the environment
-_LONGEST_WORD = 100  # characters of a name that are compared with the good ones
+_LONGEST_ERROR = 2_000  # characters of the text of an error
 
 
 class UserError(ValueError):
-    """Something a user can fix. Commands print it as one line and exit with its `code`."""
+    """Something a user can fix. Commands print it as one line and exit with its `code`.
+
+    Its text is short, however long a value from outside in it is: the middle is left out.
+    """
 
     kind = "config"  # how outcome.json names it
     code = 2
+
+    def __init__(self, text: str):
+        super().__init__(_shortened(text))
 
 
 class DataError(UserError):
@@ -146,139 +149,17 @@ def _warn_of_lost_output(error: OSError) -> None:
     warn(f"standard output is gone, the command goes on: {error.strerror}")
 
 
-def nearest(value: str, options: Iterable[object]) -> str:
-    """The option most like `value`, or an empty string."""
-    names = [str(option) for option in options]
-    matches = difflib.get_close_matches(value[:_LONGEST_WORD], names, n=1, cutoff=0.5)
-    return matches[0] if matches else ""
-
-
-# What other trainers call the settings of a run.
-OTHER_NAMES = {
-    "accum_iter": "data.global_batch",
-    "adam_epsilon": "optim.eps",
-    "batch_size": "data.global_batch",
-    "block_size": "data.seq_len",
-    "context_length": "data.seq_len",
-    "ctx_len": "data.seq_len",
-    "d_model": "model.width",
-    "data_dir": "data.input",
-    "dataset": "data.input",
-    "dataset_name": "data.input",
-    "decay_lr": "optim.schedule",
-    "emb_dim": "model.width",
-    "embed_dim": "model.width",
-    "eval_interval": "run.eval_every",
-    "eval_iters": "run.eval_batches",
-    "eval_steps": "run.eval_every",
-    "global_batch_size": "data.global_batch",
-    "grad_accum": "data.global_batch",
-    "grad_clip": "optim.clip",
-    "gradient_accumulation_steps": "data.global_batch",
-    "gradient_checkpointing": "run.activation_checkpointing",
-    "hidden_size": "model.width",
-    "intermediate_size": "model.ffn_width",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "max_grad_norm": "optim.clip",
-    "max_iters": "run.steps",
-    "max_length": "data.seq_len",
-    "max_lr": "optim.lr",
-    "max_position_embeddings": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "max_steps": "run.steps",
-    "micro_batch_size": "data.micro_batch",
-    "model_name_or_path": "run.init_from",
-    "n_ctx": "data.seq_len",
-    "n_embd": "model.width",
-    "n_head": "model.heads",
-    "n_kv_head": "model.kv_heads",
-    "n_layer": "model.layers",
-    "n_layers": "model.layers",
-    "n_positions": "data.seq_len",
-    "num_attention_heads": "model.heads",
-    "num_epochs": "run.epochs",
-    "num_heads": "model.heads",
-    "num_hidden_layers": "model.layers",
-    "num_key_value_heads": "model.kv_heads",
-    "num_layers": "model.layers",
-    "num_train_epochs": "run.epochs",
-    "num_workers": "data.workers",
-    "optimizer": "optim.name",
-    "out_dir": "run.dir",
-    "output_dir": "run.dir",
-    "per_device_train_batch_size": "data.micro_batch",
-    "report_to": "run.trackers",
-    "resume_from_checkpoint": "run.resume",
-    "save_steps": "run.save_every",
-    "save_total_limit": "run.keep_last",
-    "sequence_length": "data.seq_len",
-    "tokenizer_name": "data.tokenizer",
-    "train_batch_size": "data.global_batch",
-    "train_file": "data.input",
-    "warmup": "optim.warmup_steps",
-    "warmup_iters": "optim.warmup_steps",
-    "warmup_ratio": "optim.warmup_steps",
-    # These have their value in the name.
-    "amp": "run.precision bf16",
-    "bf16": "run.precision bf16",
-    "fp16": "run.precision fp16",
-}
-# What others call a value of one of our settings.
-OTHER_VALUES = {
-    "absolute": "learned",
-    "adam": "adamw",
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "gelu_new": "gelu_tanh",
-    "half": "fp16",
-    "layer_norm": "layernorm",
-    "mixed": "bf16",
-    "rms": "rmsnorm",
-    "rotary": "rope",
-    "swish": "silu",
-}
-
-
-def did_you_mean(value: str, options: Iterable[object], prefix: str = "") -> str:
-    """Text that names the nearest option, or nothing."""
-    guess = closest(value, options)
-    return f"; did you mean {prefix}{guess}?" if guess else ""
-
-
-def environment_number(name: str, default: int) -> int:
-    """The whole number in an environment variable, or the default where there is none."""
-    text = os.environ.get(name)
-    if not text:
-        return default
-    if not text.isdecimal() or len(text) > _MOST_DIGITS:
-        raise UserError(f"{name}={text} must be a whole number; nearest: {default}, or unset it")
-    return int(text)
+def _shortened(text: str) -> str:
+    """The beginning and the end of a long text: the field, and the rule."""
+    if len(text) <= _LONGEST_ERROR:
+        return text
+    half = _LONGEST_ERROR // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(error: UserError) -> str:
-    """An error of ours for a terminal: one line, however long or hostile a value in it is."""
-    text = str(error)
-    if len(text) > _LONGEST_LINE:
-        half = _LONGEST_LINE // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return printable(" ".join(text.splitlines()))
-
-
-def closest(value: str, options: Iterable[object]) -> str:
-    """The option that is meant, or an empty string.
-
-    It is what another trainer calls so, or the field of that name in another section, or the name
-    that is most like it.
-    """
-    names = [str(option) for option in options]
-    field = value.rpartition(".")[2].lower().replace("-", "_")
-    known = OTHER_NAMES.get(field, OTHER_VALUES.get(field, ""))
-    if known.partition(" ")[0] in names:
-        return known
-    same_field = [name for name in names if name.rpartition(".")[2] == field]
-    return same_field[0] if same_field else nearest(value, names)
+    """An error of ours for a terminal: one line, however hostile a value in it is."""
+    return printable(" ".join(str(error).splitlines()))
 
 
 def in_a_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_lm.config import FIELDS, NESTED, plain_type
-from dist_lm.errors import closest, did_you_mean
+from dist_lm.nearest import closest, did_you_mean
 
 UNTOLD = 10**9  # an upper limit from here on is told only to those who exceed it
 

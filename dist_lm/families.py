@@ -1,7 +1,7 @@
 """The families of transformers that compute our networks, and their config.json.
 
-GPT-2, Llama and post-norm openai-gpt. Neither torch nor transformers is imported, so that a command
-line that names a model is answered at once. The tensors of these families are in model/hf.py.
+GPT-2, Llama, Qwen3 and post-norm openai-gpt. Neither torch nor transformers is imported, so that a
+command line that names a model is answered at once. Their tensors are in model/hf.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +11,13 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from dist_lm.config import LONGEST_CONTEXT, ModelConfig, ModelSpec
-from dist_lm.errors import CheckpointError, in_a_line, nearest
+from dist_lm.errors import CheckpointError, in_a_line
+from dist_lm.nearest import nearest
 from dist_lm.outside import CheckedModel, check, first_fault
 
 Json = dict[str, Any]
+
+OWN_TYPE = "dist_lm"  # the model_type of networks that no family computes
 
 # Our activations, as a family calls them.
 GPT2_ACTIVATIONS = {
@@ -28,15 +31,16 @@ GPT2_ACTIVATIONS = {
 OPENAI_ACTIVATIONS = {"gelu_tanh": "gelu", "relu": "relu", "silu": "silu"}
 # Other names that transformers gives to the same functions.
 ACTIVATION_ALIASES = {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new", "swish": "silu"}
+# Where transformers takes something else for a field of Qwen3 left out than for one of Llama.
+QWEN3_DEFAULTS: Json = {"head_dim": 128, "num_key_value_heads": 32, "intermediate_size": 22016}
 
 
 def family(model: ModelConfig) -> str | None:
     """The transformers family that computes exactly this network, or None."""
+    if model.norm == "rmsnorm":
+        return _family_with_rope(model)
     if model.qk_norm:
         return None
-    if model.norm == "rmsnorm":
-        is_pre_norm_with_rope = model.norm_placement == "pre" and model.positions == "rope"
-        return "llama" if is_pre_norm_with_rope and model.activation == "swiglu" else None
     if model.positions == "rope" or model.kv_heads != model.heads:
         return None
     if model.norm_placement == "pre":
@@ -44,6 +48,15 @@ def family(model: ModelConfig) -> str | None:
     # openai-gpt has no setting for the hidden width of its feed-forward.
     has_its_width = model.ffn_width == 4 * model.width
     return "openai-gpt" if has_its_width and model.activation in OPENAI_ACTIVATIONS else None
+
+
+def _family_with_rope(model: ModelConfig) -> str | None:
+    """Llama, or with norms of queries and keys Qwen3, whose feed-forward never has biases."""
+    if model.norm_placement != "pre" or model.positions != "rope" or model.activation != "swiglu":
+        return None
+    if not model.qk_norm:
+        return "llama"
+    return None if model.bias else "qwen3"
 
 
 # --- config.json: writing it
@@ -61,7 +74,7 @@ def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
     kind = family(model)
     if kind is None:
         return {
-            "model_type": "dist_lm",
+            "model_type": OWN_TYPE,
             "architectures": ["GPT"],
             **common,
             "seq_len": spec.seq_len,
@@ -69,7 +82,10 @@ def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
         }
     common |= {"model_type": kind, "tie_word_embeddings": model.tie_embeddings}
     if kind == "llama":
-        return common | _llama_fields(spec)
+        biases = {"attention_bias": model.bias, "mlp_bias": model.bias}
+        return common | _rope_fields(spec) | {"architectures": ["LlamaForCausalLM"], **biases}
+    if kind == "qwen3":
+        return common | _rope_fields(spec) | {"architectures": ["Qwen3ForCausalLM"]}
     common |= _gpt2_fields(spec)
     if kind == "openai-gpt":
         return {
@@ -85,10 +101,10 @@ def config_json(spec: ModelSpec, eot_id: int | None) -> Json:
     }
 
 
-def _llama_fields(spec: ModelSpec) -> Json:
+def _rope_fields(spec: ModelSpec) -> Json:
+    """What llama and qwen3 call by the same names."""
     model = spec.config
     return {
-        "architectures": ["LlamaForCausalLM"],
         "hidden_size": model.width,
         "intermediate_size": model.ffn_width,
         "num_hidden_layers": model.layers,
@@ -101,8 +117,6 @@ def _llama_fields(spec: ModelSpec) -> Json:
         # transformers 5 reads the first of these, older ones the second.
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "rope_theta": model.rope_theta,
-        "attention_bias": model.bias,
-        "mlp_bias": model.bias,
     }
 
 
@@ -225,9 +239,23 @@ def _read_gpt2_activation(config: Json, is_openai: bool) -> str:
 
 
 def _read_llama(config: Json) -> Json:
-    _require(config, "hidden_act", "silu", "silu", "swish")
     bias = config.get("attention_bias", False)
     _require(config, "mlp_bias", False, bias)
+    return {**_read_rope_model(config), "bias": bias}
+
+
+def _read_qwen3(config: Json) -> Json:
+    config = QWEN3_DEFAULTS | config
+    _require(config, "attention_bias", False, False)  # its feed-forward has none, ours would
+    _require(config, "use_sliding_window", False, False)
+    for kind in config.get("layer_types") or []:
+        _require({"layer_types": kind}, "layer_types", None, "full_attention")
+    return {**_read_rope_model(config), "qk_norm": True}
+
+
+def _read_rope_model(config: Json) -> Json:
+    """What the config.json of llama and qwen3 have in common."""
+    _require(config, "hidden_act", "silu", "silu", "swish")
     width = config.get("hidden_size", 4096)
     heads = config.get("num_attention_heads", 32)
     _require(config, "head_dim", None, width // heads, None)
@@ -241,7 +269,6 @@ def _read_llama(config: Json) -> Json:
         "layers": config.get("num_hidden_layers", 32),
         "heads": heads,
         "width": width,
-        "bias": bias,
         "kv_heads": config.get("num_key_value_heads") or heads,
         "ffn_width": config.get("intermediate_size", 11008),
         "positions": "rope",
@@ -268,5 +295,6 @@ READERS = {
     "gpt2": ConfigReader(_read_gpt2, "n_positions", 50257, 1024),
     "openai-gpt": ConfigReader(_read_gpt2, "n_positions", 40478, 512),
     "llama": ConfigReader(_read_llama, "max_position_embeddings", 32000, 2048),
-    "dist_lm": ConfigReader(_read_dist_lm, "seq_len", 0, 0),
+    "qwen3": ConfigReader(_read_qwen3, "max_position_embeddings", 151936, 32768),
+    OWN_TYPE: ConfigReader(_read_dist_lm, "seq_len", 0, 0),
 }

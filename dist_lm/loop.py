@@ -1,8 +1,8 @@
 """The training loop, from a run's start to its end.
 
-One step, in order: agree on stopping, evaluate, save, set the rate, micro-batches, update, record
-the figures. The batch of a step is a function of (seed, step). Everything else that a run carries
-along is in TrainState, the weights and the optimizer's tensors.
+`run_to_end` has the phases of a run, `train` the loop, and `make_step` one step. The batch of a
+step is a function of (seed, step). Everything else that a run carries along is in TrainState, in
+the weights and in the optimizer's tensors.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_lm import families
+from dist_lm.checkpoint.card import CARD, CardFacts, write_card
 from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config, due
 from dist_lm.console import dispensable
@@ -27,7 +28,9 @@ from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import UserError
+from dist_lm.evaluation import evaluate
 from dist_lm.model import hf
+from dist_lm.model.init import flops_per_token
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
@@ -43,15 +46,7 @@ from dist_lm.safeguards import (
     return_from,
     shortage_of_memory,
 )
-from dist_lm.sample import Sampling, sample
-from dist_lm.spikes import (
-    Spike,
-)
-from dist_lm.validate import validate
-
-SAMPLE_TOKENS = 96  # of each text that an evaluation writes to samples.md
-PROMPT_TOKENS = 16  # of held-out text, where run.sample_prompt is unset
-SAMPLE_TEMPERATURES = (0.0, 0.8)
+from dist_lm.spikes import Spike
 
 
 @dataclass
@@ -63,13 +58,14 @@ class Pending:
 
     step: int
     lr: float
-    loss_norm_targets_flags: LateFigures
+    # Loss, gradient norm, targets, how many ranks were told to stop, and how many refuse to go on.
+    figures: LateFigures
     began: Moment  # where the step before ended, or an evaluation or a save after that
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
     gradient_hashes: LateFigures | None  # of run.exact
-    hashes: LateFigures | None  # of replicas, by rank
+    replica_hashes: LateFigures | None  # by rank
     shares: dict[str, float]  # of a mixture
 
 
@@ -96,7 +92,7 @@ def run_to_end(
                 run = build(runtime, config, point)
                 describe(run)
                 runtime.on_main(check.wait)
-                reason = _train_and_keep(run)
+                reason = _train_through_spikes(run)
             finish(run, reason)
     except torch.OutOfMemoryError as error:  # of this rank, perhaps alone
         shortage = shortage_of_memory(runtime, config, vocab_size)
@@ -113,7 +109,7 @@ def run_to_end(
 
 
 def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
-    """The check of the shards, which rank 0 does. Damage makes it refuse in the next sum."""
+    """The check of the shards. Rank 0 does it, and after damage refuses in the next sum."""
 
     def refuse(error: UserError) -> None:
         runtime.refusal = error
@@ -122,19 +118,22 @@ def _shard_check(runtime: Runtime, config: Config, data: Dataset) -> ShardCheck:
     return ShardCheck(Path(config.run.dir), sets, refuse)
 
 
-def _train_and_keep(run: Run) -> str:
-    """Train; after an error still complete the checkpoint that is being written. All ranks."""
+def _train_through_spikes(run: Run) -> str:
+    """Train, and go back after each spike; returns why the run stopped early. All ranks.
+
+    A checkpoint that is being written is completed also after an error.
+    """
     config = run.config
-    profiler = run.runtime.profiler(config.run.profile_steps, run.dir / "trace.json")
+    run.runtime.start_profiler(config.run.profile_steps, run.dir / "trace.json")
     try:
         while True:
             try:
-                reason = train(run, profiler)
+                reason = train(run)
             except Spike as spike:
                 _end_reading_and_saving(run)
                 return_from(run, spike)
             else:
-                profiler.stop()
+                run.runtime.profiler.stop()
                 return reason
     except UserError:
         _end_reading_and_saving(run)
@@ -142,38 +141,33 @@ def _train_and_keep(run: Run) -> str:
 
 
 def _end_reading_and_saving(run: Run) -> None:
-    """What has begun beside training comes to its end. All ranks."""
-    if run.batches:
-        run.batches.close()
+    """End what works beside training: reading ahead, and writing a checkpoint. All ranks."""
+    end_reading(run)
     report_saving(run, run.saver.finish)
 
 
-def train(run: Run, profiler: Any) -> str:
-    """The loop. All ranks run it, with one outcome; returns why it stopped early, or nothing."""
+def train(run: Run) -> str:
+    """Make the steps of a run. All ranks run every paragraph, with one outcome.
+
+    Returns why the run stopped early, or nothing.
+    """
     config = run.config
     runtime = run.runtime
     state = run.state
-    # All ranks: the first batch, and what they must agree on before its step.
-    batches = training_batches(run)
-    run.batches = batches
-    batch = take_batch(run, batches)
-    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
-    targets, is_stopping = agree_on_first_step(run, batch)
+    batch, targets, is_stopping = begin(run)
     first_step = state.step
-    record_start(run)
-    pending: Pending | None = None
     began = Moment(runtime.device)
+    pending: Pending | None = None
 
     while True:
-        # All ranks: is this the last turn? It only evaluates and saves.
+        # All ranks: decide what is due. The last turn only evaluates and saves.
         has_ended = batch.end or state.step == run.steps
         is_leaving = has_ended or is_stopping or state.step == config.run.stop_after
         has_moved = state.step > first_step
         is_evaluating = has_moved and due(state.step, config.run.eval_every, at_the_end=has_ended)
         is_saving = has_moved and (is_leaving or due(state.step, config.run.save_every))
 
-        # All ranks: record what is pending first, so that no NaN is ever saved. Rank 0 writes
-        # samples and the curve.
+        # All ranks: evaluate and save. The pending figures are read first, so no NaN is ever saved.
         if pending and (is_evaluating or is_saving or is_leaving):
             is_stopping |= record_step(run, pending)
             pending = None
@@ -187,75 +181,129 @@ def train(run: Run, profiler: Any) -> str:
             began = Moment(runtime.device)  # a step's time is that of training alone
         report_saving(run, run.saver.poll)
 
-        # All ranks, each on its rows of the batch: gradients, and one update.
-        lr = lr_at(config.optim, state.step, run.steps or 0)
-        set_lr(run.optimizer, lr)
-        loss_sum, forwarded = add_gradients(run, batch, targets)
-        runtime.enter(state.step, "update")
-        norm = runtime.engine.update()
+        # All ranks, each on its rows of the batch: one update. The next batch is taken meanwhile.
+        made, next_batch, targets = make_step(run, batch, targets, began)
 
-        # All ranks: one small sum carries all that they must agree on. Its flags are read one step
-        # late, with the figures.
-        runtime.enter(state.step, "data")
-        waiting = time.monotonic()
-        next_batch = take_batch(run, batches)
-        seconds_waiting = time.monotonic() - waiting
-        flags = runtime.with_flags(next_batch.targets)
-        agreed = runtime.sum(torch.cat([loss_sum[None], flags, runtime.of_main(norm)[None]]))
-        loss_sum, next_targets, stop, are_refusing, norm = agreed
-
-        figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
-        batch_hash = sum_of_hashes(run, batch)
-        gradient_hashes = late_figures_of(runtime.engine.gradient_hashes())
-        hashes = hashes_of_replicas(run, batch)
-        late_figures = LateFigures(figures)
-
-        # All ranks: read the figures of the step before, and keep those of this step.
+        # All ranks: read the figures of the step before, while the device works on this one.
         if pending:
             is_stopping = record_step(run, pending)
         state.advance(batch.after)
         runtime.has_made_a_step = True
-        pending = Pending(
-            step=state.step,
-            lr=lr,
-            loss_norm_targets_flags=late_figures,
-            began=began,
-            forwarded=forwarded,
-            batch_hash=batch_hash,
-            gradient_hashes=gradient_hashes,
-            hashes=hashes,
-            seconds_waiting=seconds_waiting,
-            shares=batch.shares,
-        )
-        began = late_figures.moment
+        pending = made
+        began = made.figures.moment
         batch = next_batch
-        targets = next_targets
-        profiler.step()
+        runtime.profiler.step()
 
-    batches.close()
+    # All ranks: reading ahead ends.
+    end_reading(run)
     run.has_ended = has_ended
     if has_ended or not is_stopping:
         return ""
     return runtime.why_stopped
 
 
-def take_batch(run: Run, batches: Batches) -> Batch:
+def begin(run: Run) -> tuple[Batch, Tensor, bool]:
+    """Open the data and take the first batch. All ranks.
+
+    Returns the batch, the targets of the global batch, and whether a rank was told to stop during
+    start-up.
+    """
+    runtime = run.runtime
+    run.batches = training_batches(run)
+    batch = take_batch(run)
+    runtime.engine.warm_up(lambda: loss_of_nothing(run, batch))
+    targets, stop, are_refusing = runtime.sum(runtime.with_flags(batch.targets))
+    runtime.refuse_together(float(are_refusing))
+    record_start(run)
+    return batch, targets, bool(stop)
+
+
+def make_step(
+    run: Run, batch: Batch, targets: Tensor, began: Moment
+) -> tuple[Pending, Batch, Tensor]:
+    """One update of the weights. All ranks.
+
+    `targets` are those of the global batch. Returns the figures of the step, which are still on
+    their way; the next batch; and the targets of the next global batch.
+    """
+    runtime = run.runtime
+    step = run.state.step
+    # All ranks: forward, backward and update.
+    lr = lr_at(run.config.optim, step, run.steps or 0)
+    set_lr(run.optimizer, lr)
+    loss_sum, forwarded = add_gradients(run, batch, targets)
+    runtime.enter(step, "update")
+    norm = runtime.engine.update()
+
+    # All ranks: take the next batch.
+    runtime.enter(step, "data")
+    waiting = time.monotonic()
+    next_batch = take_batch(run)
+    seconds_waiting = time.monotonic() - waiting
+
+    # All ranks: one small sum carries all that they must agree on. Its flags are read one step
+    # late, with the figures.
+    flags = runtime.with_flags(next_batch.targets)
+    agreed = runtime.sum(torch.cat([loss_sum[None], flags, runtime.of_main(norm)[None]]))
+    loss_sum, next_targets, stop, are_refusing, norm = agreed
+    figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
+    batch_hash = sum_of_hashes(run, batch)
+    gradient_hashes = late_figures_of(runtime.engine.gradient_hashes())
+    replica_hashes = hashes_of_replicas(run, batch)
+    pending = Pending(
+        step=step + 1,
+        lr=lr,
+        figures=LateFigures(figures),  # this step ends here, and the next one begins
+        began=began,
+        forwarded=forwarded,
+        seconds_waiting=seconds_waiting,
+        batch_hash=batch_hash,
+        gradient_hashes=gradient_hashes,
+        replica_hashes=replica_hashes,
+        shares=batch.shares,
+    )
+    return pending, next_batch, next_targets
+
+
+def training_batches(run: Run) -> Batches:
+    """The batches from the run's step on. All ranks."""
+    config = run.config
+    data = run.data
+    runtime = run.runtime
+    reader = data.open_reader(
+        config.data,
+        state=run.state.streams,
+        rank=runtime.rank,
+        world=runtime.world_size,
+        unit=run.layout.unit,
+        channel=runtime.reading,
+    )
+    return Batches(
+        reader,
+        config.data,
+        run.layout,
+        runtime.device,
+        eot=data.tokenizer.eot,
+        first_step=run.state.step,
+        stepped_over=run.state.stepped_over,
+        dropout_seed=config.run.seed if config.model.dropout > 0 else None,
+        hash_rows=config.run.log_batch_hash,
+    )
+
+
+def take_batch(run: Run) -> Batch:
     """The next batch. Rows that this rank cannot read make it refuse in the next sum. All ranks."""
-    batch = batches.take()
+    assert run.batches, "begin() opens them"
+    batch = run.batches.take()
     if batch.failure:
         run.runtime.refusal = batch.failure
     return batch
 
 
-def agree_on_first_step(run: Run, batch: Batch) -> tuple[Tensor, bool]:
-    """The targets of the first global batch, and whether a rank was told to stop during start-up.
-
-    All ranks.
-    """
-    runtime = run.runtime
-    targets, stop, are_refusing = runtime.sum(runtime.with_flags(batch.targets))
-    runtime.refuse_together(float(are_refusing))
-    return targets, bool(stop)
+def end_reading(run: Run) -> None:
+    """Close the batches, if they were opened. All ranks."""
+    if run.batches:
+        run.batches.close()
 
 
 def record_start(run: Run) -> None:
@@ -323,20 +371,21 @@ def record_step(run: Run, pending: Pending) -> bool:
     """
     runtime = run.runtime
     state = run.state
-    loss, norm, targets, stop, are_refusing = pending.loss_norm_targets_flags.read()
-    seconds = pending.loss_norm_targets_flags.moment.seconds_since(pending.began)
+    loss, norm, targets, stop, are_refusing = pending.figures.read()
+    seconds = pending.figures.moment.seconds_since(pending.began)
     runtime.note_own_seconds(
         pending.seconds_waiting + pending.forwarded.seconds_since(pending.began)
     )
     runtime.refuse_together(are_refusing)
-    refuse_corrupt_replicas(run, pending.step, pending.hashes)
+    refuse_corrupt_replicas(run, pending.step, pending.replica_hashes)
     judge_step(run, pending.step, lr=pending.lr, loss=loss, norm=norm)
     state.tokens += int(targets)
+    state.curve.add_step(pending.step, state.tokens, loss)
 
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
         (batch_hash,) = pending.batch_hash.read()
-        extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
+        extra["batch_hash"] = spell(batch_hash)
     if pending.gradient_hashes is not None:
         of_sum, *of_units = map(spell, pending.gradient_hashes.read())
         extra["grad_hash"] = of_sum
@@ -359,77 +408,6 @@ def record_step(run: Run, pending: Pending) -> bool:
             **extra,
         )
     return bool(stop)
-
-
-def evaluate(run: Run, is_saving: bool = False) -> None:
-    """Held-out figures, and samples in which a reader sees the text become coherent.
-
-    `is_saving`: this step gets a checkpoint, which the samples name. All ranks, in step.
-    """
-    run.runtime.enter(run.state.step, "evaluation")
-    with run.metrics.pause("evaluation", run.state.step):
-        losses = []
-        for name in run.data.val:
-            losses.append(_evaluate_set(run, name, name))
-            if run.config.run.ema:
-                with run.runtime.engine.averaged():
-                    _evaluate_set(run, name, f"{name} of ema")
-        run.state.val_loss = losses[0]  # the first set decides which checkpoint is the best
-        write_samples(run, losses[0], is_saving)
-
-
-def _evaluate_set(run: Run, name: str, label: str) -> float:
-    """The loss of a validation set, recorded under a label. All ranks."""
-    figures = validate(
-        run.runtime,
-        run.runtime.engine.model,
-        run.data.val[name],
-        run.config,
-        run.layout,
-        run.data.tokenizer,
-    )
-    run.metrics.evaluation(run.state.step, label, figures)
-    return figures["val_loss"]
-
-
-def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
-    """Continue a prompt at each temperature, for samples.md. All ranks; rank 0 writes.
-
-    The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
-    """
-    tokenizer = run.data.tokenizer
-    tokens = prompt_of_samples(run)
-    prompt = run.config.run.sample_prompt or tokenizer.decode(tokens)
-    rows = len(SAMPLE_TEMPERATURES)
-    settings = Sampling(SAMPLE_TOKENS, SAMPLE_TEMPERATURES)
-    with run.runtime.engine.autocast():
-        *_, continuations = sample(
-            run.model, tokenizer, [tokens] * rows, settings, [0] * rows, stop_early=False
-        )
-    step = f"step-{run.state.step:08d}"
-    checkpoint = f"checkpoint {step}" if is_saving else "no checkpoint of this step"
-    texts = [f"## step {run.state.step}, loss {val_loss:.4f}, {checkpoint}", f"prompt {prompt!r}"]
-    for temperature, continuation in zip(SAMPLE_TEMPERATURES, continuations, strict=True):
-        texts.append(f"temperature {temperature}\n```\n{prompt}{continuation.text}\n```")
-    if run.runtime.is_main:
-        path = run.dir / "samples.md"
-        with dispensable(path), open_own(path, "a", encoding="utf-8") as file:
-            file.write("\n".join(texts) + "\n\n")
-
-
-def prompt_of_samples(run: Run) -> list[int]:
-    """The tokens of run.sample_prompt, or else the first ones of the held-out text."""
-    tokenizer = run.data.tokenizer
-    prompt = run.config.run.sample_prompt
-    if prompt:
-        return tokenizer.encode(prompt) or [tokenizer.eot]
-    held_out = next(iter(run.data.val.values()))
-    data = run.config.data
-    (tokens,) = held_out.read([0], data.seq_len, data.stride)
-    first = tokens[: min(PROMPT_TOKENS, data.seq_len)].tolist()
-    if tokenizer.eot in first:  # of one document only
-        first = first[: first.index(tokenizer.eot)]
-    return first or [tokenizer.eot]
 
 
 def save(run: Run, last: bool) -> None:
@@ -458,11 +436,31 @@ def save(run: Run, last: bool) -> None:
         "state.json": state,
     }
     texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
+    texts[CARD] = write_card(facts_of_card(run))
     with run.metrics.pause("save", run.state.step):
         report_saving(run, run.saver.finish)
         run.saver.begin(run.state.step, spec, runtime.engine.owned, texts, tokenizer)
         if last:
             run.saver.finish()
+
+
+def facts_of_card(run: Run) -> CardFacts:
+    """What the model card of this step tells."""
+    config = run.config
+    spec = config.model_spec(run.data.tokenizer.vocab_size)
+    sources, held_out = run.data.public_facts(config.data)
+    return CardFacts(
+        config=config,
+        spec=spec,
+        parameters=hf.number_of_parameters(spec),
+        flops_per_token=flops_per_token(spec),
+        step=run.state.step,
+        steps=run.steps,
+        tokens=run.state.tokens,
+        sources=sources,
+        held_out=held_out,
+        curve=run.state.curve,
+    )
 
 
 def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:
@@ -505,30 +503,4 @@ def what_next(run: Run, reason: str) -> str:
     return (
         f"unfinished: run.stop_after={run.state.step}{of_steps} steps; the same command without"
         " run.stop_after, or with a larger one, goes on"
-    )
-
-
-def training_batches(run: Run) -> Batches:
-    """The batches from the run's step on. All ranks."""
-    config = run.config
-    data = run.data
-    runtime = run.runtime
-    reader = data.open_reader(
-        config.data,
-        state=run.state.streams,
-        rank=runtime.rank,
-        world=runtime.world_size,
-        unit=run.layout.unit,
-        channel=runtime.reading,
-    )
-    return Batches(
-        reader,
-        config.data,
-        run.layout,
-        runtime.device,
-        eot=data.tokenizer.eot,
-        first_step=run.state.step,
-        stepped_over=run.state.stepped_over,
-        dropout_seed=config.run.seed if config.model.dropout > 0 else None,
-        hash_rows=config.run.log_batch_hash,
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.config import OptimConfig
 
 Group = dict[str, Any]  # one of optimizer.param_groups: its parameters and their settings
@@ -373,7 +374,7 @@ class Muon(torch.optim.Optimizer):
 
         They travel in the type of the iteration, so nothing is lost. All ranks.
         """
-        share = -(-len(nesterov) // division.world_size)
+        share = ceil_div(len(nesterov), division.world_size)
         start = division.rank * share
         mine = nesterov[start : start + share]
         # A rank that has fewer matrices than others orthogonalises the last one again.

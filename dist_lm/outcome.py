@@ -16,10 +16,8 @@ DIST_LM_START_ID of its launch script. `after` of that script reads the file and
 
 import contextlib
 import json
-import math
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -35,11 +33,11 @@ from dist_lm import metrics
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.console import count, dispensable, printable
 from dist_lm.disk import open_own
+from dist_lm.environment import environment_number, own_rank
 from dist_lm.errors import (
     CODES,
     CheckpointError,
     UserError,
-    environment_number,
     in_a_line,
     kind,
     one_line,
@@ -48,6 +46,7 @@ from dist_lm.errors import (
 from dist_lm.launcher import end_stopped_ranks, has_lost_a_rank
 from dist_lm.lock import RunLock
 from dist_lm.outside import CheckedModel, Count, Text, check, read_json
+from dist_lm.stop import Stop
 
 _LARGEST = 2**18  # bytes of outcome.json, whose reason is one line
 # After a signal during start-up, how long the ranks may still take to meet: imports take seconds on
@@ -82,61 +81,6 @@ TRAIN = Command(
         "launch/torchrun.sh",
     ),
 )
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Stop:
-    """Whether this process was told to stop: by a signal, or by the clock (DIST_LM_STOP_AT).
-
-    SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop at the next agreed step; a second Ctrl-C
-    stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        # The variable has seconds since 1970, by the scheduler's clock. Later changes of our clock
-        # do not matter.
-        stop_at = _end_of_job()
-        self._deadline = time.monotonic() + stop_at - time.time()
-
-    def listen(self) -> None:
-        self._arrived, writing = os.pipe()
-        os.set_blocking(writing, False)
-        # The number of a signal is written there at once. self._ask() has to wait until the main
-        # thread returns from C code, which it may not do as long as a rank is missing.
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def wait_for_signal(self) -> str:
-        """Wait until a signal asks for a stop, and return its name. For a thread of its own."""
-        while True:
-            for number in os.read(self._arrived, 64):
-                if number in STOP_SIGNALS:
-                    return signal.Signals(number).name
-
-    @staticmethod
-    def ignore() -> None:
-        """From here on signals change nothing. Python would reset them to deadly at its exit."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
-        if _rank() == 0:  # not print(): a handler may interrupt a print
-            text = f"{self.reason}: stopping at the next step, with a checkpoint\n"
-            with contextlib.suppress(OSError):  # standard error may be gone
-                os.write(2, text.encode())
-
-    @property
-    def requested(self) -> bool:
-        if not self.reason and time.monotonic() > self._deadline:
-            self.reason = "the time of the job ends"
-        return bool(self.reason)
 
 
 class Outcome(CheckedModel):
@@ -206,8 +150,8 @@ class Attempt:
         """Record why, and end the process: nothing that waits for other ranks may be called."""
 
         def record() -> None:
-            time.sleep(min(_rank(), 1))  # rank 0 comes first
-            if _rank() == 0 or not self.is_recorded:
+            time.sleep(min(own_rank(), 1))  # rank 0 comes first
+            if own_rank() == 0 or not self.is_recorded:
                 self.record(kind, reason)
 
         recorder = threading.Thread(target=record, daemon=True)
@@ -304,7 +248,7 @@ class Attempt:
         """
         try:
             reason = work()
-            if _rank() == 0:
+            if own_rank() == 0:
                 self.record("preempted" if reason else "done", reason)
         except UserError as error:
             self._record_refusal(error)
@@ -315,8 +259,8 @@ class Attempt:
             os._exit(130)  # at once: nothing waits for peers
         except Exception as error:
             traceback.print_exc()
-            if _rank() == 0 or not self.is_recorded:
-                where = f"rank {_rank()} on {socket.gethostname()}"
+            if own_rank() == 0 or not self.is_recorded:
+                where = f"rank {own_rank()} on {socket.gethostname()}"
                 self.record("retryable", f"{where}: {in_a_line(error)}")
             self.lock.release()
             sys.stdout.flush()
@@ -334,7 +278,7 @@ class Attempt:
 
         Where another run has the folder, each rank tells the launch script of its own node.
         """
-        rank = _rank()
+        rank = own_rank()
         if rank:
             self._wait_for_record(seconds=5)
         if rank == 0 or not self.is_recorded:
@@ -350,35 +294,6 @@ class Attempt:
             if self.is_recorded or self.lock.is_anothers():
                 return
             time.sleep(0.1)
-
-
-def refuse_bad_environment() -> None:
-    """Refuse what a launcher has set wrongly, before it is used anywhere."""
-    for name in ("LOCAL_RANK", "MASTER_PORT", "DIST_LM_ATTEMPT"):
-        environment_number(name, 0)
-    _end_of_job()
-    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        if environment_number(name, 1) < 1:
-            raise UserError(f"{name}=0 must be at least 1; nearest: 1, or unset it")
-    world = environment_number("WORLD_SIZE", 1)
-    if _rank() >= world:
-        raise UserError(f"RANK={_rank()} must be below WORLD_SIZE={world}; nearest: {world - 1}")
-
-
-def _end_of_job() -> float:
-    """When the job ends, in seconds since 1970; never without a scheduler."""
-    text = os.environ.get("DIST_LM_STOP_AT") or "inf"
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise UserError(f"DIST_LM_STOP_AT={text} must be a time in seconds since 1970; or unset it")
-    return seconds
-
-
-def _rank() -> int:
-    return environment_number("RANK", 0)
 
 
 def main(argv: list[str]) -> None:
@@ -413,11 +328,10 @@ def answer_after(folder: Path, number: int, code: str) -> int:
     if attempt.read_refusal():
         attempt.forget_refusal()
     ending = outcome["class"]
-    print(
-        f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}:"
-        f" {printable(str(outcome['reason']))}",
-        file=sys.stderr,
-    )
+    line = f"{folder}: {ending} at step {outcome['step']}, attempt {outcome['attempt']}"
+    if outcome["reason"]:
+        line += f": {printable(str(outcome['reason']))}"
+    print(line, file=sys.stderr)
     failures = outcome["failures"]
     if failures >= PATIENCE and ending in ("retryable", "preempted"):
         print(

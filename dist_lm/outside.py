@@ -23,6 +23,7 @@ from dist_lm.console import printable
 from dist_lm.errors import UserError
 
 LARGEST = 128 * 2**20  # bytes of a file
+LARGEST_NUMBER = 2**64 - 1  # larger whole numbers fit into no array
 DEEPEST = 64  # levels of nesting; our own files have less than 10, a tokenizer less than 20
 _LONGEST_NAME = 200  # characters of a file name. A cache puts some before it; 255 are allowed.
 _LONGEST_PART = 60  # characters that a message shows of a field's name
@@ -92,17 +93,17 @@ def read_bytes(path: Path, refuse: Refuse, largest: int = LARGEST) -> bytes:
     return data
 
 
-def parse_json(data: bytes | str, refuse: Refuse) -> Any:
+def parse_json(data: bytes | str, refuse: Refuse, largest_number: int = LARGEST_NUMBER) -> Any:
     """The content of JSON text, within bounds.
 
     Refused are: a name that stands twice in an object, for which readers take different values;
-    nesting deeper than DEEPEST; whole numbers of more than 64 bits; and half characters.
+    nesting deeper than DEEPEST; whole numbers above `largest_number`; and half characters.
     NaN passes, because a loss may be one; a `CheckedModel` refuses it.
     """
     try:
         text = data if isinstance(data, str) else data.decode()
         content = json.loads(text, object_pairs_hook=_object)
-        _check_values(content)
+        _check_values(content, largest_number)
     except RecursionError as error:
         raise refuse(f"not usable JSON: deeper than {DEEPEST} levels") from error
     except UnicodeError as error:
@@ -114,9 +115,11 @@ def parse_json(data: bytes | str, refuse: Refuse) -> Any:
     return content
 
 
-def read_json(path: Path, refuse: Refuse, largest: int = LARGEST) -> dict[str, Any]:
+def read_json(
+    path: Path, refuse: Refuse, largest: int = LARGEST, largest_number: int = LARGEST_NUMBER
+) -> dict[str, Any]:
     """The JSON object in a regular file of at most `largest` bytes."""
-    content = parse_json(read_bytes(path, refuse, largest), refuse)
+    content = parse_json(read_bytes(path, refuse, largest), refuse, largest_number)
     if not isinstance(content, dict):
         raise refuse(f"must be a JSON object, not a {type(content).__name__}")
     return content
@@ -152,7 +155,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _check_values(content: Any) -> None:
+def _check_values(content: Any, largest_number: int) -> None:
     """Refuse content that is too deep, or holds a value that others could not use.
 
     Goes down level by level, so that no depth can exhaust the stack.
@@ -167,17 +170,17 @@ def _check_values(content: Any) -> None:
             elif isinstance(value, list):
                 below += value
             else:
-                _check_value(value)
+                _check_value(value, largest_number)
         if not below:
             return
         level = below
     raise ValueError(f"deeper than {DEEPEST} levels")
 
 
-def _check_value(value: Any) -> None:
+def _check_value(value: Any, largest_number: int) -> None:
     if isinstance(value, str):
         # Only an escape like \ud800 makes a half character; it can be neither printed nor encoded.
         if not value.isascii():
             value.encode()
-    elif isinstance(value, int) and not -(2**63) <= value < 2**64:
+    elif isinstance(value, int) and not -(2**63) <= value <= largest_number:
         raise ValueError(f"{reprlib.repr(value)} is not a number of 64 bits")

@@ -22,21 +22,14 @@ from dist_lm.config import Config
 from dist_lm.console import count
 from dist_lm.errors import CheckpointError, DataError, UserError
 from dist_lm.history import open_data
-from dist_lm.loop import (
-    add_gradients,
-    agree_on_first_step,
-    sum_of_hashes,
-    take_batch,
-    training_batches,
-)
+from dist_lm.loop import Pending, begin, end_reading, make_step
 from dist_lm.metrics import read_lines
 from dist_lm.model import hf
-from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import ResumePoint, Run, build
 from dist_lm.runtime.exact import saved_tensors
 from dist_lm.runtime.fixed_point import spell
-from dist_lm.runtime.late import LateFigures
+from dist_lm.runtime.late import Moment
 from dist_lm.runtime.start import start
 from dist_lm.runtime.world import Runtime
 from dist_lm.spikes import Ranges, with_range
@@ -103,8 +96,7 @@ def _verify(runtime: Runtime, config: Config, first: int, last: int) -> list[str
         f" {count(runtime.world_size, 'process', 'processes')}"
     )
     found = _other_weights(run, chosen) or _compare_steps(run, history, last)
-    if run.batches:
-        run.batches.close()
+    end_reading(run)
     return found
 
 
@@ -186,27 +178,24 @@ def _stand_at(runtime: Runtime, config: Config, chosen: str | None) -> Run:
 def replay(run: Run) -> Iterator[tuple[int, Step]]:
     """Make step after step: its number from 1, and what it was. All ranks."""
     runtime = run.runtime
-    run.batches = training_batches(run)
-    batch = take_batch(run, run.batches)
-    targets, _ = agree_on_first_step(run, batch)
+    run.has_begun = True  # a replay is no start of the run, so none is recorded
+    batch, targets, _ = begin(run)
     while True:
-        lr = lr_at(run.config.optim, run.state.step, run.steps or 0)
-        set_lr(run.optimizer, lr)
-        add_gradients(run, batch, targets)
-        runtime.engine.update()
-        made = _made(run, lr, sum_of_hashes(run, batch))
+        pending, next_batch, targets = make_step(run, batch, targets, Moment(runtime.device))
+        *_, are_refusing = pending.figures.read()
+        runtime.refuse_together(are_refusing)
         run.state.advance(batch.after)
-        yield run.state.step, made
-        batch = take_batch(run, run.batches)
-        targets, _ = agree_on_first_step(run, batch)
+        yield pending.step, _made(pending)
+        batch = next_batch
 
 
-def _made(run: Run, lr: float, batch_hash: LateFigures | None) -> Step:
-    hashes = run.runtime.engine.gradient_hashes()
-    assert hashes is not None, "run.exact has hashes"
-    of_sum, *of_units = map(spell, hashes.tolist())
-    of_batch = spell(batch_hash.read()[0]) if batch_hash else ""
-    return Step(lr=lr, grad_hash=of_sum, batch_hash=of_batch, unit_hashes=of_units)
+def _made(pending: Pending) -> Step:
+    assert pending.gradient_hashes, "run.exact has hashes"
+    of_sum, *of_units = map(spell, pending.gradient_hashes.read())
+    of_batch = ""
+    if pending.batch_hash:
+        of_batch = spell(*pending.batch_hash.read())
+    return Step(lr=pending.lr, grad_hash=of_sum, batch_hash=of_batch, unit_hashes=of_units)
 
 
 def _compare_steps(run: Run, history: History, last: int) -> list[str]:

@@ -5,7 +5,6 @@ is found out before anything is built: a run that is finished ends at once.
 """
 
 import gc
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from dist_lm import families
+from dist_lm.arithmetic import ceil_div
 from dist_lm.checkpoint.folder import (
     locate,
     newest_valid,
@@ -152,7 +152,7 @@ def _last_step(config: Config, steps: int | None, facts: Mapping[str, Any]) -> i
         ends.append(steps - stepped_over)
     used_up = facts.get("streams", {}).get("end")  # the first position that streams do not fill
     if used_up:
-        ends.append(-(-used_up // config.data.global_batch) - stepped_over)
+        ends.append(ceil_div(used_up, config.data.global_batch) - stepped_over)
     return min(ends)
 
 
@@ -190,8 +190,9 @@ def refuse_other_mathematics(
         )
 
 
-def _grows(before: int | None, after: int | None) -> bool:
-    return before is not None and after is not None and after > before
+def _grows(before: object, after: int | None) -> bool:
+    """Whether a number grows. The one before comes from state.json, and may be anything."""
+    return type(before) is int and after is not None and after > before
 
 
 # --- building
@@ -413,8 +414,7 @@ def _describe_size(run: Run) -> None:
     """How large model, step and run are."""
     config = run.config
     data = run.data
-    shapes = hf.shapes(config.model_spec(data.tokenizer.vocab_size))
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    parameters = hf.number_of_parameters(config.model_spec(data.tokenizer.vocab_size))
     plural = "steps" if run.steps else "passes"
     length = count(run.steps or config.run.epochs or 0, "step" if run.steps else "pass", plural)
     run.runtime.say(

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dist_lm.arithmetic import round_up
 from dist_lm.data.tokenizer import StreamDecoder, Tokenizer
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.model.cache import KVCache
@@ -97,7 +98,7 @@ def window_start(length: int, seq_len: int) -> int:
     It moves on by half a context when it is full.
     """
     hop = seq_len - seq_len // 2
-    return max(0, -(-(length - seq_len) // hop)) * hop
+    return max(0, round_up(length - seq_len, hop))
 
 
 def lay_out_for_decoding(model: GPT) -> None:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.config import Config, total_steps
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import find_prepared, read_manifest
@@ -80,7 +81,7 @@ def checkpoints_kept(config: Config, steps: int) -> int:
     run = config.run
     if not run.save_every:
         return 1  # the last one
-    saves = -(-steps // run.save_every)
+    saves = ceil_div(steps, run.save_every)
     best = 1 if run.eval_every else 0
     multiples = 0
     if run.keep_every:

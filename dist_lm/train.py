@@ -16,7 +16,8 @@ def main(argv: list[str]) -> None:
     from pathlib import Path
 
     from dist_lm.cli import load
-    from dist_lm.outcome import TRAIN, Attempt, refuse_bad_environment
+    from dist_lm.environment import refuse_bad_environment
+    from dist_lm.outcome import TRAIN, Attempt
 
     config, flags = load(argv, TRAIN)
     refuse_bad_environment()

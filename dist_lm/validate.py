@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.config import NO_TARGET, BatchLayout, Config
 from dist_lm.data.batches import Batches
 from dist_lm.data.mix import PreparedReader
@@ -30,7 +31,7 @@ def validate(
     data = config.data
     available = sum(shards.counts(data.seq_len, data.stride))
     sequences = min(available, config.run.eval_batches * data.global_batch)
-    steps = -(-sequences // data.global_batch)
+    steps = ceil_div(sequences, data.global_batch)
     source = PreparedSource(
         "val", shards, data.seq_len, data.stride, seed=_ORDER_SEED, end=sequences
     )

@@ -186,8 +186,11 @@ for ((start = 0; ; start++)); do
     code=$?
     ending=$("$PYTHON" -m dist_lm.outcome after "$DIST_LM_ATTEMPT" "$code" "${train[@]}" 2>&1)
     code=$?
-    # Only of a run that is done (0) or was preempted (75) the launcher's words are of no use.
-    [[ $code == 0 || $code == 75 ]] || (cat "$held" >&2)
+    # Where our own line says why the run ended (done, preempted, or refused), the launcher's words add nothing.
+    case $code in
+        0 | 2 | 65 | 66 | 75 | 76 | 77) ;;
+        *) (cat "$held" >&2) ;;
+    esac
     rm -f "$held"
     (echo "$ending" >&2)
     [[ $code == 70 && $start -lt $restarts ]] || exit "$code"

@@ -20,7 +20,7 @@ from dist_lm.data.prepared.preparing import prepare_dataset
 from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.model import hf
 from dist_lm.model.gpt import GPT
-from dist_lm.outcome import STOP_SIGNALS
+from dist_lm.stop import STOP_SIGNALS
 
 torch.set_num_threads(1)
 

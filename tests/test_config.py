@@ -23,7 +23,8 @@ from dist_lm.config import (
     Stage,
     batch_layout,
 )
-from dist_lm.errors import OTHER_NAMES, UserError
+from dist_lm.errors import UserError
+from dist_lm.nearest import OTHER_NAMES
 from dist_lm.outcome import TRAIN
 from tests.procs import ROOT, clean_env, train
 

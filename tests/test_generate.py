@@ -33,6 +33,7 @@ GPT2 = ModelConfig(
 )
 FAMILIES = {
     "llama": LLAMA,
+    "qwen3": LLAMA.model_copy(update={"qk_norm": True}),
     "gpt2": GPT2,
     "openai-gpt": GPT2.model_copy(update={"norm_placement": "post"}),
 }

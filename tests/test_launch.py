@@ -170,6 +170,16 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_refusal_of_the_data_is_told_without_the_launchers_words(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    run = tmp_path / "run"
+    said = launch("torchrun", "--run.dir", str(run), "--data.input", str(empty), code=65)
+    assert "no document with text in 1 file" in said and outcome(run)["class"] == "data"
+    assert "Traceback" not in said and "FAILED" not in said, said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun", "accelerate"])
 def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     prepared: Path, tmp_path: Path, script: str

@@ -14,17 +14,18 @@ CODE = ROOT / "dist_lm"
 # Each room may import rooms of its own or an earlier level; nothing imports a command.
 # A wing (a folder) is named by its folder: its files may import each other.
 LEVELS = [
-    {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"},
+    {"errors", "console", "outside", "disk", "channel", "launcher", "revision", "shipped"}
+    | {"arithmetic", "environment", "nearest", "stop"},
     {"config", "lock", "safe_yaml"},
     {"explain", "helptext", "families", "pretrained"},
-    {"cli", "metrics", "optim", "outcome"},
+    {"cli", "metrics", "progress_line", "optim", "outcome"},
     {"curves", "goodput"},
     {"model", "data"},
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
     {"scoring", "history", "planning", "checks"},
-    {"resume", "spikes", "safeguards", "loop", "replay"},
+    {"resume", "spikes", "safeguards", "evaluation", "loop", "replay"},
     {
         "prepare",
         "train",

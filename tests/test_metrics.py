@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from dist_lm import metrics
+from dist_lm import metrics, progress_line
 from dist_lm.console import duration, shorten
 from dist_lm.curves import draw_curves, run_names, smooth, trailing_means
 from dist_lm.errors import UserError
@@ -54,6 +54,7 @@ def clock(monkeypatch):
 
     clock = Clock()
     monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(progress_line, "time", clock)
     return clock
 
 
@@ -300,7 +301,9 @@ def test_a_stopped_run_prints_its_last_step(tmp_path, capsys, clock):
 
 def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(metrics.shutil, "get_terminal_size", lambda: os.terminal_size((50, 24)))
+    monkeypatch.setattr(
+        progress_line.shutil, "get_terminal_size", lambda: os.terminal_size((50, 24))
+    )
     recorder = make(tmp_path)
     for n in (1, 2, 3):  # step 2 comes too soon after step 1
         clock.now += 0.06

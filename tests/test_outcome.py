@@ -15,7 +15,8 @@ import pytest
 
 from dist_lm.checkpoint.folder import step_folders, verify
 from dist_lm.errors import CODES, DataError, UserError, kind
-from dist_lm.outcome import Attempt, Stop, read
+from dist_lm.outcome import Attempt, read
+from dist_lm.stop import Stop
 from tests.procs import clean_env, entry, finish, free_port, start_ranks, train
 from tests.test_train import losses, tiny, wait_for_step
 

@@ -95,6 +95,13 @@ def test_a_hostile_command_line_is_answered_in_one_line(name: str) -> None:
     assert answer(COMMAND_LINES[name].split(" "))
 
 
+def test_a_huge_value_does_not_make_a_huge_error() -> None:
+    """Beginning and end stay: the field and the rule."""
+    error = UserError(f"optim.eps={'9' * 10_000}; rule: a small number")
+    assert len(str(error)) < 2_100
+    assert str(error).startswith("optim.eps=9") and str(error).endswith("; rule: a small number")
+
+
 def test_a_date_is_a_text(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("run: {dir: 2024-13-45}")

@@ -233,6 +233,7 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys):
             r"--data\.tokenizer: score takes it from --ckpt; rule: .*",
         ),
         ("--ckpt RUN --ckp x", r"unknown flag --ckp; did you mean --ckpt\?"),
+        ("--run RUN", r"unknown flag --run; did you mean --ckpt\?"),
         (
             "--ckpt RUN --data.seq_len 64",
             r"data\.seq_len=64 exceeds the context of .*-00000003; nearest: 32",

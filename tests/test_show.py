@@ -142,6 +142,7 @@ def test_nothing_drives_the_terminal():
             "--rank=2 must be a whole number from 0 to 1; nearest: 1",
             2,
         ),
+        (["--run", "RUN", "--step", "1"], "unknown flag --run; rule: RUN stands without a flag", 2),
         (["RUN", "--stop", "1"], "unknown flag --stop; did you mean --step?", 2),
         (
             ["--step", "1"],

@@ -77,6 +77,7 @@ def assert_same_bits(step: Path, other: Path) -> None:
     a, b = tensors(step), tensors(other)
     assert a.keys() == b.keys() and len(a) > 20
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert (step / "README.md").read_bytes() == (other / "README.md").read_bytes()
 
 
 # --- the same curve

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm import outside
-from dist_lm.errors import CheckpointError, UserError, nearest
+from dist_lm.errors import CheckpointError, UserError
+from dist_lm.nearest import nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
 
 FORMAT = 1  # of the manifest

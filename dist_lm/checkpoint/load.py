@@ -33,6 +33,11 @@ def read_description(folder: Path) -> ModelSpec:
     return families.from_config_json(read_json(folder / "config.json"))
 
 
+def _layout(folder: Path, spec: ModelSpec) -> list[hf.Entry]:
+    """Every tensor of a folder, as its config.json names them."""
+    return hf.layout_in(spec, read_json(folder / "config.json").get("model_type"))
+
+
 def tokenizer_hash(folder: Path) -> str | None:
     """Hash of the tokenizer that lies with a model, if one does."""
     if not (folder / "tokenizer.json").is_file():
@@ -44,7 +49,7 @@ def read_weights(folder: Path, spec: ModelSpec, average: bool = False) -> dict[s
     """The weights by our parameter names, on CPU; or the moving average that the run kept."""
     if not average:
         with _open_tensors(folder, ["model"]) as get:
-            return hf.import_tensors(spec, get)
+            return hf.import_tensors(spec, get, _layout(folder, spec))
     with _open_tensors(folder, ["optimizer"]) as get:
         try:
             return hf.import_tensors(spec, get, hf.own_layout(spec, "ema"))
@@ -79,7 +84,7 @@ def restore(folder: Path, spec: ModelSpec, owned: Iterable[OwnedSlice], optimize
     """
     in_folder = replace(spec, seq_len=read_description(folder).seq_len)
     entries: dict[str, list[hf.Entry]] = {}
-    for entry in hf.layout(in_folder):
+    for entry in _layout(folder, in_folder):
         entries.setdefault(entry.param, []).append(entry)
     shapes = hf.shapes(spec)
     stems = ["model", "optimizer"] if optimizer else ["model"]

@@ -14,6 +14,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from dist_lm import __version__
+from dist_lm.checkpoint.curve import Curve, CurveFacts
 from dist_lm.checkpoint.folder import damaged, read_json, verify
 from dist_lm.config import Config
 from dist_lm.outside import CheckedModel, Count, Text, check
@@ -36,6 +37,7 @@ class TrainState:
     recent: list[list[float]] = field(default_factory=list)
     # Ranges of global batches that the run steps over, as data/order.py means them.
     stepped_over: list[list[int]] = field(default_factory=list)
+    curve: Curve = field(default_factory=Curve)
 
     def advance(self, streams: dict[str, Any]) -> None:
         """An update was made; the raw sources stand at `streams` now."""
@@ -53,6 +55,7 @@ class TrainState:
             streams=facts.get("streams", {}),
             recent=[list(figures) for figures in facts.get("recent", [])],
             stepped_over=[list(part) for part in facts.get("stepped_over", [])],
+            curve=Curve.restored(facts.get("curve", {})),
         )
 
 
@@ -135,6 +138,7 @@ class StateFacts(CheckedModel):
     streams: dict[str, Any] = Field({})
     recent: list[LossAndNorm] = Field([])
     stepped_over: Annotated[list[Range], Field(max_length=_MOST_RANGES)] = Field([])
+    curve: CurveFacts = CurveFacts()
     strategy: Text
     world_size: Count
     scaler: dict[str, float]

@@ -1,9 +1,8 @@
 """Refuse inputs whose tokens are not those of the model that a run starts from."""
 
 from dist_lm.config import Config
-from dist_lm.data.dataset import tokenizer_of
 from dist_lm.data.prepared.found import prepared_folders
-from dist_lm.data.tokenizer import Tokenizer, load_tokenizer
+from dist_lm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from dist_lm.data.tokenizer_training import is_trained_spec, train_tokenizer
 from dist_lm.errors import UserError
 from dist_lm.pretrained import Pretrained, find_model

@@ -8,8 +8,6 @@ a resumed run can refuse other data.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,34 +15,30 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import RootModel
-
-from dist_lm.config import Config, DataConfig, SourceConfig, total_steps
+from dist_lm.config import Config, DataConfig, total_steps
 from dist_lm.console import count, notice
+from dist_lm.data.groundwork import Groundwork, prepare_alone
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.mix import MixtureReader, PreparedReader, StepReader
 from dist_lm.data.order import FOR_SHARDS_IN_A_MIXTURE, FOR_STREAM, hash_words
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.holdout import document_hash, held_out
-from dist_lm.data.prepared.kept import keep_validation, learn_tokenizer, read_hashes
+from dist_lm.data.prepared.kept import validation_hashes
 from dist_lm.data.prepared.manifest import find_prepared
 from dist_lm.data.prepared.parts import open_shards, parts_of
-from dist_lm.data.prepared.preparing import preparation_of, prepare_dataset
+from dist_lm.data.prepared.preparing import preparation_of
+from dist_lm.data.prepared.progress import Say
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.prepared.shards import TokenShards
-from dist_lm.data.remote import fetch_small, is_remote
+from dist_lm.data.public_facts import PublicFacts, facts_of_shards
 from dist_lm.data.sources import PreparedSource, Source, StreamSource
-from dist_lm.data.text.files import Part, TextFile, find_files
+from dist_lm.data.text.files import Part, TextFile
 from dist_lm.data.text.formats import Reader
-from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.disk import write_json
-from dist_lm.errors import DataError, UserError
-from dist_lm.outside import check, read_json
+from dist_lm.data.tokenizer import Tokenizer, tokenizer_of
+from dist_lm.errors import DataError
 
 if TYPE_CHECKING:
     from dist_lm.channel import Channel
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,16 @@ class Dataset:
             if isinstance(source, PreparedSource):
                 found.append(source.shards)
         return found
+
+    def public_facts(self, data: DataConfig) -> tuple[list[PublicFacts], list[PublicFacts]]:
+        """What a model card tells of the sources, and of the validation sets."""
+        specs = data.named_sources()
+        sources = [source.public_facts(specs[name]) for name, source in self.sources.items()]
+        held_out = []
+        for name, shards in self.val.items():
+            spec = data.validation.get(name, data.as_source())
+            held_out.append(facts_of_shards(name, spec, shards))
+        return sources, held_out
 
     def steps(self, config: Config) -> int | None:
         """The length of the run in steps; None: it lasts until the data ends."""
@@ -135,14 +139,10 @@ def open_dataset(
     prepared = _prepared_inputs(data)
     if _is_one_folder(data):
         (name,) = data.named_sources()
-
-        def prepare() -> None:  # the manifest is read again by each rank
-            prepare_dataset(data, folder, _cores(), say, name)
-
         if not prepared:
-            on_main(prepare)
+            on_main(lambda: prepare_alone(data, folder, name, say))
         return _open_prepared(config, name, prepared.get(name, [str(folder)]), training)
-    streams = on_main(lambda: _Preparation(config, folder, prepared, say).run())
+    streams = on_main(lambda: Groundwork(config, folder, prepared, say).run())
     return _open_sources(config, folder, prepared, streams)
 
 
@@ -156,8 +156,7 @@ def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list
     folder = Path(config.run.dir) / "data"
     prepared = _prepared_inputs(data)
     if not _is_one_folder(data):
-        preparation = _Preparation(config, folder, prepared, say)
-        files = preparation.look()
+        files = Groundwork(config, folder, prepared, say).look()
         if not files:
             _open_sources(config, folder, prepared, {})
         return prepared, files
@@ -205,7 +204,7 @@ def _is_one_folder(data: DataConfig) -> bool:
     return len(data.named_sources()) == 1 and not data.stream and not data.validation
 
 
-# --- opening, on all ranks
+# --- opening
 
 
 def _open_prepared(config: Config, name: str, folders: Sequence[str], training: bool) -> Dataset:
@@ -226,7 +225,7 @@ def _open_sources(
     specs = data.named_sources()
     (first, *_) = next(iter(prepared.values()), [str(folder)])
     tokenizer = tokenizer_of(first)
-    excluded = _validation_hashes(config, folder)
+    excluded = validation_hashes(folder, data.validation)
     sources: dict[str, Source] = {}
     alone = None
     for name in specs:
@@ -303,26 +302,6 @@ def _keep(
     return None if held_out(number, val_fraction) or number in excluded else texts
 
 
-def tokenizer_of(folder: str) -> Tokenizer:
-    """The tokenizer of a prepared folder or URL, or of a run's data folder."""
-    if not is_remote(folder):
-        return Tokenizer.load(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            Path(scratch, name).write_bytes(fetch_small(f"{folder}/{name}"))
-        return Tokenizer.load(scratch)
-
-
-def _validation_hashes(config: Config, folder: Path) -> frozenset[int]:
-    """Hashes of the documents of data.validation, which are never trained on."""
-    hashes: set[int] = set()
-    for name in config.data.validation:
-        file = folder / "val" / name / "documents.json"
-        if file.is_file():
-            hashes.update(read_hashes(file))
-    return frozenset(hashes)
-
-
 def _checked(
     config: Config,
     sources: dict[str, Source],
@@ -386,183 +365,3 @@ def _refuse_unknown_text(name: str, shards: TokenSequences) -> None:
             f" {unknown:,} tokens are unknown; rule: text in the alphabet of what is"
             " trained on; nearest: another data.validation, or data.tokenizer=byte"
         )
-
-
-# --- preparing, on rank 0
-
-
-class _Preparation:
-    """Makes ready what the sources need: a tokenizer, validation documents, shards, lists of files.
-
-    Each step finds what an earlier start of the run has made, and leaves it as it is.
-    """
-
-    def __init__(self, config: Config, folder: Path, prepared: Mapping[str, list[str]], say: Say):
-        self._config = config
-        self._folder = folder  # where everything is put
-        self._prepared = prepared  # inputs that are prepared folders, by name
-        self._say = say
-        data = config.data
-        self._raw = self._readers(data.named_sources())  # sources that are text
-        self._raw_validation = self._readers(data.validation)
-        # Tokens of a validation set: as many as an evaluation reads.
-        self._val_tokens = config.run.eval_batches * data.global_batch * data.seq_len + 1
-
-    def run(self) -> dict[str, dict[str, list[Any]]]:
-        """Make everything ready; the files and parts of each stream."""
-        data = self._config.data
-        self._folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = self._make_tokenizer()
-        for name, reader in self._raw_validation.items():
-            self._keep_validation(name, reader, tokenizer, whole=True)
-        excluded = _validation_hashes(self._config, self._folder)
-        if excluded and self._prepared:
-            self._say(
-                "warning: prepared folders are trained on as they are: documents of"
-                " data.validation may be in them"
-            )
-        if not data.stream:
-            for name in self._raw:
-                own = self._folder / "sources" / name
-                prepare_dataset(data, own, _cores(), self._say, name, excluded, tokenizer)
-            return {}
-        record = self._folder / "streams.json"
-        streams = self._find_streams()
-        if streams and not record.is_file():
-            write_json(record, _files_of(streams))
-        for name, reader in self._raw.items():
-            self._describe(name, reader, len(streams[name]["parts"]))
-            if self._config.run.eval_every and data.val_fraction:
-                self._keep_first_held_out(name, reader, tokenizer)
-        return streams
-
-    def look(self) -> list[TextFile]:
-        """The files of all text. Refuses what run() would; nothing is read or written."""
-        if self._prepared:
-            self._make_tokenizer()
-        if self._config.data.stream:
-            self._find_streams()
-        else:
-            for name in self._raw:
-                own = self._folder / "sources" / name
-                preparation_of(self._config.data, own, name, self._say).look()
-        for reader in self._raw_validation.values():
-            reader.refuse_missing_hub()
-        readers = [*self._raw.values(), *self._raw_validation.values()]
-        return [file for reader in readers for file in reader.files]
-
-    def _find_streams(self) -> dict[str, dict[str, list[Any]]]:
-        """The files and parts of each stream, which are as they were when the run began."""
-        streams: dict[str, dict[str, list[Any]]] = {}
-        for name, reader in self._raw.items():
-            parts = reader.parts(self._config.data.lanes)
-            streams[name] = {"files": [*reader.files], "parts": [*parts]}
-        record = self._folder / "streams.json"
-        if record.is_file():
-            _refuse_changed(_files_of(streams), _read_record(record))
-        return streams
-
-    def _readers(self, specs: Mapping[str, SourceConfig]) -> dict[str, Reader]:
-        data = self._config.data
-        readers = {}
-        for name, spec in specs.items():
-            if name not in self._prepared:
-                label = data.field_of(name)
-                readers[name] = Reader(spec, find_files(spec, label), data.bad_rows, label)
-        return readers
-
-    def _make_tokenizer(self) -> Tokenizer:
-        """The one tokenizer of the prepared folders, or else one learned for the run."""
-        if not self._prepared:
-            learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
-            return tokenizer_of(str(self._folder))
-        first, *others = [folder for folders in self._prepared.values() for folder in folders]
-        tokenizer = tokenizer_of(first)
-        for other in others:
-            if tokenizer_of(other).sha256 != tokenizer.sha256:
-                raise DataError(
-                    f"{other} has another tokenizer than {first}; rule: one for all; nearest:"
-                    f" prepare it with --tokenizer {first}"
-                )
-        return tokenizer
-
-    def _keep_validation(
-        self, name: str, reader: Reader, tokenizer: Tokenizer, whole: bool
-    ) -> None:
-        keep_validation(
-            self._config.data,
-            reader,
-            tokenizer,
-            self._folder / "val" / name,
-            self._val_tokens,
-            self._say,
-            whole=whole,
-        )
-
-    def _keep_first_held_out(self, name: str, reader: Reader, tokenizer: Tokenizer) -> None:
-        """Keep a stream's first held-out documents, which validate it."""
-        try:
-            self._keep_validation(name, reader, tokenizer, whole=False)
-        except UserError as error:
-            if not self._config.data.validation:
-                raise
-            self._say(f"warning: no validation of its own for {name}: {error}")
-
-    def _describe(self, name: str, reader: Reader, parts: int) -> None:
-        """Say what of a stream's files a user may not expect."""
-        lanes = self._config.data.lanes
-        if parts < lanes:
-            self._say(
-                f"{reader.spec.title} has {count(parts, 'part')}, so {name} is read in as many"
-                f" lanes, not data.lanes={lanes}"
-            )
-        names = [file.name for file in reader.files]
-        read_again = [file for file in names if not file.endswith((".parquet", ".jsonl"))]
-        if read_again:
-            self._say(
-                f"{name}: a resumed run reads {len(read_again)} of its files, such as"
-                f" {read_again[0]}, from their beginnings"
-            )
-
-
-def _files_of(streams: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, list[list[Any]]]:
-    """The files of each stream, as streams.json has them."""
-    return {name: [list(file) for file in stream["files"]] for name, stream in streams.items()}
-
-
-class _StreamsRecord(RootModel[dict[str, list[tuple[str, str, int, str]]]]):
-    """The files of each stream, as `TextFile`s."""
-
-
-def _read_record(record: Path) -> dict[str, list[list[Any]]]:
-    def refuse(why: str) -> UserError:
-        return DataError(f"{record}: {why}; nearest: a new run.dir")
-
-    content = read_json(record, refuse)
-    check(content, _StreamsRecord, refuse)
-    return content
-
-
-def _refuse_changed(
-    now: Mapping[str, list[list[Any]]], before: Mapping[str, list[list[Any]]]
-) -> None:
-    """Refuse files that are not as they were when the run began: its cursors would not fit them."""
-    rule = "rule: a stream's files stay; nearest:"
-    for name, files in before.items():
-        # Size and mark of each file by its name; the path in between may change.
-        found = {file: marks for file, _, *marks in now.get(name, [])}
-        for file, path, *marks in files:
-            if found.pop(file, None) != marks:
-                raise DataError(
-                    f"{path or file} of {name} changed or vanished since the run began; {rule}"
-                    " restore it, or start a new run.dir"
-                )
-        for file in found:
-            raise DataError(
-                f"{file} of {name} was not there when the run began; {rule} move it away, or start"
-                " a new run.dir"
-            )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -19,7 +19,7 @@ from dist_lm.data.packing import BestFitPacker, ConcatPacker, Document, PackedSe
 from dist_lm.data.text.files import Part
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 
 
 class Amount(NamedTuple):
@@ -99,8 +99,10 @@ class Lane:
     def fill(self, passed: int, wanted: int) -> Status:
         """Read until a pass has `wanted` sequences ready, or all that there are."""
         with self._lock:
+            self._refuse_forgotten(passed)
             while self._ended < passed and self._count(passed) < wanted:
                 self._read_or_fail()
+                self._refuse_forgotten(passed)
             return Status(self._count(passed), self._ended >= passed, self._is_empty)
 
     def read_ahead(self, most: int) -> None:
@@ -124,6 +126,18 @@ class Lane:
             self.cursor = {**START, "pass": taken.passed + 1}
             self.cursor |= _counts(skipped=skipped, left_out=skipped)
         return taken
+
+    def _refuse_forgotten(self, passed: int) -> None:
+        """Refuse a sequence of an earlier pass: it would have been taken before this pass began.
+
+        So a stream that claims to be many passes ahead of its lanes costs one sequence to refute,
+        and not the reading of all these passes.
+        """
+        if self.ready and self.ready[0].passed < passed:
+            raise CheckpointError(
+                f"a lane of {self._spec.name} has text left in pass {self.ready[0].passed}, and the"
+                f" others are in pass {passed}; rule: a state.json that train wrote"
+            )
 
     def _count(self, passed: int) -> int:
         """How many sequences of a pass are ready."""
@@ -233,6 +247,11 @@ class _DocumentReader:
                 break
             if characters >= self._spec.block.characters:
                 break
+        if self._passed_over > len(found):
+            raise CheckpointError(
+                f"a lane of {self._spec.name} stands at document {self._passed_over} of"
+                f" {len(found)}; rule: a state.json that train wrote"
+            )
         begin |= _counts(left_out=self.skipped)
         self._block = islice(self._shuffle(found, begin), self._passed_over, None)
         self._passed_over = 0

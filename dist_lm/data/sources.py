@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dist_lm.config import SourceConfig
 from dist_lm.console import count
 from dist_lm.data.lane import StreamSpec
 from dist_lm.data.order import Ints, sequence_ids
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.provenance import PreparedSearch, PreparedSequence, Search, StreamSearch
+from dist_lm.data.public_facts import PublicFacts, facts_of_files, facts_of_shards
 from dist_lm.data.rows import StepRows
 from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer import Tokenizer
@@ -64,6 +66,9 @@ class Source(Protocol):
 
     def describe(self, weight: float, world: int) -> list[str]:
         """Lines for the start of a run."""
+
+    def public_facts(self, spec: SourceConfig) -> PublicFacts:
+        """What a model card tells of it; `spec` are its settings."""
 
     def identity(self, val_fraction: float) -> list[str]:
         """Marks that are equal where the tokens are."""
@@ -138,6 +143,9 @@ class PreparedSource:
     def describe(self, weight: float, world: int) -> list[str]:
         return [f"source {self.name}: prepared shards; weight {weight}"]
 
+    def public_facts(self, spec: SourceConfig) -> PublicFacts:
+        return facts_of_shards(self.name, spec, self.shards)
+
     def identity(self, val_fraction: float) -> list[str]:
         return self.shards.hashes()
 
@@ -145,7 +153,12 @@ class PreparedSource:
         if self.sequences:
             return
         sizes = self.shards.sizes
-        nearest = max(max(sizes, default=0) - 1, 1)
+        if not sum(sizes):
+            raise DataError(
+                f"{where} has nothing left to train on; rule: the documents of data.validation and"
+                " data.val_fraction are held out; nearest: other text to train on or to hold out"
+            )
+        nearest = max(max(sizes) - 1, 1)
         raise DataError(
             f"data.seq_len={self.seq_len} needs {self.seq_len + 1} tokens in one shard,"
             f" {where} has {sum(sizes)} to train on; nearest: {nearest}"
@@ -186,6 +199,9 @@ class StreamSource:
         parts = f"{count(len(self.spec.parts), 'part')} in {count(lanes, 'lane')}"
         lines.append(f"source {name}: {parts}; weight {weight}")
         return lines
+
+    def public_facts(self, spec: SourceConfig) -> PublicFacts:
+        return facts_of_files(self.spec.name, spec, self.spec.reader.files)
 
     def identity(self, val_fraction: float) -> list[str]:
         reader = self.spec.reader

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.data.lane import Lane, Status, StreamSpec
 from dist_lm.data.order import Ints
 from dist_lm.data.packing import PackedSequence
@@ -54,6 +55,11 @@ class Stream:
             raise CheckpointError(
                 f"a lane of {spec.name} is passes ahead of the others; rule: a state.json that"
                 " train wrote"
+            )
+        if spec.passes is not None and self.passed > spec.passes:
+            raise CheckpointError(
+                f"{spec.name} has made {self.passed} passes of {spec.passes}; rule: a state.json"
+                " that train wrote"
             )
         self._world = world
         self._shift = shift
@@ -111,7 +117,7 @@ class Stream:
                 self._done.add(lane)
             else:
                 missing = count - len(dealt)
-                self._read(waiting, -(-missing // len(waiting)))
+                self._read(waiting, ceil_div(missing, len(waiting)))
         self._read_ahead(2 * count)
         return dealt
 

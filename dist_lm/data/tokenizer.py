@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,10 @@ from tokenizers import decoders
 
 from dist_lm.console import printable
 from dist_lm.data.fast_bpe import SAMPLE, CannotExpress, make_engine
+from dist_lm.data.remote import fetch_small, is_remote
 from dist_lm.data.tokenizer_check import refuse_excess
-from dist_lm.errors import DataError, UserError, did_you_mean
+from dist_lm.errors import DataError, UserError
+from dist_lm.nearest import did_you_mean
 from dist_lm.outside import parse_json, read_bytes, read_json
 from dist_lm.pretrained import find_tokenizer
 
@@ -40,6 +43,7 @@ LONGEST_WORD = 4 * 2**20
 _BREAKS = (re.compile(r"(?<=\S)[ \n\t\r\u3000]"), re.compile(r"(?<=\w)[^\w\s]"))
 _NEARBY = 2**14  # characters before the limit that are searched before all the others
 _LONGEST_REASON = 300  # characters of what the library says
+_NO_LIMIT = int(1e30)  # what transformers writes as model_max_length where there is no limit
 _MOST_TRIED = 256  # of the places found in one search
 
 # In decoders of sentencepiece and WordPiece: marks in tokens, and the text that they stand for.
@@ -364,6 +368,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     )
 
 
+def tokenizer_of(folder: str) -> Tokenizer:
+    """The tokenizer in a prepared folder, at its URL, or in a run's data folder."""
+    if not is_remote(folder):
+        return Tokenizer.load(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            Path(scratch, name).write_bytes(fetch_small(f"{folder}/{name}"))
+        return Tokenizer.load(scratch)
+
+
 def _download(name: str) -> str:
     """The path of a hub tokenizer's tokenizer.json, with its tokenizer_config.json beside it."""
     import huggingface_hub  # slow, and needed for hub names only
@@ -414,7 +428,12 @@ def _eos_token(config_file: Path) -> str | None:
     """The end-of-text token that a tokenizer_config.json names, if there is one."""
     if not config_file.is_file():
         return None
-    token = read_json(config_file, DataError).get("eos_token")
+
+    def refuse(why: str) -> UserError:
+        return DataError(f"{config_file.name}: {why}")
+
+    config = read_json(config_file, refuse, largest_number=_NO_LIMIT)
+    token = config.get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
     name: str | None = token

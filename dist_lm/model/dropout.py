@@ -10,6 +10,8 @@ four elements.
 import torch
 from torch import Tensor
 
+from dist_lm.arithmetic import ceil_div
+
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 LEVELS = 2**16  # of the 16 bits that decide on an element
 
@@ -34,7 +36,7 @@ def dropout(x_BTD: Tensor, keys_B: Tensor | None, rate: float) -> Tensor:
         return x_BTD
     size = x_BTD[0].numel()
     dropped = min(round(rate * LEVELS), LEVELS - 1)
-    counter_W = torch.arange(-(-size // 4), device=x_BTD.device)
+    counter_W = torch.arange(ceil_div(size, 4), device=x_BTD.device)
     # The sum is scaled, not the counter: torch.compile takes products of an arange for indices,
     # which it cuts to size.
     hashes_BW = mix((keys_B[:, None] + counter_W) * signed(GOLDEN))

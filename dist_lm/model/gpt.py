@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dist_lm.arithmetic import round_up
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.model.attention import (
     BOUNDS_DTYPE,
@@ -390,4 +391,4 @@ def padded_vocab(vocab_size: int) -> int:
     GPUs want multiples of 64. A small vocabulary on a CPU should not pay for that.
     """
     multiple = 64 if vocab_size >= 4096 else 8
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, multiple)

@@ -1,4 +1,4 @@
-"""Our parameter names <-> transformers' layouts (GPT-2, Llama, openai-gpt).
+"""Our parameter names <-> transformers' layouts (GPT-2, Llama, Qwen3, openai-gpt).
 
 A layout is data: a list of entries, each of which says which rows of which parameter a tensor of
 the file holds. Reading and writing, whole or in slices, follow this table. What a family has and
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_lm.config import ModelConfig, ModelSpec
 from dist_lm.errors import CheckpointError
-from dist_lm.families import family
+from dist_lm.families import OWN_TYPE, family
 from dist_lm.model.init import parameter_shapes, unpadded
 from dist_lm.model.positions import sinusoid
 
@@ -57,6 +57,12 @@ LLAMA_BLOCK = {
     "mlp.up_proj": "ffn.up",
     "mlp.down_proj": "ffn.down",
 }
+QWEN3_BLOCK = {
+    **LLAMA_BLOCK,
+    "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm",
+}
+ROPE_FAMILIES = ("llama", "qwen3")  # our network has all that these have
 NAMINGS = {
     "gpt2": Naming(
         first={"transformer.wte": "embed", "transformer.wpe": "positions"},
@@ -74,6 +80,12 @@ NAMINGS = {
         first={"model.embed_tokens": "embed"},
         blocks="model.layers",
         block=LLAMA_BLOCK,
+        last={"model.norm": "norm", "lm_head": "head"},
+    ),
+    "qwen3": Naming(
+        first={"model.embed_tokens": "embed"},
+        blocks="model.layers",
+        block=QWEN3_BLOCK,
         last={"model.norm": "norm", "lm_head": "head"},
     ),
 }
@@ -121,6 +133,21 @@ def layout(spec: ModelSpec) -> list[Entry]:
     kind = family(spec.config)
     if kind is None:
         return own_layout(spec)
+    return _layout_of(spec, kind)
+
+
+def layout_in(spec: ModelSpec, model_type: object) -> list[Entry]:
+    """Every tensor of a folder whose config.json has this model_type.
+
+    A model may have come into a family since: earlier versions wrote `qk_norm` under our own names.
+    """
+    if model_type == OWN_TYPE:
+        return own_layout(spec)
+    return layout(spec)
+
+
+def _layout_of(spec: ModelSpec, kind: str) -> list[Entry]:
+    """Every tensor, as a family has it."""
     ours = shapes(spec)
     of_family = _shapes_of_family(spec, kind)
     entries = []
@@ -130,7 +157,7 @@ def layout(spec: ModelSpec) -> list[Entry]:
         rows = _rows(spec.config, name, of_family[param][0])
         shape = (rows[1] - rows[0], *of_family[param][1:])
         # GPT-2 and openai-gpt store the matrices of their blocks as (inputs, outputs).
-        transpose = kind != "llama" and ".c_" in name and len(shape) == 2
+        transpose = kind not in ROPE_FAMILIES and ".c_" in name and len(shape) == 2
         if transpose:
             shape = shape[::-1]
         if param in ours:
@@ -161,9 +188,13 @@ def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: unpadded(name, shape, spec.vocab_size) for name, shape in padded.items()}
 
 
+def number_of_parameters(spec: ModelSpec) -> int:
+    return sum(math.prod(shape) for shape in shapes(spec).values())
+
+
 def _shapes_of_family(spec: ModelSpec, kind: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all that the family has. What our model lacks of it is written as a constant."""
-    if kind == "llama":
+    if kind in ROPE_FAMILIES:
         return shapes(spec)
     with_all = spec.config.model_copy(update={"bias": True, "positions": "learned"})
     return shapes(replace(spec, config=with_all))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.config import NO_TARGET
 from dist_lm.model.layers import compute_dtype
 
@@ -33,7 +34,7 @@ def cross_entropy_sum(
 
     `compiled` is what torch.compile made of loss_in_one_pass().
     """
-    chunks = -(-len(x_ND) * len(weight_VD) // logits_at_a_time)
+    chunks = ceil_div(len(x_ND) * len(weight_VD), logits_at_a_time)
     loss_of_chunk: LossOfChunk = loss_by_kernels
     if compiled:
         loss_of_chunk = compiled
@@ -41,7 +42,7 @@ def cross_entropy_sum(
     elif chunks == 1:
         logits_NV = F.linear(x_ND, weight_VD, padding_V).float()
         return F.cross_entropy(logits_NV, targets_N, ignore_index=NO_TARGET, reduction="sum")
-    rows = -(-len(x_ND) // chunks)
+    rows = ceil_div(len(x_ND), chunks)
     loss: Tensor = ChunkedCrossEntropySum.apply(  # type: ignore[no-untyped-call]
         x_ND, weight_VD, padding_V, targets_N, rows, torch.is_grad_enabled(), loss_of_chunk
     )

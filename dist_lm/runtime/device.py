@@ -14,7 +14,7 @@ import torch.utils.deterministic
 
 from dist_lm.config import Config
 from dist_lm.console import count
-from dist_lm.errors import environment_number
+from dist_lm.environment import environment_number
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 

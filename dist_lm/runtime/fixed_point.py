@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.data.order import hash_words
 
 SCALE = 2.0**50  # integers in 1; fp32 has fewer digits at any gradient above 2^-27
@@ -49,7 +50,7 @@ class FixedPointSums:
         self.hashes_addends = hashes_addends
         self._largest = LARGEST_SUM / addends  # as many of these cannot wrap
         rows = self.buckets[-1].rows.stop
-        rows_of_tail = -(-(1 + addends) // COLUMNS)
+        rows_of_tail = ceil_div(1 + addends, COLUMNS)
         self.sums_RC = torch.zeros(rows + rows_of_tail, COLUMNS, dtype=torch.int64, device=device)
         self.tail = slice(rows, rows + rows_of_tail)
         self._tail = self.sums_RC[self.tail].view(-1)[: 1 + addends]
@@ -134,7 +135,7 @@ def _buckets(parameters: Sequence[nn.Parameter], size: int) -> list[Bucket]:
 
 
 def rows_of(tensor: Tensor) -> int:
-    return -(-tensor.numel() // COLUMNS)
+    return ceil_div(tensor.numel(), COLUMNS)
 
 
 def _views(bucket: Bucket, integers_RC: Tensor) -> Iterator[Tensor]:

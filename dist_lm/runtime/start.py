@@ -26,9 +26,10 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from dist_lm.config import Config, batch_layout
 from dist_lm.console import count, warn
-from dist_lm.errors import DataError, RetryableError, SecurityError, UserError, did_you_mean
+from dist_lm.errors import DataError, RetryableError, SecurityError, UserError
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
+from dist_lm.nearest import did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
 from dist_lm.runtime.device import describe_kernels, prepare_device, threads_of_exact

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import Config
-from dist_lm.errors import UserError, did_you_mean
+from dist_lm.errors import UserError
+from dist_lm.nearest import did_you_mean
 from dist_lm.safe_yaml import parse
 from dist_lm.shipped import shipped
 

@@ -68,6 +68,8 @@ class Runtime:
         self.place = Place(phase="start-up")
         self.has_made_a_step = False
         self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
+        # Does nothing until start_profiler().
+        self.profiler: Any = SimpleNamespace(step=lambda: None, stop=lambda: None)
 
     def _channel_of_its_own(self) -> Channel:
         channel = Channel(self.rank, self.world_size, torch.device("cpu"))
@@ -213,13 +215,10 @@ class Runtime:
         if self.is_main:
             console.notice(console.printable(text))
 
-    def profiler(self, steps: int, trace: Path) -> Any:
-        """A torch profiler that traces `steps` steps after two of warm-up. Rank 0 writes the file.
-
-        For 0 steps it does nothing.
-        """
+    def start_profiler(self, steps: int, trace: Path) -> None:
+        """Trace `steps` steps after two of warm-up; for 0 steps nothing. Rank 0 writes the file."""
         if not steps:
-            return SimpleNamespace(step=lambda: None, stop=lambda: None)
+            return
 
         def write(profile: Any) -> None:
             if self.is_main:
@@ -227,9 +226,8 @@ class Runtime:
                     profile.export_chrome_trace(str(trace))
 
         schedule = torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1)
-        profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
-        profiler.start()
-        return profiler
+        self.profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+        self.profiler.start()
 
     def start_trackers(self, config: Config, first_step: int) -> None:
         """TensorBoard and others through Accelerate, which works on rank 0 alone.

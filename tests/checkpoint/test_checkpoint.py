@@ -935,7 +935,7 @@ def save_together(
     return outcome, messages.sent
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "ours"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "ours"])
 @pytest.mark.parametrize("world", [2, 5])
 def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, world: int
@@ -946,9 +946,13 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
     monkeypatch.setattr(layout, "SMALLEST_FILE", {"model": 3000, "optimizer": 3000})
     # GPT-2's biases are constants of the file.
     gpt2 = {"positions": "learned", "norm": "layernorm", "activation": "gelu"}
-    model_config = MODEL.model_copy(
-        update={"llama": {"kv_heads": 1}, "gpt2": gpt2, "ours": {"qk_norm": True}}[family]
-    )
+    updates = {
+        "llama": {"kv_heads": 1},
+        "qwen3": {"kv_heads": 1, "qk_norm": True},
+        "gpt2": gpt2,
+        "ours": {"qk_norm": True, "positions": "none"},
+    }
+    model_config = MODEL.model_copy(update=updates[family])
     model, optimizer, tokenizer = some = training_of(model_config)
     everything = owned(model, optimizer)
     assert save_together(tmp_path / "alone", some, [everything]) == ([None], 0)
@@ -982,6 +986,33 @@ def test_files_are_the_same_bytes_however_what_they_hold_was_cut(
         ]:
             assert torch.equal(ours[kept], theirs[kept])
         assert all(torch.equal(extra[key], h.extra[key]) for key in extra) and extra
+
+
+def test_a_folder_from_before_its_model_had_a_family_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions wrote models with qk_norm under our own names, as of no family."""
+    some = training_of(MODEL.model_copy(update={"qk_norm": True}))
+    model, optimizer, tokenizer = some
+    spec = ModelSpec(model.config, tokenizer.vocab_size, SEQ_LEN)
+    old = {
+        "model_type": "dist_lm",
+        "vocab_size": tokenizer.vocab_size,
+        "seq_len": SEQ_LEN,
+        "model": model.config.model_dump(mode="json"),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(layout.hf, "layout", layout.hf.own_layout)
+        texts = {"config.json": old, "state.json": state_of(7)}
+        folder = write_step(tmp_path, 7, model, texts, tokenizer, optimizer)
+    assert "blocks.0.attn.q_norm.weight" in load_file(folder / "model.safetensors")
+    again, _, _ = read_model(str(folder))
+    for name, parameter in again.named_parameters():
+        parameter_before = model.get_parameter(name)
+        assert torch.equal(parameter, parameter_before)
+        parameter.data.fill_(7.0)
+    restore(folder, spec, owned(again), optimizer=False)
+    assert torch.equal(again.blocks[1].attn.k_norm.weight, model.blocks[1].attn.k_norm.weight)
 
 
 @pytest.mark.parametrize("world", [2, 4])

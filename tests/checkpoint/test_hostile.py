@@ -26,6 +26,7 @@ from dist_lm.data.stream import Stream
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.errors import CheckpointError
 from dist_lm.model.gpt import GPT
+from dist_lm.resume import _grows
 from tests.conftest import state_of, write_step
 
 CURSOR = {"pass": 0, "block": 0, "part": 0, "row": 0, "document": 3, "offset": 45}
@@ -280,3 +281,9 @@ def test_a_lane_that_is_passes_ahead_is_refused() -> None:
     spec: Any = SimpleNamespace(name="text", lanes=1)
     with pytest.raises(CheckpointError, match="a lane of text is passes ahead"):
         Stream(spec, state)
+
+
+@pytest.mark.parametrize("before", ["x", [1], 1.5, True])
+def test_steps_of_another_type_do_not_grow(before: object) -> None:
+    assert not _grows(before, 100)
+    assert _grows(10, 100)

@@ -133,6 +133,14 @@ def test_too_little_text(prepared: Path, tmp_path: Path) -> None:
         opened(prepared, tmp_path, seq_len=20_000)
 
 
+def test_a_source_that_is_also_validation_has_nothing_to_train_on(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("one line after another\n" * 300)
+    rule = "text.txt has nothing left to train on; rule: the documents of data.validation"
+    with pytest.raises(UserError, match=rule):
+        opened(file, tmp_path, validation={"held": {"input": str(file)}})
+
+
 def test_a_single_named_source_is_the_same_data(prepared: Path, tmp_path: Path) -> None:
     plain = opened(prepared, tmp_path)[1]
     named = opened(

@@ -257,7 +257,7 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert read("someone/words") == [("someone/words", row, text) for row, text in rows]
     with pytest.raises(
         UserError,
-        match=r"^someone/words: row 1: no data.text_column='texts' among text, id; did you",
+        match=r"^someone/words: row 1: no data.text_column='texts' among its columns text, id",
     ):
         read("someone/words", text_column="texts")
 
@@ -304,7 +304,7 @@ def bad_lines(folder: Path) -> dict[str, str]:
         ),
         "missing.jsonl": (
             ['{"txt": "a", "id": 1}'],
-            "row 1: no data.text_column='text' among txt, id; did you mean txt?",
+            "row 1: no data.text_column='text' among its columns txt, id; did you mean txt?",
         ),
         "deep.jsonl": (['{"text": ' + "[" * 10**5], "row 1: "),
         "array.json": (['[{"text": "a"}, {"text": "b" ,}]'], "row 2: "),
@@ -313,7 +313,7 @@ def bad_lines(folder: Path) -> dict[str, str]:
             "row 3: the file ends inside the array",
         ),
         "open.json": (['[{"text": "a"}, {"text": "b'], "row 2: the file ends inside the array"),
-        "missing.csv": (["id,body", "1,a"], "no data.text_column='text' among id, body"),
+        "missing.csv": (["id,body", "1,a"], "no data.text_column='text' among its columns"),
         "quote.csv": (["text", "a", '"b'], "row 2: unexpected end of data"),
         "notparquet.parquet": (["hello"], "Parquet"),
     }
@@ -368,7 +368,7 @@ def bad_tables(folder: Path) -> dict[str, str]:
     return {
         "numbers.parquet": "data.text_column='text' holds int64, not text",
         "list.parquet": "data.text_column='text' holds list<.*string>, not text",
-        "missing.parquet": "no data.text_column='text' among test; did you mean test?",
+        "missing.parquet": "no data.text_column='text' among its columns test; did you mean test?",
     }
 
 
@@ -636,13 +636,16 @@ def test_a_value_that_does_not_fit_a_layout_is_a_bad_row(template: str, tmp_path
 def test_a_missing_column_is_said_with_its_setting(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "a.jsonl", [{"text": 1, "id": 2}])
     for fields, message in [
-        ({"text_column": "body"}, "no data.sources.web.text_column='body' among text, id"),
+        ({"text_column": "body"}, "no data.sources.web.text_column='body' among its columns"),
         ({}, "data.sources.web.text_column='text' holds int, not text"),
         (
             {"template": "{texts}"},
-            "no column 'texts' of data.sources.web.template among text, id; did you mean text",
+            "no column 'texts' of data.sources.web.template among its columns text, id",
         ),
-        ({"filter": {"lang": "en"}}, "no column 'lang' of data.sources.web.filter among text, id"),
+        (
+            {"filter": {"lang": "en"}},
+            "no column 'lang' of data.sources.web.filter among its columns",
+        ),
     ]:
         source = SourceConfig.model_validate({"input": str(path), **fields})
         reader = Reader(source, find_files(source), label="data.sources.web.input")

@@ -21,7 +21,7 @@ import pytest
 
 from dist_lm.checks.inputs import compare_tokenizers
 from dist_lm.config import Config, DataConfig
-from dist_lm.data import dataset
+from dist_lm.data import groundwork
 from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.kept import read_hashes
 from dist_lm.data.prepared.manifest import MANIFEST, read_manifest
@@ -501,7 +501,7 @@ def test_damaged_hashes_of_validation(content: str, tmp_path: Path) -> None:
 def test_a_damaged_record_of_streams(content: str, tmp_path: Path) -> None:
     (tmp_path / "streams.json").write_text(content)
     said = f"{tmp_path}/streams.json: "
-    refused(lambda: dataset._read_record(tmp_path / "streams.json"), said, "a new run.dir")
+    refused(lambda: groundwork._read_record(tmp_path / "streams.json"), said, "a new run.dir")
 
 
 def test_names_from_outside_reach_no_terminal_raw(

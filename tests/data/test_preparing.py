@@ -690,7 +690,7 @@ def test_prepare_takes_the_settings_of_training(tmp_path: Path, capsys: Any) -> 
     inputs = ("--input", str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl"))
     manifest = prepare_with(tmp_path / "d", *inputs, *template, "--val_fraction", "0")
     assert manifest["skipped"] == {"bad rows": 1, "filtered rows": 6}
-    assert "skipped: 1 bad rows, 6 filtered rows" in capsys.readouterr().err
+    assert "skipped: 1 bad row, 6 filtered rows" in capsys.readouterr().err
     loaded = Tokenizer.load(tmp_path / "d")
     text = loaded.decode(tokens_of(tmp_path / "d", "train"), skip_special=False)
     assert text.split(loaded.eot_token) == ["x: y", "t0: b0", "t3: b3", "t6: b6", ""]

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from dist_lm.data.stream import Dealt, Stream
 from dist_lm.data.text.files import find_files
 from dist_lm.data.text.formats import Reader
 from dist_lm.data.tokenizer_training import train_tokenizer
-from dist_lm.errors import UserError
+from dist_lm.errors import CheckpointError, UserError
 
 BYTES = train_tokenizer("byte", [])
 LENGTH = 8
@@ -408,3 +409,47 @@ def test_stages_change_the_mixture(tmp_path: Path) -> None:
     assert all(set(step) == {"c"} for step in steps[10:20])
     assert "".join(steps[20:]).count("c") == "".join(steps[20:]).count("a") == 35
     assert "".join(steps[:10]).count("c") == 7
+
+
+def two_lanes(folder: Path, **fields: Any) -> StreamSpec:
+    """A source of two files, each a lane."""
+    (folder / "text").mkdir()
+    for name in ("a", "b"):
+        rows = [json.dumps({"text": f"{name} {number}"}) for number in range(30)]
+        (folder / "text" / f"{name}.jsonl").write_text("\n".join(rows))
+    return spec_of(folder / "text", lanes=2, **fields)
+
+
+@pytest.mark.parametrize("best_fit", [False, True])
+def test_a_stream_that_claims_a_million_passes_is_refuted_by_one(
+    tmp_path: Path, best_fit: bool
+) -> None:
+    """Its lanes would otherwise read the text a million times to come as far."""
+    spec = two_lanes(tmp_path, best_fit=best_fit)
+    _, state = read(spec, [3])
+    documents = 0
+
+    def keep(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal documents
+        documents += 1
+        assert documents < 1000, "it reads on and on"
+        return texts
+
+    with pytest.raises(CheckpointError, match="has text left in pass 0, and the others are in"):
+        read(replace(spec, keep=keep), [3], {**state, "pass": 1_000_000})
+
+
+def test_a_stream_cannot_have_made_more_passes_than_there_are(tmp_path: Path) -> None:
+    spec = two_lanes(tmp_path, passes=2)
+    _, state = read(spec, [3])
+    with pytest.raises(CheckpointError, match="text has made 3 passes of 2"):
+        read(spec, [3], {**state, "pass": 3})
+
+
+def test_a_lane_cannot_stand_behind_its_block(tmp_path: Path) -> None:
+    """Else the rest of its pass would be left out."""
+    spec = two_lanes(tmp_path)
+    _, state = read(spec, [3])
+    state["lanes"]["0"]["document"] = 31
+    with pytest.raises(CheckpointError, match="stands at document 31 of 30"):
+        read(spec, [3], state)

@@ -129,7 +129,7 @@ def test_what_a_validation_set_leaves_out_is_counted(
     text = write_rows(tmp_path / "a.jsonl", documents(100, 3))
     held = write_rows(tmp_path / "held.jsonl", [None, *documents(30, 4), " "])
     opened(tmp_path / "run", text, validation={"held": {"input": str(held)}})
-    assert "held: skipped: 1 null rows" in capsys.readouterr().out
+    assert "held: skipped: 1 null row" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "run/data/val/held/dataset.json").read_text())
     assert manifest["skipped"] == {"null rows": 1}
 
@@ -139,7 +139,7 @@ def test_what_a_stream_left_out_is_printed_once(tmp_path: Path) -> None:
     """At the end of each start, of the whole run so far."""
     text = write_rows(tmp_path / "a.jsonl", [None, "", *documents(60, 3)])
     flags = single(text, "--data.lanes", "1", "--run.save_every", "2", "--run.eval_every", "0")
-    told = "left out so far: 1 empty documents, 1 null rows"
+    told = "left out so far: 1 empty document, 1 null row"
     for stop in ("6", "8"):
         output = train(tmp_path / "run", *flags, "--run.stop_after", stop)
         assert output.count("left out") == output.count(told) == 1

@@ -350,7 +350,9 @@ def test_foreign_folders_keep_their_end_of_text(tmp_path: Path) -> None:
         r".json that",
     ):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    no_limit = 1000000000000000019884624838656  # transformers writes it for "no limit"
+    config = {"eos_token": {"content": "<end>"}, "model_max_length": no_limit}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert tokenizer.eot == 0 and tokenizer.unk == 1
     (tmp_path / "copy").mkdir()

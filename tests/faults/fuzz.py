@@ -24,13 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from dist_lm.errors import UserError
 from tests.faults.operations import scratch_folder
 from tests.procs import DEVNULL, ROOT, Process
 
 SECONDS = 5  # for one input
-STUCK_SECONDS = 30  # of a call into C, which no signal handler can end
-LONGEST_ERROR = 10_000  # characters
+STUCK_SECONDS = 30  # of work in a call into C, which no signal handler can end
+WAIT_SECONDS = 600  # without work: for something that never comes, or on a machine with other work
+FOREVER = 10.0**9  # seconds
+LONGEST_ERROR = 2_100  # characters
 MEMORY_BYTES = 4 * 2**30  # more than the process has when it begins
 
 
@@ -75,10 +79,12 @@ class Report:
 # --- in the process that is fuzzed
 
 
-def feed_range(name: str, first: int, count: int, progress: "mmap.mmap") -> Report:
+def feed_range(
+    name: str, first: int, count: int, progress: "mmap.mmap", seconds: float = FOREVER
+) -> Report:
     """Feed inputs to a target, and note in `progress` which one is being read.
 
-    Each finding is printed at once, because a later input may end this process.
+    None is begun after so many seconds. Each finding is printed at once, because a later input may end this process.
     """
     from tests.faults.targets import TARGETS
 
@@ -86,10 +92,15 @@ def feed_range(name: str, first: int, count: int, progress: "mmap.mmap") -> Repo
     with scratch_folder() as folder:
         target = TARGETS[name](folder)
         limit_memory()
+        end = time.monotonic() + seconds
         for number in range(first, first + count):
-            progress[:8] = number.to_bytes(8, "little")
             began = time.monotonic()
+            if began > end and number > first:
+                break
+            progress[:8] = number.to_bytes(8, "little")
             what = feed_one(target, random.Random(f"{name} {number}"))
+            if what.startswith(TooSlow.__name__):  # the machine may have had other work
+                what = feed_one(target, random.Random(f"{name} {number}"))
             report.inputs += 1
             report.slowest = max(report.slowest, time.monotonic() - began)
             if what == "refused":
@@ -155,6 +166,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("target", choices=sorted(TARGETS))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=FOREVER, help="begin none after so long")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS))
     parser.add_argument("--progress", help="a file that says which input is being read")
     chosen = parser.parse_args(argv)
@@ -163,35 +175,35 @@ def main(argv: list[str]) -> None:
     with open(chosen.progress, "r+b") if chosen.progress else tempfile.TemporaryFile() as file:
         file.truncate(8)
         with mmap.mmap(file.fileno(), 8) as progress:
-            report = feed_range(chosen.target, chosen.first, chosen.count, progress)
+            report = feed_range(chosen.target, chosen.first, chosen.count, progress, chosen.seconds)
     print(json.dumps({"refused": report.refused, "slowest": report.slowest}))
 
 
 # --- in the process that looks after it
 
 
-def fuzz(target: str, first: int, count: int, mutant: str = "") -> Report:
-    """Feed inputs to a target in processes of their own. One that dies is a finding."""
+def fuzz(target: str, first: int, count: int, mutant: str = "", seconds: float = FOREVER) -> Report:
+    """Feed inputs to a target in a process of its own, for so many seconds.
+
+    A process that dies is a finding, and another one goes on behind that input.
+    """
     report = Report()
-    end = first + count
-    while first < end:
-        part, died_at = _fuzz_until_death(target, first, end - first, mutant)
-        report.add(part)
-        first = end if died_at is None else died_at + 1
+    began = time.monotonic()
+    while report.inputs < count and (left := seconds - (time.monotonic() - began)) > 0:
+        words = [target, "--first", str(first + report.inputs)]
+        words += ["--count", str(count - report.inputs), "--seconds", str(left)]
+        if mutant:
+            words += ["--mutant", mutant]
+        report.add(_fuzz_until_death(words, first + report.inputs))
     return report
 
 
-def _fuzz_until_death(
-    target: str, first: int, count: int, mutant: str
-) -> tuple[Report, int | None]:
-    """What the process reported, and the number of the input that it died of."""
+def _fuzz_until_death(words: list[str], first: int) -> Report:
+    """What the process reported, and whether it died of its last input."""
     with tempfile.NamedTemporaryFile() as progress, tempfile.TemporaryFile("w+") as printed:
         progress.truncate(8)
-        words = ["-m", "tests.faults.fuzz", target, "--first", str(first), "--count", str(count)]
-        words += ["--progress", progress.name]
-        if mutant:
-            words += ["--mutant", mutant]
-        process = Process([sys.executable, *words], stdout=printed, stderr=DEVNULL, cwd=ROOT)
+        command = [sys.executable, "-m", "tests.faults.fuzz", *words, "--progress", progress.name]
+        process = Process(command, stdout=printed, stderr=DEVNULL, cwd=ROOT)
         is_stuck = _wait_while_it_moves(process, Path(progress.name))
         process.kill()
         process.wait()
@@ -199,10 +211,9 @@ def _fuzz_until_death(
         printed.seek(0)
         report = _read_report(printed)
     report.inputs = number + 1 - first
-    if process.returncode == 0:
-        return report, None
-    report.find("stuck" if is_stuck else f"ended by {process.returncode}", number)
-    return report, number
+    if process.returncode != 0:
+        report.find("stuck" if is_stuck else f"ended by {process.returncode}", number)
+    return report
 
 
 def _read_report(printed: IO[str]) -> Report:
@@ -222,15 +233,27 @@ def _wait_while_it_moves(process: Process, progress: Path) -> bool:
     """Wait for the end. Returns whether it stuck at one input."""
     before: Any = None
     since = time.monotonic()
+    worked = 0.0
     while process.poll() is None:
         now = progress.read_bytes()
         if now != before:
             before = now
             since = time.monotonic()
-        if time.monotonic() - since > STUCK_SECONDS:
+            worked = seconds_of_work(process.pid)
+        is_working = seconds_of_work(process.pid) - worked > STUCK_SECONDS
+        if is_working or time.monotonic() - since > WAIT_SECONDS:
             return True
         time.sleep(0.02)
     return False
+
+
+def seconds_of_work(pid: int) -> float:
+    """What a process has used of a processor so far. Waiting for one is not its fault."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:  # it has ended
+        return 0.0
+    return float(times.user + times.system)
 
 
 if __name__ == "__main__":

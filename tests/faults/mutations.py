@@ -29,6 +29,7 @@ JSON_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokeni
 FILES = [
     *JSON_FILES,
     "state.json",
+    "README.md",
     "manifest.json",
     "model.safetensors",
     "optimizer-00001-of-00001.safetensors",

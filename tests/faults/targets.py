@@ -176,12 +176,19 @@ class TokenizerFile(OfARun):
 class PreparedFolder(OfARun):
     """dataset.json or a shard of a prepared folder."""
 
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.folder_of_try = folder / "p"
+        shutil.copytree(folder / "shards", self.folder_of_try)
+        names = ["train-00000.safetensors", "dataset.json"]
+        self.undamaged = {name: (self.folder_of_try / name).read_bytes() for name in names}
+
     def feed(self, rng: random.Random) -> None:
-        folder = self.folder / "p"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(self.folder / "shards", folder)
-        manifest = json.loads((folder / "dataset.json").read_text())
-        name = rng.choice(["train-00000.safetensors", "dataset.json"])
+        folder = self.folder_of_try
+        for good, data in self.undamaged.items():
+            (folder / good).write_bytes(data)
+        manifest = json.loads(self.undamaged["dataset.json"])
+        name = rng.choice(list(self.undamaged))
         if name == "dataset.json":
             (folder / name).write_bytes(nasty_json(rng, manifest))
         else:

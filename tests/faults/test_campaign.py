@@ -12,19 +12,18 @@ def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Stopped after some inputs, it feeds the next ones, and keeps what was found."""
     fed: list[tuple[int, int]] = []
 
-    def feed(target: str, first: int, count: int) -> Report:
+    def feed(target: str, first: int, count: int, seconds: float) -> Report:
         fed.append((first, count))
-        return Report(inputs=count, findings={"a finding": [1, first]})
+        return Report(inputs=min(4, count), findings={"a finding": [1, first]})
 
     monkeypatch.setattr(campaign, "fuzz", feed)
     monkeypatch.setattr(campaign, "INPUTS", 10)
-    monkeypatch.setattr(campaign, "INPUTS_AT_ONCE", 4)
     monkeypatch.setattr(campaign, "pieces", lambda _: {"fuzz x": campaign.fuzz_turn("x")})
     place = tmp_path / "place.json"
     campaign.go_on(place, seconds=0.0, only=[])
     assert fed == []
     campaign.go_on(place, seconds=60, only=[])
-    assert fed == [(0, 4), (4, 4), (8, 2)]
+    assert fed == [(0, 10), (4, 6), (8, 2)]
     campaign.go_on(place, seconds=60, only=[])  # nothing is left
     places = campaign.read_places(place)
     assert len(fed) == 3 and places["fuzz x"].findings == {"a finding": [3, 0]}

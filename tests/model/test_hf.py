@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     OpenAIGPTConfig,
     PreTrainedModel,
+    Qwen3Config,
 )
 
 from dist_lm import families
@@ -40,6 +41,17 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
         {"kv_heads": 2, "tie_embeddings": False, "rope_theta": 500.0, "norm_eps": 1e-4},
     ),
     "llama-bias": ("llama", {"bias": True, "ffn_width": 40, "kv_heads": 1}),
+    "qwen3": ("qwen3", {"qk_norm": True}),
+    "qwen3-gqa": (
+        "qwen3",
+        {
+            "qk_norm": True,
+            "kv_heads": 2,
+            "tie_embeddings": False,
+            "rope_theta": 500.0,
+            "norm_eps": 1e-3,
+        },
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt2-untied": (
         "gpt2",
@@ -58,7 +70,9 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "post-sinusoidal": ("openai-gpt", {**POST, "positions": "sinusoidal", "bias": False}),
 }
 NO_FAMILY: dict[str, dict[str, Any]] = {
-    "qk_norm": {"qk_norm": True},
+    "qwen3 with biases": {"qk_norm": True, "bias": True},
+    "qwen3 without positions": {"qk_norm": True, "positions": "none"},
+    "qwen3 after the sum": {"qk_norm": True, "norm_placement": "post"},
     "gpt2 with gqa": {**GPT2, "kv_heads": 2},
     "gpt2 with rmsnorm": {**GPT2, "norm": "rmsnorm"},
     "gpt2 with rope": {**GPT2, "positions": "rope"},
@@ -94,6 +108,16 @@ THEIRS = {
         mlp_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 300.0},
         tie_word_embeddings=True,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=T,
     ),
     "gpt2": GPT2Config(vocab_size=V, n_positions=T, n_embd=32, n_layer=2, n_head=4),
     "gpt2-relu": GPT2Config(
@@ -204,7 +228,7 @@ def test_a_folder_of_ours_is_read_back(name: str, tmp_path: Path) -> None:
     described = families.from_config_json(json.loads((tmp_path / "config.json").read_text()))
     assert (described.vocab_size, described.seq_len) == (V, T)
     # In their terms positions are a learned table and biases are there.
-    gpt = families.family(ours.config) != "llama"
+    gpt = families.family(ours.config) not in hf.ROPE_FAMILIES
     assert described.config == ours.config.model_copy(
         update={"positions": "learned", "bias": True} if gpt else {}
     )
@@ -230,7 +254,7 @@ def test_a_model_of_theirs_is_read(name: str, tmp_path: Path) -> None:
     assert_same_network(ours, theirs.eval())
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "openai-gpt"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "openai-gpt"])
 def test_defaults_left_out_are_theirs(family: str) -> None:
     """A config.json holds little more than what differs from transformers' defaults."""
     full = transformers.AutoConfig.for_model(family).to_dict()
@@ -316,6 +340,12 @@ def test_layout_is_data() -> None:
 # --- refusals
 
 LLAMA_JSON: dict[str, Any] = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4}
+QWEN3_JSON: dict[str, Any] = {
+    **LLAMA_JSON,
+    "model_type": "qwen3",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 GPT2_JSON: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
 
 
@@ -324,9 +354,25 @@ GPT2_JSON: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4}
     [
         (
             {"model_type": "gpt_2"},
-            "model_type='gpt_2' must be one of gpt2, openai-gpt, llama, dist_lm; nearest: gpt2",
+            "model_type='gpt_2' must be one of gpt2, openai-gpt, llama, qwen3, dist_lm;"
+            " nearest: gpt2",
         ),
-        ({}, "model_type='None' must be one of gpt2, openai-gpt, llama, dist_lm; nearest: llama"),
+        (
+            {},
+            "model_type='None' must be one of gpt2, openai-gpt, llama, qwen3, dist_lm;"
+            " nearest: llama",
+        ),
+        ({**QWEN3_JSON, "head_dim": 16}, "head_dim=16 is not supported; rule: one of 8, None"),
+        (
+            {key: value for key, value in QWEN3_JSON.items() if key != "head_dim"},
+            "head_dim=128 is not supported; rule: one of 8, None",
+        ),
+        ({**QWEN3_JSON, "attention_bias": True}, "attention_bias=True is not supported"),
+        ({**QWEN3_JSON, "use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        (
+            {**QWEN3_JSON, "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types='sliding_attention' is not supported; rule: one of 'full_attention'",
+        ),
         (
             {**LLAMA_JSON, "rope_scaling": {"type": "linear", "factor": 2.0}},
             "type='linear' is not supported; rule: one of 'default'; nearest: 'default'",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dist_lm import loop
+from dist_lm import evaluation, loop
 from dist_lm.cli import load
 from dist_lm.outcome import TRAIN, Attempt
 from dist_lm.resume import Run
@@ -99,8 +99,8 @@ def train_watched(*words: str) -> None:
         finder.found = before
         return figures
 
-    validate = loop.validate
-    loop.validate = watched_validate
+    validate = evaluation.validate
+    evaluation.validate = watched_validate
     loop.set_lr, Engine.update, loop.record_step = watched_set_lr, noted_update, noted_record_step
     config, _ = load(list(words), TRAIN)
     with finder:

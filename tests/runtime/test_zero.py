@@ -253,7 +253,7 @@ def go_on(folder: str, before: list[str], after: str, common: list[str]) -> None
                 track=None,
             )
             resume.restore_or_init(run, place)
-        loop.train(run, runtime.profiler(0, Path()))
+        loop.train(run)
         run.metrics.close()
     runtime.close()
 

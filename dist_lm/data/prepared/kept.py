@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dist_lm.config import DataConfig
@@ -97,6 +97,19 @@ def read_hashes(file: Path) -> list[int]:
     if not isinstance(hashes, list) or not all(type(number) is int for number in hashes):
         raise refuse("must be a list of whole numbers")
     return hashes
+
+
+def validation_hashes(folder: Path, names: Iterable[str]) -> frozenset[int]:
+    """Hashes of all documents that a run keeps for its validation sets, and never trains on.
+
+    `folder` is the run's data folder, `names` are those of the sets.
+    """
+    hashes: set[int] = set()
+    for name in names:
+        file = folder / "val" / name / "documents.json"
+        if file.is_file():
+            hashes.update(read_hashes(file))
+    return frozenset(hashes)
 
 
 def _read_beginnings(data: DataConfig, readers: list[Reader], say: Say) -> Iterator[str]:

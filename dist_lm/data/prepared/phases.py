@@ -184,13 +184,24 @@ class Preparation:
             pieces = read_beginning(self.reader, tokenizer, seen, documents=SMALL)
             deque(pieces, maxlen=0)
         self._say_seen(seen, is_whole=learns)
+        is_small = seen.documents < SMALL
+        size = seen.bytes if learns or is_small else None
+        return self.begin_folder(tokenizer, size, self.tail_of(seen.bytes) if is_small else None)
+
+    def tail_of(self, size: int) -> int:
+        """Where the held-out tail of a small source begins; `size` is that of the source."""
+        return round(size * (1 - self.data.val_fraction))
+
+    def begin_folder(self, tokenizer: Tokenizer, size: int | None, tail: int | None) -> SavedState:
+        """Make the folder, with its tokenizer and a progress file in which no shard is finished.
+
+        `size` and `tail` are the fields `bytes` and `tail` of that file.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer(self.folder, tokenizer)
-        is_small = seen.documents < SMALL
-        tail = round(seen.bytes * (1 - self.data.val_fraction))
         state = SavedState(
-            bytes=seen.bytes if learns or is_small else None,
-            tail=tail if is_small else None,
+            bytes=size,
+            tail=tail,
             settings=self.settings,
             sources=list_files(self.reader),
             splits={},

@@ -19,7 +19,9 @@ LOG_PAUSE = 10.0  # seconds between two lines elsewhere
 
 def count_kinds(skipped: Mapping[str, int]) -> str:
     """What was left out, in words: its number by kind."""
-    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(skipped.items()))
+    return ", ".join(
+        count(number, kind.removesuffix("s")) for kind, number in sorted(skipped.items())
+    )
 
 
 class Progress:

@@ -22,9 +22,6 @@ from dist_lm.data.prepared.progress import Progress, Say, count_kinds
 from dist_lm.data.prepared.writer import (
     SavedState,
     SplitWriter,
-    list_files,
-    write_state,
-    write_tokenizer,
 )
 from dist_lm.data.remote import is_remote
 from dist_lm.data.text.files import TextFile
@@ -87,17 +84,7 @@ class TokenPreparation(Preparation):
                 f"fewer than {SMALL} documents: the last {self.data.val_fraction:.1%} of the tokens"
                 " are held out"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_tokenizer(self.folder, named)
-        state = SavedState(
-            bytes=None,
-            tail=round(total * (1 - self.data.val_fraction)) if is_small else None,
-            settings=self.settings,
-            sources=list_files(self.reader),
-            splits={},
-        )
-        write_state(self.folder, state)
-        return state
+        return self.begin_folder(named, None, self.tail_of(total) if is_small else None)
 
     def write_shards(
         self, state: SavedState, tokenizer: Tokenizer, excluded: Container[int], processes: int

@@ -56,7 +56,8 @@ class Columns:
         for name in self.names:
             if name not in present:
                 hint = nearest_hint(name, present)
-                raise ValueError(f"no {self.setting(name)} among {', '.join(present)}{hint}")
+                columns = ", ".join(present)
+                raise ValueError(f"no {self.setting(name)} among its columns {columns}{hint}")
 
     def check_schema(self, schema: Any) -> None:
         """Refuse an Arrow table without one of the columns, or whose text column holds no text."""

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from dist_lm.config import SourceConfig
 from dist_lm.data import remote
-from dist_lm.errors import DataError, nearest
+from dist_lm.errors import DataError
+from dist_lm.nearest import nearest
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _PACKINGS = (".gz", ".zst")

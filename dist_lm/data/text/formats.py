@@ -18,6 +18,7 @@ from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from typing import Any, BinaryIO
 
+from dist_lm.arithmetic import ceil_div
 from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
 from dist_lm.data.text.columns import Columns, LeftOutError, Rows, ToText
@@ -153,7 +154,7 @@ class Reader:
             shards: int = open_hub_dataset(file, self.spec).num_shards
             return list(range(shards + 1))
         if file.name.endswith(".jsonl"):
-            ranges = -(-file.size // range_bytes) or 1
+            ranges = ceil_div(file.size, range_bytes) or 1
             return [file.size * n // ranges for n in range(ranges + 1)]
         if file.name.endswith(".parquet"):
             with open_text_file(file) as opened:

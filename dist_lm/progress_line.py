@@ -1,0 +1,125 @@
+"""What a run shows on the console while it trains: how far it is, and where its time went."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dist_lm.console import count, duration, say, shorten
+
+PLAIN_SECONDS = 10.0  # between lines of progress
+TERMINAL_SECONDS = 0.1  # between changes of a terminal's line
+MEAN_STEPS = 20  # steps that the rates are averaged over
+
+
+class RunClock:
+    """Where the time of this process went."""
+
+    def __init__(self) -> None:
+        self.started_at = time.monotonic()
+        self.steps = 0  # made in this process
+        self.first_step_at = 0.0  # when it had been made
+        self.paused_seconds = 0.0
+
+    def count_step(self, now: float) -> None:
+        self.steps += 1
+        if self.steps == 1:
+            self.first_step_at = now
+
+    def seconds_a_step(self, now: float) -> float | None:
+        """Evaluations and saves included; the first step's time says little about the others."""
+        if self.steps < 2:
+            return None
+        return (now - self.first_step_at) / (self.steps - 1)
+
+    def summary(self, now: float) -> str:
+        """Goodput is the share of the time that went into steps."""
+        total = now - self.started_at
+        starting = (self.first_step_at - self.started_at) / total
+        paused = self.paused_seconds / total
+        return (
+            f"{count(self.steps, 'step')} in {duration(total)}:"
+            f" goodput {1 - (starting + paused):.0%},"
+            f" up to the first step {starting:.0%}, evaluating and saving {paused:.0%}"
+        )
+
+
+class ProgressLine:
+    """Where the run stands: on a terminal one line that changes, elsewhere now and then a line."""
+
+    def __init__(self, steps: int | None, mfu_per_rate: float):
+        self._steps = steps
+        self._mfu_per_rate = mfu_per_rate
+        self._is_terminal = sys.stdout.isatty()
+        # What makes a terminal's line give way to other text.
+        self._clear = "\r\x1b[K" if self._is_terminal else ""
+        self._seconds_between = TERMINAL_SECONDS if self._is_terminal else PLAIN_SECONDS
+        self._shown_at = -math.inf
+        self._shown_step = 0
+        self._taken = 0  # steps taken in
+        self._seconds_per_token = 0.0  # mean over the last steps
+        self._data_wait = 0.0  # mean over the last steps
+        self._last: Mapping[str, Any] = {}  # figures of the last step
+
+    def take(self, figures: Mapping[str, Any]) -> None:
+        """Take in a step's figures, and move on the means."""
+        self._last = figures
+        self._taken += 1
+        weight = 1 / min(self._taken, MEAN_STEPS)
+        seconds_per_token = 1 / max(figures["tokens_per_second"], 1e-9)
+        self._seconds_per_token += weight * (seconds_per_token - self._seconds_per_token)
+        self._data_wait += weight * (figures["data_wait"] - self._data_wait)
+
+    def is_due(self, now: float) -> bool:
+        return now - self._shown_at >= self._seconds_between
+
+    def show(self, now: float, clock: RunClock, end: str | None = None) -> None:
+        """Print the last step taken in."""
+        self._shown_at = now
+        self._shown_step = self._last["step"]
+        parts = self._parts(clock.seconds_a_step(now))
+        text = "  ".join(parts)
+        if self._is_terminal:
+            columns = shutil.get_terminal_size().columns
+            if len(text) >= columns:
+                text = " ".join(parts)[: columns - 1]
+        if end is None:
+            end = "" if self._is_terminal else "\n"
+        say(self._clear + text, end)
+
+    def say_between(self, text: str) -> None:
+        """Print a line that stays."""
+        say(self._clear + text)
+
+    def end(self, now: float, clock: RunClock) -> None:
+        """Print the last step so that it stays, unless it stands there already."""
+        if self._is_terminal or self._shown_step != self._last["step"]:
+            self.show(now, clock, end="\n")
+
+    def _parts(self, seconds_a_step: float | None) -> list[str]:
+        last = self._last
+        rate = 1 / self._seconds_per_token
+        parts = [f"step {last['step']}"]
+        if self._steps:
+            parts = [f"step {last['step']}/{self._steps}"]
+            if seconds_a_step is not None:
+                parts.append(f"eta {duration((self._steps - last['step']) * seconds_a_step)}")
+        parts.append(f"loss {last['loss']:.4f}")
+        parts.append(f"lr {last['lr']:.1e}")
+        parts.append(f"norm {last['grad_norm']:.3g}")
+        parts.append(f"{shorten(rate)} tok/s")
+        if self._mfu_per_rate:
+            parts.append(f"mfu {rate * self._mfu_per_rate:.1%}")
+        parts.append(f"wait {self._data_wait:.0%}")
+        for key in last:
+            if key.startswith("share_"):
+                parts.append(self._part_of_mixture(key.removeprefix("share_")))
+        return parts
+
+    def _part_of_mixture(self, source: str) -> str:
+        share = self._last[f"share_{source}"]
+        asked = self._last[f"asked_{source}"]
+        number_of_pass = int(self._last[f"passes_{source}"]) + 1
+        return f"{source} {share:.1%} of {asked:.1%}, pass {number_of_pass}"

@@ -47,6 +47,15 @@ def test_a_healthy_run_is_equal_on_another_number_of_processes(
     output = entry("verify", str(run), "--step", "6", "--to", "12", "--units")
     assert f"equal: steps 6 to 12 are to the last bit what {run} recorded\n" in output
     assert "from step-00000004, on 1 process\n" in output
+    assert folder_hash(run) == before
+
+
+@pytest.mark.campaign
+@pytest.mark.slow
+def test_several_processes_replay_a_run_of_one(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, *exact(prepared))
+    before = folder_hash(run)
     words = ("-m", "dist_lm.verify", str(run), "--step", "2")
     code, output = finish(start_ranks(3, *words))
     assert code == 0 and output.count("equal: step 2 is to the last bit") == 1, output

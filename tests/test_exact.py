@@ -32,9 +32,9 @@ def sha(step: Path) -> str:
     return digest.hexdigest()
 
 
-def figures(run: Path) -> list[list[Any]]:
+def figures(run: Path) -> list[list[str]]:
     keys = ("step", "loss", "grad_norm", "tokens", "grad_hash", "unit_hashes")
-    return [[line[key] for key in keys] for line in losses(run)]
+    return [[repr(line[key]) for key in keys] for line in losses(run)]  # NaN is not NaN
 
 
 def weights_hash(step: Path) -> str:

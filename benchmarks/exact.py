@@ -1,7 +1,7 @@
 """A step with run.exact against a plain one: the same model and rows, in turns of one process group.
 
     torchrun --nproc-per-node 2 benchmarks/exact.py quickstart
-    torchrun --nproc-per-node 2 benchmarks/exact.py 30m
+    torchrun --nproc-per-node 2 benchmarks/exact.py 30m 5       # five rounds instead of 15
 
 Each process has one thread on a CPU, as run.exact wants. Three ways take turns: run.exact with its units,
 DDP with the same micro-batch, and DDP with a rank's whole share in one pass. A figure is the median over
@@ -35,8 +35,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "model.layers": 8,
         "model.heads": 8,
         "model.width": 512,
-        "data.global_batch": 16,
-        "data.micro_batch": 4,
+        "data.global_batch": 8,
+        "data.micro_batch": 2,
     },
     "124m": {
         "model.layers": 12,
@@ -50,7 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = {"quickstart": 2048, "30m": 8192, "124m": 50257}
 ROUNDS = 15
-WARM_UP = 2
+WARM_UP = 1  # rounds
 
 
 class Way:
@@ -97,7 +97,7 @@ class Way:
         }
 
 
-def main(size: str) -> None:
+def main(size: str, rounds: int = ROUNDS) -> None:
     settings = SIZES[size] | {"run.trackers": []}
     plain = resolve(("benchmark", settings))
     whole = resolve(("benchmark", settings | {"data.micro_batch": None}))
@@ -109,7 +109,7 @@ def main(size: str) -> None:
         "plain": Way(runtime, ReplicatedEngine, plain, vocab),
         "plain, whole share": Way(runtime, ReplicatedEngine, whole, vocab),
     }
-    for _ in range(ROUNDS + WARM_UP):
+    for _ in range(rounds + WARM_UP):
         for way in ways.values():
             way.step()
     parameters = sum(p.numel() for p in ways["exact"].engine.bare.parameters())
@@ -125,4 +125,4 @@ def main(size: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

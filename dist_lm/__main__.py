@@ -27,6 +27,7 @@ COMMANDS = {
     "show": "show what a step trained on, and whether a run has seen a text",
     "verify": "replay steps of a run with run.exact and compare their bits",
     "report": "draw the curves of runs",
+    "publish": "upload a run's checkpoints to the hub",
     "plan": "say whether a run fits, how long it takes and what it costs",
     "doctor": "check that these machines are fit for a run",
 }

@@ -30,20 +30,12 @@ class Channel:
         assert largest <= _LARGEST_MESSAGE, f"a rank sends {largest} bytes of JSON"
         padded = torch.zeros(largest, dtype=torch.uint8, device=self.device)
         padded[: len(message)] = message
-        received = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(received, padded, group=self.group)
-        values = []
-        for tensor, size in zip(received, sizes, strict=True):
-            values.append(json.loads(bytes(tensor[:size].cpu().numpy())))
-        return values
+        received = self.collect(padded).cpu().numpy().reshape(self.world_size, largest)
+        return [json.loads(bytes(row[:size])) for row, size in zip(received, sizes, strict=True)]
 
     def _gather_sizes(self, size: int) -> list[int]:
         """Every rank's size, by rank. All ranks."""
-        sizes = []
-        for _ in range(self.world_size):
-            sizes.append(torch.zeros(1, dtype=torch.int64, device=self.device))
-        dist.all_gather(sizes, torch.tensor([size], device=self.device), group=self.group)
-        return [int(tensor) for tensor in sizes]
+        return self.collect(torch.tensor([size], device=self.device)).tolist()
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Any:
         """Start sending; the tensor must stay as it is until wait() on what this returns."""

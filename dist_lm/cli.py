@@ -54,7 +54,7 @@ RunFlags = TypeVar("RunFlags", bound=ConfigFlags)
 
 @dataclass(frozen=True)
 class Command(Generic[Flags]):
-    """What may be given to a command."""
+    """The flags and settings that a command takes."""
 
     usage: str  # e.g. python -m dist_lm.report RUN
     flags: type[Flags]
@@ -71,7 +71,7 @@ class Command(Generic[Flags]):
         return fields_by_name(self.flags)
 
     def hint(self, name: str) -> str:
-        """Text that names the flag that is meant, or nothing."""
+        """Text that names the flag that is meant, or an empty string."""
         if name in _NAMES_OF_A_RUN and self.positional:
             return f"; rule: {self.positional.upper()} stands without a flag"
         if name in _NAMES_OF_A_RUN and "ckpt" in self.fields:

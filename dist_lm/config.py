@@ -1,7 +1,7 @@
 """The settings of a run: frozen, validated, and what they mean on a number of processes.
 
 The defaults are the quickstart. Four sections (model, data, optim, run) decide the mathematics
-and the places. How a run is spread over machines is not in here: `batch_layout()` derives what
+and the places. How a run is spread over machines is not here: `batch_layout()` derives what
 depends on the number of processes. This module imports neither torch nor numpy, so that a typing
 mistake is answered at once.
 """

@@ -4,14 +4,35 @@ Invariant: a file has its name only when its content is on disk. It is written a
 renamed, and then its folder is fsynced.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from dist_lm.errors import RetryableError, UserError
+
 _CHUNK = 16 * 2**20  # bytes hashed and written at once
+# What no other try changes: a folder that is no folder, or that this user may not write to.
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+@contextlib.contextmanager
+def disk_may_fail(folder: Path, result: str) -> Iterator[None]:
+    """Let a full or failing disk be one line, which says what came of it: `result`.
+
+    What is written by then stays, and the same command goes on from it.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or folder}: {error.strerror or error}; {result}"
+        if error.errno in _NOT_OURS:
+            raise UserError(f"{where}; nearest: a folder that can be written to") from error
+        raise RetryableError(f"{where}; the same command goes on") from error
 
 
 def open_own(path: str | Path, mode: str, **more: Any) -> IO[Any]:
@@ -34,6 +55,8 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
         if error.filename is None:
             error.filename = str(path)
         raise

@@ -1,4 +1,4 @@
-"""What launchers and schedulers say in environment variables."""
+"""Reads and checks the environment variables that launchers and schedulers set."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def own_rank() -> int:
 
 
 def end_of_job() -> float:
-    """When the job ends, in seconds since 1970; never without a scheduler."""
+    """The end of the job, in seconds since 1970; infinite without a scheduler."""
     text = os.environ.get("DIST_LM_STOP_AT") or "inf"
     try:
         seconds = float(text)

@@ -1,4 +1,4 @@
-"""What a user can fix, by kind and exit code, and how a command ends.
+"""Errors that a user can fix, by kind and exit code, and the end of a command.
 
 Each kind of error is a class that knows its name and its exit code. An error is one line: the
 field, its value, the rule, and the nearest good value. It is printed at the process edge only, by
@@ -81,7 +81,7 @@ CODES = {"done": 0} | {error.kind: error.code for error in ERRORS}
 
 
 def kind(code: int) -> str:
-    """How a run ended, from its exit code; any other code means that the machines failed."""
+    """The kind of an ending, from its exit code. Any other code means that the machines failed."""
     for name, known in CODES.items():
         if code == known:
             return name
@@ -128,7 +128,7 @@ def _speaks() -> bool:
 
 
 def _call_and_flush(main: Callable[[list[str]], Result]) -> Result:
-    """What main(argv) returns, when all that it printed has been written."""
+    """Call main(argv), write all that it printed, and return its result."""
     try:
         result = main(sys.argv[1:])
     except SystemExit:

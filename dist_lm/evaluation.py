@@ -47,8 +47,11 @@ def _evaluate_set(run: Run, name: str, label: str) -> dict[str, float]:
 def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
     """Continue a prompt at each temperature, for samples.md. All ranks; rank 0 writes.
 
-    The texts are one batch: half the forwards, in each of which ZeRO-3 gathers weights.
+    Where every rank holds all weights, rank 0 does it alone. The texts are one batch: half the
+    forwards, in each of which ZeRO-3 gathers weights.
     """
+    if run.runtime.engine.has_replicas and not run.runtime.is_main:
+        return
     tokenizer = run.data.tokenizer
     tokens = prompt_of_samples(run)
     prompt = run.config.run.sample_prompt or tokenizer.decode(tokens)

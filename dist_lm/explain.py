@@ -108,7 +108,7 @@ class Numbers:
 
     @classmethod
     def of(cls, info: FieldInfo) -> "Numbers":
-        """Those of a field, from its ge or gt, and le."""
+        """The numbers that a field takes, from its ge or gt, and le."""
         limits = {}
         for limit in info.metadata:
             for name in ("ge", "gt", "le"):
@@ -124,7 +124,7 @@ class Numbers:
         )
 
     def error(self, name: str, text: str) -> str:
-        """That `text` is none of them, and which is the nearest."""
+        """The error for a text that is none of them. It names the nearest one."""
         value = self.read(text)
         kind = "a whole number" if self.is_whole else "a number"
         if self.low_is_excluded:
@@ -137,7 +137,7 @@ class Numbers:
         return f"--{name}={text} must be {kind} {rule}; nearest: {good}"
 
     def read(self, text: str) -> float:
-        """The number that a text is; NaN if it is none."""
+        """The number that a text stands for; NaN if it stands for none."""
         try:
             return int(text) if self.is_whole else float(text)
         except ValueError:

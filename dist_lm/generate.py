@@ -177,7 +177,7 @@ def prompt_in(content: bytes, where: str) -> str:
 
 
 def not_utf8(content: bytes, where: str) -> str:
-    """What is wrong with a text that is not UTF-8, or nothing."""
+    """The fault of a text that is not UTF-8, or an empty string."""
     try:
         content.decode()
     except UnicodeDecodeError as error:

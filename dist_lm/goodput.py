@@ -1,4 +1,4 @@
-"""Where the time of a run and of all its restarts went, why it stopped, and its spikes.
+"""Works out where the time of a run and its restarts went, why it stopped, and its spikes.
 
 All of it is in metrics.jsonl: each start, stop, evaluation and save has a line there, and each step
 has its rate. A start that is killed writes no stop; it lasted as long as what it wrote about.
@@ -40,7 +40,7 @@ class Start:
 
 
 class History:
-    """What the lines of a run say about its time."""
+    """The time of a run, as the lines of its metrics.jsonl tell it."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]):
         self.starts: list[Start] = []
@@ -100,7 +100,7 @@ class History:
             self.stops_before_training[stop.attempt] = cause
 
     def _forget_after(self, step: int) -> None:
-        """What came after this step is lost, because the run goes on from there."""
+        """Count what came after this step as lost, because the run goes on from there."""
         for work in reversed(self.work):
             if work.step > step:
                 work.is_lost = True
@@ -126,14 +126,14 @@ class History:
         return parts
 
     def causes(self) -> dict[str, int]:
-        """Why the run stopped, and how often."""
+        """The reasons why the run stopped, each with its number."""
         causes = Counter(start.cause for start in self.starts if start.cause)
         causes.update(self.stops_before_training.values())
         return dict(causes.most_common())
 
 
 def goodput(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Where the time of a run went, for report. None: no line tells of a start."""
+    """The time of a run, for report. None: no line tells of a start."""
     history = History(lines)
     if not history.starts:
         return None

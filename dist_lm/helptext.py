@@ -111,7 +111,7 @@ def add_nested(page: HelpPage, section: type[Section]) -> None:
 
 
 def name_of_type(info: FieldInfo) -> str:
-    """What a field takes: its choices, or e.g. INT."""
+    """The values that a field takes: its choices, or e.g. INT."""
     kind = plain_type(info.annotation)
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))

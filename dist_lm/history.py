@@ -1,4 +1,4 @@
-"""What a run trained on, step by step, read again from its folder and its data alone.
+"""Reads again what a run trained on, step by step, from its folder and its data alone.
 
 Nothing is prepared or written, and data that is not what the run trained on is refused.
 """
@@ -89,7 +89,7 @@ def _stepped_over(config: Config) -> list[list[int]]:
 
 
 def _newest_before(config: Config, step: int) -> dict[str, Any]:
-    """What the newest checkpoint says that is not behind a step; without one, the beginning."""
+    """The facts of the newest checkpoint that is not behind a step; without one, the beginning."""
     newest: dict[str, Any] = {"step": 0, "streams": None}
     for path in _checkpoints(config):
         state = read_state(path.parent)

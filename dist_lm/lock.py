@@ -10,7 +10,7 @@ run lives:
   flock, or grant it to everybody; therefore a flock that is held proves that the run lives, but one
   that is free proves nothing.
 
-If the lock is taken away all the same, or deleted, or the folder replaced, the run sees it at its
+If the lock is still taken away or deleted, or the folder replaced, the run sees it at its
 next step and before it commits a checkpoint. Then it ends, and writes nothing more. To take a
 folder from a run that cannot be reached, delete its run.lock.
 
@@ -102,7 +102,7 @@ class RunLock:
         self._looked_at = time.monotonic()
 
     def look(self) -> str:
-        """Why the folder is no longer ours, or nothing. Reads the file."""
+        """The reason why the folder is no longer ours, or an empty string. Reads the file."""
         if self.text and not self._why_lost:
             try:
                 text = self.path.read_text(encoding="utf-8", errors="replace")
@@ -129,7 +129,7 @@ class RunLock:
 
     @property
     def lost(self) -> str:
-        """Why the folder is no longer ours, or nothing, cheap enough for every step.
+        """The reason why the folder is no longer ours, or an empty string. Cheap enough for steps.
 
         Only rank 0 knows. It is what the thread saw. If the thread has not looked for long, this
         process was stopped, and we look here.
@@ -182,7 +182,7 @@ class RunLock:
                 os.utime(descriptor)
 
     def _wait_and_create(self, text: str, say: Callable[[str], None]) -> int:
-        """Create the file as soon as nobody lives who holds one; its descriptor. Rank 0."""
+        """Create the file as soon as no living run holds one. Returns its descriptor. Rank 0."""
         holder = Holder(self.path)
         asked = time.monotonic()
         has_said = False
@@ -244,7 +244,7 @@ class RunLock:
 
 
 class Holder:
-    """Whoever holds a run.lock, as far as looking at the file again and again can tell."""
+    """The holder of a run.lock, judged by looking at the file again and again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -316,7 +316,7 @@ class Holder:
 
 
 def _write_new(path: Path, text: str) -> int:
-    """Create a file with this text and our flock; its descriptor.
+    """Create a file with this text and our flock. Returns its descriptor.
 
     Raises FileExistsError if there is one.
     """

@@ -276,7 +276,8 @@ def training_batches(run: Run) -> Batches:
         rank=runtime.rank,
         world=runtime.world_size,
         unit=run.layout.unit,
-        channel=runtime.reading,
+        # A lone prepared folder needs none: each rank reads its own rows of it.
+        channel=None if data.any_order else runtime.reading(),
     )
     return Batches(
         reader,

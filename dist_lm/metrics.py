@@ -261,7 +261,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 
 
 class StepLine(CheckedModel):
-    """What readers use of a step's line."""
+    """The fields of a step's line that readers use."""
 
     step: Count
     loss: Figure
@@ -275,7 +275,7 @@ class StepLine(CheckedModel):
 
 
 class EventLine(CheckedModel):
-    """What readers use of an event's line. Each event has some of these."""
+    """The fields of an event's line that readers use. Each event has some of these."""
 
     event: Text
     step: Count = 0  # updates made
@@ -293,7 +293,7 @@ class EventLine(CheckedModel):
 
 
 class EvaluationLine(CheckedModel):
-    """What readers use of an evaluation's line."""
+    """The fields of an evaluation's line that readers use."""
 
     step: Count
     val_set: Text

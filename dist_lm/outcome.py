@@ -1,4 +1,4 @@
-"""How a run ended, and whether to start it again: RUN/outcome.json.
+"""Records how a run ended, and says whether to start it again: RUN/outcome.json.
 
 torchrun flattens every exit code to 1, so a launcher reads the file: `class`, the newest saved
 `step`, the `reason`, the number of the `attempt`, and how many `failures` in a row there were
@@ -84,7 +84,7 @@ TRAIN = Command(
 
 
 class Outcome(CheckedModel):
-    """What outcome.json holds."""
+    """The content of outcome.json."""
 
     kind: Literal[tuple(CODES)] = Field(alias="class")  # type: ignore[valid-type]
     step: Count
@@ -94,7 +94,7 @@ class Outcome(CheckedModel):
 
 
 def read(folder: Path, name: str = "outcome.json") -> dict[str, Any]:
-    """How a run ended; empty if there is no readable file."""
+    """The content of an outcome file; empty if there is no readable one."""
     try:
         content = read_json(folder / name, CheckpointError, _LARGEST)
         return check(content, Outcome, CheckpointError).model_dump(by_alias=True)
@@ -165,7 +165,7 @@ class Attempt:
         return bool(self.read_refusal()) or int(read(self.folder).get("attempt", 0)) >= self.number
 
     def read_refusal(self) -> dict[str, Any]:
-        """How this start ended, where another run has the folder."""
+        """The outcome of this start, where another run has the folder."""
         if not self.refusal:
             return {}
         return read(self.folder, self.refusal)
@@ -237,7 +237,7 @@ class Attempt:
             file.write(text)
         os.replace(aside, self.folder / name)
         if self.lock.text:
-            # Files of attempts that were killed in here.
+            # Files of attempts that were killed while they wrote one.
             for left_over in self.folder.glob(".outcome.json.*"):
                 left_over.unlink(missing_ok=True)
 

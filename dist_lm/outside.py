@@ -72,7 +72,7 @@ Refuse = Callable[[str], UserError]
 def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading.
 
-    Refuses pipes and devices, where opening or reading may wait for ever.
+    Refuses pipes and devices, where opening or reading may wait forever.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -126,7 +126,7 @@ def read_json(
 
 
 def check(content: Any, model: type[Model], refuse: Refuse) -> Model:
-    """What `parse_json` or `read_json` gave, as a model of its fields."""
+    """The content that `parse_json` or `read_json` gave, as a model of its fields."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

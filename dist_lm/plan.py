@@ -25,12 +25,20 @@ class PlanFlags(ConfigFlags):
     nodes: int = Field(1, ge=1, description="Machines.")
     gpus_per_node: int = Field(8, ge=1, description="GPUs, and processes, of each.")
     gpu: GpuKind = Field("h100", description="Kind of GPU; cpu: this machine's processor.")
+    network: float = Field(
+        50.0,
+        gt=0,
+        le=10000,
+        examples=[50.0],
+        description="GB/s between nodes, for each GPU, one way; 50 is 400 Gb/s.",
+    )
     mfu: float = Field(
         0.4,
         gt=0,
         le=1,
         examples=[0.4],
-        description="Share of the peak that training reaches; a guess until measured.",
+        description="Share of the peak that training reaches without a network; a guess until"
+        " measured.",
     )
     vocab_size: int | None = Field(
         None,
@@ -52,7 +60,7 @@ PLAN = Command(
 
 def main(argv: list[str]) -> None:
     config, flags = load(argv, PLAN)
-    cluster = Cluster(flags.gpu, flags.nodes, flags.gpus_per_node)
+    cluster = Cluster(flags.gpu, flags.nodes, flags.gpus_per_node, 1e9 * flags.network)
     from dist_lm.planning.estimate import estimate  # torch, which is slow to import
     from dist_lm.planning.page import describe, table
     from dist_lm.size import vocabulary

@@ -1,4 +1,4 @@
-"""What a run takes along from the model that `run.init_from` names: shape, context and tokenizer.
+"""The shape, context and tokenizer that a run takes from the model that `run.init_from` names.
 
 Only small JSON files are read, and torch is not imported. So a setting that disagrees with the
 model is refused at once, before any text is read or prepared.
@@ -79,7 +79,7 @@ class Pretrained:
         return [f"data.seq_len={seq_len} (there at most {most}, its positions are learned)"]
 
     def _about_tokenizer(self, spec: str) -> list[str]:
-        """What can be told without reading text; the rest is compared before text is prepared."""
+        """Compare what needs no text; the rest is compared before text is prepared."""
         size = None
         if spec == "byte":
             size = _SIZE_OF_BYTE
@@ -96,7 +96,7 @@ class Pretrained:
 
 
 def settings_to_take(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What comes along from `run.init_from`: the settings that are not given.
+    """The settings that come from `run.init_from`, because they are not given.
 
     `given` has the settings of all levels. A run that already has steps goes on with its own shape,
     so the folder that it started from may be gone by then.
@@ -144,7 +144,7 @@ def find_model(name: str) -> Pretrained:
             f"run.init_from={name}: no such folder; rule: a run, a step folder, a transformers"
             " folder or hub name"
         )
-    folder = _download(name)
+    folder = download(name, ["*.json"], "run.init_from=")
     return Pretrained(name, folder, read_spec(folder))
 
 
@@ -193,14 +193,15 @@ def _hash_of_file(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _download(name: str) -> Path:
-    """A folder with the small files of a model of the hub."""
+def download(name: str, patterns: list[str], label: str = "") -> Path:
+    """A folder with these files of a model of the hub; owner/name@revision has a revision."""
     from huggingface_hub import snapshot_download  # slow, and only for hub names
 
+    repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json"]))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # of the hub's client, of its HTTP library, of the system
         raise CheckpointError(
-            f"run.init_from={name}: neither a folder here nor readable from the hub"
+            f"{label}{name}: neither a folder here nor readable from the hub"
             f" ({type(error).__name__})"
         ) from error

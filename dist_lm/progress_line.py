@@ -1,4 +1,4 @@
-"""What a run shows on the console while it trains: how far it is, and where its time went."""
+"""The console of a run: a line that says how far it is, and at the end where its time went."""
 
 import math
 import shutil
@@ -15,7 +15,7 @@ MEAN_STEPS = 20  # steps that the rates are averaged over
 
 
 class RunClock:
-    """Where the time of this process went."""
+    """Counts where the time of this process goes."""
 
     def __init__(self) -> None:
         self.started_at = time.monotonic()
@@ -47,7 +47,7 @@ class RunClock:
 
 
 class ProgressLine:
-    """Where the run stands: on a terminal one line that changes, elsewhere now and then a line."""
+    """The line of progress. On a terminal it changes; elsewhere a new line comes now and then."""
 
     def __init__(self, steps: int | None, mfu_per_rate: float):
         self._steps = steps

@@ -121,7 +121,7 @@ def summary(name: str, run_dir: str) -> dict[str, Any]:
 
 
 def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
-    """What the steps took: each one's tokens at its own rate."""
+    """The seconds that the steps took: each one's tokens at its own rate."""
     tokens = [0.0, *(step["tokens"] for step in steps)]
     seconds = 0.0
     for (before, after), step in zip(pairwise(tokens), steps, strict=True):
@@ -130,7 +130,7 @@ def seconds_of(steps: Sequence[Mapping[str, Any]]) -> float:
 
 
 def print_goodput(runs: Sequence[Mapping[str, Any]]) -> None:
-    """Where the time of the runs and all their restarts went, why they stopped, their spikes."""
+    """Print where the time of the runs and their restarts went, why they stopped, their spikes."""
     told = [run for run in runs if run["goodput"]]
     if not told:
         return

@@ -1,7 +1,7 @@
-"""What happens before the loop: where a run stands, building model and optimizer, and filling them.
+"""Before the loop: find where a run stands, build model and optimizer, and fill them.
 
-A run folder says itself where its run stands, so the same command starts a run and resumes it. That
-is found out before anything is built: a run that is finished ends at once.
+The run folder says where its run stands, so the same command starts a run and resumes it. This is
+found out before anything is built, so a run that is finished ends at once.
 """
 
 import gc
@@ -47,7 +47,7 @@ _DATA = "data (its tokens, by hash)"  # compared like a setting
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run stands."""
+    """The step and the checkpoint at which a run goes on or begins."""
 
     data: Dataset
     steps: int | None  # None: the data says when it ends
@@ -86,7 +86,7 @@ class Run:
 def find_resume_point(
     runtime: Runtime, config: Config, allowed: Sequence[str]
 ) -> ResumePoint | None:
-    """Where the run stands; None if nothing is left to do, after saying so. All ranks.
+    """Find where the run stands. Returns None, and says so, if nothing is left to do. All ranks.
 
     `allowed` names settings that may differ from those of the checkpoint.
     """
@@ -96,37 +96,51 @@ def find_resume_point(
         runtime.on_main(lambda: refuse_other_tokenizers(config))
     data = open_dataset(config, runtime.on_main)
     steps = data.steps(config)
-    # Rank 0 decides, because others may see the folder otherwise for a while.
-    chosen = runtime.on_main(lambda: _choose_checkpoint(runtime, config))
+    chosen = _choose_checkpoint(runtime, config)
     if chosen is None:
         return ResumePoint(data, steps, folder=None, facts={})
-    facts = runtime.together(lambda: read_state(Path(chosen)))
+    facts = runtime.together(lambda: read_state(chosen))
     refuse_other_mathematics(runtime, config, data, facts, allowed)
     if facts["step"] >= _last_step(config, steps, facts):
         runtime.say(_why_nothing_is_left(config, steps, facts))
         return None
-    return ResumePoint(data, steps, folder=Path(chosen), facts=facts)
+    return ResumePoint(data, steps, folder=chosen, facts=facts)
 
 
-def _choose_checkpoint(runtime: Runtime, config: Config) -> str | None:
-    """The folder to go on from, or None if the run begins. Rank 0."""
+def _choose_checkpoint(runtime: Runtime, config: Config) -> Path | None:
+    """The folder to go on from, or None if the run begins. All ranks, which divide its files."""
+
+    def check(folder: Path) -> None:
+        def check_share() -> None:
+            verify_state(folder, runtime.rank, runtime.world_size)
+
+        runtime.on_all(check_share)
+
     run_dir = Path(config.run.dir)
-    if config.run.resume == "never":
-        if (run_dir / "metrics.jsonl").exists() or step_folders(run_dir):
-            raise UserError(
-                f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
-                " run.resume=auto"
-            )
-        return None
-    if config.run.resume != "auto":
-        folder = Path(config.run.resume)
-        step = verify_state(folder)["step"]
-        set_aside_newer(run_dir, step, runtime.say)
-        return str(folder)
-    newest, passed_over = newest_valid(run_dir, verify_state)
+    if config.run.resume not in ("auto", "never"):
+        chosen = Path(config.run.resume)
+        check(chosen)
+        step = read_state(chosen)["step"]
+        runtime.on_main(lambda: set_aside_newer(run_dir, step, runtime.say))
+        return chosen
+    # Rank 0 looks, because others may see the folder otherwise for a while.
+    names = runtime.on_main(lambda: _checkpoints_to_try(config))
+    newest, passed_over = newest_valid(run_dir, check, [Path(name) for name in names])
     for why in passed_over:
         runtime.say(f"warning: passed over a damaged checkpoint: {why}")
-    return str(newest) if newest else None
+    return newest
+
+
+def _checkpoints_to_try(config: Config) -> list[str]:
+    """The step folders of the run, oldest first. Rank 0."""
+    run_dir = Path(config.run.dir)
+    folders = step_folders(run_dir)
+    if config.run.resume == "never" and (folders or (run_dir / "metrics.jsonl").exists()):
+        raise UserError(
+            f"run.dir={run_dir} has a history and run.resume=never; rule: an empty folder; or"
+            " run.resume=auto"
+        )
+    return [str(folder) for folder in folders]
 
 
 def _why_nothing_is_left(config: Config, steps: int | None, facts: Mapping[str, Any]) -> str:
@@ -207,24 +221,6 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
     # What exists by now stays: collecting garbage need not look through torch's modules again.
     gc.freeze()
     runtime.engine.prepare(model, optimizer, parameter_shapes(spec), runtime.channel)
-    metrics = Metrics(
-        config.run.dir,
-        steps=point.steps,
-        flops_per_token=flops_per_token(spec),
-        device=runtime.device,
-        world_size=runtime.world_size,
-        is_main=runtime.is_main,
-        track=runtime.track,
-    )
-    saver = Saver(
-        Path(config.run.dir),
-        runtime.background,
-        keep_last=config.run.keep_last,
-        keep_every=config.run.keep_every,
-        reach=STRETCH if config.run.on_spike == "act" else 0,
-        resumed=point.folder,
-        lost=runtime.attempt.lock.look,
-    )
     run = Run(
         config=config,
         runtime=runtime,
@@ -233,8 +229,8 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
         steps=point.steps,
         model=model,
         optimizer=optimizer,
-        metrics=metrics,
-        saver=saver,
+        metrics=_metrics(runtime, config, point),
+        saver=_saver(runtime, config, point),
         state=TrainState(),
         point=point,
     )
@@ -242,6 +238,31 @@ def build(runtime: Runtime, config: Config, point: ResumePoint) -> Run:
     is_on_gpu = runtime.device.type == "cuda"
     run.saver.make_ready(spec, runtime.engine.owned, make_memory=is_on_gpu)
     return run
+
+
+def _metrics(runtime: Runtime, config: Config, point: ResumePoint) -> Metrics:
+    spec = config.model_spec(point.data.tokenizer.vocab_size)
+    return Metrics(
+        config.run.dir,
+        steps=point.steps,
+        flops_per_token=flops_per_token(spec),
+        device=runtime.device,
+        world_size=runtime.world_size,
+        is_main=runtime.is_main,
+        track=runtime.track,
+    )
+
+
+def _saver(runtime: Runtime, config: Config, point: ResumePoint) -> Saver:
+    return Saver(
+        Path(config.run.dir),
+        runtime.background,
+        keep_last=config.run.keep_last,
+        keep_every=config.run.keep_every,
+        reach=STRETCH if config.run.on_spike == "act" else 0,
+        resumed=point.folder,
+        lost=runtime.attempt.lock.look,
+    )
 
 
 def restore_or_init(run: Run, point: ResumePoint) -> None:
@@ -259,9 +280,9 @@ def _init(run: Run) -> None:
     if config.run.init_from:
         run.runtime.together(lambda: start_from(run, config.run.init_from or ""))
     else:
-        parts = ((part.name, part.start, part.weight) for part in engine.owned())
+        parts = ((part.name, part.start, part.weight) for part in engine.to_fill())
         init_weights(run.model, config.run.seed, parts)
-    engine.spread()
+    engine.fill_others()
     engine.start_average()
 
 
@@ -270,8 +291,8 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
     runtime = run.runtime
     engine = runtime.engine
     spec = run.config.model_spec(run.data.tokenizer.vocab_size)
-    runtime.together(lambda: restore(folder, spec, engine.owned(), optimizer=True))
-    engine.spread()
+    runtime.together(lambda: restore(folder, spec, engine.to_fill(), optimizer=True))
+    engine.fill_others()
     if engine.scaler.is_enabled():
         if facts["scaler"].keys() != engine.scaler.state_dict().keys():
             raise CheckpointError(f"{folder.name}/state.json: has no loss scale, which fp16 needs")
@@ -361,7 +382,7 @@ def start_from(run: Run, name: str) -> None:
     refuse_disagreements(model, given)
     refuse_tokenizer(model, tokenizer, f"data.input={config.data.title}")
     spec = config.model_spec(model.spec.vocab_size)
-    restore(folder, spec, run.runtime.engine.owned(), optimizer=False)
+    restore(folder, spec, run.runtime.engine.to_fill(), optimizer=False)
 
 
 # --- saying what is about to happen
@@ -384,6 +405,19 @@ def describe(run: Run) -> None:
         f" {config.run.precision}; each step {layout.accumulation} x {layout.micro_batch} sequences"
         " a process"
     )
+    _warn_of_settings(run)
+    if runtime.is_main:
+        path = run.dir / "config.yaml"
+        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
+            file.write(config.to_yaml())
+    runtime.start_trackers(config, run.state.step)
+
+
+def _warn_of_settings(run: Run) -> None:
+    """Warn of settings that do not do all that they seem to. Rank 0."""
+    config = run.config
+    runtime = run.runtime
+    layout = run.layout
     if layout.filler_percent > 0:
         runtime.say(
             "warning: rows without targets even out the processes and cost"
@@ -403,21 +437,17 @@ def describe(run: Run) -> None:
         runtime.say(
             "warning: no transformers family has this model; only dist_lm reads its checkpoints"
         )
-    if runtime.is_main:
-        path = run.dir / "config.yaml"
-        with dispensable(path), open_own(path, "w", encoding="utf-8") as file:
-            file.write(config.to_yaml())
-    runtime.start_trackers(config, run.state.step)
 
 
 def _describe_size(run: Run) -> None:
-    """How large model, step and run are."""
+    """Print the size of the model, of a step and of the run. Rank 0."""
     config = run.config
-    data = run.data
-    parameters = hf.number_of_parameters(config.model_spec(data.tokenizer.vocab_size))
-    plural = "steps" if run.steps else "passes"
-    length = count(run.steps or config.run.epochs or 0, "step" if run.steps else "pass", plural)
+    size = hf.number_of_parameters(config.model_spec(run.data.tokenizer.vocab_size))
+    if run.steps:
+        length = count(run.steps, "step")
+    else:
+        length = count(config.run.epochs or 0, "pass", "passes")
     run.runtime.say(
-        f"{parameters:,} parameters, sequences of {config.data.seq_len} tokens;"
+        f"{size:,} parameters, sequences of {config.data.seq_len} tokens;"
         f" {run.layout.tokens_per_step:,} tokens a step, {length}"
     )

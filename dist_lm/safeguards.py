@@ -1,7 +1,7 @@
-"""What a run does when something is wrong with it: spikes, corrupt ranks, too little memory.
+"""Safeguards of a run: against spikes, corrupt ranks and too little memory.
 
 The loop judges each step here, with the figures that all ranks have agreed on, so all ranks decide
-alike. The rule for spikes stands in spikes.py.
+alike. The rule for spikes is in spikes.py.
 """
 
 import math
@@ -143,11 +143,11 @@ def refuse_endless_returns(run: Run, spike: Spike, ranges: Ranges) -> None:
 
 
 def hashes_of_replicas(run: Run, batch: Batch) -> LateFigures | None:
-    """What the ranks compare after this step, if that is due: hashes by rank. All ranks.
+    """Hashes by rank, which the ranks compare after this step if that is due. All ranks.
 
-    The first row is of the weights. With run.deterministic the second is of each rank's gradient of
-    a micro-batch, and the third of that of the rank before it. They are also compared before a
-    save, so that what is saved was checked.
+    The first row has the hashes of the weights. With run.deterministic the second row has those of
+    each rank's gradient of a micro-batch, and the third those of its gradient of the
+    micro-batch of the rank before it. They are due before each save, so what is saved was checked.
     """
     config = run.config.run
     runtime = run.runtime
@@ -206,7 +206,7 @@ def refuse_corrupt_replicas(run: Run, step: int, hashes: LateFigures | None) -> 
 
 
 def shortage_of_memory(runtime: Runtime, config: Config, vocab_size: int) -> UserError:
-    """What to say when this rank's device had too little memory."""
+    """The error for this rank's device, which had too little memory."""
     from dist_lm.planning.shortage import explain_shortage  # slow, and seldom needed
 
     strategy = runtime.engine.strategy

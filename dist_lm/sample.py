@@ -26,7 +26,7 @@ from dist_lm.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when to end.
+    """The settings by which tokens are chosen, and when to end.
 
     top-k, top-p, min-p and the penalty mean what they do in transformers.
     """
@@ -46,7 +46,7 @@ class Sampling:
 
 @dataclass
 class Continuation:
-    """What a prompt has grown into.
+    """A prompt and the text that continues it.
 
     `text` has only whole characters and never any part of a stop text.
     """
@@ -93,7 +93,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def window_start(length: int, seq_len: int) -> int:
-    """Where the window over a text of `length` tokens begins.
+    """The first token of the window over a text of `length` tokens.
 
     It moves on by half a context when it is full.
     """
@@ -217,7 +217,7 @@ def _prefill(
 
 
 def _seen(texts: list[list[int]], model: GPT) -> Tensor:
-    """Which tokens each text has."""
+    """A mask of the tokens that each text has."""
     seen_BV = torch.zeros(len(texts), model.vocab_size, dtype=torch.bool)
     for row_V, text in zip(seen_BV, texts, strict=True):
         row_V[text] = True

@@ -144,7 +144,7 @@ def settings_of_run(folder: Path, context: int) -> dict[str, Any]:
 
 
 def what_to_score(data: Dataset) -> tuple[TokenSequences, str]:
-    """What is held out, or the whole text where nothing is."""
+    """The held-out text, or the whole text where nothing is held out."""
     held_out = data.val["val"]
     if sum(held_out.sizes) > 0:
         return held_out, "the held-out part"

@@ -13,7 +13,7 @@ FOLDERS = ("configs", "launch", "slurm")
 
 
 def shipped(folder: str) -> Path:
-    """Where one of FOLDERS lies."""
+    """The path of one of FOLDERS."""
     assert folder in FOLDERS, folder
     installed = _CODE / "_shipped" / folder
     if installed.is_dir():

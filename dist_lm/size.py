@@ -1,4 +1,4 @@
-"""What a config amounts to before anything is built: vocabulary, steps, bytes of checkpoints."""
+"""Sizes that follow from a config before anything is built: vocabulary, steps, checkpoints."""
 
 import math
 from pathlib import Path
@@ -55,9 +55,8 @@ def steps_of(config: Config) -> int:
 
 
 def parameters(config: Config, vocab_size: int) -> int:
-    """How many parameters there are, without what pads the vocabulary."""
-    shapes = hf.shapes(config.model_spec(vocab_size))
-    return sum(math.prod(shape) for shape in shapes.values())
+    """The number of parameters, without the rows that pad the vocabulary."""
+    return hf.number_of_parameters(config.model_spec(vocab_size))
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
@@ -74,7 +73,7 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
 
 
 def checkpoints_kept(config: Config, steps: int) -> int:
-    """How many lie on disk at once.
+    """The number of checkpoints that lie on disk at once.
 
     They are the newest, the best, what keep_every keeps, and one that is being written.
     """

@@ -1,4 +1,4 @@
-"""When a step's loss or gradient norm is not what it should be, and what is stepped over then.
+"""Tells a spike by a step's loss and gradient norm, and keeps the ranges that are stepped over.
 
 The rule. The loss is far off if it lies above the median of the last steps by more than 10 of their
 deviations and by more than a tenth of the median. The norm is far off if it is more than 10 times
@@ -41,7 +41,7 @@ class Spike(Exception):
 
 
 def far_off(recent: Sequence[Figures], loss: float, norm: float) -> str:
-    """Why finite figures are far off those of the recent steps; empty if they are not."""
+    """The reason why finite figures are far off those of the recent steps, or an empty string."""
     if len(recent) < _FEWEST:
         return ""
     losses = [figures[0] for figures in recent]

@@ -3,11 +3,11 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_lm.arithmetic import ceil_div
 from dist_lm.config import NO_TARGET, BatchLayout, Config
-from dist_lm.data.batches import Batches
+from dist_lm.data.batches import Batches, Micro
 from dist_lm.data.mix import PreparedReader
 from dist_lm.data.prepared.sequences import TokenSequences
 from dist_lm.data.sources import PreparedSource
@@ -31,7 +31,6 @@ def validate(
     data = config.data
     available = sum(shards.counts(data.seq_len, data.stride))
     sequences = min(available, config.run.eval_batches * data.global_batch)
-    steps = ceil_div(sequences, data.global_batch)
     source = PreparedSource(
         "val", shards, data.seq_len, data.stride, seed=_ORDER_SEED, end=sequences
     )
@@ -40,30 +39,19 @@ def validate(
     )
     batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
-    # Sums of losses, targets, the bytes of their text and who refuses, on the device: one host sync
-    # at the end.
-    sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
     with torch.no_grad(), runtime.engine.autocast():
-        for _ in range(steps):
+        for _ in range(ceil_div(sequences, data.global_batch)):
             batch = batches.take()
             if batch.failure:
                 runtime.refusal = batch.failure
             for micro in batch.micros:
-                loss = model(
-                    micro.tokens_BT,
-                    micro.targets_BT,
-                    segments_BT=micro.segments_BT,
-                    bounds_N=micro.bounds_N,
-                )
-                # Sums over a mask: choosing the targets would need their number on the host.
-                is_target = micro.targets_BT != NO_TARGET
-                bytes_BT = token_bytes[micro.targets_BT * is_target]
-                sums[0] += runtime.engine.addend(loss)
-                sums[1] += is_target.sum()
-                sums[2] += (bytes_BT * is_target).sum()
+                sums += _sums_of_micro(runtime, model, micro, token_bytes)
     batches.close()
-    sums[3] += runtime.refusal is not None
-    loss_sum, targets_sum, bytes_sum, are_refusing = runtime.sum(sums).tolist()
+    is_refusing = torch.full_like(sums[:1], runtime.refusal is not None)
+    # The one host sync of an evaluation.
+    sums_of_all = runtime.sum(torch.cat([sums, is_refusing])).tolist()
+    loss_sum, targets_sum, bytes_sum, are_refusing = sums_of_all
     runtime.refuse_together(are_refusing)
     if not bytes_sum:
         raise DataError(
@@ -77,3 +65,18 @@ def validate(
         "val_perplexity": math.exp(min(mean_loss, _LARGEST_EXPONENT)),
         "val_bits_per_byte": loss_sum / math.log(2) / bytes_sum,
     }
+
+
+def _sums_of_micro(runtime: Runtime, model: nn.Module, micro: Micro, token_bytes: Tensor) -> Tensor:
+    """The sums of losses, targets and bytes of their text, on the device. All ranks."""
+    loss = model(
+        micro.tokens_BT,
+        micro.targets_BT,
+        segments_BT=micro.segments_BT,
+        bounds_N=micro.bounds_N,
+    )
+    # Sums over a mask: choosing the targets would need their number on the host.
+    is_target = micro.targets_BT != NO_TARGET
+    bytes_BT = token_bytes[micro.targets_BT * is_target]
+    loss = runtime.engine.addend(loss)
+    return torch.stack([loss.double(), is_target.sum(), (bytes_BT * is_target).sum()])

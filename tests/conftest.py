@@ -24,18 +24,18 @@ from dist_lm.stop import STOP_SIGNALS
 
 torch.set_num_threads(1)
 
-WORDS = "the a one cat dog bird tree house runs sleeps eats sees and or not under over small big red blue".split()
+WORDS = (
+    "the a one cat dog bird tree house runs sleeps eats sees and or not under over small big red"
+    " blue"
+).split()
 
 # A model that trains in milliseconds: what a test of the machinery needs of it is that every part
 # is there.
-TINY = [
-    *(
-        "--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8 --optim.lr 1e-3"
-    ).split(),
-    *(
-        "--optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0 --run.log_batch_hash true"
-    ).split(),
-]
+TINY = (
+    "--model.layers 2 --model.heads 2 --model.width 32 --data.seq_len 32 --data.global_batch 8"
+    " --optim.lr 1e-3 --optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0"
+    " --run.log_batch_hash true"
+).split()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -43,19 +43,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
     if "campaign" not in config.getoption("markexpr"):
         items[:] = [item for item in items if "campaign" not in item.keywords]
-    items.sort(key=lambda item: "long" not in item.keywords)
+    items.sort(key=place_in_order)
     for item in items:
-        for network in (
-            "cluster",
-            "hosts",
-        ):  # takes a while to build, so one worker of pytest -n has all its tests
-            if network in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(network))
+        for network in networks_of(item):
+            item.add_marker(pytest.mark.xdist_group(network))
+
+
+def networks_of(item: pytest.Item) -> list[str]:
+    """Takes a while to build, so one worker of pytest -n has all its tests."""
+    return [name for name in ("cluster", "hosts") if name in getattr(item, "fixturenames", ())]
+
+
+def place_in_order(item: pytest.Item) -> int:
+    """The longest first, so that the workers of pytest -n end at about the same time."""
+    if networks_of(item):
+        return 0
+    for place, mark in enumerate(("long", "slow"), start=1):
+        if mark in item.keywords:
+            return place
+    return 3
 
 
 @pytest.fixture(autouse=True)
 def same_signal_handlers() -> Iterator[None]:
-    """A test that runs a command in this process leaves no handler behind: processes inherit them."""
+    """A test that runs a command in this process leaves no handler behind.
+
+    Processes would inherit it.
+    """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():

@@ -1,17 +1,21 @@
-"""A process that has imported what our commands import, and forks each command that procs.py asks for.
+"""A process that has imported what our commands import, and forks the commands of procs.py.
 
-Starting Python, torch, accelerate and DeepSpeed takes seconds of CPU time, and the tests start hundreds of processes.
-Here this is paid once. A forked command is a real process in a session of its own. It has the environment, arguments,
-directory, files and signal handlers of a process that was just started, and it ends through Python's usual exit.
+Starting Python, torch, accelerate and DeepSpeed takes seconds of CPU time, and the tests start
+hundreds of processes. Here this is paid once for all workers of `pytest -n`. A forked command is a
+real process in a session of its own. It has the environment, arguments, directory, files and signal
+handlers of a process that was just started. It ends through Python's usual exit, but for what
+leave_imports() names.
 
 A command that a fork cannot stand for is started by exec, from the same clean state:
 - it is not Python's, or it asks for options of Python;
-- its environment differs in a variable that was read while the modules were imported, or that Python, torch's C++ code
-  or the thread libraries read when they are loaded.
+- its environment differs in a variable that was read while the modules were imported, or that
+  Python, torch's C++ code or the thread libraries read when they are loaded.
 
-No torch operation may run before a fork: threads do not survive it. So the server checks that it has one thread.
+No torch operation may run before a fork: threads do not survive it. So the server checks that it
+has one thread.
 """
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -23,6 +27,7 @@ import selectors
 import signal
 import socket
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,10 +52,13 @@ READ_BY_LIBRARIES = (
 )
 # What the server itself is started with. Without the first, the import of numpy starts threads.
 START = {"OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-# Modules that only run in a process of their own, which is started by exec. pyarrow starts a thread.
+# Modules that only run in a process of their own, which is started by exec. pyarrow starts a
+# thread.
 NOT_IMPORTED = ("dist_lm.__main__", "dist_lm.data.text.table_parser")
 # Modules that our code imports inside functions, because they are slow.
 SLOW_MODULES = ("matplotlib.backends.backend_agg", "matplotlib.figure", "torch._dynamo")
+# Modules that a forked process takes apart when it ends.
+ENDED_AT_EXIT = ("__main__", "builtins", "dist_lm", "sys")
 
 
 @contextmanager
@@ -93,17 +101,16 @@ def import_modules(also: list[str]) -> None:
 
 
 class Server:
-    """Forks commands, and tells each caller the pid and later the exit code, over a connection of
-    its own.
+    """Forks commands for the pytest processes of one run, and tells who asked the pid and later the
+    exit code, over a connection of its own.
     """
 
     def __init__(self, door: socket.socket, also: list[str]):
         self.door = door
         self.selector = selectors.DefaultSelector()
-        self.selector.register(door, selectors.EVENT_READ)
-        self.callers: dict[
-            int, socket.socket
-        ] = {}  # by pid, while the caller may ask for the exit code
+        self.askers: set[socket.socket] = set()  # one of each pytest process
+        self.waiting: dict[int, socket.socket] = {}  # by pid, who may ask for the exit code
+        self.started_by: dict[int, socket.socket] = {}  # by pid, until the process is reaped
         self.pidfds: dict[int, int] = {}  # by pid, until the process is reaped
         assert os.environ["PYTHONUNBUFFERED"], "open_streams() makes streams without a buffer"
         self.environment = {
@@ -124,20 +131,27 @@ class Server:
 
     def serve(self) -> dict[str, Any]:
         """Work until the tests end. Returns in a forked process only: with what it shall run."""
+        self.selector.register(self.door, selectors.EVENT_READ, self.new_asker)
         while True:
             for key, _ in self.selector.select():
-                if key.data:
-                    self.ended(key.data)
-                elif key.fileobj is not self.door:
-                    self.caller_left(key.fileobj)
-                elif request := self.answer():
+                if key.fileobj in self.selector.get_map() and (request := key.data(key.fileobj)):
                     return request
 
-    def answer(self) -> dict[str, Any] | None:
+    def new_asker(self, door: socket.socket) -> None:
+        asker, _ = door.accept()
+        asker.send(b"ready")
+        self.askers.add(asker)
+        self.selector.register(asker, selectors.EVENT_READ, self.answer)
+
+    def answer(self, asker: socket.socket) -> dict[str, Any] | None:
         """Take a request and fork; the request in the child, None in the server."""
-        message, files, _, _ = socket.recv_fds(self.door, LARGEST_REQUEST, 4)
+        try:
+            message, files, _, _ = socket.recv_fds(asker, LARGEST_REQUEST, 4)
+        except ConnectionResetError:  # it left before it had read all
+            message = b""
         if not message:
-            self.end()
+            self.asker_left(asker)
+            return None
         request: dict[str, Any] = json.loads(message)
         request["cold"] = self.why_cold(request)
         pid = os.fork()
@@ -151,11 +165,12 @@ class Server:
         for file in files[:3]:
             os.close(file)
         caller = socket.socket(fileno=files[3])
-        caller.send(json.dumps({"pid": pid, "cold": request["cold"]}).encode())
-        self.callers[pid] = caller
+        tell(caller, {"pid": pid, "cold": request["cold"]})
+        self.waiting[pid] = caller
+        self.started_by[pid] = asker
         self.pidfds[pid] = os.pidfd_open(pid)
-        self.selector.register(self.pidfds[pid], selectors.EVENT_READ, pid)
-        self.selector.register(caller, selectors.EVENT_READ)
+        self.selector.register(self.pidfds[pid], selectors.EVENT_READ, self.ended)
+        self.selector.register(caller, selectors.EVENT_READ, self.caller_left)
         return None
 
     def why_cold(self, request: dict[str, Any]) -> str:
@@ -177,49 +192,87 @@ class Server:
             return True
         return value == self.environment.get(name) or name.startswith("PYTEST_")
 
-    def ended(self, pid: int) -> None:
+    def ended(self, pidfd: int) -> None:
         """Tell the caller how it ended.
 
         It stays a zombie until the caller has read that, so its pid stays its own.
         """
+        pid = next(pid for pid, known in self.pidfds.items() if known == pidfd)
         how = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         assert how
-        self.selector.unregister(self.pidfds[pid])
+        self.selector.unregister(pidfd)
         code = how.si_status if how.si_code == os.CLD_EXITED else -how.si_status
-        if pid in self.callers:
-            self.callers[pid].send(json.dumps({"code": code}).encode())
+        if pid in self.waiting:
+            tell(self.waiting[pid], {"code": code})
         else:
             self.reap(pid)
 
-    def caller_left(self, caller: Any) -> None:
+    def caller_left(self, caller: socket.socket) -> None:
         """It has read the exit code, or does not care about it any more."""
-        pid = next(pid for pid, known in self.callers.items() if known is caller)
+        pid = next(pid for pid, known in self.waiting.items() if known is caller)
         self.selector.unregister(caller)
         if self.pidfds[pid] not in self.selector.get_map():
             self.reap(pid)
-        self.callers.pop(pid).close()
+        self.waiting.pop(pid).close()
 
     def reap(self, pid: int) -> None:
         os.waitpid(pid, 0)
         os.close(self.pidfds.pop(pid))
+        del self.started_by[pid]
 
-    def end(self) -> NoReturn:
-        """The tests have ended, in whatever way: so do all that they started."""
-        for pid in self.pidfds:
+    def asker_left(self, asker: socket.socket) -> None:
+        """Its tests have ended, in whatever way: so do all that they started.
+
+        The server itself ends with the last one.
+        """
+        for pid in [pid for pid, known in self.started_by.items() if known is asker]:
             for kill in (os.kill, os.killpg):
                 with suppress(ProcessLookupError):
                     kill(pid, signal.SIGKILL)
-        for pid in self.pidfds:
-            os.waitpid(pid, 0)
-        os._exit(0)
+        self.selector.unregister(asker)
+        self.askers.remove(asker)
+        asker.close()
+        if not self.askers:
+            for pid in self.pidfds:
+                os.waitpid(pid, 0)
+            os._exit(0)
 
     def close(self) -> None:
         """In a child: none of the server's files stays open."""
         self.selector.close()
         for file in self.pidfds.values():
             os.close(file)
-        for connection in (self.door, *self.callers.values()):
+        for connection in (self.door, *self.askers, *self.waiting.values()):
             connection.close()
+
+
+def tell(caller: socket.socket, answer: dict[str, Any]) -> None:
+    with suppress(ConnectionError):  # its pytest process was killed
+        caller.send(json.dumps(answer).encode())
+
+
+def leave_imports(held: dict[str, ModuleType]) -> None:
+    """Let a child end without taking apart what the server has imported: these modules and more.
+
+    To take a page of memory apart, a child must first copy it: that would be 0.2 s of each process.
+    A child's own modules, exit handlers and objects end as in any other process.
+    """
+    held.update(sys.modules)
+    for name in sys.modules:
+        if name.partition(".")[0] in ENDED_AT_EXIT:
+            del held[name]
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    libc = ctypes.CDLL(None)
+    libc.on_exit(libc._exit, None)  # so C's handlers of the imports, which are older, do not run
+    libc.on_exit(libc.fcloseall, None)  # runs before it, and writes what C's buffers hold
+
+
+def forget(held: dict[str, ModuleType]) -> None:
+    """In a child, when all other exit handlers have run: Python does not look at these modules."""
+    for name in held:
+        sys.modules.pop(name, None)
 
 
 def enter(request: dict[str, Any], files: list[int]) -> None:
@@ -257,7 +310,7 @@ def open_streams() -> None:
 
 
 def default_signals() -> None:
-    """What Python sets at its start, whatever was ignored or blocked where the tests were started."""
+    """What Python sets at its start, whatever was ignored or blocked where the tests started."""
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -323,12 +376,14 @@ def show_command(words: list[str]) -> None:
 
 
 def main(number: str, also: str, padding: str) -> dict[str, Any]:
+    held: dict[str, ModuleType] = {}
+    atexit.register(forget, held)  # the oldest handler is the last to run
     default_signals()
     os.umask(0o022)
     server = Server(socket.socket(fileno=int(number)), also.split())
     gc.collect()
     gc.freeze()  # the children share these objects and need not look through them again and again
-    server.door.send(b"ready")
+    leave_imports(held)
     return server.serve()
 
 

@@ -1,7 +1,9 @@
-"""Hosts and a Slurm cluster on this machine, for real: network namespaces on a bridge, slurmctld, slurmd, munged.
+"""Hosts and a Slurm cluster on this machine, for real.
 
-A host has an address, a host name, a folder of its own (`private`) and a link that can be cut; files are otherwise shared.
-Everything is taken down at the end, also after a failure. Needs root, iproute2 and, for Slurm, slurm-wlm and munge.
+Hosts are network namespaces on a bridge. The cluster is slurmctld, slurmd and munged. A host has an
+address, a host name, a folder of its own (`private`) and a link that can be cut. All other files
+are shared. Everything is taken down at the end, also after a failure. This needs root, iproute2
+and, for Slurm, slurm-wlm and munge.
 """
 
 import os
@@ -87,7 +89,8 @@ class Host:
             "link set lo up",
         ):
             sh("ip", "-n", self.space, *command.split())
-        setup = f"hostname {self.name} && mount -t tmpfs none {net.private} && mount --bind {net.hosts} /etc/hosts"
+        mounts = f"mount -t tmpfs none {net.private} && mount --bind {net.hosts} /etc/hosts"
+        setup = f"hostname {self.name} && {mounts}"
         self.holder = Process(
             [
                 "ip",
@@ -251,7 +254,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,sched_min_interval=100000,bf_interval=2
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 OverSubscribe=EXCLUSIVE MaxTime=INFINITE
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF OverSubscribe=EXCLUSIVE MaxTime=INFINITE
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF OverSubscribe=EXCLUSIVE \
+MaxTime=INFINITE
 """
 
 

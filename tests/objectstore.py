@@ -1,6 +1,7 @@
-"""An S3 server on loopback that serves a folder, each folder in it as a bucket; can be killed and started again.
+"""An S3 server on loopback that serves a folder, each folder in it as a bucket.
 
-`python -m tests.objectstore FOLDER PORT` uploads first and listens after: no request ever meets an empty server.
+It can be killed and started again. `python -m tests.objectstore FOLDER PORT` uploads first and
+listens after, so no request ever meets an empty server.
 """
 
 import logging
@@ -23,7 +24,7 @@ KEYS = {
 
 
 class ObjectStore:
-    """`env` is what a client needs; `put` changes a file in the folder and in the running server."""
+    """`env` is what a client needs; `put` changes a file in the folder and in the server."""
 
     def __init__(self, folder: Path):
         self.folder, self.port = folder, free_port()

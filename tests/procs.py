@@ -1,10 +1,11 @@
-"""Start dist_lm in processes of its own: plain commands, or one process a rank with gloo between them.
+"""Start dist_lm in processes of its own: plain commands, or one process a rank with gloo between.
 
-Every call has a timeout, after which all its processes are killed and their output is part of the failure.
-How this is fast, and what state the processes start in, is said in forkserver.py.
+Every call has a timeout, after which all its processes are killed and their output is part of the
+failure. forkserver.py says how this is fast, and in what state the processes start.
 """
 
 import atexit
+import hashlib
 import json
 import os
 import selectors
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,44 +56,66 @@ def clean_env(**more: str) -> dict[str, str]:
 
 
 class Connection:
-    """To a fork server of this pytest process."""
+    """To a fork server, which the workers of `pytest -n` share: to start one takes seconds."""
 
-    def __init__(self, seed: int, modules: str):
+    def __init__(self, seed: int, modules: str, variables: frozenset[tuple[str, str]]):
+        self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.server: subprocess.Popen[bytes] | None = None  # None if another worker started it
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the connection
-        self.door, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        words = [
-            sys.executable,
-            str(ROOT / "tests/forkserver.py"),
-            str(theirs.fileno()),
-            modules,
-            "-" * 20_000,
-        ]
-        env = clean_env(**{**START, "PYTHONHASHSEED": str(seed)})
+        atexit.register(self.close)
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or f"{os.getpid()}-{id(self)}"
+        kind = hashlib.sha256(repr((seed, modules, sorted(variables))).encode()).hexdigest()[:16]
+        env = clean_env(**{**START, "PYTHONHASHSEED": str(seed), **dict(variables)})
         # What a test has set for its own processes is not the server's.
         env = {name: value for name, value in env.items() if not name.startswith("DIST_LM_")}
-        with theirs:
+        while not self.connected(f"\0dist_lm-{run}-{kind}"):
+            self.start(f"\0dist_lm-{run}-{kind}", modules, env)
+
+    def connected(self, place: str) -> bool:
+        """Whether a server listens there; waits until it has imported all."""
+        try:
+            self.door.connect(place)
+            if self.door.recv(100):
+                return True
+        except ConnectionError:
+            pass
+        if self.server:
+            self.server.wait()
+            self.errors.seek(0)
+            raise RuntimeError(f"the fork server ended:\n{self.errors.read()}")
+        self.door.close()  # nobody listens, or a server that ends with its last worker
+        self.door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return False
+
+    def start(self, place: str, modules: str, env: dict[str, str]) -> None:
+        """Start the server, if no other worker does that right now."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            try:
+                listener.bind(place)
+            except OSError:
+                time.sleep(0.01)  # until the other worker's listens
+                return
+            listener.listen(100)
+            file = listener.fileno()
+            words = [str(ROOT / "tests/forkserver.py"), str(file), modules, "-" * 20_000]
             self.server = subprocess.Popen(
-                words,
+                [sys.executable, *words],
                 env=env,
                 stdin=DEVNULL,
                 stdout=DEVNULL,
                 stderr=self.errors,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[file],
                 start_new_session=True,
             )
-        atexit.register(self.close)
-        if not self.door.recv(100):  # when it has imported all
-            self.server.wait()
-            self.errors.seek(0)
-            raise RuntimeError(f"the fork server ended:\n{self.errors.read()}")
 
     def ask(self, request: dict[str, Any], files: list[int]) -> None:
         socket.send_fds(self.door, [json.dumps(request).encode()], files)
 
     def close(self) -> None:
-        """The server ends, and all that it started."""
+        """What this process started ends; with the last worker's connection, the server too."""
         self.door.close()
-        self.server.wait()
+        if self.server:
+            self.server.wait()
         self.errors.close()
 
 
@@ -102,12 +125,17 @@ def late_modules(command: Sequence[str]) -> str:
 
 
 @cache
-def connection(seed: int, modules: str) -> Connection:
-    return Connection(seed, modules)
+def connection(
+    seed: int, modules: str, variables: frozenset[tuple[str, str]] = frozenset()
+) -> Connection:
+    return Connection(seed, modules, variables)
 
 
 class Process:
-    """A process that a fork server started. It has what the tests use of subprocess.Popen."""
+    """A process that a fork server started. It has what the tests use of subprocess.Popen.
+
+    `variables` are in its environment and in that of its server, for what is read by libraries.
+    """
 
     def __init__(
         self,
@@ -121,6 +149,7 @@ class Process:
         stderr: Any = STDOUT,
         cold: bool = False,
         seed: int = 0,
+        variables: Mapping[str, str] | None = None,
     ):
         self.args, self.text = list(map(str, command)), text
         self.returncode: int | None = None
@@ -146,11 +175,12 @@ class Process:
                 file = theirs[1]
             theirs.append(file if isinstance(file, int) else file.fileno())
         self.line, their_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        server = connection(seed, late_modules(self.args))
+        variables = variables or {}
+        server = connection(seed, late_modules(self.args), frozenset(variables.items()))
         request = {
             "words": self.args,
             "cwd": str(cwd),
-            "env": clean_env() if env is None else env,
+            "env": (clean_env() if env is None else env) | dict(variables),
             "cold": "the caller wants it" if cold else "",
         }
         with their_end:

@@ -80,10 +80,8 @@ def test_killed_at_random_steps(prepared: Path, tmp_path: Path, world: int) -> N
     train(tmp_path / "killed", *common, world=world)
     a, b = (tensors(tmp_path / run / "step-00000060") for run in ("killed", "whole"))
     different = [name for name in a if not torch.equal(a[name], b[name])]
-    print(
-        f"| {world} processes, SIGKILL after steps {kills} | {len(a)} tensors | {len(different)} differ |",
-        flush=True,
-    )
+    figures = f"{len(a)} tensors | {len(different)} differ"
+    print(f"| {world} processes, SIGKILL after steps {kills} | {figures} |", flush=True)
     assert different == []
 
 
@@ -119,7 +117,8 @@ def test_strategies_table(prepared: Path, tmp_path: Path, dropout: str, optimize
 
 def test_strategies_in_bf16(prepared: Path, tmp_path: Path) -> None:
     print(
-        "\n50 steps, bf16, AdamW at a peak of 1e-3, dropout 0.1, against one process in bf16 (loss alone is held):"
+        "\n50 steps, bf16, AdamW at a peak of 1e-3, dropout 0.1, against one process in bf16"
+        " (loss alone is held):"
     )
     common = tiny(
         prepared, "--run.steps", "50", "--model.dropout", "0.1", "--run.precision", "bf16"

@@ -104,6 +104,7 @@ def test_alone_and_fit(prepared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_under_each_launcher(prepared: Path, tmp_path: Path) -> None:
     data = ("--data.input", str(prepared), "--data.tokenizer", "byte")
     common = (*SETTINGS, *data, "--run.dir", str(tmp_path / "run"), "--json")
@@ -248,6 +249,7 @@ def test_too_little_memory(tmp_path: Path) -> None:
     assert "fail  memory      " in page and "-> python -m dist_lm.plan shows what would fit" in page
 
 
+@pytest.mark.slow
 def test_damaged_data(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     (tmp_path / "text.txt").write_text(text_of(50))
@@ -276,6 +278,7 @@ def test_damaged_data(tmp_path: Path) -> None:
     assert "missing where dataset.json has" in entry("doctor", *arguments, code=65)
 
 
+@pytest.mark.slow
 def test_what_train_refuses_doctor_refuses_with_its_words(tmp_path: Path) -> None:
     """A forgotten prepare, and a text that is gone while the run folder still has its shards."""
     (tmp_path / "text.txt").write_text(text_of(50))
@@ -398,6 +401,7 @@ def test_a_slow_rank_is_named(prepared: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes(prepared: Path, tmp_path: Path) -> None:
     alone = {
         "RANK": "0",

@@ -256,7 +256,8 @@ def test_the_table_shows_every_figure(tmp_path: Path) -> None:
     assert rows[1:] == [
         "| **C1** | CPU against CUDA, fp32 | 1 s | | **failed**: a / b |",
         "| | loss | 0.5 | <= 0.1 | **does not hold** |",
-        "| **S1** | 124M: train against a bare loop and a nanoGPT-style one | 2 s | | **measured** |",
+        "| **S1** | 124M: train against a bare loop and a nanoGPT-style one | 2 s | |"
+        " **measured** |",
         "| | train | 123,456 tokens/s | >= 2 |  |",
     ]
     assert "1 x NVIDIA X" in text and "warm" not in text
@@ -306,6 +307,7 @@ def test_what_failed_is_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_dry_run_has_every_section(tmp_path: Path) -> None:
     file = tmp_path / "dry.jsonl"
     done = command("--out", str(file))

@@ -107,7 +107,7 @@ def test_the_launchers_words_are_held_and_no_others(tmp_path: Path) -> None:
   File "/x/dist_lm/train.py", line 41, in <module>
     run_entry(main)
 ValueError: of a rank"""
-    of_torchrun = """W1127 17:00:00.000000 1 torch/distributed/elastic/multiprocessing/api.py:900] Sending
+    of_torchrun = """W1127 17:00:00.0 1 torch/distributed/elastic/multiprocessing/api.py:900] Send
 Traceback (most recent call last):
   File "<frozen runpy>", line 198, in _run_module_as_main
   File "<frozen runpy>", line 88, in _run_code
@@ -181,6 +181,7 @@ def test_a_refusal_of_the_data_is_told_without_the_launchers_words(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["torchrun", "accelerate"])
+@pytest.mark.long
 def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
     prepared: Path, tmp_path: Path, script: str
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_killed_rank_leads_to_a_restart_and_a_signal_to_a_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_start_is_refused_and_the_first_is_started_again_all_the_same(
     prepared: Path, tmp_path: Path
 ) -> None:

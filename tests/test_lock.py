@@ -97,6 +97,7 @@ def test_it_is_held_and_released(tmp_path: Path) -> None:
     mine.release()
 
 
+@pytest.mark.slow
 def test_a_live_run_is_left_alone_and_a_dead_one_s_lock_taken_at_once(tmp_path: Path) -> None:
     said: list[str] = []
     with another_process(tmp_path) as first:
@@ -130,6 +131,7 @@ def test_what_nobody_touches_is_taken(tmp_path: Path, text: str) -> None:
         assert [file.name for file in tmp_path.iterdir()] == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_another_host_that_touches_its_lock_is_seen_without_flock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_another_host_that_touches_its_lock_is_seen_without_flock(
         assert "is in use by another run (" in refused(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_keeps_its_folder(tmp_path: Path) -> None:
     with another_process(tmp_path) as first:
         first.send_signal(signal.SIGSTOP)
@@ -152,6 +155,7 @@ def test_a_stopped_process_keeps_its_folder(tmp_path: Path) -> None:
         assert first.communicate("\n", timeout=20)[0] == "\n"  # it lost nothing
 
 
+@pytest.mark.slow
 def test_a_host_that_is_lost_may_have_its_flock_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +297,7 @@ def test_the_lock_of_a_quicker_start_is_not_deleted(
     quicker.release()
 
 
+@pytest.mark.slow
 def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

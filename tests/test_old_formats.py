@@ -29,10 +29,14 @@ BOTH = (
 )
 OWN = {
     "on_shards": f"--data.input {OLD / 'shards'} --run.ema 0.9",
-    "on_stream": "--data.stream true --data.lanes 2 --data.tokenizer char --optim.name muon --model.dropout 0.1",
+    "on_stream": "--data.stream true --data.lanes 2 --data.tokenizer char --optim.name muon"
+    " --model.dropout 0.1",
 }
 # A rate so small that no weight moves, and averages so slow that none takes up a gradient.
-NOTHING_MOVES = "--optim.lr 1e-30 --optim.betas 0.9999999999999999 0.9999999999999999 --allow_change optim.lr optim.betas run.ema"
+NOTHING_MOVES = (
+    "--optim.lr 1e-30 --optim.betas 0.9999999999999999 0.9999999999999999"
+    " --allow_change optim.lr optim.betas run.ema"
+)
 
 
 def flags(name: str, folder: Path) -> list[str]:

@@ -9,16 +9,8 @@ from torch import nn
 
 from dist_lm.config import ModelConfig, ModelSpec, OptimConfig
 from dist_lm.model.gpt import GPT
-from dist_lm.optim import (
-    create_state,
-    lr_at,
-    make_optimizer,
-    muon_update,
-    newton_schulz,
-    param_groups,
-    qkv_parts,
-    set_lr,
-)
+from dist_lm.optim import create_state, lr_at, make_optimizer, param_groups, set_lr
+from dist_lm.own_optimizers import muon_update, newton_schulz, qkv_parts
 
 NAMES = ["adamw", "sgd", "adafactor", "lion", "muon"]
 MATRICES = ["blocks.0.qkv.weight", "blocks.0.up.weight"]
@@ -239,7 +231,7 @@ def test_newton_schulz_of_zero_is_zero():
 def test_muon_does_not_depend_on_how_matrices_are_batched(monkeypatch):
     results = []
     for batch in (2**24, 1):
-        monkeypatch.setattr("dist_lm.optim.NS_BATCH", batch)
+        monkeypatch.setattr("dist_lm.own_optimizers.NS_BATCH", batch)
         model = tiny()
         optimizer = make_optimizer(model, OptimConfig(name="muon"), "fp32")
         give_grads(model, seed=3)

@@ -85,6 +85,7 @@ def test_an_ending_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert read(tmp_path) == {} and Attempt(tmp_path).number == 1
 
 
+@pytest.mark.slow
 def test_a_rank_alone_with_its_refusal_says_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_clock_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Stop().requested
 
 
+@pytest.mark.slow
 def test_what_launchers_ask(tmp_path: Path) -> None:
     run = ["--run.dir", str(tmp_path)]
     assert "rule: before ARGUMENTS, or after NUMBER CODE ARGUMENTS" in entry(
@@ -135,6 +137,7 @@ def quiet(text: str) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_only_who_holds_the_folder_writes_its_outcome(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_run_that_lost_its_folder_records_nothing_there(
     assert folder.exists() == taken and not (folder / "outcome.json").exists()
 
 
+@pytest.mark.slow
 def test_a_dead_run_s_lock_stops_nobody_from_recording(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -1,4 +1,4 @@
-"""Whatever stands in a YAML file, on a command line or in the environment: success, or one line soon."""
+"""Whatever stands in a YAML file, on a command line or in the environment: success or one line."""
 
 import random
 import time

@@ -9,9 +9,10 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks import scaling
 from dist_lm.checkpoint.folder import step_folders
 from dist_lm.cli import load, read_yaml, resolve
-from dist_lm.config import Config, ModelSpec, fields_by_name
+from dist_lm.config import Config, ModelSpec, batch_layout, fields_by_name
 from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.optim import create_state, make_optimizer, moments
@@ -27,6 +28,7 @@ from dist_lm.planning.estimate import (
     with_changes,
 )
 from dist_lm.planning.memory import Step, ZeroBackward, memory
+from dist_lm.planning.network import seconds_waiting
 from dist_lm.planning.page import describe, describe_time
 from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
@@ -65,7 +67,14 @@ def test_gpt2_124m_by_hand() -> None:
         4 * padded,
         8 * padded,
     )
-    rate = 0.4 * 989e12 * 8 / figures["flops_per_token"]
+    alone = 0.4 * 989e12 * 8 / figures["flops_per_token"]
+    seconds = 512 * 1024 / alone
+    # DDP's sums go beside the backward of the second micro-batch, except for the last bucket.
+    one_way = 4 * padded * 7 / 8 / (0.8 * 450e9)
+    assert 2 * one_way < seconds / 3
+    bucket = 50e6 / padded * one_way
+    assert row["efficiency"] == pytest.approx(seconds / (seconds + 2 * bucket))
+    rate = alone * row["efficiency"]
     assert figures["tokens_per_second"] == pytest.approx(rate)
     assert figures["seconds"] == pytest.approx(figures["tokens"] / rate)
     assert figures["kilowatt_hours"] == pytest.approx(8 * 0.7 * figures["seconds"] / 3600)
@@ -276,6 +285,38 @@ def test_exact_sums_take_eight_bytes_a_parameter() -> None:
     assert one.gradients <= other.peak - one.peak <= 2 * one.gradients
 
 
+def test_what_a_step_waits_for() -> None:
+    """By hand, where a way takes 3 s, a bucket 1 s, a forward 1 s and a backward 2 s."""
+    layout = batch_layout(recipe("gpt2-124m", **{"data.global_batch": 64}), 1)
+    assert layout.accumulation == 2
+    waiting = [seconds_waiting(stage, layout, 3.0, 1.0, 6.0) for stage in (0, 1, 2, 3)]
+    assert waiting == [6 - 2, (3 - 2) + 3, 2 * (3 - 2) + 3, 2 * ((3 - 1) + (6 - 2))]
+    hidden = [seconds_waiting(stage, layout, 3.0, 1.0, 600.0) for stage in (0, 1, 2, 3)]
+    assert hidden == [2, 1 + 3, 2 + 3, 4]
+
+
+def test_the_network_model_predicts_what_others_published() -> None:
+    for row in scaling.PEERS:
+        assert scaling.predicted(row) == pytest.approx(row.of_128, rel=0.1)
+
+
+def test_the_guide_to_scaling_has_the_tables_of_its_command() -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    for table in scaling.tables().strip().split("\n\n"):
+        assert table in page
+
+
+def test_a_slow_network_costs_rate_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", GPT2, "--vocab_size", "50257", "--nodes", "8", "--json"]
+    rates = []
+    for network in ("50", "1"):
+        main([*arguments, "--network", network])
+        rates.append(json.loads(capsys.readouterr().out)["tokens_per_second"])
+    assert rates[1] < 0.5 * rates[0]
+    main(arguments[:-1])
+    assert "a step waits for exchanges at 320 GB/s (--network" in capsys.readouterr().out
+
+
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     config, strategy, cluster = recipe("llama-1b"), Strategy(), Cluster("h100")
     most = largest_micro_batch(config, strategy, cluster, 32000)
@@ -286,6 +327,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     assert largest_micro_batch(config, strategy, Cluster("rtx4090"), 32000) == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_and_what_would() -> None:
     config = recipe("llama-7b")
     figures = estimate(config, 32000, "ddp", Cluster("h100", 8, 8), 0.4)
@@ -311,6 +353,7 @@ def test_what_does_not_fit_and_what_would() -> None:
     assert estimate(tiny(), 257, None, Cluster("cpu", 1, 1), 0.4)["advice"] == ["single fits"]
 
 
+@pytest.mark.slow
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(
         [
@@ -384,8 +427,8 @@ def test_vocabulary_and_length_of_prepared_data(prepared: Path) -> None:
     assert steps_of(config) == math.ceil(3 * sequences(prepared) / 8)
     assert vocabulary(tiny(**{"data.tokenizer": "bpe:500"})) == 500
     assert vocabulary(tiny(**{"data.tokenizer": str(prepared)})) == 257
-    expected = "config print_config launch nodes gpus_per_node gpu mfu vocab_size json table"
-    assert set(fields_by_name(PlanFlags)) == set(expected.split())
+    expected = "config print_config launch nodes gpus_per_node gpu network mfu vocab_size json"
+    assert set(fields_by_name(PlanFlags)) == {*expected.split(), "table"}
     assert get_args(GpuKind) == tuple(GPUS)
 
 

@@ -1,4 +1,4 @@
-"""A run takes along shape, context and tokenizer of the model that it starts from, or refuses at once."""
+"""A run takes over shape, context and tokenizer of the model that it starts from, or refuses."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from dist_lm import families
 from dist_lm.cli import load
@@ -50,6 +49,8 @@ def write_run(folder: Path, steps: tuple[int, ...] = (2,), **model: Any) -> Path
 
 def write_gpt2(folder: Path) -> Path:
     """A folder as transformers saves it, with a context of 48."""
+    import transformers  # slow
+
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=BPE.vocab_size, n_positions=48, n_embd=32, n_layer=2, n_head=4

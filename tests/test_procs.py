@@ -1,6 +1,7 @@
 """A forked command is what a command started from cold would be, and nothing outlives the tests."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import TINY
-from tests.procs import DEVNULL, PIPE, ROOT, STDOUT, Process, clean_env, run, start_ranks, train
+from tests.procs import PIPE, ROOT, STDOUT, Process, clean_env, run, start_ranks, train
 from tests.test_train import assert_same_bits, losses
 
 # What a process finds when it starts, as far as others can tell it apart.
@@ -21,16 +22,29 @@ handlers = {str(number): str(signal.getsignal(number)) for number in signal.vali
 umask = os.umask(0o77)
 files = [number for number in range(3, 100) if os.path.exists(f"/proc/self/fd/{number}")]
 def describe(s):
-    kinds = (type(s.buffer).__name__, s.errors, s.line_buffering, s.write_through, s.seekable(), s.closed, s.fileno())
-    return str(s), *kinds
+    buffering = (type(s.buffer).__name__, s.line_buffering, s.write_through)
+    return str(s), *buffering, s.errors, s.seekable(), s.closed, s.fileno()
 sys.stdout.reconfigure(encoding="utf-8")  # not the null device of the server any more
 print(json.dumps({
-    "name": __name__, "file": globals().get("__file__"), "spec": __spec__ and __spec__.name, "builtins": str(__builtins__),
-    "main": sys.modules["__main__"].__dict__ is globals(), "argv": sys.argv, "words": sys.orig_argv,
-    "path": sys.path, "directory": os.getcwd(), "umask": umask, "handlers": handlers, "environment": dict(os.environ),
-    "blocked": sorted(signal.pthread_sigmask(signal.SIG_SETMASK, ())), "session": os.getsid(0) == os.getpid(),
-    "files": files, "streams": [describe(s) for s in (sys.stdin, sys.stdout, sys.stderr)],
-    "originals": [sys.stdin is sys.__stdin__, sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
+    "name": __name__,
+    "file": globals().get("__file__"),
+    "spec": __spec__ and __spec__.name,
+    "builtins": str(__builtins__),
+    "main": sys.modules["__main__"].__dict__ is globals(),
+    "argv": sys.argv,
+    "words": sys.orig_argv,
+    "path": sys.path,
+    "directory": os.getcwd(),
+    "umask": umask,
+    "handlers": handlers,
+    "environment": dict(os.environ),
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_SETMASK, ())),
+    "session": os.getsid(0) == os.getpid(),
+    "files": files,
+    "streams": [describe(s) for s in (sys.stdin, sys.stdout, sys.stderr)],
+    "stdin": sys.stdin is sys.__stdin__,
+    "stdout": sys.stdout is sys.__stdout__,
+    "stderr": sys.stderr is sys.__stderr__,
     "input": sys.stdin.read(),
 }))
 """
@@ -72,7 +86,7 @@ def test_a_fork_finds_what_a_cold_start_finds(tmp_path: Path, way: str) -> None:
 
 
 def without_imports(found: dict[str, Any]) -> dict[str, Any]:
-    """All but what the import of torch writes into the environment, in a server and in this process."""
+    """All but what the import of torch writes into the environment, in a server and here."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"):
         found["environment"].pop(name, None)
     return found
@@ -84,6 +98,7 @@ def without_imports(found: dict[str, Any]) -> dict[str, Any]:
         ("print('x'); raise SystemExit(7)", 7, "x\n"),
         ("import sys; sys.exit('why')", 1, "why\n"),
         ("import atexit; atexit.register(print, 'at exit'); print('x')", 0, "x\nat exit\n"),
+        ("import ctypes; ctypes.CDLL(None).printf(b'in the buffer of C')", 0, "in the buffer of C"),
         ("import threading; threading.Timer(0.1, print, ['thread']).start()", 0, "thread\n"),
         ("import os; print('x'); os._exit(5)", 5, "x\n"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -15, ""),
@@ -145,31 +160,47 @@ for cold in (False, True):
     print(run([sys.executable, "-c", state], cold=cold).stdout, end="")
 child = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True)"
 waiting = Process([sys.executable, "-c", f"{child}; import time; time.sleep(600)"])
-print(waiting.pid, waiting.stdout.readline(), flush=True)
+print(waiting.pid, waiting.stdout.readline().strip(), flush=True)
+print(sys.stdin.readline(), end="", flush=True)
+print(run([sys.executable, "-c", "print('still served')"]).stdout, end="", flush=True)
 time.sleep(600)
 """
 
 
 @pytest.mark.slow
-def test_ignored_signals_are_not_inherited_and_nothing_outlives_the_tests() -> None:
-    """As `nohup pytest &` would start them, and then killed."""
-    tests = subprocess.Popen(
-        [sys.executable, "-c", TESTS],
-        cwd=ROOT,
-        stdout=PIPE,
-        stdin=DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
-    with tests:
-        assert tests.stdout
-        assert [tests.stdout.readline() for _ in range(2)] == ["True\n", "True\n"]
-        pids = [int(word) for word in tests.stdout.readline().split()]
-        started = [psutil.Process(pid) for pid in pids]
-        started.append(started[0].parent() or started[0])  # the server
-        tests.kill()
-    assert len(started) == 3
-    assert psutil.wait_procs(started, timeout=10)[1] == []
+def test_workers_share_a_server_and_nothing_outlives_them() -> None:
+    """As `nohup pytest -n 2 &` would start them, where signals are ignored; killed one by one."""
+    workers = []
+    for _ in range(2):
+        worker = subprocess.Popen(
+            [sys.executable, "-c", TESTS],
+            cwd=ROOT,
+            env={**os.environ, "PYTEST_XDIST_TESTRUNUID": f"test-{os.getpid()}"},
+            stdout=PIPE,
+            stdin=PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        workers.append(worker)
+    started = []
+    for worker in workers:
+        assert worker.stdout
+        assert [worker.stdout.readline() for _ in range(2)] == ["True\n", "True\n"]
+        pids = worker.stdout.readline().split()
+        started.append([psutil.Process(int(pid)) for pid in pids])
+    server, other = (processes[0].parent() for processes in started)
+    assert server and server == other and server.pid != os.getpid()
+    with workers[0] as first:
+        first.kill()
+    assert psutil.wait_procs(started[0], timeout=10)[1] == []
+    with workers[1] as second:
+        assert second.stdin and second.stdout
+        second.stdin.write("go on\n")
+        second.stdin.flush()
+        assert [second.stdout.readline() for _ in range(2)] == ["go on\n", "still served\n"]
+        assert all(process.is_running() for process in started[1])
+        second.kill()
+    assert psutil.wait_procs([*started[1], server], timeout=10)[1] == []
 
 
 COMMANDS = sorted(

@@ -1,4 +1,4 @@
-"""Spikes: the rule, what is stepped over, and runs with a poisoned batch, which go back and go on."""
+"""Spikes: the rule, what is stepped over, and runs that go back from a poisoned batch and go on."""
 
 import hashlib
 import json
@@ -128,8 +128,8 @@ def spikes(run: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(run) if line.get("event") == "spike"]
 
 
-# The world, the flags, and the steps at which the interrupted run stops: both of them are within the
-# stretch, and set aside.
+# The world, the flags, and the steps at which the interrupted run stops: both of them are within
+# the stretch, and set aside.
 STRATEGIES = {
     "single": (1, (), ("20", "23")),
     "ddp": (2, (), ("23",)),

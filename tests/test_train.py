@@ -85,8 +85,9 @@ def assert_same_bits(step: Path, other: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [pytest.param("0.0", marks=pytest.mark.campaign), "0.1"])
+@pytest.mark.long
 def test_the_curve_does_not_know_the_machine(prepared: Path, tmp_path: Path, dropout: str) -> None:
-    common = tiny(prepared, "--run.steps", "50", "--model.dropout", dropout)
+    common = tiny(prepared, "--run.steps", "20", "--model.dropout", dropout)
     train(tmp_path / "one", *common)
     spread: dict[str, tuple[int, list[str]]] = {
         "2 processes": (2, []),
@@ -493,6 +494,7 @@ def test_ranks_with_other_settings_are_refused(prepared: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_run_a_folder(prepared: Path, tmp_path: Path) -> None:
     """A second start refuses, also while the first is stopped, and leaves the outcome alone; a
     killed run's lock is taken over, and its launch script hears that it may be started again.
@@ -639,8 +641,8 @@ LAUNCHERS = {
     ("launcher", "after"),
     [
         ("torchrun", 0.0),
-        ("torchrun", 0.3),
-        ("torchrun", 1),
+        pytest.param("torchrun", 0.3, marks=pytest.mark.campaign),
+        pytest.param("torchrun", 1, marks=pytest.mark.campaign),
         ("torchrun", 2),
         ("accelerate", 0.3),
         ("torchrun", None),
@@ -674,8 +676,17 @@ def test_ranks_end_when_their_launcher_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.0, 1, 3])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "after"),
+    [
+        pytest.param(signal.SIGKILL, 0.0, marks=pytest.mark.campaign),
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGKILL, 3, marks=pytest.mark.campaign),
+        (signal.SIGSTOP, 0.0),
+        pytest.param(signal.SIGSTOP, 1, marks=pytest.mark.campaign),
+        (signal.SIGSTOP, 3),
+    ],
+)
 def test_a_rank_that_is_lost_during_start_up_takes_the_others_along(
     prepared: Path, tmp_path: Path, how: signal.Signals, after: float
 ) -> None:

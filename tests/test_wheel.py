@@ -1,4 +1,4 @@
-"""What a wheel installs works in another folder: commands, recipes, launch files and Slurm scripts."""
+"""What a wheel installs works in another folder: commands, recipes, launch files, Slurm scripts."""
 
 import subprocess
 import sys

@@ -7,18 +7,23 @@ writes the same card. Local paths, credentials and the query of a URL do not get
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dist_lm import __version__
 from dist_lm.checkpoint.curve import Curve
-from dist_lm.config import Config, ModelSpec
+from dist_lm.cli import resolve
+from dist_lm.config import Config, ModelSpec, flat
 from dist_lm.console import count, printable, shorten
 from dist_lm.data.public_facts import PublicFacts
 from dist_lm.families import family
+from dist_lm.model import hf
+from dist_lm.model.init import flops_per_token
+from dist_lm.pretrained import read_spec
 
 CARD = "README.md"
 FAMILY_NAMES = {"llama": "Llama", "qwen3": "Qwen3", "gpt2": "GPT-2", "openai-gpt": "openai-gpt"}
@@ -46,6 +51,24 @@ class CardFacts:
     @property
     def name(self) -> str:
         return f"dist_lm-{shorten(self.parameters)}"
+
+
+def bare_facts(folder: Path, state: Mapping[str, Any]) -> CardFacts:
+    """The facts of a step that was written without a card: all that its own files say."""
+    config = resolve((str(folder), flat(state["config"])))
+    spec = read_spec(folder)
+    return CardFacts(
+        config=config,
+        spec=spec,
+        parameters=hf.number_of_parameters(spec),
+        flops_per_token=flops_per_token(spec),
+        step=state["step"],
+        steps=config.run.steps,
+        tokens=state["tokens"],
+        sources=[],
+        held_out=[],
+        curve=Curve.restored(state.get("curve", {})),
+    )
 
 
 def write_card(facts: CardFacts) -> str:
@@ -174,7 +197,7 @@ def _held_out(facts: CardFacts) -> str:
         perplexity = f"{math.exp(min(loss, 700)):.2f}"
         size = _amount(tokens.get(name))
         step = f"{curve.newest['step']:,}"
-        rows.append((_plain(name), size, step, f"{loss:.4f}", perplexity, f"{bits:.4f}"))
+        rows.append((plain(name), size, step, f"{loss:.4f}", perplexity, f"{bits:.4f}"))
     most = facts.config.run.eval_batches * facts.config.data.global_batch
     note = f"An evaluation reads at most {count(most, 'sequence')} of a set, always the same ones."
     parts = [table(rows), note]
@@ -186,7 +209,7 @@ def _held_out(facts: CardFacts) -> str:
 def _earlier(curve: Curve) -> str:
     """The losses of the evaluations that were kept, one row each."""
     names = dict.fromkeys(name for facts in curve.evaluations for name in facts["sets"])
-    rows = [("step", *(_plain(name) for name in names))]
+    rows = [("step", *(plain(name) for name in names))]
     for facts in curve.evaluations:
         cells = []
         for name in names:
@@ -197,6 +220,8 @@ def _earlier(curve: Curve) -> str:
 
 
 def _data(facts: CardFacts) -> str:
+    if not facts.sources:
+        return "It is not known: the step was written before cards told it."
     weights = {name: spec.weight for name, spec in facts.config.data.named_sources().items()}
     total = sum(weights.values())
     rows = [("source", "share", "from", "documents", "text", "tokens", "held out")]
@@ -209,7 +234,7 @@ def _data(facts: CardFacts) -> str:
             (
                 source.name,
                 f"{share:.1%}",
-                ", ".join(_plain(place) for place in source.places),
+                ", ".join(plain(place) for place in source.places),
                 _amount(source.documents),
                 stored,
                 _amount(source.tokens),
@@ -262,7 +287,7 @@ def _bytes(number: int | None) -> str:
     return "-" if number is None else f"{shorten(number)}B"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text from outside, which cannot end a cell or begin a format."""
     cleaned = "".join(" " if character in "|`\n\r<>[]" else character for character in text)
     return f"`{cleaned}`"

@@ -9,19 +9,23 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dist_lm import outside
+from dist_lm.arithmetic import share_out
 from dist_lm.errors import CheckpointError, UserError
 from dist_lm.nearest import nearest
 from dist_lm.outside import FILE_NAME, SHA256, open_regular
+from dist_lm.pretrained import download
 
 FORMAT = 1  # of the manifest
 _STEP_NAME = re.compile(r"step-([0-9]{8,})")
 _LARGEST_MANIFEST = 2**20  # bytes; one of 100 files has 15,000
+# What a clone or a download of a hub repository has besides; nobody reads it.
+_OF_THE_HUB = {".gitattributes", ".cache", ".git"}
 _LONGEST_NAME = 255  # characters that a message shows of a file name
 
 
@@ -44,15 +48,18 @@ def step_folders(run_dir: Path) -> list[Path]:
 
 
 def newest_valid(
-    run_dir: Path, check: Callable[[Path], Any] | None = None
+    run_dir: Path,
+    check: Callable[[Path], Any] | None = None,
+    folders: Sequence[Path] | None = None,
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over.
 
     `check` refuses what is not fit for the caller's use; without one, files must match their
-    hashes. Refuses if there are only bad ones.
+    hashes. `folders` are those to try, oldest first, or else all steps of the run. Refuses if there
+    are only bad ones.
     """
     passed_over: list[str] = []
-    for folder in reversed(step_folders(run_dir)):
+    for folder in reversed(step_folders(run_dir) if folders is None else folders):
         try:
             (check or verify)(folder)
             return folder, passed_over
@@ -90,14 +97,7 @@ def locate(name: str, say: Callable[[str], None] = lambda text: None) -> Path:
             f"{name}: no such folder; rule: a run, a step folder, a transformers folder or hub name"
             f"{_neighbours(path)}"
         )
-    from huggingface_hub import snapshot_download  # slow, and only for hub names
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # of the hub's client, of its HTTP library, of the system
-        raise CheckpointError(
-            f"{name}: neither a folder here nor readable from the hub ({type(error).__name__})"
-        ) from error
+    return download(name, ["*.json", "*.safetensors"])
 
 
 def _neighbours(path: Path) -> str:
@@ -115,11 +115,11 @@ def _neighbours(path: Path) -> str:
 # --- checking
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """Check every file's size and hash against the manifest, and return the manifest.
 
     A folder may have been copied or renamed to something that is not step-*: then its step is the
-    manifest's.
+    manifest's. Several ranks divide the files among them; each must call this.
     """
     manifest = _read_manifest(folder)
     files = manifest["files"]
@@ -130,11 +130,13 @@ def verify(folder: Path) -> dict[str, Any]:
         present = {path.name for path in folder.iterdir()}
     except OSError as error:
         raise CheckpointError(f"{folder.name}: cannot be read ({error.strerror})") from error
-    extra = present - set(files) - {"manifest.json"}
+    extra = present - set(files) - {"manifest.json"} - _OF_THE_HUB
     if extra:
         raise damaged(folder / min(extra), "is not in the manifest")
+    checker = share_out({name: facts["size"] for name, facts in files.items()}, world_size)
     for name, facts in files.items():
-        _check_file(folder / name, facts["size"], facts["sha256"])
+        if checker[name] == rank:
+            _check_file(folder / name, facts["size"], facts["sha256"])
     return manifest
 
 

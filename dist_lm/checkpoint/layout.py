@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dist_lm.arithmetic import share_out
 from dist_lm.config import ModelSpec
 from dist_lm.model import hf
 
@@ -114,7 +115,9 @@ def plan_tensors(spec: ModelSpec, facts_by_rank: list[list[SliceFacts]]) -> list
             optimizer_entries.append(entry)
 
     files = _into_files("model", hf.layout(spec)) | _into_files("optimizer", optimizer_entries)
-    writers = _choose_writers(files, len(facts_by_rank))
+    writers = share_out(
+        {name: _bytes(inside) for name, inside in files.items()}, len(facts_by_rank)
+    )
     planned = []
     for file, entries in files.items():
         writer = writers[file]
@@ -141,18 +144,6 @@ def _into_files(stem: str, entries: list[hf.Entry]) -> dict[str, list[hf.Entry]]
 
 def _bytes(entries: list[hf.Entry]) -> int:
     return sum(entry.bytes for entry in entries)
-
-
-def _choose_writers(files: Mapping[str, list[hf.Entry]], world: int) -> dict[str, int]:
-    """Which rank writes each file: the largest first, each to the rank with the least so far."""
-    sizes = {name: _bytes(entries) for name, entries in files.items()}
-    loads = [0] * world
-    writers = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        writer = loads.index(min(loads))
-        writers[name] = writer
-        loads[writer] += sizes[name]
-    return writers
 
 
 def _cover(entry: hf.Entry, holders: _Holders, writer: int) -> list[OwnedRange]:

@@ -1,4 +1,4 @@
-"""Which steps of a run stay on disk."""
+"""Decides which steps of a run stay on disk."""
 
 import math
 import shutil

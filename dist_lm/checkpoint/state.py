@@ -88,7 +88,7 @@ def compose_state(
 
 
 class Cursor(CheckedModel):
-    """Where a lane stands, as lane.py means it."""
+    """The cursor of a lane, as lane.py means it."""
 
     passed: Count = Field(alias="pass")
     block: Count
@@ -101,7 +101,7 @@ class Cursor(CheckedModel):
 
 
 class StreamFacts(CheckedModel):
-    """Where a source of raw text stands, as stream.py means it."""
+    """The state of a source of raw text, as stream.py means it."""
 
     passed: Count = Field(alias="pass")
     turn: Count
@@ -110,7 +110,7 @@ class StreamFacts(CheckedModel):
 
 
 class StreamsFacts(CheckedModel):
-    """Where all sources stand, as mix.py means it."""
+    """The state of all sources, as mix.py means it."""
 
     streams: dict[str, StreamFacts]
     ended: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
@@ -129,7 +129,7 @@ LossAndNorm = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class StateFacts(CheckedModel):
-    """What the other parts of a state.json are."""
+    """The other parts of a state.json."""
 
     step: Count
     tokens: Count
@@ -159,9 +159,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def verify_state(folder: Path) -> dict[str, Any]:
-    """The facts of a checkpoint from which a run can go on: all its files are right."""
-    manifest = verify(folder)
+def verify_state(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """The facts of a checkpoint from which a run can go on: all its files are right.
+
+    Several ranks divide the files among them; each must call this.
+    """
+    manifest = verify(folder, rank, world_size)
     facts = read_state(folder)
     if facts["step"] != manifest["step"]:
         raise damaged(folder / "state.json", f"is of step {facts['step']}")

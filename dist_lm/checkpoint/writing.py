@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._agree((lambda: self._commit(written)) if is_main else _nothing)
 
     def _agree(self, work: Callable[[], Written]) -> Written:
-        """Do the work; what all ranks wrote, or one error on all of them. All ranks."""
+        """Do the work. Returns what all ranks wrote, or raises one error on all. All ranks."""
         parts = self.channel.gather(self._outcome(work))
         for rank, part in enumerate(parts):
             if "error" in part:
@@ -91,7 +91,7 @@ class CheckpointWriter:
         return written
 
     def _outcome(self, work: Callable[[], Written]) -> dict[str, Any]:
-        """What the work wrote, or its error's text and code."""
+        """Do the work. Returns what it wrote, or its error's text and code."""
         try:
             return {"written": work()}
         except _FAILURES as error:

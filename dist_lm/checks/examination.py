@@ -120,7 +120,7 @@ def run(config: Config, flags: DoctorFlags) -> None:
     elif last.name == "peers":
         print(f"rank {rank} ({socket.gethostname()}): {last.text}", file=sys.stderr, flush=True)
     if runtime is None or last.name == "peers":
-        os._exit(code)  # threads may wait for a dead peer for ever
+        os._exit(code)  # threads may wait for a dead peer forever
     runtime.close()
     sys.exit(code)
 
@@ -171,7 +171,7 @@ def examine(runtime: Runtime, config: Config, seconds: float) -> Iterator[Result
 
 
 def page(results: Sequence[Result], world: int, code: int, as_json: bool) -> str:
-    """What rank 0 prints."""
+    """The page that rank 0 prints."""
     if as_json:
         checks = [asdict(result) for result in results]
         return json.dumps({"ranks": world, "code": code, "checks": checks}, indent=1)

@@ -70,14 +70,14 @@ def look_at_shards(folder: str) -> str:
 
 
 def content_of(folder: str) -> bytes:
-    """What tells one prepared folder from another: the hashes of its shards are in it."""
+    """The manifest, which tells prepared folders apart: it has the hashes of the shards."""
     if is_remote(folder):
         return json.dumps(read_manifest(folder), sort_keys=True).encode()
     return b"".join(Path(folder, name).read_bytes() for name in (MANIFEST, "tokenizer.json"))
 
 
 def describe_text(files: Sequence[TextFile]) -> str:
-    """How much text there is; what it holds is not read."""
+    """The number of files and bytes of the text, whose content is not read."""
     size = gigabytes(sum(file.size for file in files))
     hub_datasets = [file.name for file in files if not file.path]
     if len(hub_datasets) == len(files):
@@ -88,7 +88,7 @@ def describe_text(files: Sequence[TextFile]) -> str:
 
 
 def read_a_byte(paths: Iterable[str | Path]) -> None:
-    """Of each file: a listing may show what cannot be read."""
+    """Read a byte of each file: a listing may show what cannot be read."""
     for path in paths:
         with open(path, "rb") as file:
             file.read(1)

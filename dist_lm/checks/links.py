@@ -18,7 +18,7 @@ MESSAGE_BYTES = 2**24
 
 
 class Link(NamedTuple):
-    """What was measured between a rank and the next one."""
+    """The figures that were measured between a rank and the next one."""
 
     rate: float  # bytes a second; first, so that the least link is the slowest
     latency: float  # seconds one way
@@ -49,7 +49,7 @@ def sums(ranks: Ranks) -> Found:
 
 
 def pairs(ranks: Ranks) -> Found:
-    """Neighbouring ranks send to and fro; the slowest pair of each class. All ranks.
+    """Neighbouring ranks send to each other; the slowest pair of each class. All ranks.
 
     Even and odd pairs take turns, so that no rank is in two pairs at once.
     """

@@ -39,7 +39,7 @@ def devices(ranks: Ranks) -> Found:
 
 
 def facts_of_machine(device: torch.device) -> dict[str, Any]:
-    """What this rank's machine and software are."""
+    """The facts of this rank's machine and software."""
     facts = {
         "versions": versions_here(),
         "host": socket.gethostname(),
@@ -60,7 +60,7 @@ def facts_of_machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions_here() -> dict[str, str]:
-    """Of Python and packages; of dist_lm with a hash of its code."""
+    """The versions of Python and packages; of dist_lm with a hash of its code."""
     found = {"python": platform.python_version(), "dist_lm": version_and_hash()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -116,7 +116,7 @@ def threads(ranks: Ranks) -> Found:
 
 
 def memory(ranks: Ranks) -> Found:
-    """What is free against the least that the strategy needs before any activation."""
+    """Compare the free memory with the least that the strategy needs before any activation."""
     smallest = min(ranks.facts, key=lambda facts: int(facts["device_memory"] or facts["memory"]))
     on_gpu = bool(smallest["device_memory"])
     host = smallest["host"]

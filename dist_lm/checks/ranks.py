@@ -40,7 +40,7 @@ class Ranks:
         self.made: list[Path] = []  # folders on the way there, which rank 0 takes away again
 
     def ask(self, work: Callable[[], Any], is_asked: bool = True) -> list[Any]:
-        """What `work` finds on each rank that is asked. If it fails on one, all raise."""
+        """Returns what `work` finds on each rank that is asked. If it fails on one, all raise."""
         answer: dict[str, Any] = {"found": None}
         if is_asked:
             # Half of the time, so that the others do not give up a slow rank first.
@@ -66,7 +66,7 @@ class Ranks:
 def run_within(seconds: float, work: Callable[[], Any]) -> dict[str, Any]:
     """{"found": what `work` gives}, or {"error": why} if it fails or does not end in time.
 
-    A mount that hangs would hold up a rank for ever.
+    A mount that hangs would hold up a rank forever.
     """
     answers: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""The sequences of a step -> a rank's micro-batches as tensors, read ahead.
+"""Turns the sequences of a step into a rank's micro-batches of tensors, and reads ahead.
 
 A batch is a pure function of (seed, its number), of streams also of where they stood before it. Its
 number is that of the step, or more where a run steps over batches. Threads that read ahead change
@@ -135,7 +135,7 @@ class Batches:
 
     @property
     def _rows_of_batch(self) -> int:
-        """Of this rank, with those that only fill up."""
+        """This rank's rows of a batch, with those that only fill up."""
         return self._layout.rows(len(self._reader.places))
 
     def read(self, number: int) -> Batch:
@@ -237,7 +237,7 @@ def _targets(rows: StepRows) -> Ints:
 
 
 def document_bounds(segments_BT: Ints) -> NDArray[np.int32]:
-    """Where documents begin in the rows laid end to end, and where the rows end.
+    """The bounds of documents in the rows laid end to end: their beginnings, and the end.
 
     The end is repeated up to one of a few lengths, because torch.compile compiles for each length.
     """

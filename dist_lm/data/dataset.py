@@ -77,6 +77,12 @@ class Dataset:
                 found.append(source.shards)
         return found
 
+    def check_sizes(self) -> None:
+        """Refuse local shards that are missing or have another size than in their manifest."""
+        for sequences in self.shards():
+            for part in parts_of(sequences):
+                part.check_sizes()
+
     def public_facts(self, data: DataConfig) -> tuple[list[PublicFacts], list[PublicFacts]]:
         """What a model card tells of the sources, and of the validation sets."""
         specs = data.named_sources()
@@ -141,9 +147,13 @@ def open_dataset(
         (name,) = data.named_sources()
         if not prepared:
             on_main(lambda: prepare_alone(data, folder, name, say))
-        return _open_prepared(config, name, prepared.get(name, [str(folder)]), training)
-    streams = on_main(lambda: Groundwork(config, folder, prepared, say).run())
-    return _open_sources(config, folder, prepared, streams)
+        opened = _open_prepared(config, name, prepared.get(name, [str(folder)]), training)
+    else:
+        streams = on_main(lambda: Groundwork(config, folder, prepared, say).run())
+        opened = _open_sources(config, folder, prepared, streams)
+    # Only rank 0 looks at each file: thousands of ranks would ask a shared disk for millions.
+    on_main(opened.check_sizes)
+    return opened
 
 
 def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list[TextFile]]:
@@ -158,7 +168,7 @@ def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list
     if not _is_one_folder(data):
         files = Groundwork(config, folder, prepared, say).look()
         if not files:
-            _open_sources(config, folder, prepared, {})
+            _open_sources(config, folder, prepared, {}).check_sizes()
         return prepared, files
     (name,) = data.named_sources()
     if name not in prepared:
@@ -166,12 +176,12 @@ def look_at_inputs(config: Config, say: Say) -> tuple[dict[str, list[str]], list
         if not work.look():
             return {}, work.reader.files
         prepared[name] = [str(folder)]
-    _open_prepared(config, name, prepared[name], training=True)
+    _open_prepared(config, name, prepared[name], training=True).check_sizes()
     return prepared, []
 
 
 def validation_folders(config: Config, run_dir: Path) -> dict[str, list[str]]:
-    """Where a run that was started has its validation sets, by name; the first one decides.
+    """The folders of a started run's validation sets, by name; the first one decides.
 
     Each is in prepared folders or URLs, of which the split `val` is the run's.
     """

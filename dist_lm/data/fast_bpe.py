@@ -40,7 +40,7 @@ SAMPLE = (
 
 
 class CannotExpress(Exception):
-    """Why tiktoken cannot stand for a tokenizer."""
+    """tiktoken cannot stand for a tokenizer; the text says why."""
 
 
 def make_engine(content: Mapping[str, Any], byte_of: Mapping[str, int]) -> Any:

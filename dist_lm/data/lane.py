@@ -23,7 +23,7 @@ from dist_lm.errors import CheckpointError, UserError
 
 
 class Amount(NamedTuple):
-    """An amount of text: reached by whichever of the two is reached first."""
+    """An amount of text. It is reached when either number is reached."""
 
     documents: int
     characters: int
@@ -40,7 +40,7 @@ START: dict[str, Any] = {"pass": 0, "block": 0, "part": 0, "row": 0, "document":
 
 @dataclass
 class StreamSpec:
-    """What makes the sequences of a stream, the same for all its lanes and on all ranks."""
+    """All that decides the sequences of a stream, the same for its lanes and on all ranks."""
 
     name: str  # of the source
     reader: Reader
@@ -52,7 +52,7 @@ class StreamSpec:
     # Returns a document's text if training may see it.
     keep: Callable[[Iterator[str]], Iterator[str] | None]
     best_fit: bool = False
-    passes: int | None = None  # None: for ever
+    passes: int | None = None  # None: forever
     block: Amount = LARGEST_BLOCK
 
     def parts_of(self, lane: int, passed: int) -> list[Part]:
@@ -67,7 +67,7 @@ class StreamSpec:
 
 
 class Status(NamedTuple):
-    """What a lane has of a pass."""
+    """The state of a lane in a pass."""
 
     ready: int  # sequences that can be taken
     has_ended: bool  # nothing more of the pass will come
@@ -140,7 +140,7 @@ class Lane:
             )
 
     def _count(self, passed: int) -> int:
-        """How many sequences of a pass are ready."""
+        """The number of sequences of a pass that are ready."""
         return sum(made.passed == passed for made in tuple(self.ready))
 
     def _read_or_fail(self) -> None:
@@ -284,5 +284,5 @@ def _few(documents: Iterator[Document], most: Amount) -> list[Document]:
 
 
 def _counts(**counts: Counter[str]) -> dict[str, Any]:
-    """The counts of a cursor; those that are empty are left away."""
+    """The counts of a cursor, without those that are empty."""
     return {name: dict(count) for name, count in counts.items() if count}

@@ -20,7 +20,7 @@ from dist_lm.config import DataConfig
 from dist_lm.data.order import Ints, MixtureSchedule, rank_places
 from dist_lm.data.provenance import Origin
 from dist_lm.data.rows import StepRows
-from dist_lm.data.sources import PreparedSource, Ranks, Source, SourceReader
+from dist_lm.data.sources import PreparedSource, ReadingRanks, Source, SourceReader
 from dist_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ORDER_STEPS = 64
 
 
 class StepReader(Protocol):
-    """What `Batches` reads from, step by step (a step's number counts from 0)."""
+    """The rows of each step, for `Batches` (a step's number counts from 0)."""
 
     any_order: bool  # steps may be read in any order, and several at once
     places: Ints  # of the global batch, that this rank trains on
@@ -40,7 +40,7 @@ class StepReader(Protocol):
         """This rank's rows of a step: `count` of them, as many as its places or more. All ranks."""
 
     def origins(self, step: int) -> dict[int, Origin]:
-        """Which sequence is at each place that this rank trains on; it counts as read."""
+        """The sequence at each place that this rank trains on. The step counts as read then."""
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -138,7 +138,7 @@ class MixtureReader:
         if data.workers:
             self._pool = ThreadPoolExecutor(data.workers, "lanes")
         gather = channel.gather if channel and world > 1 else _gather_alone
-        ranks = Ranks(rank, world, gather, self._pool)
+        ranks = ReadingRanks(rank, world, gather, self._pool)
         self._readers: dict[str, SourceReader] = {}
         for number, (name, source) in enumerate(sources.items()):
             self._readers[name] = source.open(state["streams"], ranks, shift=number)
@@ -184,7 +184,7 @@ class MixtureReader:
         self._schedule = MixtureSchedule(self._stages)
 
     def _fill(self, rows: StepRows, step: int) -> int:
-        """Let the sources fill the step's places, each those that are its; how many they filled."""
+        """Let each source fill its places of the step. Returns how many were filled."""
         batch = self._data.global_batch
         first = step * batch
         if self._end is not None and first >= self._end:
@@ -203,7 +203,7 @@ class MixtureReader:
         return filled
 
     def _snapshot(self) -> dict[str, Any]:
-        """Where the streams stand, as far as this rank reads them."""
+        """The state of the streams, as far as this rank reads them."""
         streams = {}
         for name, reader in self._readers.items():
             snapshot = reader.snapshot()
@@ -231,7 +231,7 @@ def _gather_alone(value: Any) -> list[Any]:
 
 
 def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where the streams stand, from what each rank reads of them."""
+    """The state of the streams, from what each rank reads of them."""
     merged: dict[str, Any] = json.loads(json.dumps(ranks[0]))
     for after in ranks[1:]:
         for name, stream in after.get("streams", {}).items():
@@ -240,7 +240,7 @@ def merge_after(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def count_left_out(after: Mapping[str, Any]) -> dict[str, int]:
-    """What the streams left out: filtered and bad rows, empty documents, each with its number.
+    """The numbers of filtered and bad rows, empty documents and others that streams left out.
 
     It counts up to the end of the blocks in which the streams stand.
     """

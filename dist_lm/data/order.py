@@ -1,8 +1,8 @@
-"""Which sequences make up the global batch of a step.
+"""The sequences that make up the global batch of a step.
 
 It is integer maths of (seed, step), vectorised over positions. Position p = step * global_batch + j
 counts every sequence of the run. j is a place in the global batch, and rank j mod world trains on
-it; nothing else in here knows the machine. A sequence is looked up through keyed permutations, so
+it; nothing else here knows the machine. A sequence is looked up through keyed permutations, so
 any position costs O(1) time and memory, and each epoch is another exact permutation.
 
 Reads stay local. Sequences that are neighbours on disk form blocks of BLOCK. An epoch shuffles the
@@ -225,7 +225,7 @@ def _block_in(slot: Ints, slots: _Slots, key: Words) -> Ints:
 
 
 def period_of(weights: Sequence[float]) -> list[int]:
-    """How many sequences of each source make up a period.
+    """The number of sequences of each source in a period.
 
     Exact for weights like .7, .2, .1, whose period is short; others are rounded to a thousandth.
     """
@@ -243,8 +243,8 @@ def period_of(weights: Sequence[float]) -> list[int]:
 
 
 class MixtureSchedule:
-    """Which source each position reads. Shares are exact over a period and evenly spread in it,
-    stage after stage.
+    """The source of each position. Shares are exact over a period and evenly spread in it, stage
+    after stage.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]):
@@ -260,7 +260,7 @@ class MixtureSchedule:
         self._starts = np.array([stage.start for stage in self._stages], np.int64)
 
     def before(self, position: int) -> Ints:
-        """How many positions before this one each source has."""
+        """The number of positions before this one that each source has."""
         return self._stages[int(self._numbers(position))].before(position)
 
     def at(self, positions: Ints) -> tuple[Ints, Ints]:
@@ -294,7 +294,7 @@ class _Stage:
         self._nth: Ints = nth[by_time]  # how many earlier places of the period have the same source
 
     def before(self, position: int) -> Ints:
-        """How many positions before this one, which is in the stage or ends it, each source has."""
+        """Positions of each source before this one, which is in the stage or ends it."""
         rounds, place = divmod(position - self.start, len(self._pattern))
         begun = np.bincount(self._pattern[:place], minlength=len(self._counts))
         total: Ints = self._before + rounds * self._counts + begun

@@ -26,7 +26,7 @@ class Document(NamedTuple):
     tokens: np.ndarray  # with the end of text; empty until it is tokenized
 
 
-class Place(NamedTuple):
+class LanePoint(NamedTuple):
     """Where a lane stands between two sequences. The packer decides what the offset counts."""
 
     document: Document
@@ -48,7 +48,7 @@ class PackedSequence(NamedTuple):
     tokens: np.ndarray
     spans: list[DocumentSpan]
     passed: int  # the pass in which the lane completed it
-    after: Place | None  # where the lane then stands; None: at its end
+    after: LanePoint | None  # where the lane then stands; None: at its end
 
 
 class Packer(Protocol):
@@ -58,7 +58,7 @@ class Packer(Protocol):
         """The sequences that the next few documents of a pass complete."""
 
     def rest(self, passed: int) -> list[PackedSequence]:
-        """What is left, when no document will follow."""
+        """The sequence of what is left, when no document will follow."""
 
 
 class ConcatPacker:
@@ -108,7 +108,7 @@ class ConcatPacker:
         self._offset += size - 1
         while self._offset >= len(self._pending[0].tokens):
             self._offset -= len(self._pending.popleft().tokens)
-        return _join(stretches, passed, Place(self._pending[0], self._offset))
+        return _join(stretches, passed, LanePoint(self._pending[0], self._offset))
 
 
 class BestFitPacker:
@@ -134,7 +134,7 @@ class BestFitPacker:
         for count, number in enumerate(shuffled(len(fitted), key), 1):
             if count > self._skipped:
                 stretches = [_Stretch(documents[n], begin, end) for n, begin, end in fitted[number]]
-                made.append(_join(stretches, passed, Place(first, count)))
+                made.append(_join(stretches, passed, LanePoint(first, count)))
         self._skipped = 0
         return made
 
@@ -185,7 +185,7 @@ class _Stretch(NamedTuple):
     end: int
 
 
-def _join(stretches: list[_Stretch], passed: int, after: Place) -> PackedSequence:
+def _join(stretches: list[_Stretch], passed: int, after: LanePoint) -> PackedSequence:
     tokens = [document.tokens[begin:end] for document, begin, end in stretches]
     spans = []
     start = 0

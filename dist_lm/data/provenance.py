@@ -1,4 +1,4 @@
-"""Where a sequence was read from, and which steps had a passage in their sequences.
+"""Tells where a sequence was read from, and which steps had a passage in their sequences.
 
 Both are for `show`: training carries the small objects along, and asks them nothing.
 """
@@ -23,7 +23,7 @@ class Origin(Protocol):
         """The name of the source."""
 
     def title(self) -> str:
-        """Which sequence it is, in words."""
+        """The sequence in words: its source and its number there."""
 
     def tokens(self) -> np.ndarray:
         """Its inputs and their targets."""

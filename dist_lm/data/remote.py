@@ -279,7 +279,7 @@ def _describe(fs: Any, path: str, name: str, info: dict[str, Any]) -> RemoteFile
 
 
 def _mark(info: Mapping[str, Any]) -> str:
-    """What changes when the content of a file does; "" if the file system has nothing such."""
+    """A mark that changes with the content of a file; "" if the file system has none."""
     mark: Any = ""
     for key in _MARKS:
         if info.get(key):

@@ -46,7 +46,7 @@ class StepRows:
         self._moves: list[_Move] = []
 
     def ours(self, places: Ints) -> np.ndarray:
-        """Which of the places this rank trains on."""
+        """A mask of the places that this rank trains on."""
         mask: np.ndarray = rank_of(places, self.world, self.unit) == self.rank
         return mask
 

@@ -28,8 +28,8 @@ from dist_lm.data.tokenizer import Tokenizer
 from dist_lm.errors import DataError, UserError
 
 
-class Ranks(NamedTuple):
-    """How the ranks read a mixture together."""
+class ReadingRanks(NamedTuple):
+    """The ranks that read a mixture together."""
 
     rank: int
     world: int
@@ -41,17 +41,17 @@ class SourceReader(Protocol):
     """A source as a mixture reads it, from its first sequence on or from where it stood."""
 
     def fill(self, rows: StepRows, places: Ints, turns: Ints) -> int:
-        """Put the next sequences at these places of the global batch; how many there were.
+        """Put the next sequences at these places of the global batch. Returns their number.
 
         `turns` has, for each place, how many earlier positions of the run had this source. All
         ranks.
         """
 
     def passes(self, given: int) -> float:
-        """How often the source was read through, after it was given this many positions."""
+        """The number of passes over the source after this many positions."""
 
     def snapshot(self) -> dict[str, Any] | None:
-        """Where it stands, as far as this rank reads it; None: a function of the position."""
+        """The state, as far as this rank reads the source; None: it follows from the position."""
 
 
 class Source(Protocol):
@@ -61,8 +61,8 @@ class Source(Protocol):
     def folder(self) -> str | None:
         """The prepared folder or URL; None: raw text."""
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
-        """Open it in a mixture where `state` says, if it says so; `shift` is its number in it."""
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
+        """Open it in a mixture, where `state` says if it has it; `shift` is its number there."""
 
     def describe(self, weight: float, world: int) -> list[str]:
         """Lines for the start of a run."""
@@ -116,7 +116,7 @@ class PreparedSource:
             self.name, self.shards, self.seq_len, self.stride, number=number, epoch=epoch
         )
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
         return self
 
     def fill(self, rows: StepRows, places: Ints, turns: Ints) -> int:
@@ -178,7 +178,7 @@ class StreamSource:
     def folder(self) -> str | None:
         return None
 
-    def open(self, state: Mapping[str, Any], ranks: Ranks, shift: int) -> SourceReader:
+    def open(self, state: Mapping[str, Any], ranks: ReadingRanks, shift: int) -> SourceReader:
         return Stream(
             self.spec,
             state.get(self.spec.name),
@@ -212,7 +212,7 @@ class StreamSource:
         return [json.dumps([self.spec.name, options, files, val_fraction])]
 
     def refuse_too_short(self, where: str) -> None:
-        """Never: what a stream has is known only when it is read."""
+        """Never raises: only reading shows what a stream has."""
 
     def search(self, text: str, tokenizer: Tokenizer) -> Search:
         return StreamSearch(text, tokenizer, self.spec.reader)

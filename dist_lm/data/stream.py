@@ -78,7 +78,7 @@ class Stream:
         return (lane + self._shift) % self._world
 
     def snapshot(self) -> dict[str, Any]:
-        """Where the stream stands, with the cursors of this rank's lanes."""
+        """The state of the stream, with the cursors of this rank's lanes."""
         return {
             "pass": self.passed,
             "turn": self._turn,
@@ -91,7 +91,7 @@ class Stream:
         return self.passed
 
     def fill(self, rows: StepRows, places: Ints, turns: Ints) -> int:
-        """Deal the next sequences to places of the global batch; how many there were. All ranks."""
+        """Deal sequences to places of the global batch. Returns their number. All ranks."""
         dealt = self.deal(len(places))
         for place, (lane, sequence) in zip(places.tolist(), dealt, strict=False):
             rows.move(place, self.owner(lane), sequence)
@@ -134,7 +134,7 @@ class Stream:
 
     def _begin_next_pass(self) -> None:
         # Where there is a document, it ends up in a sequence, if only after many passes. Without
-        # any, passes would follow each other for ever.
+        # any, passes would follow each other forever.
         if self._is_empty:
             source = self.spec.reader.spec.title
             raise DataError(f"{source}: no document to train on; rule: at least one")
@@ -144,7 +144,7 @@ class Stream:
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing is known of the lanes in this pass."""
+        """Forget what the lanes had ready. The next pass begins."""
         self._ready = [0] * self.spec.lanes  # sequences of the pass that each lane has ready
         self._ended: set[int] = set()  # lanes of which no more than that will come
         self._is_empty = True  # no lane has found a document

@@ -12,7 +12,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ class Tokenizer:
         return [self._replace_special(encoding.ids) for encoding in encodings]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """What encode_batch returns, as arrays of `dtype`. For much text: it may be faster."""
+        """The ids of encode_batch, as arrays of `dtype`. It may be faster for much text."""
         engine = self._engine
         arrays = []
         if engine is None:
@@ -207,7 +207,7 @@ class Tokenizer:
         return engine
 
     def why_slow(self) -> str:
-        """Why much text is encoded by `tokenizers` and not by tiktoken, or nothing."""
+        """The reason why tiktoken cannot encode for this tokenizer, or an empty string."""
         if self._engine is not None:
             return ""
         return self._why_slow
@@ -355,7 +355,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     hint = did_you_mean(spec, ("char", "byte", "bpe:2048"))
     # A name near char or byte is rather a slip than one of the few hub names without an owner.
     hub_name = r"[\w.-]+/[\w.-]+" if hint else r"[\w.-]+(/[\w.-]+)?"
-    if re.fullmatch(hub_name, spec):
+    if re.fullmatch(hub_name + r"(@[\w.-]+)?", spec):
         try:
             file = _download(spec)
         except (OSError, ValueError) as error:
@@ -382,9 +382,11 @@ def _download(name: str) -> str:
     """The path of a hub tokenizer's tokenizer.json, with its tokenizer_config.json beside it."""
     import huggingface_hub  # slow, and needed for hub names only
 
-    file = huggingface_hub.hf_hub_download(name, "tokenizer.json")
+    repo, _, revision = name.partition("@")
+    fetch = partial(huggingface_hub.hf_hub_download, repo, revision=revision or None)
+    file = fetch("tokenizer.json")
     with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
-        huggingface_hub.hf_hub_download(name, "tokenizer_config.json")
+        fetch("tokenizer_config.json")
     return file
 
 

@@ -52,7 +52,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """How many times as long a step may make a text."""
+    """The factor by which a step may lengthen a text."""
     added = step.get("content") or step.get("prepend") or ""
     if step.get("type") not in ("Replace", "Prepend") or not isinstance(added, str):
         return 1.0

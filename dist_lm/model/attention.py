@@ -115,7 +115,7 @@ def attend_plainly(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor 
 
 
 def attention_kernels(device: torch.device, is_plain: bool) -> AbstractContextManager[Any]:
-    """Which kernels torch may choose from.
+    """The kernels that torch may choose from.
 
     cuDNN's attention is about twice as fast as the others on H100 and H200 (pytorch #142132), so it
     comes first in plain causal attention. It is left out with a mask, where its gradients were NaN

@@ -14,7 +14,7 @@ from dist_lm.model.layers import compute_dtype
 
 
 class KVCache:
-    """What a forward appends to and attends over.
+    """The keys and values that a forward appends to and attends over.
 
     Rows of different lengths are padded on the left. A static cache attends over its whole capacity
     through a mask, so that shapes never change under torch.compile; otherwise slices grow with the

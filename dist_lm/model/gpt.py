@@ -98,13 +98,7 @@ class GPT(nn.Module):
         index, mask = self._index_and_mask(tokens_BT, cache)
         if segments_BT is not None:
             mask = self._mask_of_documents(x_BTD, segments_BT, bounds_N)
-        rope = None
-        if self.config.positions == "learned":
-            x_BTD = x_BTD + self.positions(index)
-        elif self.config.positions == "sinusoidal":
-            x_BTD = x_BTD + self.sinusoid[index]
-        elif self.config.positions == "rope":
-            rope = (self.rope_cos[index].unsqueeze(-2), self.rope_sin[index].unsqueeze(-2))
+        x_BTD, rope = self._add_positions(x_BTD, index)
         # The embeddings have the first place. Each branch of each layer has a place, and so a mask,
         # of its own.
         keys_PB: Sequence[Tensor | None] = [None] * (1 + 2 * self.config.layers)
@@ -179,10 +173,21 @@ class GPT(nn.Module):
             return cache.positions_and_mask(index_T)
         return index_T, None
 
+    def _add_positions(self, x_BTD: Tensor, index: Tensor) -> tuple[Tensor, Rope | None]:
+        """The embeddings with their positions, or the tables by which attention rotates."""
+        if self.config.positions == "learned":
+            return x_BTD + self.positions(index), None
+        if self.config.positions == "sinusoidal":
+            return x_BTD + self.sinusoid[index], None
+        if self.config.positions == "rope":
+            rope = (self.rope_cos[index].unsqueeze(-2), self.rope_sin[index].unsqueeze(-2))
+            return x_BTD, rope
+        return x_BTD, None
+
     def _mask_of_documents(
         self, x_BTD: Tensor, segments_BT: Tensor, bounds_N: Tensor | None
     ) -> Tensor:
-        """What bars attention across documents: their bounds, or what is added to scores.
+        """The mask that bars attention across documents: their bounds, or numbers to add to scores.
 
         They differ in their type. One argument has both, because DeepSpeed's hooks take tensors.
         """

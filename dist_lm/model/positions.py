@@ -1,4 +1,4 @@
-"""How a model knows where a token stands: rotations of queries and keys, and the table of sines.
+"""Positions of tokens: rotations of queries and keys, and the table of sines.
 
 Shapes: T positions, D width, E head width, H heads. Tables are made on the CPU by name: under
 torch.device("meta") the same functions would import half of torch.compile, which takes 1 s.

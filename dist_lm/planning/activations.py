@@ -1,4 +1,4 @@
-"""What one forward and backward takes beside weights, gradients and optimizer.
+"""The memory that one forward and backward takes beside weights, gradients and optimizer.
 
 The model's own code runs on fake tensors, which have shapes but no memory, so the figures follow
 any setting. Blocks and rows are alike: runs of one and two of each give those of any number.
@@ -30,7 +30,7 @@ class LiveBytes(NamedTuple):
 
 
 class FakeRun(NamedTuple):
-    """What one run on fake tensors has counted."""
+    """The bytes that one run on fake tensors has counted."""
 
     forward: float  # bytes that are left when the blocks have been run forward
     loss: float  # most until the loss's backward is over
@@ -98,12 +98,7 @@ def run_fake(
     """Count one forward and backward of a model with that number of layers."""
     with FakeTensorMode():
         spec = ModelSpec(config.model_copy(update={"layers": layers}), vocab_size, length)
-        model = GPT(spec, activation_checkpointing)
-        model.device_type = "cuda" if on_gpu else "cpu"
-        for parameter in model.parameters():
-            # Where a gradient goes is the strategy's, see memory.py.
-            add_hook: Any = parameter.register_post_accumulate_grad_hook
-            add_hook(_drop_gradient)
+        model = _fake_model(spec, activation_checkpointing, on_gpu)
         counter = MemoryCounter([*model.parameters(), *model.buffers()])
         hooks = _mark_phases(model, counter)
         tokens = torch.zeros(rows, length, dtype=torch.int64)
@@ -129,6 +124,16 @@ def run_fake(
         blocks=counter.seen[2] if layers else 0.0,
         end=counter.most,
     )
+
+
+def _fake_model(spec: ModelSpec, activation_checkpointing: bool, on_gpu: bool) -> GPT:
+    """A model that forgets its gradients: the strategy decides where they go, see memory.py."""
+    model = GPT(spec, activation_checkpointing)
+    model.device_type = "cuda" if on_gpu else "cpu"
+    for parameter in model.parameters():
+        add_hook: Any = parameter.register_post_accumulate_grad_hook
+        add_hook(_drop_gradient)
+    return model
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 GpuKind = Literal["a100-40", "a100-80", "h100", "h200", "b200", "l40s", "rtx4090", "cpu"]
 # For the CUDA context, buffers of NCCL and cuBLAS, and fragmentation: assumed, and printed as such.
 OVERHEAD = 2.0e9
+# The share of the links' data sheet that collectives reach: assumed, and printed as such.
+REACHED = 0.8
 
 
 class Gpu(NamedTuple):
@@ -15,17 +17,18 @@ class Gpu(NamedTuple):
     device: str  # the name that its driver gives, by which metrics.py knows its peak
     memory: float  # bytes, as torch sees them
     watts: float  # at full power
+    link: float  # bytes a second to the other GPUs of a node, one way: NVLink or PCIe 4
 
 
 GPUS: dict[GpuKind, Gpu] = {
-    "a100-40": Gpu("A100", 39.4 * 2**30, 400),
-    "a100-80": Gpu("A100", 79.2 * 2**30, 400),
-    "h100": Gpu("H100", 79.2 * 2**30, 700),
-    "h200": Gpu("H200", 139.8 * 2**30, 700),
-    "b200": Gpu("B200", 178.4 * 2**30, 1000),
-    "l40s": Gpu("L40S", 44.4 * 2**30, 350),
-    "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450),
-    "cpu": Gpu("cpu", 0, 0),
+    "a100-40": Gpu("A100", 39.4 * 2**30, 400, 300e9),
+    "a100-80": Gpu("A100", 79.2 * 2**30, 400, 300e9),
+    "h100": Gpu("H100", 79.2 * 2**30, 700, 450e9),
+    "h200": Gpu("H200", 139.8 * 2**30, 700, 450e9),
+    "b200": Gpu("B200", 178.4 * 2**30, 1000, 900e9),
+    "l40s": Gpu("L40S", 44.4 * 2**30, 350, 32e9),
+    "rtx4090": Gpu("RTX 4090", 23.5 * 2**30, 450, 32e9),
+    "cpu": Gpu("cpu", 0, 0, 0),
 }
 
 
@@ -36,6 +39,7 @@ class Cluster:
     kind: GpuKind = "h100"
     nodes: int = 1
     per_node: int = 8  # processes
+    network: float = 50e9  # bytes a second between nodes, for each GPU, one way
 
     @property
     def world(self) -> int:
@@ -44,6 +48,14 @@ class Cluster:
     @property
     def on_gpu(self) -> bool:
         return self.kind != "cpu"
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that pass between two neighbours of a ring through all processes."""
+        link = GPUS[self.kind].link
+        if self.nodes > 1:
+            link = min(link, self.network * self.per_node)
+        return REACHED * link
 
     @property
     def room(self) -> float:

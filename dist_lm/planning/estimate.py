@@ -14,6 +14,7 @@ from dist_lm.metrics import peak_flops
 from dist_lm.model.init import flops_per_token
 from dist_lm.planning.cluster import GPUS, OVERHEAD, Cluster
 from dist_lm.planning.memory import Memory, memory
+from dist_lm.planning.network import efficiency
 from dist_lm.runtime.strategy import LAUNCH_FILES, Strategy, choose_strategy, refuse_combinations
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, parameters, steps_of
 
@@ -32,7 +33,18 @@ def estimate(
     rows = fit(config, vocab_size, cluster)
     flops = flops_per_token(config.model_spec(vocab_size))
     tokens = steps * layout.tokens_per_step
-    rate = mfu * peak(cluster) * world / flops
+    seconds_of_step = layout.tokens_per_step * flops / (mfu * peak(cluster) * world)
+    for name, row in rows.items():
+        if "refused" not in row:
+            row["efficiency"] = efficiency(
+                config,
+                choose_strategy(name),
+                cluster,
+                layout,
+                vocab_size=vocab_size,
+                seconds=seconds_of_step,
+            )
+    rate = layout.tokens_per_step / seconds_of_step * rows[asked].get("efficiency", 1.0)
     seconds = tokens / rate
     return {
         "parameters": parameters(config, vocab_size),
@@ -47,6 +59,7 @@ def estimate(
         "micro_batch": layout.micro_batch,
         "accumulation": layout.accumulation,
         "room": cluster.room,
+        "bandwidth": cluster.bandwidth,
         "overhead": OVERHEAD if cluster.on_gpu else 0.0,
         "strategies": rows,
         "asked": asked,
@@ -62,7 +75,7 @@ def estimate(
 
 
 def strategies(world: int) -> dict[str, Strategy]:
-    """Those of launch/ that this number of processes can have, cheapest first."""
+    """The strategies of launch/ that this number of processes can have, cheapest first."""
     by_name = {path.stem: choose_strategy(path.stem) for path in LAUNCH_FILES.glob("*.yaml")}
     del by_name["ddp" if world == 1 else "single"]
 
@@ -107,7 +120,7 @@ def fit(config: Config, vocab_size: int, cluster: Cluster) -> dict[str, dict[str
 
 
 def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, Any]:
-    """Which strategy to take, at which micro-batch, and why. The launch is None if none fits.
+    """Choose a strategy and a micro-batch, and say why. The launch is None if none fits.
 
     It is the first that fits in the order of what a step costs: everything on each process, then
     parts of it divided, then parts of it offloaded. The asked micro-batch comes before a smaller
@@ -134,7 +147,7 @@ def recommend(rows: dict[str, Any], micro_batch: int, room: float) -> dict[str, 
 
 
 def needed(figures: Memory, cluster: Cluster) -> float:
-    """What must fit into a device.
+    """The bytes that must fit into a device.
 
     A CPU's memory also holds what is offloaded, and what is on its way to disk.
     """

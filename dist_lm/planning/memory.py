@@ -1,4 +1,4 @@
-"""What one process of a run holds under each strategy: on its device, in host memory, on its disk.
+"""The bytes that a process holds under each strategy: on its device, in host memory, on disk.
 
 Shapes give weights, gradients and the optimizer's state; activations.py gives the rest. The parts
 of DeepSpeed are those of 0.19 as they were measured. benchmarks/plan.py compares with real
@@ -73,7 +73,7 @@ def state_bytes(config: Config, vocab_size: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """What the memory of a process follows from. All figures are bytes, of the whole model."""
+    """The figures from which the memory of a process follows: bytes of the whole model."""
 
     live: LiveBytes
     weights: float  # as many as gradients
@@ -157,7 +157,7 @@ def memory_of_zero(step: Step, strategy: Strategy) -> Memory:
 
 
 class ZeroBackward:
-    """What moves in a backward under ZeRO: gradients fill a bucket, whose copy is summed."""
+    """A backward under ZeRO, in which gradients fill a bucket, whose copy is summed."""
 
     def __init__(self, step: Step, strategy: Strategy):
         self.step = step

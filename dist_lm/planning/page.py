@@ -9,7 +9,7 @@ from dist_lm.cli import read_yaml, resolve
 from dist_lm.config import batch_layout
 from dist_lm.console import count, gigabytes, shorten
 from dist_lm.errors import UserError
-from dist_lm.planning.cluster import Cluster
+from dist_lm.planning.cluster import REACHED, Cluster
 from dist_lm.planning.estimate import fit, strategies
 from dist_lm.planning.memory import Memory
 from dist_lm.shipped import recipes
@@ -27,6 +27,7 @@ def describe(figures: dict[str, Any], source: str) -> str:
         "",
         *describe_strategies(figures),
         "",
+        *describe_network(figures),
         describe_choice(figures["take"]),
         *figures["advice"],
         describe_cost(figures),
@@ -73,6 +74,20 @@ def describe_strategies(figures: dict[str, Any]) -> Iterator[str]:
             most = f"<= {largest}" if largest else "none fits"
             cells = "".join(f"{gigabytes(row[column]):>12}" for column in COLUMNS) + f"{most:>12}"
         yield f"{mark} {name:13}{cells}"
+
+
+def describe_network(figures: dict[str, Any]) -> Iterator[str]:
+    """How much of a step each strategy waits for the network, if there is one."""
+    if figures["gpu"] == "cpu" or figures["nodes"] * figures["gpus_per_node"] == 1:
+        return
+    waiting = []
+    for name, row in figures["strategies"].items():
+        if "refused" not in row:
+            waiting.append(f"{name} {1 - row['efficiency']:.1%}")
+    yield (
+        f"a step waits for exchanges at {gigabytes(figures['bandwidth'])} GB/s (--network, and"
+        f" {REACHED:.0%} of the links' speed assumed): {', '.join(waiting)}"
+    )
 
 
 def describe_choice(take: dict[str, Any]) -> str:

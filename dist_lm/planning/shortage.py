@@ -1,4 +1,4 @@
-"""What to say when a device had too little memory: plan's figures, and what would fit."""
+"""The error for a device with too little memory: plan's figures, and what would fit."""
 
 from dataclasses import dataclass
 

@@ -58,7 +58,7 @@ def only_builder(folders: Sequence[Path], wait_seconds: float = 900.0) -> Iterat
         file.write(str(os.getpid()))
         file.flush()
         # torch's own locks outlive a builder that was killed, and every later start would wait for
-        # them for ever.
+        # them forever.
         for folder in folders:
             (folder / "lock").unlink(missing_ok=True)
         yield

@@ -1,4 +1,4 @@
-"""What torch and CUDA must know before the first kernel runs.
+"""Settings of torch and CUDA that must be made before the first kernel runs.
 
 CUDA reads its variables when it starts, so a process calls prepare_device() before it meets the
 others. Nothing here changes what a CPU computes, unless run.deterministic is set.

@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dist_lm.arithmetic import share_out
 from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import Config, batch_layout
 from dist_lm.model.gpt import GPT
-from dist_lm.optim import Muon, create_state
+from dist_lm.optim import create_state
+from dist_lm.own_optimizers import Muon
 from dist_lm.runtime.replicas import hash_of_bits
 from dist_lm.runtime.strategy import Strategy
 
@@ -203,6 +206,17 @@ class Engine(ABC):
     def spread(self) -> None:
         """Make the model compute with the owned parts after they were changed. All ranks."""
 
+    def to_fill(self) -> Iterator[OwnedSlice]:
+        """The owned parts that this rank fills at a start. fill_others() is to follow. All ranks.
+
+        No element is filled by two ranks, so that each reads or computes only its share.
+        """
+        return self.owned()
+
+    def fill_others(self) -> None:
+        """Bring what each rank has filled to where it is owned or computed with. All ranks."""
+        self.spread()
+
     @torch.no_grad()
     def clear(self) -> None:
         """Weights and state become zero, with what no checkpoint fills. All ranks.
@@ -352,6 +366,31 @@ class ReplicatedEngine(Engine):
 
     def spread(self) -> None:
         """Nothing to do: the owned parts are the model's own weights."""
+
+    def to_fill(self) -> Iterator[OwnedSlice]:
+        filler = self._fillers()
+        for part in self.owned():
+            if filler[part.name] == self.rank:
+                yield part
+
+    @torch.no_grad()
+    def fill_others(self) -> None:
+        """Each rank sends its share to all others."""
+        if self.world_size == 1:
+            return
+        filler = self._fillers()
+        for part in self.owned():
+            for tensor in (part.weight, *part.state.values(), *part.extra.values()):
+                # NCCL sends nothing from a CPU, where torch keeps the count of steps.
+                sent = tensor.to(self.device)
+                dist.broadcast(sent, filler[part.name])
+                if sent is not tensor:
+                    tensor.copy_(sent)
+
+    def _fillers(self) -> dict[str, int]:
+        """Which rank fills each parameter."""
+        sizes = {name: parameter.numel() for name, parameter in self.bare.named_parameters()}
+        return share_out(sizes, self.world_size)
 
 
 def _compile(model: GPT, loss: bool) -> None:

@@ -1,15 +1,15 @@
-"""How a process joins the others.
+"""Start a process as one rank of a run.
 
-start() checks what one process can check alone, meets the other ranks, and compares. Silent
-degradation is the worst failure of this stack: one process where eight were asked for, or ranks
-with different code or data. So start() proves the world with an exchange and refuses whatever
-differs.
+start() first checks what one process can check alone. Then it meets the other ranks and compares.
+The worst failure is a silent one: one process where eight were asked for, or ranks with different
+code or data. So start() proves the world with an exchange, and refuses whatever differs.
 """
 
 import hashlib
 import math
 import os
 import re
+import resource
 import secrets
 import socket
 import stat
@@ -44,9 +44,9 @@ _BUCKET_MB_ON_GPU = 25  # torch's own choice
 # Of models of 10^9 parameters and more: across machines each sum has a latency, which 25 MB do not
 # hide.
 _BUCKET_MB_OF_LARGE_MODELS = 100
-_BUCKET_MB_ON_CPU = (
-    1024  # one bucket: gloo overlaps nothing, and one large sum beats several small ones
-)
+# One bucket: gloo overlaps nothing, and one large sum beats several small ones.
+_BUCKET_MB_ON_CPU = 1024
+_LARGEST_MESH = 64  # ranks that gloo connects each with each other
 _RECORDED_COLLECTIVES = "2000"  # that NCCL's flight recorder remembers
 _LARGEST_KEPT_BLOCK = 2**25 - 2**16  # bytes; just below the 32 MB that glibc learns at most
 
@@ -176,6 +176,7 @@ def _settings_of_zero(config: Config, strategy: Strategy, launch: str | None) ->
 def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
     """Accelerate's object, which opens the process group. `settings` are DeepSpeed's. All ranks."""
     has_gpu = torch.cuda.is_available()
+    _make_room_for_sockets()
     if has_gpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # NCCL's flight recorder, which dump_stacks() reads. Newer versions of torch have the second
         # name. It was not tested on several GPUs.
@@ -212,8 +213,21 @@ def _meet(config: Config, settings: dict[str, Any] | None) -> Accelerator:
         raise RetryableError(_why_not_met(error, config.run.timeout_seconds)) from error
 
 
+def _make_room_for_sockets() -> None:
+    """Allow as many open files as there may be, and let gloo connect only ranks that exchange.
+
+    gloo connects every rank with every other in each of its groups, which is more sockets than most
+    systems allow a process from some hundred ranks on. Few ranks stay connected: then each sees at
+    once that another is gone.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if int(os.environ.get("WORLD_SIZE", "1")) > _LARGEST_MESH:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+
+
 def _bucket_mb(config: Config, has_gpu: bool) -> int:
-    """How many megabytes of gradients DDP sums at once."""
+    """The size of DDP's buckets: the megabytes of gradients that it sums at once."""
     if not has_gpu:
         return _BUCKET_MB_ON_CPU
     # Without the embedding: the tokenizer, which decides its size, is not loaded yet.
@@ -260,7 +274,7 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
     first_host, first_facts = by_rank[0]
     for rank, (host, facts) in enumerate(by_rank):
         # Settings come first: where they are equal, the other names are equal too.
-        for name in first_facts:
+        for name in facts:
             if facts[name] != first_facts[name]:
                 kind_of_error = DataError if name.startswith("data.") else UserError
                 raise kind_of_error(
@@ -270,6 +284,7 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
 
 
 def _what_must_be_equal(runtime: Runtime, config: Config) -> dict[str, str]:
+    """What is compared, by name. One rank of a node looks at the data for all of them."""
     facts = {
         "settings (by hash)": _short_hash(config.to_yaml()),
         "dist_lm": version_and_hash(),
@@ -277,6 +292,8 @@ def _what_must_be_equal(runtime: Runtime, config: Config) -> dict[str, str]:
     }
     if config.run.exact:
         facts["kernels"] = describe_kernels(runtime.device)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return facts
     sources = {**config.data.named_sources(), **config.data.validation}
     for source in sources.values():
         for one in source.inputs:
@@ -329,7 +346,7 @@ def _start_watchdog(runtime: Runtime, config: Config) -> None:
         world_size=runtime.world_size,
         name=name,
         timeout=config.run.timeout_seconds,
-        place=lambda: runtime.place,
+        whereabouts=lambda: runtime.whereabouts,
         lost=runtime.end_at_once,
         dump=partial(dump_stacks, who, nccl_file),
         say=runtime.say,

@@ -60,7 +60,7 @@ class Strategy:
 
 
 def gathered_elements(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many elements ZeRO-3 has gathered at most on a GPU: three blocks, and what is in none."""
+    """The most elements that ZeRO-3 has gathered on a GPU: three blocks, and all outside blocks."""
     of_block = 0
     outside = 0
     for name, shape in shapes.items():

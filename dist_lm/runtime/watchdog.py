@@ -43,7 +43,7 @@ _SHORTEST_SLOWNESS = 1.0  # seconds a step; shorter ones are the noise of a smal
 
 
 @dataclass(frozen=True)
-class Place:
+class Whereabouts:
     """Where a rank is in the run."""
 
     progress: int = 0  # how many agreements and phases it has entered
@@ -54,7 +54,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank tells the others with each beat."""
+    """The message that a rank sends to the others with each beat."""
 
     at: float  # seconds since 1970, so that each message differs from the one before
     host: str
@@ -85,7 +85,7 @@ class Watchdog:
         world_size: int,
         name: str,
         timeout: float,
-        place: Callable[[], Place],
+        whereabouts: Callable[[], Whereabouts],
         lost: Callable[[str], None],
         dump: Callable[[], None],
         say: Callable[[str], None],
@@ -99,7 +99,7 @@ class Watchdog:
         self.name = name
         self.timeout = timeout
         self.beat = min(_LONGEST_BEAT, timeout / 10)  # seconds between two messages
-        self._place = place
+        self._whereabouts = whereabouts
         self._lost = lost
         self._dump = dump
         self._say = say
@@ -144,7 +144,7 @@ class Watchdog:
             thread.join(5)
 
     def explain(self, error: Exception) -> tuple[str, str]:
-        """Which rank is to blame for an error of this rank, and of which kind its error is."""
+        """Name the rank that is to blame for an error of this rank, and the kind of its error."""
         self._own_error = in_a_line(error)
         if isinstance(error, UserError):
             self._own_error = one_line(error)
@@ -167,7 +167,7 @@ class Watchdog:
             if message.has_own_error:
                 failed.append(f"{self._names([rank])} ended: {message.error}")
                 kind = message.kind
-            if not message.error and message.progress < self._place().progress:
+            if not message.error and message.progress < self._whereabouts().progress:
                 behind.append(rank)
         if failed:
             text = ", ".join(failed)
@@ -199,7 +199,7 @@ class Watchdog:
             error=self._own_error,
             kind=self._kind_of_error,
             wants_stacks=self._wants_stacks,
-            **asdict(self._place()),
+            **asdict(self._whereabouts()),
         )
         self._store.set(f"{self.name}/{self.rank}", json.dumps(asdict(message)))
 

@@ -33,11 +33,11 @@ from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
 from dist_lm.runtime.engine import Engine
-from dist_lm.runtime.watchdog import Place, Watchdog
+from dist_lm.runtime.watchdog import Watchdog, Whereabouts
 
 _BACKGROUND_TIMEOUT = timedelta(hours=2)  # of checkpoints and data, which may wait for a slow disk
 _OWN_STEPS = 9  # whose median says how fast this rank is
-_LOOK_SECONDS = 1.0  # how often all ranks ask whether rank 0 has ended its work
+_LOOK_SECONDS = 1.0  # how often all ranks ask whether work in threads has ended
 _RECORD_SECONDS = 10.0  # for recording how the run ended; the run folder's host may be what is gone
 
 
@@ -60,12 +60,12 @@ class Runtime:
         self.channel = Channel(self.rank, self.world_size, self.device)
         # Messages of checkpoints and of data never mix with training's.
         self.background = self._channel_of_its_own()
-        self.reading = self._channel_of_its_own()
+        self._reading: Channel | None = None
         self.watch: Watchdog | None = None
         # Why this rank cannot go on. A thread may set it; the ranks agree on it with the next sum.
         self.refusal: UserError | None = None
         # Where this rank is; the watchdog tells a rank that hangs or is slow from the others by it.
-        self.place = Place(phase="start-up")
+        self.whereabouts = Whereabouts(phase="start-up")
         self.has_made_a_step = False
         self._own_seconds: deque[float] = deque(maxlen=_OWN_STEPS)
         # Does nothing until start_profiler().
@@ -77,41 +77,48 @@ class Runtime:
             channel.group = dist.new_group(backend="gloo", timeout=_BACKGROUND_TIMEOUT)
         return channel
 
+    def reading(self) -> Channel:
+        """The channel of those who read ahead, which is opened for the first of them. All ranks."""
+        if self._reading is None:
+            self._reading = self._channel_of_its_own()
+        return self._reading
+
     # --- where this rank is
 
     def enter(self, step: int, phase: str) -> None:
         """Note what this rank begins to do, after `step` updates."""
         if not self.has_made_a_step:
             phase = "start-up"  # the first step compiles
-        progress = self.place.progress + 1
-        self.place = Place(progress, step=step, phase=phase, seconds=self.place.seconds)
+        progress = self.whereabouts.progress + 1
+        self.whereabouts = Whereabouts(
+            progress, step=step, phase=phase, seconds=self.whereabouts.seconds
+        )
 
     def note_own_seconds(self, seconds: float) -> None:
         """Note what a step took this rank until it exchanged anything with the others."""
         if self.has_made_a_step:
             self._own_seconds.append(seconds)
             median = statistics.median(self._own_seconds)
-            self.place = replace(self.place, seconds=median)
+            self.whereabouts = replace(self.whereabouts, seconds=median)
 
     # --- agreements
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up over ranks, in place. All ranks."""
-        self.place = replace(self.place, progress=self.place.progress + 1)
+        self.whereabouts = replace(self.whereabouts, progress=self.whereabouts.progress + 1)
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def with_flags(self, number: int) -> Tensor:
-        """This rank's part of a sum: a number, was it told to stop, does it refuse to go on."""
+        """This rank's part of a sum: a number, whether it was told to stop, whether it refuses."""
         is_refusing = bool(self.attempt.lock.lost or self.refusal)
         return self.on_device([number, self.stop.requested, is_refusing], torch.float64)
 
     def of_main(self, number: Tensor) -> Tensor:
-        """This rank's part of a sum that gives rank 0's number, or what is not finite anywhere.
+        """This rank's part of a sum that gives rank 0's number, or infinity or NaN of any rank.
 
-        What is no sum, such as a gradient norm, may differ between ranks in its last bits, but all
-        must decide alike by it.
+        A gradient norm may differ between ranks in its last bits, but all must decide alike by it.
         """
         number = number.double()
         if self.is_main:
@@ -134,7 +141,7 @@ class Runtime:
 
     @property
     def why_stopped(self) -> str:
-        """Why this run stops before its end. Only meaningful once some rank was told to stop."""
+        """The reason why this run stops before its end, once a rank was told to."""
         return self.stop.reason or "another rank was told to stop"
 
     def refuse_together(self, are_refusing: float) -> None:
@@ -163,12 +170,23 @@ class Runtime:
     def on_main(self, work: Callable[[], Any]) -> Any:
         """Rank 0 does the work; every rank gets its JSON result or its UserError. All ranks.
 
-        The work may take long: Rank 0 works in a thread while all ranks keep reducing a flag, so
-        that no collective waits past the timeout.
+        The work may take long, as on_all() says.
         """
+        return _result_of(self._work_aside(work if self.is_main else None)[0])
+
+    def on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank does the work; every rank gets all JSON results, or one UserError. All ranks.
+
+        The work may take long: it is done in a thread while all ranks keep reducing a flag, so that
+        no collective waits past the timeout.
+        """
+        return [_result_of(outcome) for outcome in self._work_aside(work)]
+
+    def _work_aside(self, work: Callable[[], Any] | None) -> list[dict[str, Any]]:
+        """How the work of each rank ended, by rank; without work there is nothing. All ranks."""
         outcome: dict[str, Any] = {}
         worker: threading.Thread | None = None
-        if self.is_main:
+        if work:
             worker = threading.Thread(target=_note_outcome, args=(work, outcome), daemon=True)
             worker.start()
         while True:
@@ -179,15 +197,11 @@ class Runtime:
             busy, stop, are_refusing = self.sum(self.with_flags(is_busy)).tolist()
             self.refuse_together(are_refusing)
             if not busy:
-                break
+                return self.channel.gather(outcome)
             if stop:
                 raise PreemptedError(
                     f"stopped during start-up: {self.why_stopped}; the same command goes on"
                 )
-        of_main = self.channel.gather(outcome)[0]
-        if "error" in of_main:
-            raise error_with_code(of_main["error"], of_main["code"])
-        return of_main["result"]
 
     def together(self, work: Callable[[], Any]) -> Any:
         """Every rank does the work; if any refuses, all raise that rank's UserError. All ranks."""
@@ -298,7 +312,8 @@ class Runtime:
         # without an active exception").
         self.engine.release()
         self.background.group = None
-        self.reading.group = None
+        if self._reading:
+            self._reading.group = None
         self.accelerator.free_memory()
         gc.collect()
         with contextlib.suppress(Exception):  # whatever a tracker does must never stop a run
@@ -306,6 +321,13 @@ class Runtime:
         if dist.is_initialized():
             dist.destroy_process_group()
         del last_sum  # kept until no thread can hold it
+
+
+def _result_of(outcome: dict[str, Any]) -> Any:
+    """What the work of a rank gave; raises what it raised."""
+    if "error" in outcome:
+        raise error_with_code(outcome["error"], outcome["code"])
+    return outcome["result"]
 
 
 def _note_outcome(work: Callable[[], Any], outcome: dict[str, Any]) -> None:

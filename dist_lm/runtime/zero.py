@@ -23,7 +23,7 @@ from dist_lm.channel import Channel
 from dist_lm.checkpoint.layout import OwnedSlice
 from dist_lm.config import BatchLayout, Config
 from dist_lm.errors import UserError
-from dist_lm.optim import MatrixSlice, Muon
+from dist_lm.own_optimizers import MatrixSlice, Muon
 from dist_lm.runtime.async_io import build_async_io
 from dist_lm.runtime.engine import Engine, Shapes, built_on
 from dist_lm.runtime.strategy import BUCKET, Strategy, gathered_elements

@@ -332,10 +332,10 @@ def test_nothing_is_there_until_all_is_written(trained: Any, tmp_path: Path) -> 
     """
     write(tmp_path / "run", 1, trained)
     script = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 import tests.checkpoint.test_checkpoint as t
-left = int(sys.argv[2])
+armed, left = False, 0
 def count(event, arguments):
     global left
     changes = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
@@ -343,25 +343,33 @@ def count(event, arguments):
         left -= 1
         if left < 0:
             os._exit(9)
-armed = False
+older = Path(sys.argv[1])
 trained = t.training_of(t.MODEL)
 sys.addaudithook(count)
-armed = True
-t.write(Path(sys.argv[1]), 2, trained)
-os._exit(0)
+code, points = 9, 0
+while code == 9:
+    run = older.with_name(f"run-{points}")
+    shutil.copytree(older, run)
+    pid = os.fork()
+    if pid == 0:
+        armed, left = True, points
+        t.write(run, 2, trained)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(run, flush=True)
+    points += 1 if points < 4 else 3
+sys.exit(code)
 """
-    finished, points, deaths = False, 0, set()
-    while not finished:
-        run = tmp_path / f"run-{points}"
-        shutil.copytree(tmp_path / "run", run)
-        done = procs.run([sys.executable, "-c", script, str(run), str(points)], timeout=60)
-        finished, points = done.returncode == 0, points + (1 if points < 4 else 3)
+    done = procs.run([sys.executable, "-c", script, str(tmp_path / "run")], timeout=120)
+    assert done.returncode == 0, done.stdout
+    deaths = set()
+    for run in map(Path, done.stdout.split()):
         found, passed_over = newest_valid(run)
         assert found is not None and passed_over == []
         deaths.add(found.name)
         write(run, 3, trained)  # the next save clears what was left over
         assert not list(run.glob(".step-*"))
-    assert deaths == {"step-00000001", "step-00000002"} and points > 10
+    assert deaths == {"step-00000001", "step-00000002"} and len(done.stdout.split()) > 6
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(

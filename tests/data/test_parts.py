@@ -1,4 +1,4 @@
-"""Sources in parts, and those of other programs: one source, in a fixed order, exact as any other."""
+"""Sources in parts, and those of other programs: one source, in a fixed order, exact as any."""
 
 import json
 import shutil
@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
@@ -190,6 +189,8 @@ def test_several_inputs_are_read_in_that_order(tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset_has_its_rows_in_order(tmp_path: Path) -> None:
+    import datasets  # slow
+
     rows = {split: [f"{split} {n}" for n in range(50)] for split in ("train", "test")}
     saved = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
     saved["train"].save_to_disk(tmp_path / "alone", num_shards=3)
@@ -226,6 +227,8 @@ def write_inputs(kind: str, parts: Path, tmp_path: Path) -> list[str]:
                 "".join(json.dumps({"text": text}) + "\n" for text in documents(number))
             )
         return ["--data.input", str(tmp_path / "1.jsonl"), str(tmp_path / "0.jsonl")]
+    import datasets  # slow
+
     saved = datasets.Dataset.from_dict({"text": documents(0) + documents(1)})
     saved.save_to_disk(tmp_path / "saved", num_shards=2)
     stream = ["--data.stream", "true"] if kind == "saved dataset, streamed" else []

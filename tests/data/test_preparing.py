@@ -145,6 +145,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_shards")
 @settings(max_examples=12, deadline=None)
 @given(
@@ -206,6 +207,7 @@ def test_stopped_before_the_manifest_it_writes_no_shard_again(
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.jsonl", 3000)
     program = (

@@ -30,7 +30,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-import s3fs
 
 from dist_lm.data import remote
 from dist_lm.data.prepared import cache as cache_module
@@ -38,7 +37,7 @@ from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.manifest import find_prepared, read_manifest
 from dist_lm.data.prepared.shards import TokenShards, verify
 from dist_lm.data.remote import ChangedError, RemoteFile, fetch_small, find, is_remote, open_file
-from dist_lm.errors import UserError
+from dist_lm.errors import DataError, UserError
 from tests.data.test_shards import make
 from tests.objectstore import ObjectStore
 from tests.procs import ROOT, clean_env
@@ -64,6 +63,8 @@ def start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[dict[str, bytes]], ObjectStore]]:
     """A server with these files in the bucket `bkt`."""
+    import s3fs  # slow
+
     stores = []
 
     def begin(files: dict[str, bytes]) -> ObjectStore:
@@ -585,7 +586,7 @@ def test_a_file_that_is_not_as_its_manifest_says(
             cache.get(*shards["0"])
         assert raised.value.code == 65 and opened == [f"{url}/0"] * 2 and copies(folder) == set()
     (tmp_path / "far" / "0").write_bytes(good)
-    with pytest.raises(FileNotFoundError, match=rf"^{url}/gone: no such file$"):
+    with pytest.raises(DataError, match=rf"^{url}/gone: no such file$"):
         cache.get("gone", SIZE, "0" * 64)
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch, pytest.raises(UserError) as raised:

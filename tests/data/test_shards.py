@@ -170,18 +170,18 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     raw = bytearray(victim.read_bytes())
     raw[-3] ^= 4
     victim.write_bytes(raw)
-    TokenShards(tmp_path, "train")  # a flipped bit is only seen by its hash
+    TokenShards(tmp_path, "train").check_sizes()  # a flipped bit is only seen by its hash
     assert [line.split(" (sha256")[0] for line in verify(tmp_path)] == ["train-00001.safetensors"]
     victim.write_bytes(raw[:-2])
     with pytest.raises(
         UserError, match=r"train-00001\.safetensors: \d+ where dataset\.json has \d+ bytes; prepare"
     ):
-        TokenShards(tmp_path, "train")
+        TokenShards(tmp_path, "train").check_sizes()
     victim.unlink()
     with pytest.raises(
         UserError, match=r"train-00001\.safetensors: missing where dataset\.json has"
     ):
-        TokenShards(tmp_path, "train")
+        TokenShards(tmp_path, "train").check_sizes()
     (tmp_path / "tokenizer.json").write_text("{ }")
     assert [line[:24] for line in verify(tmp_path)] == [
         "tokenizer.json (sha256 2",

@@ -199,13 +199,14 @@ def test_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_more_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_cases(tmp_path, monkeypatch, range(40, 540))
+    check_cases(tmp_path, monkeypatch, range(40, 240))
 
 
 @pytest.mark.campaign
 def test_10000_random_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_cases(tmp_path, monkeypatch, range(1000, 11_000))
+    check_cases(tmp_path, monkeypatch, range(240, 10_240))
 
 
 def test_reading_ahead_never_comes_between_a_lane_and_what_it_tells(

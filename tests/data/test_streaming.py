@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -365,10 +364,13 @@ def test_a_prepared_folder_at_a_url_is_the_local_one(
     assert copy.name.endswith("-train-00000.safetensors")
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_streams_by_row_group(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """load_dataset reads a folder as it reads a hub dataset; here no hub is reached."""
+    import datasets  # slow
+
     asked = []
     real = datasets.load_dataset
 

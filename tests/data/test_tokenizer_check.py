@@ -1,4 +1,4 @@
-"""A tokenizer.json from a stranger ends in one line, not in a panic, nor in the end of the process."""
+"""A tokenizer.json from a stranger ends in one line, not in a panic or the end of the process."""
 
 import json
 import os

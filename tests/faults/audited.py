@@ -1,4 +1,6 @@
-"""Runs a command and writes down what it did to the machine: python -m tests.faults.audited LOG MODULE WORDS
+"""Runs a command and writes down what it did to the machine.
+
+    python -m tests.faults.audited LOG MODULE WORDS
 
 Python tells an audit hook of each such event, whoever causes it. LOG has a line of JSON for each.
 """

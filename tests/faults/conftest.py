@@ -1,5 +1,6 @@
 """What the tests of faults share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,5 +10,8 @@ from tests.faults.operations import compile_shim
 
 @pytest.fixture(scope="session")
 def shim_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The preload shim, compiled once."""
-    return compile_shim(tmp_path_factory.mktemp("shim"))
+    """The preload shim, compiled once for all workers, which share a fork server that has it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return compile_shim(folder)

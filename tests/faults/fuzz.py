@@ -84,7 +84,8 @@ def feed_range(
 ) -> Report:
     """Feed inputs to a target, and note in `progress` which one is being read.
 
-    None is begun after so many seconds. Each finding is printed at once, because a later input may end this process.
+    None is begun after so many seconds. Each finding is printed at once, because a later input may
+    end this process.
     """
     from tests.faults.targets import TARGETS
 

@@ -1,7 +1,7 @@
-"""Kills of a rank or of the launcher, by a seed, in every phase of a run from its imports to its exit.
+"""Kills of a rank or of the launcher, by a seed, in every phase of a run, start and exit too.
 
-Schedule number N is a function of N. After the kill all processes must end by themselves, and the same
-command must then end in the same bits as a run that nobody disturbed.
+Schedule number N is a function of N. After the kill all processes must end by themselves, and the
+same command must then end in the same bits as a run that nobody disturbed.
 """
 
 import contextlib
@@ -123,7 +123,10 @@ def reference(folder: Path, strategy: str, world: int) -> Path:
 
 
 def pids_of(run: Path) -> dict[str, int]:
-    """The processes of a run that have not ended: by rank, as their environment says, or `launcher`."""
+    """The processes of a run that have not ended, by rank.
+
+    Their environment names the rank. One without a rank is the `launcher`.
+    """
     found = {}
     for process in psutil.process_iter():
         try:
@@ -245,7 +248,7 @@ def _strike(what: Schedule, started: Started) -> None:
 
 
 def compare(run: Path, whole: Path) -> str:
-    """What differs from an undisturbed run: figures of the last line of each step, tensors, files."""
+    """What differs from an undisturbed run: the last figures of each step, tensors, files."""
     compared: list[tuple[str, Callable[[Path], object]]] = [
         ("figures", figures_of),
         ("tensors", lambda path: tensors_of(path).keys()),

@@ -3,8 +3,8 @@
     python -m tests.faults.operations SCENARIO [--mutant NAME] [--every N] [--first K]
 
 runs the work once to count its operations, and then again for each fault: a kill before, after or
-in the middle of the n-th operation, an error, a short write, a delay. After each fault the same work
-is done again without one. The end must be the same as if nothing had happened.
+in the middle of the n-th operation, an error, a short write, a delay. After each fault the same
+work is done again without one. The end must be the same as if nothing had happened.
 
 A line of JSON is printed for each fault that was survived badly, and one with the counts at the
 end. The process is started with the shim in LD_PRELOAD; see shim.c and start().
@@ -13,6 +13,7 @@ end. The process is started with the shim in LD_PRELOAD; see shim.c and start().
 import argparse
 import ctypes
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ from typing import Any, NoReturn
 import pytest
 
 from dist_lm.errors import UserError
-from tests.procs import ROOT, clean_env
+from tests.procs import ROOT, Process
 
 HERE = Path(__file__).parent
 LIMIT_SECONDS = 120  # for the work with one fault
@@ -43,30 +44,25 @@ DELAY_MICROSECONDS = 20_000
 
 
 def compile_shim(folder: Path) -> Path:
-    """The shim as a library. Skips the test where there is no C compiler."""
+    """The shim as a library, unless it is there. Skips the test where there is no C compiler."""
+    library = folder / "shim.so"
+    if library.exists():
+        return library
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler (cc or gcc), for the shim that interrupts file operations")
-    library = folder / "shim.so"
-    command = [
-        compiler,
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-o",
-        str(library),
-        str(HERE / "shim.c"),
-        "-ldl",
-    ]
-    subprocess.run(command, check=True, timeout=60)
+    made = folder / f"shim-{os.getpid()}.so"
+    options = ["-O1", "-shared", "-fPIC", "-o", str(made), str(HERE / "shim.c"), "-ldl"]
+    subprocess.run([compiler, *options], check=True, timeout=60)
+    made.rename(library)
     return library
 
 
-def start(library: Path, *arguments: str) -> "subprocess.Popen[str]":
+def start(library: Path, *arguments: str) -> Process:
     """This module as a process in which the shim is loaded."""
-    env = clean_env(LD_PRELOAD=str(library), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    variables = {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.faults.operations", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
+    return Process(command, variables=variables, stderr=None)
 
 
 @dataclass(frozen=True)
@@ -249,6 +245,7 @@ class Enumeration:
         self.template = scratch / "template"
         self.template.mkdir(parents=True)
         scenario.before(self.template)
+        gc.freeze()  # so that children need not look through these objects, which copies them
         self.undisturbed = self.copy("undisturbed")
         ended = do(scenario, self.undisturbed, Fault("count", 0))
         assert ended.how == "done", ended

@@ -1,14 +1,13 @@
 """The pieces of work that operations.py interrupts. Each is done again after every fault."""
 
-import hashlib
 import importlib
 import json
 import os
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_lm import families, lock, outcome, train
@@ -19,6 +18,7 @@ from dist_lm.config import DataConfig, ModelConfig, ModelSpec, OptimConfig
 from dist_lm.data.prepared import writer
 from dist_lm.data.prepared.cache import ShardCache
 from dist_lm.data.prepared.preparing import prepare_dataset
+from dist_lm.data.prepared.shard_file import map_shard, write_shard
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.lock import RunLock
 from dist_lm.metrics import read_metrics
@@ -129,19 +129,17 @@ class Cache(Scenario):
     def before(self, folder: Path) -> None:
         (folder / "far").mkdir()
         (folder / "cache").mkdir()
+        self.entries = []
         for seed, name in enumerate(self.names):
-            (folder / "far" / name).write_bytes(random.Random(seed).randbytes(20_000))
-        self.hashes = {name: self.sha256(folder / "far" / name) for name in self.names}
-
-    @staticmethod
-    def sha256(path: Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+            tokens = np.random.default_rng(seed).integers(256, size=10_000, dtype=np.uint16)
+            entry = write_shard(folder / "far" / name, tokens, [0], [0], [0])
+            self.entries.append((name, entry["bytes"], entry["sha256"]))
 
     def work(self, folder: Path) -> None:
         cache = ShardCache(f"file://{folder}/far", folder / "cache", 30_000)
-        for name in self.names:
-            copy = cache.get(name, 20_000, self.hashes[name])
-            assert self.sha256(copy) == self.hashes[name]
+        for name, size, sha256 in self.entries:
+            copy = cache.get(name, size, sha256)
+            assert len(map_shard(copy)["tokens"]) == 10_000
             cache.release(name)
 
     def check(self, folder: Path, fault: Fault, ended: Ended) -> None:

@@ -44,7 +44,9 @@ def quiet(*_: object) -> None:
 class Argv(Target):
     """A command line of train."""
 
-    words = "--model.layers 2 --optim.lr 1e-3 --optim.betas 0.9 0.95 --run.steps 10 --run.compile true".split()
+    words = (
+        "--model.layers 2 --optim.lr 1e-3 --optim.betas 0.9 0.95 --run.steps 10 --run.compile true"
+    ).split()
 
     def feed(self, rng: random.Random) -> None:
         words = [nasty_text(rng, word) if rng.random() < 0.3 else word for word in self.words]

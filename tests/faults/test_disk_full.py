@@ -45,6 +45,7 @@ def test_saving_goes_on_with_fewer_old_ones(prepared: Path, small_disk: Path) ->
     assert newest is not None and newest.name == "step-00000008"
 
 
+@pytest.mark.slow
 @row(
     "a disk that is full at an evaluation",
     fault="samples.md cannot be opened or written: EIO, ESTALE, ENOSPC, EROFS",

@@ -12,7 +12,8 @@ linked(
     "anything in a run folder",
     test=f"{RETENTION}::test_whatever_lies_there_the_right_steps_stay",
     fault="any set of valid, damaged, linked, renamed and planted folders, any saves and restarts",
-    must="what was just saved stays, the right valid ones stay, nothing damaged or linked is touched",
+    must="what was just saved stays, the right valid ones stay, nothing damaged or linked is"
+    " touched",
 )
 linked(
     "damaged newer checkpoints",

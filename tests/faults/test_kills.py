@@ -19,6 +19,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.slow
 @row(
     "a signal to a rank",
     fault="SIGKILL or SIGTERM to one rank in a step, a save or an evaluation",

@@ -45,6 +45,7 @@ def cases() -> Iterator[Any]:
         yield pytest.param(mutant, marks=[] if is_quick else [pytest.mark.campaign])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", list(cases()))
 def test_it_is_caught(mutant: str, shim_library: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if mutant == "names_lead_anywhere":

@@ -29,6 +29,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_is_passed_over_or_refused(command: str, bench: Bench) -> None:
     cases = [case for case in all_cases() if case.command == command][::SAMPLE]

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -209,7 +208,7 @@ def test_documents_by_their_bounds_are_documents_by_a_mask(
     bounds_N = torch.from_numpy(document_bounds(segments_BT.numpy()))
     assert bounds_N[:6].tolist() == [0, 7, 17, 24, 48, 49]
     assert bounds_N[6:].unique().tolist() == [72]
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     varlen_dtypes.clear()
     model = make(name)
     found = []
@@ -251,9 +250,7 @@ def test_where_documents_are_known_by_their_bounds(
 def test_another_signature_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of torch 2.10, which has no window."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        torch.nn.attention.varlen, "varlen_attn", lambda q, k, v, is_causal=False: q
-    )
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, is_causal=False: q)
     assert not attention.knows_documents(torch.device("cuda", 0), torch.bfloat16, 64)
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
 
 from dist_lm.model import gpt as model_module
 from dist_lm.model.gpt import Block
@@ -116,6 +115,8 @@ def test_a_compiled_model_has_its_loss_in_one_pass(monkeypatch: pytest.MonkeyPat
     model = make(layers=1)
     plain = model(tokens(1), some_targets())
     expected = gradients(model, plain)
+    from torch._dynamo.testing import CompileCounter  # slow
+
     graphs = CompileCounter()
     monkeypatch.setattr(Block, "compile_for_training", lambda block, **options: None)
     model.compile_for_training(loss=True, backend=graphs)

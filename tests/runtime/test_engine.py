@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
-from dist_lm import loop, optim
+from dist_lm import loop, own_optimizers
 from dist_lm.cli import load
 from dist_lm.config import Config, ModelConfig, ModelSpec
 from dist_lm.model.gpt import GPT
@@ -86,6 +85,8 @@ def train_eagerly(*words: str) -> None:
 
 def train_counting_graphs(*words: str) -> None:
     """As a rank: compile with a backend that only counts, and print how many graphs it got."""
+    from torch._dynamo.testing import CompileCounter  # slow
+
     counter = CompileCounter()
     of_warm_up = []
     compile_blocks, warm_up = GPT.compile_for_training, ReplicatedEngine.warm_up
@@ -145,7 +146,7 @@ def test_ranks_divide_muon_s_matrices_on_gpus(prepared: Path, tmp_path: Path, wo
 def train_dividing(*words: str) -> None:
     """As a rank: divide the matrices as on GPUs, and print how many this rank orthogonalised."""
     counts: list[int] = []
-    newton_schulz, wrap = optim.newton_schulz, ReplicatedEngine._wrap
+    newton_schulz, wrap = own_optimizers.newton_schulz, ReplicatedEngine._wrap
 
     def counted(matrices_NRC: Tensor, dtype: torch.dtype) -> Tensor:
         counts.append(len(matrices_NRC))
@@ -156,6 +157,6 @@ def train_dividing(*words: str) -> None:
         wrap(engine, *arguments)
         engine.on_gpu = False
 
-    optim.newton_schulz, ReplicatedEngine._wrap = counted, as_on_gpus
+    own_optimizers.newton_schulz, ReplicatedEngine._wrap = counted, as_on_gpus
     run(words)
     print(f"matrices a step: {sum(counts) / 7:g}")  # create_state makes a seventh step

@@ -111,7 +111,7 @@ def train_watched(*words: str) -> None:
 
 @pytest.mark.slow
 def test_the_time_of_a_step_is_that_of_training_alone(prepared: Path, tmp_path: Path) -> None:
-    """Between the figures of two steps: what the host does in between counts, evaluations do not."""
+    """Between the figures of two steps: what the host does then counts, evaluations do not."""
     words = tiny(prepared, "--run.steps", "6", "--run.eval_every", "3")
     in_process("train_slowly", "--run.dir", str(tmp_path / "run"), *words)
     seconds = [8 * 32 / step["tokens_per_second"] for step in losses(tmp_path / "run")]

@@ -22,7 +22,7 @@ from tests.test_train import tiny
 
 
 def train_slowly() -> None:
-    """As a rank: train.py, where rank 1 sleeps as it enters a phase, or ends a save, at some steps."""
+    """As a rank: train.py, where rank 1 sleeps at some steps, in a phase or after a save."""
     phase, steps, seconds, beat = json.loads(sys.argv.pop(1))
     enter = loop.Runtime.enter
     begin = Saver.begin

@@ -91,11 +91,11 @@ def test_the_curve_does_not_know_the_strategy(
 
 CURVE = (
     "--run.steps",
-    "50",
+    "20",
     "--model.dropout",
     "0.1",
     "--run.eval_every",
-    "25",
+    "10",
     "--run.eval_batches",
     "2",
 )
@@ -173,7 +173,7 @@ def test_the_settings_for_gpus_give_the_same_curve(
     common = tiny(prepared, "--model.layers", "5", "--data.micro_batch", "2", "--run.steps", "6")
     words = ("--run.dir", str(tmp_path / "gpu"), *common, "--launch", strategy)
     code = f"from tests.runtime import test_zero; test_zero.train_as_on_gpus(*{words})"
-    got, output = finish(start_ranks(2, "-c", code))
+    got, output = finish(start_ranks(2, "-c", code, strategy))  # forked with DeepSpeed imported
     assert got == 0, output
     limit = 3 * 16_448 + 264 * 32 + 32  # elements of three blocks, the embedding and the last norm
     made = {"zero1": "overlap True, blocks [], limit 1000000000"}
@@ -207,6 +207,7 @@ def train_as_on_gpus(*words: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> None:
     """One save under each of DDP and ZeRO-1, 2, 3; ranks started once under each continue all four,
     one by one.
@@ -221,7 +222,9 @@ def test_every_strategy_reads_every_other(prepared: Path, tmp_path: Path) -> Non
             shutil.copytree(tmp_path / before, tmp_path / f"{before}-{after}")
         arguments = f"{str(tmp_path)!r}, {list(worlds)}, {after!r}, {common}"
         code = f"from tests.runtime import test_zero; test_zero.go_on({arguments})"
-        got, output = finish(start_ranks(world, "-c", code))
+        got, output = finish(
+            start_ranks(world, "-c", code, after)
+        )  # forked with DeepSpeed imported
         assert got == 0, output
         for before in worlds:
             assert f"resuming step-00000004, written by {before} x {worlds[before]}" in output

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from dist_lm.data.remote import BLOCK, open_file
-from dist_lm.errors import DataError, UserError
+from dist_lm.disk import disk_may_fail
+from dist_lm.errors import DataError, RetryableError, UserError, in_a_line
 
 # Seconds that other processes have to release copies, before the cache is called too small.
 ROOM_WAIT = 30.0
@@ -44,7 +45,7 @@ class Copy(NamedTuple):
 
     @property
     def unfinished(self) -> Path:
-        """Where the copy is while it is being written."""
+        """The path of the copy while it is being written."""
         return self.path.with_name(f"tmp-{self.path.name}")
 
 
@@ -59,15 +60,19 @@ class ShardCache:
         self.held: defaultdict[str, list[int]] = defaultdict(list)
         # Names of copies that this process has checked against their hash.
         self.checked: set[str] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            self._sweep()
+        with self._disk_may_fail():
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._sweep()
 
     def get(self, name: str, size: int, sha256: str) -> Path:
         """The copy of a file, in use until it is released."""
-        copy = self._copy(name, size, sha256)
-        if size > self.limit:
-            self._refuse(copy, needed=size)
+        with self._disk_may_fail():
+            return self._get(self._copy(name, size, sha256))
+
+    def _get(self, copy: Copy) -> Path:
+        if copy.size > self.limit:
+            self._refuse(copy, needed=copy.size)
         deadline = time.monotonic() + ROOM_WAIT
         descriptor = self._take(copy)
         while descriptor is None:
@@ -76,7 +81,7 @@ class ShardCache:
                 self._download(copy, begun)
             descriptor = self._take(copy)
         os.utime(descriptor)
-        self.held[name].append(descriptor)
+        self.held[copy.name].append(descriptor)
         return copy.path
 
     def release(self, name: str) -> None:
@@ -85,6 +90,9 @@ class ShardCache:
         Whoever has mapped the file drops the mapping first.
         """
         os.close(self.held[name].pop())
+
+    def _disk_may_fail(self) -> contextlib.AbstractContextManager[None]:
+        return disk_may_fail(self.folder, "the shards at the URL are not copied")
 
     def _copy(self, name: str, size: int, sha256: str) -> Copy:
         file_name = f"{sha256[:16]}-{name}"
@@ -152,7 +160,8 @@ class ShardCache:
                 os.replace(copy.unfinished, copy.path)
             self.checked.add(copy.path.name)
         except BaseException as error:
-            copy.unfinished.unlink()
+            with contextlib.suppress(OSError):  # else it is swept away later
+                copy.unfinished.unlink()
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 setting = f"data.cache_gb={self.limit / 1e9:g}"
                 raise UserError(
@@ -215,16 +224,26 @@ def _write_content(url: str, descriptor: int, most: int) -> tuple[int, str]:
     """
     digest = hashlib.sha256()
     size = 0
-    with open_file(url) as file:
-        while size <= most:
-            block = file.read(min(BLOCK, most + 1 - size))
-            if not block:
-                break
-            digest.update(block)
-            if size + len(block) <= most:
-                _write_at(descriptor, block, size)
-            size += len(block)
+    for block in _blocks_of(url, most + 1):
+        digest.update(block)
+        if size + len(block) <= most:
+            _write_at(descriptor, block, size)
+        size += len(block)
     return size, digest.hexdigest()
+
+
+def _blocks_of(url: str, most: int) -> Iterator[bytes]:
+    """The first bytes of a far file. Its failures are told from those of our disk here."""
+    left = most
+    try:
+        with open_file(url) as file:
+            while left and (block := file.read(min(BLOCK, left))):
+                left -= len(block)
+                yield block
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from error
+    except OSError as error:
+        raise RetryableError(in_a_line(error)) from error
 
 
 def _write_at(descriptor: int, data: bytes, place: int) -> None:

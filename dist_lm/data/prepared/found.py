@@ -1,4 +1,4 @@
-"""Which prepared folders an input means: one, or the parts of a source in a fixed order."""
+"""Finds the prepared folders that an input means: one, or the parts of a source in order."""
 
 import glob
 import re

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation.
+"""Decides which documents are held out for validation.
 
 Invariant: a document is held out by a hash of its text alone, so that it never moves from
 validation into training. Only a small source, with too few documents for that, holds out the tail

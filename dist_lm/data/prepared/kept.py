@@ -1,4 +1,4 @@
-"""What a stream keeps on disk: its tokenizer, and its first held-out documents as shards."""
+"""Keeps on disk a stream's tokenizer, and its first held-out documents as shards."""
 
 import shutil
 from collections import Counter
@@ -22,6 +22,8 @@ from dist_lm.outside import parse_json, read_bytes
 # Bytes of text at the beginning of each source, from which a stream's tokenizer is learned.
 LEARNED_BYTES = 2**26
 LOOKED_AT = 1000  # documents among which a stream must have one for validation
+# A split without documents, as a manifest has it.
+_NOTHING = {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []}
 
 
 def learn_tokenizer(data: DataConfig, readers: list[Reader], folder: Path, say: Say) -> None:
@@ -73,11 +75,8 @@ def keep_validation(
             " it; nearest: prepare it, a larger data.val_fraction, a source in data.validation, or"
             " run.eval_every=0"
         )
-    splits = {
-        "train": {"documents": 0, "bytes": 0, "tokens": 0, "unknown": 0, "shards": []},
-        "val": writer.close(),
-    }
     write_tokenizer(folder, tokenizer)
+    splits = {"train": _NOTHING, "val": writer.close()}
     write_manifest(folder, data, tokenizer, reader, splits, {"skipped": dict(skipped)})
     write_json(hashes_file, hashes)
     kept = count(len(hashes), "document")

@@ -81,7 +81,7 @@ class SourceEntry(CheckedModel):
 
 
 class Manifest(CheckedModel):
-    """What every reader of a manifest may rely on.
+    """The fields on which every reader of a manifest may rely.
 
     `settings` are those that it was prepared with; a stream's kept validation has none.
     """

@@ -141,7 +141,7 @@ class Preparation:
         )
 
     def read_state(self) -> SavedState | None:
-        """What an interrupted preparation with the same settings left; None if there is nothing."""
+        """The state that an interrupted preparation with the same settings left, or None."""
         path = self.folder / PROGRESS
         if not path.is_file():
             return None
@@ -189,7 +189,7 @@ class Preparation:
         return self.begin_folder(tokenizer, size, self.tail_of(seen.bytes) if is_small else None)
 
     def tail_of(self, size: int) -> int:
-        """Where the held-out tail of a small source begins; `size` is that of the source."""
+        """The first byte or token of the held-out tail of a small source of this size."""
         return round(size * (1 - self.data.val_fraction))
 
     def begin_folder(self, tokenizer: Tokenizer, size: int | None, tail: int | None) -> SavedState:

@@ -3,9 +3,7 @@
 Invariant: the folder has the same bytes from any number of processes, killed in between or not.
 """
 
-import contextlib
-import errno
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,7 @@ from dist_lm.data.prepared.progress import Say
 from dist_lm.data.prepared.token_files import TokenPreparation
 from dist_lm.data.prepared.writer import PROGRESS, write_manifest
 from dist_lm.data.tokenizer import Tokenizer
-from dist_lm.errors import RetryableError, UserError
-
-# What no other try changes: a folder that is no folder, or that this user may not write to.
-_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+from dist_lm.disk import disk_may_fail
 
 
 def prepare_dataset(
@@ -37,23 +32,9 @@ def prepare_dataset(
     out, because they are validation documents of another source. A tokenizer is learned as
     `data.tokenizer` says, unless one is given.
     """
-    with _disk_may_fail(Path(folder)):
+    # Errors of the text that is read are DataErrors already, by file and row.
+    with disk_may_fail(Path(folder), "the text is not prepared"):
         return _prepare(data, Path(folder), processes, say, name, excluded, tokenizer)
-
-
-@contextlib.contextmanager
-def _disk_may_fail(folder: Path) -> Iterator[None]:
-    """Let a full or failing disk be one line. What is written by then stays, and is gone on from.
-
-    Errors of the text that is read are DataErrors already, by file and row.
-    """
-    try:
-        yield
-    except OSError as error:
-        where = f"{error.filename or folder}: {error.strerror or error}; the text is not prepared"
-        if error.errno in _NOT_OURS:
-            raise UserError(f"{where}; nearest: a folder that can be written to") from error
-        raise RetryableError(f"{where}; the same command goes on") from error
 
 
 def _prepare(

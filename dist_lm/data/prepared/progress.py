@@ -1,4 +1,4 @@
-"""How far the reading of a source is, for people who wait.
+"""Shows people who wait how far the reading of a source has come.
 
 tqdm is not used: into a log it writes carriage returns, and it has no plain line now and then.
 """
@@ -18,7 +18,7 @@ LOG_PAUSE = 10.0  # seconds between two lines elsewhere
 
 
 def count_kinds(skipped: Mapping[str, int]) -> str:
-    """What was left out, in words: its number by kind."""
+    """The numbers of what was left out, by kind, in words."""
     return ", ".join(
         count(number, kind.removesuffix("s")) for kind, number in sorted(skipped.items())
     )

@@ -53,7 +53,7 @@ class TokenSequences(ABC):
 
     @abstractmethod
     def path_of(self, shard: int) -> str:
-        """Where a shard lies, for messages."""
+        """The path or URL of a shard, for messages."""
 
     @abstractmethod
     def documents_of(self, sequence: int, seq_len: int, stride: int) -> list[Span]:
@@ -64,7 +64,7 @@ class TokenSequences(ABC):
         """The tokens of a shard, to be used inside."""
 
     def counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences each shard has."""
+        """The number of sequences of each shard."""
         counts = []
         for size in self.sizes:
             count = 0
@@ -75,7 +75,7 @@ class TokenSequences(ABC):
         return counts
 
     def count(self, data: DataConfig) -> int:
-        """How many sequences there are in an epoch."""
+        """The number of sequences in an epoch."""
         ends = self._ends(data.seq_len, data.stride)
         return ends[-1] if ends else 0
 
@@ -109,12 +109,15 @@ class TokenSequences(ABC):
             with self.open_shard(shard) as tokens:
                 for _, first, row in in_shard:
                     tokens_NT[row] = tokens[first : first + seq_len + 1]
-        if tokens_NT.size and tokens_NT.max() >= self.vocab_size:
-            self._refuse_unknown_id(tokens_NT, places)
+        self._refuse_unknown_ids(tokens_NT, places)
         return tokens_NT
 
-    def _refuse_unknown_id(self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]) -> None:
+    def _refuse_unknown_ids(
+        self, tokens_NT: np.ndarray, places: list[tuple[int, int, int]]
+    ) -> None:
         """Raise over a token that the tokenizer does not have."""
+        if not tokens_NT.size or tokens_NT.max() < self.vocab_size:
+            return
         for shard, _, row in places:
             largest = int(tokens_NT[row].max())
             if largest >= self.vocab_size:
@@ -123,5 +126,5 @@ class TokenSequences(ABC):
                 )
 
     def _sum_up_counts(self, seq_len: int, stride: int) -> list[int]:
-        """How many sequences there are up to the end of each shard."""
+        """The number of sequences up to the end of each shard."""
         return list(accumulate(self.counts(seq_len, stride)))

@@ -83,7 +83,7 @@ class ShardCheck:
             self._write_record(before | checked)
 
     def _check(self, path: str, sha256: str, before: Facts | None) -> Facts | None:
-        """What a shard is, if its hash is right; None if there is no time to find out.
+        """The facts of a shard whose hash is right; None if there is no time to find out.
 
         A damaged one is refused. One that is as it was when it was checked is not read again.
         """
@@ -105,7 +105,7 @@ class ShardCheck:
         return facts
 
     def _read_record(self) -> dict[str, Facts]:
-        """What earlier starts have checked; a record that cannot be read is made again."""
+        """The facts of earlier starts. A record that cannot be read is made again."""
         try:
             return read_json(self._record, CheckpointError)
         except UserError:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from dist_lm.disk import safetensors_head, write_file
+from dist_lm.disk import disk_may_fail, safetensors_head, write_file
 from dist_lm.errors import DataError, UserError
 from dist_lm.outside import CheckedModel, Count, check, parse_json
 
@@ -74,7 +74,7 @@ def write_shard(
 
 def map_shard(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a shard, read from disk only where they are touched."""
-    with open(path, "rb") as file:
+    with disk_may_fail(path, "a shard is not read"), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _HEADER_SIZE_BYTES:
             raise bad_shard(path, f"{size} bytes are no safetensors file")

@@ -2,7 +2,7 @@
 
 A prepared folder holds shards (one safetensors file each), the tokenizer, and `dataset.json`, the
 manifest, which is written last: a folder that has it is whole.
-Invariant: a shard's size is checked when it is opened, its hash by `verify` or by the cache.
+A shard's size is checked by `check_sizes`, its hash by `verify` or by the cache.
 """
 
 import contextlib
@@ -72,8 +72,6 @@ class TokenShards(TokenSequences):
         self.sizes: list[int] = [entry["tokens"] for entry in self.entries]
         self.dtype = np.dtype(self.manifest["tokenizer"]["dtype"])
         self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
-        if cache is None:
-            self._check_sizes()
         self._map_local = lru_cache(maxsize=_MAPPED_SHARDS)(self._open_local)
 
     def hashes(self) -> list[str]:
@@ -114,8 +112,10 @@ class TokenShards(TokenSequences):
                 n += 1
         return spans
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self) -> None:
         """Refuse a local folder in which a shard is missing or has another size."""
+        if self.cache:
+            return
         for entry in self.entries:
             path = Path(self.folder, entry["file"])
             size = path.stat().st_size if path.is_file() else "missing"

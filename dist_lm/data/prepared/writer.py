@@ -28,7 +28,7 @@ PROGRESS = "progress.json"
 
 
 class SplitState(TypedDict):
-    """What is finished of a split."""
+    """The finished part of a split."""
 
     shards: list[dict[str, Any]]  # their entries in the manifest
     unknown: int  # tokens of them that stand for unknown text

@@ -1,4 +1,4 @@
-"""Which columns of a row become its text, and which rows the filter lets through."""
+"""Choose the columns of a row that become its text, and the rows that the filter lets through."""
 
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
-from dist_lm.data.text.files import nearest_hint, one_line
+from dist_lm.data.text.files import nearest_hint, reason_of
 
 Rows = Iterator[tuple[int, Any]]  # number of a row, and its content as its format gives it
 ToText = Callable[[Any], str | None]  # turns that content into text; None is a null
@@ -132,7 +132,7 @@ class Columns:
         try:
             return self.spec.template.format_map(cells)
         except (LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"does not fit the template: {one_line(error)}") from error
+            raise ValueError(f"does not fit the template: {reason_of(error)}") from error
 
 
 def _cells(column: Any) -> Iterable[Any]:

@@ -62,7 +62,7 @@ class TextFile(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a stream reads in one go.
+    """A part of a file, which a stream reads in one go.
 
     A range of bytes (.jsonl), of row groups (.parquet) or of shards (hub dataset), or a whole file.
     """
@@ -239,8 +239,8 @@ def nearest_hint(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near}?" if near else ""
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error as one line."""
+def reason_of(error: Exception) -> str:
+    """The reason that an error gives, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

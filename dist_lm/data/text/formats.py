@@ -30,8 +30,8 @@ from dist_lm.data.text.files import (
     TextFile,
     format_of,
     is_damage,
-    one_line,
     open_text_file,
+    reason_of,
 )
 from dist_lm.data.text.json_rows import json_rows
 from dist_lm.data.text.tables import (
@@ -149,7 +149,7 @@ class Reader:
         return number
 
     def _bounds(self, file: TextFile, range_bytes: int) -> list[int]:
-        """Where the parts of a file begin, and where the last ends; [0, 0] for the whole file."""
+        """Bounds of the parts of a file, with the end of the last; [0, 0] for the whole file."""
         if not file.path:
             shards: int = open_hub_dataset(file, self.spec).num_shards
             return list(range(shards + 1))
@@ -207,7 +207,7 @@ class Reader:
             except DAMAGE as error:
                 is_end = isinstance(error, (OSError, LostRestError))
                 if is_end or self.bad_rows == "error":
-                    raise DataError(f"{label} {row}: {one_line(error)}") from error
+                    raise DataError(f"{label} {row}: {reason_of(error)}") from error
                 if row >= start:
                     skipped["bad rows"] += 1
                 continue
@@ -224,7 +224,7 @@ class Reader:
             yield
         except DAMAGE as error:
             if self.bad_rows == "error" or not is_damage(error):
-                raise DataError(f"{file.path or file.name}: {one_line(error)}") from error
+                raise DataError(f"{file.path or file.name}: {reason_of(error)}") from error
             skipped["rests of damaged files"] += 1
 
 

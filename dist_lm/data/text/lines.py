@@ -8,7 +8,7 @@ import codecs
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from dist_lm.data.text.files import DAMAGE, one_line
+from dist_lm.data.text.files import DAMAGE, reason_of
 from dist_lm.errors import DataError
 
 CHUNK = 2**20  # bytes read at once
@@ -129,7 +129,7 @@ def split_rows(chunks: Iterator[str], separator: str | None) -> Iterator[tuple[i
             yield row, waiting[:cut]
             waiting = waiting[cut:]
     except DAMAGE as error:
-        raise DataError(f"row {row}: {one_line(error)}") from error
+        raise DataError(f"row {row}: {reason_of(error)}") from error
     if waiting or row == 1:
         yield row, waiting
 

@@ -51,7 +51,7 @@ class _Parser:
         _all.discard(self)
 
     def _ending(self) -> Exception:
-        """Why the process is gone."""
+        """The error that says why the process is gone."""
         code = self.process.wait()
         number = -code if code < 0 else 0
         if number in _LIMITS:

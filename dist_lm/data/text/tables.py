@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from dist_lm.config import SourceConfig
 from dist_lm.data.text import lines
 from dist_lm.data.text.columns import Columns, Rows, ToText
-from dist_lm.data.text.files import Part, TextFile, one_line
+from dist_lm.data.text.files import Part, TextFile, reason_of
 from dist_lm.data.text.table_file import TableFile
 from dist_lm.errors import DataError
 
@@ -35,7 +35,7 @@ def parquet_rows(file: BinaryIO, part: Part, start: int, columns: Columns) -> tu
 
 
 def count_row_groups(file: BinaryIO) -> int:
-    """How many row groups a Parquet file has."""
+    """The number of row groups of a Parquet file."""
     with contextlib.closing(TableFile(file, ".parquet", [])) as table:
         return len(table.groups)
 
@@ -60,7 +60,7 @@ def open_hub_dataset(dataset: TextFile, spec: SourceConfig) -> Any:
         )
     except (ValueError, OSError) as error:
         raise DataError(
-            f"no such file here, and no hub dataset to be had: {one_line(error)};"
+            f"no such file here, and no hub dataset to be had: {reason_of(error)};"
             " a folder of token shards is made by python -m dist_lm.prepare"
         ) from error
     # Only Parquet can be cut finer than its files; other formats raise.

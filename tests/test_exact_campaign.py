@@ -17,7 +17,7 @@ from tests.procs import start_ranks, train
 from tests.test_exact import exact, figures, sha, weights_hash
 from tests.test_train import tiny
 
-pytestmark = [pytest.mark.campaign, pytest.mark.slow]
+pytestmark = [pytest.mark.campaign, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 STEPS = 200
 LAST = f"step-{STEPS:08d}"

@@ -1,6 +1,7 @@
 """run.exact on real processes: one hash of all tensors, however a run is spread and interrupted."""
 
 import hashlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from dist_lm.cli import resolve
 from dist_lm.config import Config
 from dist_lm.errors import UserError
 from dist_lm.resume import refuse_other_mathematics
+from dist_lm.show import main as show
 from tests.procs import train
 from tests.test_train import losses, tensors, tiny
 
@@ -42,7 +44,9 @@ def weights_hash(step: Path) -> str:
 
 
 @pytest.mark.slow
-def test_one_hash_on_any_number_of_processes(prepared: Path, tmp_path: Path) -> None:
+def test_one_hash_on_any_number_of_processes(
+    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Alone, and begun by three and ended by two; with dropout, an average and document masks."""
     words = ["--run.ema", "0.9", "--model.dropout", "0.1", "--data.document_mask", "true"]
     words += ["--run.eval_every", "6", "--run.eval_batches", "2", "--run.log_unit_hashes", "true"]
@@ -58,6 +62,9 @@ def test_one_hash_on_any_number_of_processes(prepared: Path, tmp_path: Path) -> 
     assert len(last["unit_hashes"]) == 7
     total = sum(int(digits, 16) for digits in last["unit_hashes"])
     assert int(last["grad_hash"], 16) == total % 2**64
+    show([str(tmp_path / "one"), "--step", "1", "--world", "3"])
+    ranks = re.findall(r"^place \d+, rank (\d)", capsys.readouterr().out, re.MULTILINE)
+    assert "".join(ranks) == "0011220011220"
 
 
 @pytest.mark.parametrize("name", ["data.micro_batch", "run.compile", "run.exact"])

@@ -79,21 +79,28 @@ class FixedPointSums:
         sums_RC = self.sums_RC[bucket.rows]
         rounded_RC = sums_RC
         if not is_first:
-            rounded_RC = self._scratch_of(sums_RC)
+            rounded_RC = self._scratch_of(bucket)
         for integers, gradient in zip(_views(bucket, rounded_RC), gradients, strict=True):
             integers.copy_(gradient)
         if self.hashes_addends:
-            self._tail[1 + number] += self._hash.of(rounded_RC, bucket.rows.start)
+            self._tail[1 + number] += self._hash.of_parts(rounded_RC, bucket.rows.start)
         if not is_first:
             sums_RC.add_(rounded_RC)
 
-    def _scratch_of(self, like_RC: Tensor) -> Tensor:
+    def _scratch_of(self, bucket: Bucket) -> Tensor:
+        """Memory for the integers of a bucket, with zeros between its parameters."""
         if self._scratch is None:
-            rows = max(bucket.rows.stop - bucket.rows.start for bucket in self.buckets)
+            rows = max(one.rows.stop - one.rows.start for one in self.buckets)
             self._scratch = self.sums_RC.new_zeros(rows, COLUMNS)
-        scratch_RC = self._scratch[: len(like_RC)]
-        # Another bucket has left its integers between the parameters of this one.
-        return scratch_RC.zero_()
+        scratch_RC = self._scratch[: bucket.rows.stop - bucket.rows.start]
+        flat = scratch_RC.view(-1)
+        stop = 0
+        for parameter in bucket.parameters:
+            start = stop + parameter.numel()
+            stop += rows_of(parameter) * COLUMNS
+            if start < stop:  # another bucket may have left its integers there
+                flat[start:stop].zero_()
+        return scratch_RC
 
     def give(self, scale: float | Tensor) -> None:
         """Make the sums times `scale` the gradients of the parameters, or NaN if one did not fit.

@@ -17,7 +17,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import make_optimizer, set_lr
 from dist_lm.runtime.exact import ExactEngine
-from dist_lm.runtime.fixed_point import COLUMNS, SCALE, FixedPointSums, Hash
+from dist_lm.runtime.fixed_point import BUCKET, COLUMNS, SCALE, FixedPointSums, Hash
 from dist_lm.runtime.strategy import Strategy, refuse_combinations
 
 VOCABULARY = 50
@@ -217,9 +217,10 @@ def variants() -> Iterator[Any]:
 def test_any_world_makes_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    """Seven units on one rank, and on three, which have three, two and two."""
+    """Seven units on one rank, and on three, which have three, two and two, in small buckets."""
     config = config_of(**settings)
     (expected,) = train(monkeypatch, config, world=1)
+    monkeypatch.setitem(BUCKET, "cpu", 2 * COLUMNS)
     assert_equal(train(monkeypatch, config, world=3), expected)
     if "optim.name" in settings:
         assert_equal(train(monkeypatch, config, world=7), expected)

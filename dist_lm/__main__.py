@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "generate text from a checkpoint",
     "score": "measure a checkpoint on any text",
     "show": "show what a step trained on, and whether a run has seen a text",
+    "verify": "replay steps of a run with run.exact and compare their bits",
     "report": "draw the curves of runs, or make a page of all that they tell",
     "harness": "measure checkpoints with lm-eval, also beside the training that goes on",
     "publish": "upload a run's checkpoints to the hub",

@@ -30,6 +30,7 @@ NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 # config.json ends here, and not in a table of a billion layers.
 Layers = Annotated[int, Field(ge=1, le=10_000)]
 Width = Annotated[int, Field(ge=1, le=10**6)]
+MOST_HASHED_UNITS = 2000  # in a line of metrics.jsonl, whose readers have a limit
 LONGEST_CONTEXT = 2**22  # tokens
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -452,6 +453,10 @@ class RunConfig(Section):
     deterministic: bool = Field(
         False, description="On GPUs too, resume with the same bits; costs speed."
     )
+    exact: bool = Field(
+        False,
+        description="The same bits on any number of processes, with data.micro_batch as the unit.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute each block in the backward to save memory."
     )
@@ -492,6 +497,9 @@ class RunConfig(Section):
         description="When loss or norm jump: warn, act (go back and step over data) or ignore.",
     )
     log_batch_hash: bool = Field(False, description="Log a hash of each global batch's tokens.")
+    log_unit_hashes: bool = Field(
+        False, description="With run.exact, log a hash of the gradient of each unit."
+    )
     profile_steps: NotNegative = Field(
         0, description="Trace this many steps with torch.profiler; 0: none."
     )
@@ -512,6 +520,13 @@ class RunConfig(Section):
                 f"run.steps={self.steps} and run.epochs={self.epochs}:"
                 " exactly one of them must be given"
             )
+        if self.log_unit_hashes and not self.exact:
+            raise ValueError(
+                "run.log_unit_hashes=true is about the units of run.exact; nearest:"
+                " run.exact=true, or run.log_unit_hashes=false"
+            )
+        # Sums whose order is fixed are of no use if a kernel adds in any order.
+        self._derive(deterministic=self.deterministic or self.exact)
         return self
 
 
@@ -529,6 +544,17 @@ class Config(Section):
         _check_at_most("data.micro_batch", self.data.micro_batch or 1, "data.global_batch", batch)
         if self.run.epochs:
             self._check_epochs(self.run.epochs)
+        if self.run.exact and not self.data.micro_batch:
+            nearest = max(size for size in (1, 2, 4) if batch % size == 0)
+            raise ValueError(
+                "run.exact=true computes and adds in units of data.micro_batch sequences, and"
+                f" data.micro_batch is unset; rule: a size for all runs; nearest: {nearest}"
+            )
+        if self.run.log_unit_hashes and units_of(self) > MOST_HASHED_UNITS:
+            raise ValueError(
+                f"run.log_unit_hashes=true writes {units_of(self)} hashes in a line; rule: at most"
+                f" {MOST_HASHED_UNITS} units; nearest: false, or a larger data.micro_batch"
+            )
         return self
 
     def _check_epochs(self, epochs: int) -> None:
@@ -583,7 +609,7 @@ NESTED: dict[str, type[Section]] = {
     "data.stages": Stage,
 }
 
-_MATHEMATICS_OF_RUN = ("seed", "precision", "ema", "steps", "epochs")
+_MATHEMATICS_OF_RUN = ("seed", "precision", "ema", "exact", "steps", "epochs")
 # What may change when a run goes on without changing its mathematics. The identity of the data
 # (its shards and tokenizer) is compared by hash, so where it lies and how it was prepared are
 # free here. So is what only the first step reads.
@@ -605,6 +631,13 @@ FREE_ON_RESUME = frozenset(
         *(f"run.{name}" for name in RunConfig.model_fields if name not in _MATHEMATICS_OF_RUN),
     ]
 )
+# Under run.exact these decide bits: the unit, and which kernels compute it.
+_MATHEMATICS_OF_EXACT = ("data.micro_batch", "run.compile")
+
+
+def free_on_resume(config: Config) -> frozenset[str]:
+    """The settings that may change when this run goes on."""
+    return FREE_ON_RESUME.difference(_MATHEMATICS_OF_EXACT if config.run.exact else ())
 
 
 @dataclass(frozen=True)
@@ -614,10 +647,22 @@ class BatchLayout:
     world_size: int
     share: int  # sequences of the global batch on the busiest rank
     micro_batch: int
-    accumulation: int  # backward passes in a step, the same on every rank
+    accumulation: int  # backward passes in a step on the busiest rank
     tokens_per_step: int
     # Rows without targets that even out the ranks, relative to the global batch.
     filler_percent: float
+    is_exact: bool = False  # a micro-batch is a unit, which no rank fills up for another's sake
+
+    @property
+    def unit(self) -> int:
+        """Neighbouring places of the global batch that stay together on one rank."""
+        return self.micro_batch if self.is_exact else 1
+
+    def rows(self, places: int) -> int:
+        """Rows that a rank computes in a step for its places of the global batch."""
+        if self.is_exact:
+            return round_up(places, self.micro_batch)
+        return self.micro_batch * self.accumulation
 
 
 def total_steps(config: Config, sequences: int | None) -> int | None:
@@ -641,6 +686,8 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
             f"data.global_batch={batch} must be at least the number of processes, {world_size};"
             f" nearest: {world_size}"
         )
+    if config.run.exact:
+        return _layout_in_units(config, world_size)
     share = ceil_div(batch, world_size)
     micro_batch = min(config.data.micro_batch or share, share)
     accumulation = ceil_div(share, micro_batch)
@@ -652,6 +699,34 @@ def batch_layout(config: Config, world_size: int) -> BatchLayout:
         accumulation=accumulation,
         tokens_per_step=batch * config.data.seq_len,
         filler_percent=100 * (rows / batch - 1),
+    )
+
+
+def units_of(config: Config) -> int:
+    """Units of a global batch under run.exact. The last one may have rows that only fill it up."""
+    return ceil_div(config.data.global_batch, config.data.micro_batch or 1)
+
+
+def _layout_in_units(config: Config, world_size: int) -> BatchLayout:
+    """Under run.exact: unit after unit goes to rank after rank, whole."""
+    batch = config.data.global_batch
+    size = config.data.micro_batch or 1
+    units = units_of(config)
+    if world_size > units:
+        raise UserError(
+            f"data.global_batch={batch} has {units} units of data.micro_batch={size}, fewer than"
+            f" the {world_size} processes; rule with run.exact: at least one each; nearest:"
+            f" {units} processes"
+        )
+    accumulation = ceil_div(units, world_size)
+    return BatchLayout(
+        world_size=world_size,
+        share=min(accumulation * size, batch),
+        micro_batch=size,
+        accumulation=accumulation,
+        tokens_per_step=batch * config.data.seq_len,
+        filler_percent=100 * (units * size / batch - 1),
+        is_exact=True,
     )
 
 

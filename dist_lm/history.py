@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.checkpoint.state import read_state
-from dist_lm.config import Config
+from dist_lm.config import Config, batch_layout
 from dist_lm.console import count as count_of
 from dist_lm.console import printable
 from dist_lm.data.dataset import Dataset, open_dataset
-from dist_lm.data.order import batch_after, batch_of_step
+from dist_lm.data.order import batch_after, batch_of_step, rank_of
 from dist_lm.data.prepared.found import prepared_folders
 from dist_lm.data.prepared.manifest import MANIFEST
 from dist_lm.data.provenance import Origin
@@ -119,10 +119,12 @@ def show(config: Config, data: Dataset, step: int, world: int, rank: int | None)
         f"step {step}: {sequences_of_step} of {length} inputs and their targets"
         f" ({length + 1} tokens)"
     )
+    unit = batch_layout(config, world).unit
     for place, sequence in sorted(sequences.items()):
-        if rank is not None and place % world != rank:
+        trainer = rank_of(place, world, unit)
+        if rank is not None and trainer != rank:
             continue
-        on_rank = f", rank {place % world}" if world > 1 else ""
+        on_rank = f", rank {trainer}" if world > 1 else ""
         print(f"\nplace {place}{on_rank}: {sequence.title()}")
         tokens = sequence.tokens()
         for file, row, start, stop in sequence.documents():

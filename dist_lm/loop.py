@@ -26,7 +26,8 @@ from dist_lm.evaluation import evaluate
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
-from dist_lm.runtime.late import LateFigures, Moment
+from dist_lm.runtime.fixed_point import spell
+from dist_lm.runtime.late import LateFigures, Moment, late_figures_of
 from dist_lm.runtime.start import hold_folder, start
 from dist_lm.runtime.world import Runtime
 from dist_lm.safeguards import (
@@ -56,6 +57,7 @@ class Pending:
     forwarded: Moment  # the first forward of this rank has ended
     seconds_waiting: float  # for data
     batch_hash: LateFigures | None
+    gradient_hashes: LateFigures | None  # of run.exact
     replica_hashes: LateFigures | None  # by rank
     shares: dict[str, float]  # of a mixture
 
@@ -239,6 +241,7 @@ def make_step(
     loss_sum, next_targets, stop, are_refusing, norm = agreed
     figures = torch.stack([loss_sum / targets, norm, targets, stop, are_refusing])
     batch_hash = sum_of_hashes(run, batch)
+    gradient_hashes = late_figures_of(runtime.engine.gradient_hashes())
     replica_hashes = hashes_of_replicas(run, batch)
     pending = Pending(
         step=step + 1,
@@ -248,6 +251,7 @@ def make_step(
         forwarded=forwarded,
         seconds_waiting=seconds_waiting,
         batch_hash=batch_hash,
+        gradient_hashes=gradient_hashes,
         replica_hashes=replica_hashes,
         shares=batch.shares,
     )
@@ -264,6 +268,7 @@ def training_batches(run: Run) -> Batches:
         state=run.state.streams,
         rank=runtime.rank,
         world=runtime.world_size,
+        unit=run.layout.unit,
         # A lone prepared folder needs none: each rank reads its own rows of it.
         channel=None if data.any_order else runtime.reading(),
     )
@@ -331,7 +336,7 @@ def add_gradients(run: Run, batch: Batch, targets: Tensor) -> tuple[Tensor, Mome
             forwarded = forwarded or Moment(runtime.device)
             runtime.enter(step, "backward")
             engine.backward(loss / targets.float())
-        loss_sum += loss.detach()
+        loss_sum += engine.addend(loss.detach())
     assert forwarded, "a batch has a micro-batch"
     return loss_sum, forwarded
 
@@ -374,7 +379,12 @@ def record_step(run: Run, pending: Pending) -> bool:
     extra: dict[str, Any] = dict(pending.shares)
     if pending.batch_hash is not None:
         (batch_hash,) = pending.batch_hash.read()
-        extra["batch_hash"] = f"{int(batch_hash) % 2**64:016x}"
+        extra["batch_hash"] = spell(batch_hash)
+    if pending.gradient_hashes is not None:
+        of_sum, *of_units = map(spell, pending.gradient_hashes.read())
+        extra["grad_hash"] = of_sum
+        if of_units:
+            extra["unit_hashes"] = of_units
     scaler = runtime.engine.scaler
     if scaler.is_enabled():
         extra["scale"] = scaler.get_scale()

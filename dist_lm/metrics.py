@@ -272,6 +272,10 @@ class StepLine(CheckedModel):
     tokens: Count
     tokens_per_second: float = Field(ge=0)
     data_wait: float = 0.0
+    lr: Figure = 0.0
+    batch_hash: Text = ""
+    grad_hash: Text = ""
+    unit_hashes: list[Text] = Field([])
 
 
 class EventLine(CheckedModel):
@@ -282,11 +286,12 @@ class EventLine(CheckedModel):
     time: Seconds = 0.0  # since 1970, by the clock of who wrote it
     began: Seconds = 0.0  # of a start: when the process began, since 1970
     attempt: Count = 0
-    world_size: Count = 1  # of a start: processes that share the work
+    world_size: Count = Field(1, ge=1)  # of a start: processes that share the work
     strategy: Text = ""  # of a start: how they share it
     tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
     back: Count | None = None  # of a spike: the step to which the run went back
     done: Text = ""  # about a spike
+    batches: list[Count] = Field([], max_length=2)  # of a spike
     seconds: Seconds = 0.0  # how long it took
     kind: Text = Field("", alias="class")  # of a stop, as in outcome.json
     reason: Text = ""

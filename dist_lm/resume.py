@@ -26,7 +26,7 @@ from dist_lm.checkpoint.load import restore
 from dist_lm.checkpoint.retention import Retention
 from dist_lm.checkpoint.save import Saver
 from dist_lm.checkpoint.state import TrainState, read_state, verify_state
-from dist_lm.config import FREE_ON_RESUME, BatchLayout, Config, batch_layout
+from dist_lm.config import BatchLayout, Config, batch_layout, free_on_resume
 from dist_lm.console import count, dispensable
 from dist_lm.data.agreement import refuse_other_tokenizers, refuse_tokenizer
 from dist_lm.data.batches import Batches
@@ -39,6 +39,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import flops_per_token, init_weights, parameter_shapes
 from dist_lm.optim import make_optimizer
 from dist_lm.pretrained import Pretrained, read_spec, refuse_disagreements
+from dist_lm.runtime.device import describe_kernels
 from dist_lm.runtime.world import Runtime
 from dist_lm.spikes import STRETCH
 
@@ -183,7 +184,7 @@ def refuse_other_mathematics(
 
     Only settings that do not touch its mathematics may differ from those it was started with.
     """
-    old = {_DATA: facts["data"]}
+    old = {"run.exact": False, _DATA: facts["data"]}  # older versions had no such setting
     for section, fields in facts["config"].items():
         for name, value in fields.items():
             old[f"{section}.{name}"] = value
@@ -196,7 +197,8 @@ def refuse_other_mathematics(
                 " of the longer run"
             )
             changed.remove(name)
-    refused = [name for name in changed if name not in FREE_ON_RESUME and name not in allowed]
+    free = {*free_on_resume(config), *allowed}
+    refused = [name for name in changed if name not in free]
     if refused:
         both = ", ".join(f"{name}: {old[name]!r} -> {new[name]!r}" for name in refused)
         raise UserError(
@@ -306,6 +308,13 @@ def _restore(run: Run, folder: Path, facts: Mapping[str, Any]) -> None:
         engine.scaler.load_state_dict(facts["scaler"])
     run.state = TrainState.restored(facts)
     runtime.say(f"resuming {folder.name}, written by {facts['strategy']} x {facts['world_size']}")
+    ours = describe_kernels(runtime.device)
+    theirs = facts.get("kernels", ours)  # of run.exact only
+    if theirs != ours:
+        runtime.say(
+            f"warning: run.exact: {folder.name} was computed by {theirs}, and this is {ours}; from"
+            " here on the bits may be others than there"
+        )
 
 
 def go_back(run: Run, latest: int) -> None:

@@ -34,6 +34,7 @@ def save(run: Run, last: bool) -> None:
         scaler=runtime.engine.scaler.state_dict(),
         config=config,
         data_identity=run.data.identity,
+        facts_of_bits=runtime.engine.facts_of_bits(hf.shapes(spec)),
     )
     contents = {
         "config.json": families.config_json(spec, tokenizer.eot),

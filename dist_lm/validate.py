@@ -34,7 +34,9 @@ def validate(
     source = PreparedSource(
         "val", shards, data.seq_len, data.stride, seed=_ORDER_SEED, end=sequences
     )
-    reader = PreparedReader(source, data.global_batch, runtime.rank, runtime.world_size)
+    reader = PreparedReader(
+        source, data.global_batch, runtime.rank, runtime.world_size, layout.unit
+    )
     batches = Batches(reader, data, layout, runtime.device, eot=tokenizer.eot)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     sums = torch.zeros(3, dtype=torch.float64, device=runtime.device)
@@ -44,7 +46,7 @@ def validate(
             if batch.failure:
                 runtime.refusal = batch.failure
             for micro in batch.micros:
-                sums += _sums_of_micro(model, micro, token_bytes)
+                sums += _sums_of_micro(runtime, model, micro, token_bytes)
     batches.close()
     is_refusing = torch.full_like(sums[:1], runtime.refusal is not None)
     # The one host sync of an evaluation.
@@ -65,7 +67,7 @@ def validate(
     }
 
 
-def _sums_of_micro(model: nn.Module, micro: Micro, token_bytes: Tensor) -> Tensor:
+def _sums_of_micro(runtime: Runtime, model: nn.Module, micro: Micro, token_bytes: Tensor) -> Tensor:
     """The sums of losses, targets and bytes of their text, on the device. All ranks."""
     loss = model(
         micro.tokens_BT,
@@ -76,4 +78,5 @@ def _sums_of_micro(model: nn.Module, micro: Micro, token_bytes: Tensor) -> Tenso
     # Sums over a mask: choosing the targets would need their number on the host.
     is_target = micro.targets_BT != NO_TARGET
     bytes_BT = token_bytes[micro.targets_BT * is_target]
+    loss = runtime.engine.addend(loss)
     return torch.stack([loss.double(), is_target.sum(), (bytes_BT * is_target).sum()])

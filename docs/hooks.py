@@ -24,6 +24,7 @@ COMMANDS = (
     "generate",
     "score",
     "show",
+    "verify",
     "report",
     "harness",
     "publish",

@@ -51,6 +51,7 @@ def test_fields() -> None:
     run.dir run.steps run.epochs run.seed run.precision run.compile run.deterministic
     run.activation_checkpointing
     run.ema run.eval_every run.eval_batches run.save_every run.keep_last run.keep_every run.resume
+    run.exact run.log_unit_hashes
     run.init_from run.stop_after run.timeout_seconds run.log_batch_hash run.profile_steps
     run.trackers run.sample_prompt run.on_spike run.check_every
     """
@@ -390,7 +391,8 @@ HEAVY = ("torch", "numpy", "pyarrow", "datasets", "tokenizers", "accelerate", "m
 
 @pytest.mark.parametrize("word", ["--help", "--hlep"])
 @pytest.mark.parametrize(
-    "command", ["train", "prepare", "generate", "score", "show", "report", "plan", "doctor"]
+    "command",
+    ["train", "prepare", "generate", "score", "show", "verify", "report", "plan", "doctor"],
 )
 def test_help_and_mistakes_wait_for_nothing_slow(command: str, word: str) -> None:
     """What makes a start slow is imported after the command line is read."""

@@ -272,9 +272,18 @@ def test_zero3_keeps_three_blocks_gathered_on_gpus_alone() -> None:
     zero3 = strategies(8)["zero3"]
     assert memory(config, zero3, 8, vocab, True).weights == pytest.approx(whole / 8 + gathered)
     assert memory(config, zero3, 8, vocab, False).weights == pytest.approx(whole / 8 + 4 * 10**9)
-    step = Step(LiveBytes(0, 0, 0, 0), 4e9, 8e9, 0, 8, False, True, 0)
+    step = Step(LiveBytes(0, 0, 0, 0), 4e9, 8e9, 0, 8, False, 0, True, 0)
     fixed = {stage: ZeroBackward(step, Strategy(stage=stage)).fixed for stage in (1, 2, 3)}
     assert fixed == {1: 4e8, 2: 4e8, 3: 2e8}
+
+
+def test_exact_sums_take_eight_bytes_a_parameter() -> None:
+    """And gradients exist beside them only while the weights move."""
+    plain = with_changes(recipe("gpt2-124m"), "data", micro_batch=1)
+    exact = with_changes(plain, "run", exact=True)
+    one, other = (memory(config, Strategy(), 8, 50257, True) for config in (plain, exact))
+    assert other.gradients == 3 * one.gradients
+    assert one.gradients <= other.peak - one.peak <= 2 * one.gradients
 
 
 def test_what_a_step_waits_for() -> None:

@@ -37,7 +37,7 @@ ONE_PROCESS = SimpleNamespace(
     world_size=1,
     is_main=True,
     device=torch.device("cpu"),
-    engine=SimpleNamespace(autocast=contextlib.nullcontext),
+    engine=SimpleNamespace(autocast=contextlib.nullcontext, addend=lambda loss: loss),
     sum=lambda tensor: tensor,
     refusal=None,
     refuse_together=lambda are_refusing: None,

@@ -67,6 +67,7 @@ def compose_state(
     scaler: Mapping[str, Any],
     config: Config,
     data_identity: str,
+    facts_of_bits: Mapping[str, str],
 ) -> dict[str, Any]:
     """The content of state.json. `streams` are of all ranks; `state` has only this rank's."""
     return {
@@ -79,6 +80,7 @@ def compose_state(
         "data": data_identity,
         "versions": {"dist_lm": __version__, "torch": torch.__version__},
         "commit": git_commit(),
+        **facts_of_bits,
     }
 
 
@@ -142,6 +144,8 @@ class StateFacts(CheckedModel):
     scaler: dict[str, float]
     config: dict[str, dict[str, Any]]
     data: Text
+    weights_hash: Text = Field("")  # these two are of run.exact
+    kernels: Text = Field("")
 
 
 def read_state(folder: Path) -> dict[str, Any]:

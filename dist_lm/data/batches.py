@@ -136,7 +136,7 @@ class Batches:
     @property
     def _rows_of_batch(self) -> int:
         """This rank's rows of a batch, with those that only fill up."""
-        return self._layout.micro_batch * self._layout.accumulation
+        return self._layout.rows(len(self._reader.places))
 
     def read(self, number: int) -> Batch:
         """Read a batch's rows and cut them into micro-batches, in main memory."""

@@ -104,13 +104,17 @@ class Dataset:
         state: Mapping[str, Any] | None = None,
         rank: int = 0,
         world: int = 1,
+        unit: int = 1,
         channel: Channel | None = None,
     ) -> StepReader:
-        """The reader of the steps; `state` is where the streams stand. All ranks."""
+        """The reader of the steps; `state` is where the streams stand. All ranks.
+
+        `unit` is how many neighbouring places of the global batch stay on one rank.
+        """
         if self.alone:
-            return PreparedReader(self.alone, data.global_batch, rank, world)
+            return PreparedReader(self.alone, data.global_batch, rank, world, unit)
         return MixtureReader(
-            self.sources, data, state=state, rank=rank, world=world, channel=channel
+            self.sources, data, state=state, rank=rank, world=world, unit=unit, channel=channel
         )
 
     def describe(self, data: DataConfig, steps: int | None, world: int) -> list[str]:

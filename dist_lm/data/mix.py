@@ -51,8 +51,15 @@ class PreparedReader:
 
     any_order = True
 
-    def __init__(self, source: PreparedSource, global_batch: int, rank: int = 0, world: int = 1):
-        self.places = rank_places(rank, world, global_batch)
+    def __init__(
+        self,
+        source: PreparedSource,
+        global_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        unit: int = 1,
+    ):
+        self.places = rank_places(rank, world, global_batch, unit)
         self._source = source
         self._global_batch = global_batch
         self._order = lru_cache(maxsize=2)(self._compute_order)
@@ -112,13 +119,15 @@ class MixtureReader:
         state: Mapping[str, Any] | None = None,
         rank: int = 0,
         world: int = 1,
+        unit: int = 1,
         channel: Channel | None = None,
     ):
-        self.places = rank_places(rank, world, data.global_batch)
+        self.places = rank_places(rank, world, data.global_batch, unit)
         self._data = data
         self._specs = data.named_sources()
         self._rank = rank
         self._world = world
+        self._unit = unit
         self._channel = channel
         state = state or {"streams": {}, "ended": [], "end": None}
         # Sources that have ended: the first position without it, and the number of the source.
@@ -136,7 +145,7 @@ class MixtureReader:
         self._plan()
 
     def read(self, step: int, count: int) -> StepRows:
-        rows = StepRows(count, self._data.seq_len, self._rank, self._world)
+        rows = StepRows(count, self._data.seq_len, self._rank, self._world, self._unit)
         following = (step + 1) * self._data.global_batch
         rows.end = not self._fill(rows, step)
         rows.deliver(self._channel)

@@ -13,12 +13,14 @@ any moment only a few places of a large dataset are read, and a small dataset is
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+Numbers = TypeVar("Numbers", int, Ints)
 
 BLOCK = 4096  # neighbouring sequences that travel together
 GROUP = 8  # blocks that are shuffled into each other
@@ -126,9 +128,24 @@ def batch_after(steps: int, stepped_over: Sequence[Sequence[int]]) -> int:
     return batch_of_step(steps - 1, stepped_over) + 1
 
 
-def rank_places(rank: int, world: int, global_batch: int) -> Ints:
-    """The places j of the global batch that a rank trains on; some ranks may have one more."""
-    return np.arange(rank, global_batch, world, dtype=np.int64)
+def rank_places(rank: int, world: int, global_batch: int, unit: int = 1) -> Ints:
+    """The places j of the global batch that a rank trains on; some ranks may have more.
+
+    The ranks take turns. A turn has `unit` neighbouring places.
+    """
+    places = np.arange(global_batch, dtype=np.int64)
+    ours: Ints = places[rank_of(places, world, unit) == rank]
+    return ours
+
+
+def rank_of(places: Numbers, world: int, unit: int) -> Numbers:
+    """The rank that trains on a place of the global batch."""
+    return places // unit % world
+
+
+def row_of(places: Numbers, world: int, unit: int) -> Numbers:
+    """Which of its rank's rows a place is."""
+    return places // (unit * world) * unit + places % unit
 
 
 def row_keys(seed: int, positions: Ints) -> Ints:

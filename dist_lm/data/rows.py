@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dist_lm.data.order import Ints
+from dist_lm.data.order import Ints, rank_of, row_of
 from dist_lm.data.packing import PackedSequence
 from dist_lm.data.provenance import Origin
 from dist_lm.errors import UserError
@@ -26,13 +26,14 @@ class _Move(NamedTuple):
 class StepRows:
     """A rank's rows of one step, and where the data stands afterwards.
 
-    Place j of the global batch is row j // world of rank j % world. A row that no source fills
-    stays without targets.
+    The ranks take turns of `unit` places of the global batch, as order.py says. A row that no
+    source fills stays without targets.
     """
 
-    def __init__(self, count: int, seq_len: int, rank: int = 0, world: int = 1):
+    def __init__(self, count: int, seq_len: int, rank: int = 0, world: int = 1, unit: int = 1):
         self.rank = rank
         self.world = world
+        self.unit = unit
         self.tokens = np.zeros((count, seq_len + 1), np.int64)  # inputs, and the last target
         self.targets = np.zeros(count, np.int64)  # how many of a row's tokens are targets
         self.origins: dict[int, Origin] = {}  # by place, of the sequences that this rank has read
@@ -46,12 +47,12 @@ class StepRows:
 
     def ours(self, places: Ints) -> np.ndarray:
         """A mask of the places that this rank trains on."""
-        mask: np.ndarray = places % self.world == self.rank
+        mask: np.ndarray = rank_of(places, self.world, self.unit) == self.rank
         return mask
 
     def put(self, places: Ints, tokens: np.ndarray) -> None:
         """Fill places of this rank with whole sequences."""
-        rows = places // self.world
+        rows = row_of(places, self.world, self.unit)
         self.tokens[rows] = tokens
         self.targets[rows] = tokens.shape[1] - 1
 
@@ -66,12 +67,12 @@ class StepRows:
         expected: list[list[int]] = [[] for _ in range(self.world)]  # rows, by who reads them
         must_travel = False
         for place, owner, sequence in self._moves:
-            trainer = place % self.world
+            trainer = rank_of(place, self.world, self.unit)
             must_travel |= trainer != owner
             if sequence is not None:
                 sent[trainer].append(_message(sequence.tokens, width))
             if trainer == self.rank:
-                expected[owner].append(place // self.world)
+                expected[owner].append(row_of(place, self.world, self.unit))
         messages = [np.concatenate(parts) if parts else _NO_TOKENS for parts in sent]
         if must_travel:
             assert channel, "several ranks have a channel"

@@ -49,6 +49,7 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         saving=checkpoint_bytes(config, vocab_size) / world,
         world=world,
         accumulates=layout.accumulation > 1,
+        sums=2 * weight_bytes(config, vocab_size) if config.run.exact else 0.0,
         on_gpu=on_gpu,
         gathered=4.0 * gathered,
     )
@@ -82,6 +83,7 @@ class Step:
     saving: float  # of a checkpoint, this process's part
     world: int
     accumulates: bool  # gradients are there before the last backward of a step begins
+    sums: float  # of gradients as 64-bit integers, under run.exact
     on_gpu: bool
     gathered: float  # most of the weights that ZeRO-3 has whole at one time
 
@@ -102,10 +104,12 @@ class Step:
 def memory_of_ddp(step: Step) -> Memory:
     """Each process has everything. DDP's buckets always exist; gradients are views of them."""
     early = step.weights if step.world > 1 or step.accumulates else 0.0
-    moving = max(early + step.forward, step.weights + step.live.end)
+    if step.sums:  # run.exact drops gradients as soon as they are added
+        early = 0.0
+    moving = step.sums + max(early + step.forward, step.weights + step.live.end)
     return Memory(
         weights=step.weights,
-        gradients=step.weights,
+        gradients=step.weights + step.sums,
         optimizer=step.state,
         activations=step.activations,
         logits=step.logits,

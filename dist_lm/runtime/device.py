@@ -4,12 +4,17 @@ CUDA reads its variables when it starts, so a process calls prepare_device() bef
 others. Nothing here changes what a CPU computes, unless run.deterministic is set.
 """
 
+import contextlib
 import os
+import platform
+from pathlib import Path
 
 import torch
 import torch.utils.deterministic
 
 from dist_lm.config import Config
+from dist_lm.console import count
+from dist_lm.environment import environment_number
 
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -23,6 +28,32 @@ def prepare_device(config: Config) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if config.run.deterministic:
         _be_deterministic()
+    if config.run.exact:
+        _be_the_same_everywhere()
+
+
+def threads_of_exact() -> int:
+    """Threads of a rank on a CPU under run.exact: a kernel that divides its work adds otherwise."""
+    return environment_number("DIST_LM_THREADS", 1)
+
+
+def describe_kernels(device: torch.device) -> str:
+    """What decides the bits that kernels compute: another line may mean other bits."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        threads = count(threads_of_exact(), "thread")
+        kind = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads}"
+    return f"torch {torch.__version__}, {kind}"
+
+
+def _processor() -> str:
+    """The kind of processor, as Linux names it; elsewhere the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _be_deterministic() -> None:
@@ -38,3 +69,9 @@ def _be_deterministic() -> None:
     # By default the strict mode also fills new memory, which costs time. Nothing here reads memory
     # before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _be_the_same_everywhere() -> None:
+    """No kernel is chosen by how fast it happened to be on this machine."""
+    torch.set_float32_matmul_precision("highest")  # no tf32
+    torch.backends.cudnn.benchmark = False

@@ -140,6 +140,10 @@ class Engine(ABC):
             cache_enabled=self.strategy.stage < 3,
         )
 
+    def addend(self, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch as it is added up over micro-batches and ranks."""
+        return loss
+
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient.
 
@@ -168,6 +172,19 @@ class Engine(ABC):
     @abstractmethod
     def _step(self) -> Tensor:
         """One update of the weights; the gradient norm before clipping."""
+
+    # --- which bits it has computed
+
+    def gradient_hashes(self) -> Tensor | None:
+        """Hashes of the step's gradient, equal on all ranks; None where they would mean nothing."""
+        return None
+
+    def facts_of_bits(self, shapes: Shapes) -> dict[str, str]:
+        """What a checkpoint says about its bits; nothing where they depend on the world.
+
+        `shapes` are of the parameters as they are saved.
+        """
+        return {}
 
     # --- what this rank holds
 

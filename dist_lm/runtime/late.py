@@ -55,3 +55,8 @@ class LateFigures:
         """The numbers, after waiting until they have arrived."""
         self.moment.wait()
         return self._host.tolist()
+
+
+def late_figures_of(figures: Tensor | None) -> LateFigures | None:
+    """The same for figures that there may be none of."""
+    return None if figures is None else LateFigures(figures)

@@ -33,8 +33,9 @@ from dist_lm.model.init import parameter_shapes
 from dist_lm.nearest import did_you_mean
 from dist_lm.outcome import Attempt
 from dist_lm.revision import version_and_hash
-from dist_lm.runtime.device import prepare_device
+from dist_lm.runtime.device import describe_kernels, prepare_device, threads_of_exact
 from dist_lm.runtime.engine import Engine, ReplicatedEngine
+from dist_lm.runtime.exact import ExactEngine
 from dist_lm.runtime.strategy import Strategy, choose_strategy, refuse_combinations
 from dist_lm.runtime.watchdog import Watchdog, dump_stacks
 from dist_lm.runtime.world import Runtime
@@ -74,11 +75,15 @@ def start(
         settings = _settings_of_zero(config, strategy, launch)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, len(os.sched_getaffinity(0)) // local_world)
+    if config.run.exact:
+        threads = threads_of_exact()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # or Accelerate chooses, with a warning
     accelerator = _meet(config, settings)
     engine: Engine
     if settings:
         engine = ZeroEngine(accelerator, config, strategy, settings)
+    elif config.run.exact:
+        engine = ExactEngine(accelerator, config, strategy)
     else:
         engine = ReplicatedEngine(accelerator, config, strategy)
     runtime = Runtime(accelerator, engine, attempt or Attempt(Path(config.run.dir)))
@@ -266,7 +271,7 @@ def _prove_world(runtime: Runtime) -> None:
 
 def _refuse_different(runtime: Runtime, config: Config) -> None:
     """All ranks must have the same settings, code and data. All ranks."""
-    by_rank = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(config)])
+    by_rank = runtime.channel.gather([socket.gethostname(), _what_must_be_equal(runtime, config)])
     first_host, first_facts = by_rank[0]
     for rank, (host, facts) in enumerate(by_rank):
         # Settings come first: where they are equal, the other names are equal too.
@@ -279,13 +284,15 @@ def _refuse_different(runtime: Runtime, config: Config) -> None:
                 )
 
 
-def _what_must_be_equal(config: Config) -> dict[str, str]:
+def _what_must_be_equal(runtime: Runtime, config: Config) -> dict[str, str]:
     """What is compared, by name. One rank of a node looks at the data for all of them."""
     facts = {
         "settings (by hash)": _short_hash(config.to_yaml()),
         "dist_lm": version_and_hash(),
         "torch": torch.__version__,
     }
+    if config.run.exact:
+        facts["kernels"] = describe_kernels(runtime.device)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return facts
     sources = {**config.data.named_sources(), **config.data.validation}

@@ -94,6 +94,12 @@ def refuse_combinations(strategy: Strategy, config: Config) -> None:
     """Refuse by name what does not work under ZeRO, before anything is built."""
     name = strategy.name(2)
     optimizer = config.optim.name
+    if config.run.exact:
+        raise UserError(
+            f"run.exact=true is not available under {name}: DeepSpeed adds gradients itself, as"
+            " floats in an order that depends on the number of processes; rule: one process or DDP;"
+            " nearest: launch/ddp.yaml, or run.exact=false"
+        )
     if config.run.precision == "fp16":
         raise UserError(
             f"run.precision=fp16 is not available under {name}: DeepSpeed would clip gradients"

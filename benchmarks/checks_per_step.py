@@ -4,8 +4,8 @@
 
 One process trains the size of the README's first command. The functions that only look whether
 something is wrong are timed where the loop calls them. Figures are processor time, because a busy
-machine makes waiting look like work; the timer's own cost is counted as a check's. One core, because
-threads that wait for each other use processor time too.
+machine makes waiting look like work; the timer's own cost is counted as a check's. One core,
+because threads that wait for each other use processor time too.
 """
 
 import statistics

@@ -243,7 +243,10 @@ def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -
 def wait_for_step(run: Path, step: int, ranks: list[Process]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
+        steps = []
+        if (run / "metrics.jsonl").exists():
+            steps = losses(run)
+        if steps and steps[-1]["step"] >= step:
             return
         assert all(rank.poll() is None for rank in ranks), "\n".join(
             rank.communicate()[0] for rank in ranks

@@ -1,10 +1,11 @@
 """What the checks of a training step cost, each timed by itself, as a share of the step.
 
-    taskset -c 0 python -m benchmarks.checks_per_step
+    python -m benchmarks.checks_per_step
 
 One process trains the size of the README's first command. The functions that only look whether
 something is wrong are timed where the loop calls them. Figures are processor time, because a busy
-machine makes waiting look like work; the timer's own cost is counted as a check's.
+machine makes waiting look like work; the timer's own cost is counted as a check's. torch has one
+thread, because threads that wait for each other use processor time too.
 """
 
 import statistics
@@ -46,6 +47,7 @@ CHECKS: list[tuple[Any, str, str]] = [
 
 def measure(steps: int = STEPS) -> dict[str, float]:
     """Processor microseconds a step of each check, of all of them, and of the step itself."""
+    torch.set_num_threads(1)
     spent: defaultdict[str, float] = defaultdict(float)
     ends: list[float] = []
     record_step = loop.record_step

@@ -157,7 +157,7 @@ def compare(base: Side, new: Side, cases: list[Case], kept: Path, jobs: int) -> 
 def follow(
     waiting: dict[Future[Outcome], tuple[Case, Side]],
 ) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """Print a case when both of its sides are there; names of those that differ, and new messages."""
+    """Print a case when both sides are there; names of those that differ, and new messages."""
     outcomes: dict[str, dict[str, Outcome]] = {}
     different: list[str] = []
     messages: list[tuple[str, str, str]] = []

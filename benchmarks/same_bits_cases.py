@@ -269,7 +269,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def figures(run: Path) -> dict[str, str]:
-    """Each figure of metrics.jsonl as the list of its values, so that a difference names its step."""
+    """Each figure of metrics.jsonl as a list of its values, so a difference names its step."""
     found: dict[str, list[Any]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -509,7 +509,8 @@ REFUSED = {
         --data.input INPUTS/shards --run.dir RUN --model.layers 3
         --data.input INPUTS/shards --run.dir WORK/run --launch zero3
         --data.input INPUTS/shards --run.dir WORK/run --run.init_from INPUTS/run
-        --data.input INPUTS/shards --run.dir WORK/run --run.trackers --optim.lr 1e30 --optim.clip 0 --data.seq_len 32 --model.width 32
+        --data.input INPUTS/shards --run.dir WORK/run --run.trackers --optim.lr 1e30 \
+        --optim.clip 0 --data.seq_len 32 --model.width 32
     """,
     "prepare": """
         --input INPUTS/text.txt

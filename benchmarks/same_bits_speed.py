@@ -39,7 +39,8 @@ def summary(name: str, base: list[float], new: list[float]) -> str:
     before = statistics.median(base)
     after = statistics.median(new)
     return (
-        f"{name}: a step takes {1000 * before:.1f} ms on the base, {1000 * after:.1f} ms now; ratio of"
+        f"{name}: a step takes {1000 * before:.1f} ms on the base, {1000 * after:.1f} ms now;"
+        " ratio of"
         f" the medians {after / before:.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})"
     )
 

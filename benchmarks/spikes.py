@@ -1,4 +1,4 @@
-"""How often the rule of run.on_spike raises an alarm on the curves of runs, and what it costs a step.
+"""How often the rule of run.on_spike raises an alarm on curves of runs, and its cost for a step.
 
     python benchmarks/spikes.py RUN [RUN ...]
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 
 from dist_lm.errors import UserError
 
@@ -34,6 +35,11 @@ def environment_number(name: str, default: int) -> int:
 def own_rank() -> int:
     """This process's place among the ranks, before they have met."""
     return environment_number("RANK", 0)
+
+
+def rank_here(rank: int) -> str:
+    """The name of a rank of this host, for messages."""
+    return f"rank {rank} on {socket.gethostname()}"
 
 
 def end_of_job() -> float:

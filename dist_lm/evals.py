@@ -7,7 +7,7 @@ the same task and step stands.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ class EvalLine(CheckedModel):
     metrics: dict[Text, Annotated[float, Field(allow_inf_nan=False)]]
 
 
-def add_evals(run_dir: str | Path, lines: list[Mapping[str, Any]]) -> None:
+def add_evals(run_dir: str | Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append lines by one write, so that no reader sees half of a checkpoint's."""
     text = "".join(json.dumps(dict(line)) + "\n" for line in lines)
     with open_own(Path(run_dir, FILE), "ab", buffering=0) as file:

@@ -1,5 +1,6 @@
 """An evaluation in the middle of a run: held-out loss, and samples of what the model writes."""
 
+from dist_lm.checkpoint.folder import step_name
 from dist_lm.console import dispensable
 from dist_lm.disk import open_own
 from dist_lm.resume import Run
@@ -61,8 +62,9 @@ def write_samples(run: Run, val_loss: float, is_saving: bool) -> None:
         *_, continuations = sample(
             run.model, tokenizer, [tokens] * rows, settings, [0] * rows, stop_early=False
         )
-    step = f"step-{run.state.step:08d}"
-    checkpoint = f"checkpoint {step}" if is_saving else "no checkpoint of this step"
+    checkpoint = "no checkpoint of this step"
+    if is_saving:
+        checkpoint = f"checkpoint {step_name(run.state.step)}"
     texts = [f"## step {run.state.step}, loss {val_loss:.4f}, {checkpoint}", f"prompt {prompt!r}"]
     for temperature, continuation in zip(SAMPLE_TEMPERATURES, continuations, strict=True):
         texts.append(f"temperature {temperature}\n```\n{prompt}{continuation.text}\n```")

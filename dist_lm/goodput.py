@@ -26,6 +26,8 @@ class Work:
     seconds: float
     seconds_of_data: float = 0.0  # spent waiting for data, as a part of them
     is_lost: bool = False  # it was done again after a restart, or after the run went back
+    start: int = 0  # in which start of the run, from 0
+    ended: float = 0.0  # since 1970, as far as the lines tell
 
 
 @dataclass
@@ -37,6 +39,9 @@ class Start:
     attempt: int
     ended: float = 0.0
     cause: str = ""  # of its end; empty while it runs
+    step: int = 0  # updates made before it
+    devices: int = 1  # processes that share the work; each has a device
+    strategy: str = ""
 
 
 class History:
@@ -64,7 +69,7 @@ class History:
         if event.event == "start":
             self._forget_after(event.step)
             self._tokens = event.tokens
-            self.starts.append(Start(event.began, event.time, event.attempt, ended=event.time))
+            self._take_start(event)
         elif event.event == "stop":
             self._take_stop(event)
         elif event.event == "spike":
@@ -76,6 +81,18 @@ class History:
             self._add(Work("evaluation", event.step, event.seconds))
         elif event.event == "save":
             self._add(Work("saves", event.step, event.seconds))
+
+    def _take_start(self, event: EventLine) -> None:
+        start = Start(
+            began=event.began,
+            trains_from=event.time,
+            attempt=event.attempt,
+            ended=event.time,
+            step=event.step,
+            devices=max(1, event.world_size),
+            strategy=event.strategy,
+        )
+        self.starts.append(start)
 
     def _take_step(self, line: Mapping[str, Any]) -> None:
         seconds = 0.0
@@ -89,6 +106,8 @@ class History:
         if self.starts:  # else an older version wrote the line, which had no starts
             self.work.append(work)
             self.starts[-1].ended += work.seconds
+            work.start = len(self.starts) - 1
+            work.ended = self.starts[-1].ended
 
     def _take_stop(self, stop: EventLine) -> None:
         """Several ranks of one attempt may tell why it stopped; the last one stands."""
@@ -125,6 +144,13 @@ class History:
             parts["other"] = max(0.0, total - sum(parts.values()))
         return parts
 
+    def device_hours(self) -> float:
+        """What the run has taken: the devices of each start, times the hours from begin to end."""
+        seconds = 0.0
+        for start in self.starts:
+            seconds += start.devices * max(0.0, start.ended - start.began)
+        return seconds / 3600
+
     def causes(self) -> dict[str, int]:
         """The reasons why the run stopped, each with its number."""
         causes = Counter(start.cause for start in self.starts if start.cause)
@@ -139,6 +165,7 @@ def goodput(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     return {
         "starts": len(history.starts) + len(history.stops_before_training),
+        "device_hours": history.device_hours(),
         "seconds": history.seconds(),
         "stops": history.causes(),
         "spikes": history.spikes,

@@ -5,9 +5,8 @@ step is a function of (seed, step). Everything else that a run carries along is 
 the weights and in the optimizer's tensors.
 """
 
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_lm import families
-from dist_lm.checkpoint.card import CARD, CardFacts, write_card
-from dist_lm.checkpoint.state import compose_state
 from dist_lm.config import NO_TARGET, Config, due
 from dist_lm.console import dispensable
 from dist_lm.curves import draw_curves
 from dist_lm.data.batches import Batch, Batches
 from dist_lm.data.dataset import Dataset
-from dist_lm.data.mix import count_left_out, merge_after
-from dist_lm.data.prepared.progress import count_kinds
 from dist_lm.data.prepared.shard_check import ShardCheck
 from dist_lm.disk import open_own
 from dist_lm.errors import UserError
 from dist_lm.evaluation import evaluate
-from dist_lm.model import hf
-from dist_lm.model.init import flops_per_token
 from dist_lm.optim import lr_at, set_lr
 from dist_lm.outcome import Attempt
 from dist_lm.resume import Run, build, describe, find_resume_point
@@ -45,6 +37,7 @@ from dist_lm.safeguards import (
     return_from,
     shortage_of_memory,
 )
+from dist_lm.saving import report_saving, save
 from dist_lm.spikes import Spike
 
 
@@ -399,73 +392,6 @@ def record_step(run: Run, pending: Pending) -> bool:
             **extra,
         )
     return bool(stop)
-
-
-def save(run: Run, last: bool) -> None:
-    """Begin a checkpoint, which is written beside training; wait for the last one. All ranks."""
-    config = run.config
-    runtime = run.runtime
-    runtime.enter(run.state.step, "save")
-    tokenizer = run.data.tokenizer
-    spec = config.model_spec(tokenizer.vocab_size)
-    streams = merge_after(runtime.channel.gather(run.state.streams))
-    if last:
-        _say_left_out(runtime, streams)
-    state = compose_state(
-        run.state,
-        streams=streams,
-        strategy=runtime.strategy,
-        world_size=runtime.world_size,
-        scaler=runtime.engine.scaler.state_dict(),
-        config=config,
-        data_identity=run.data.identity,
-    )
-    contents = {
-        "config.json": families.config_json(spec, tokenizer.eot),
-        "generation_config.json": families.generation_config_json(tokenizer.eot),
-        "state.json": state,
-    }
-    texts = {name: json.dumps(content, indent=1) for name, content in contents.items()}
-    texts[CARD] = write_card(facts_of_card(run))
-    with run.metrics.pause("save", run.state.step):
-        report_saving(run, run.saver.finish)
-        run.saver.begin(run.state.step, spec, runtime.engine.owned, texts, tokenizer)
-        if last:
-            run.saver.finish()
-
-
-def facts_of_card(run: Run) -> CardFacts:
-    """What the model card of this step tells."""
-    config = run.config
-    spec = config.model_spec(run.data.tokenizer.vocab_size)
-    sources, held_out = run.data.public_facts(config.data)
-    return CardFacts(
-        config=config,
-        spec=spec,
-        parameters=hf.number_of_parameters(spec),
-        flops_per_token=flops_per_token(spec),
-        step=run.state.step,
-        steps=run.steps,
-        tokens=run.state.tokens,
-        sources=sources,
-        held_out=held_out,
-        curve=run.state.curve,
-    )
-
-
-def _say_left_out(runtime: Runtime, streams: dict[str, Any]) -> None:
-    """Print how much the streams have left out in the whole run so far, by kind."""
-    left_out = count_left_out(streams)
-    if left_out:
-        runtime.say(f"left out so far: {count_kinds(left_out)}")
-
-
-def report_saving(run: Run, look: Callable[[], None]) -> None:
-    """Warn about a checkpoint in mid-run that could not be written. It does not end the run."""
-    try:
-        look()
-    except UserError as error:
-        run.runtime.say(f"warning: {error}; training goes on")
 
 
 def finish(run: Run, reason: str) -> None:

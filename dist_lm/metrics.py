@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +80,7 @@ class Metrics:
         self.is_main = is_main
         self.device = DeviceFigures(device, flops_per_token, world_size)
         self.file = MetricsFile(Path(run_dir, FILE))
-        self.clock = RunClock()
+        self.clock = RunClock(steps, world_size)
         self.progress = ProgressLine(steps, self.device.mfu_per_rate)
         self.trackers = Trackers(track)
 
@@ -112,7 +112,7 @@ class Metrics:
             **self.device.read(tokens_per_second),
         }
         self.file.write(figures)
-        self.clock.count_step(now)
+        self.clock.count_step(now, step, tokens)
         self.progress.take(figures)
         is_first_or_last = self.clock.steps == 1 or step == self.steps
         if is_first_or_last or self.progress.is_due(now):
@@ -142,21 +142,25 @@ class Metrics:
     def pause(self, name: str, step: int) -> Iterator[None]:
         """Surrounds what is not training, and records how long it took.
 
-        It is an "evaluation" or a "save" after `step` updates.
+        It is an "evaluation" or a "save" after `step` updates. Its line also says what this start
+        has taken so far, and what it takes until the end of the run.
         """
         started = time.monotonic()
         yield
         seconds = time.monotonic() - started
         self.clock.paused_seconds += seconds
-        self.event(name, step, seconds=seconds)
+        self.event(name, step, seconds=seconds, **self.clock.taken(time.monotonic()))
 
     def close(self) -> None:
-        """Print the last step if it was not printed, and where the time since the start went."""
+        """Print the last step if it was not printed, where the time since the start went, and what
+        the start has taken.
+        """
         if not self.is_main or not self.clock.steps:
             return
         now = time.monotonic()
         self.progress.end(now, self.clock)
         say(self.clock.summary(now))
+        say(self.clock.spell_taken(now))
         self.file.close()
 
 
@@ -278,6 +282,8 @@ class EventLine(CheckedModel):
     time: Seconds = 0.0  # since 1970, by the clock of who wrote it
     began: Seconds = 0.0  # of a start: when the process began, since 1970
     attempt: Count = 0
+    world_size: Count = 1  # of a start: processes that share the work
+    strategy: Text = ""  # of a start: how they share it
     tokens: Count = 0  # of a start, and of a spike with `back`: trained on before it
     back: Count | None = None  # of a spike: the step to which the run went back
     done: Text = ""  # about a spike
@@ -303,9 +309,16 @@ def read_metrics(
     The last line of each stands. Of one step the validation sets are in the order of training,
     whose first one decides which checkpoint is the best.
     """
+    return steps_and_evaluations(read_lines(run_dir, say))
+
+
+def steps_and_evaluations(
+    lines: Iterable[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same of lines that were read already."""
     steps = {}
     evaluations = {}
-    for figures in read_lines(run_dir, say):
+    for figures in lines:
         if "event" in figures:
             continue
         if "val_loss" in figures:

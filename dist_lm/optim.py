@@ -167,7 +167,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
     It makes one update at rate 0 with zero gradients, whatever the optimizer. Gradients and rates
     are put back.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters: list[nn.Parameter] = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
     has_state = any(optimizer.state.get(p) for p in parameters)
     assert not has_state, "create_state() would erase this optimizer's state"
     grads = [p.grad for p in parameters]

@@ -33,7 +33,7 @@ from dist_lm import metrics
 from dist_lm.cli import ALL_SETTINGS, Command, ConfigFlags, load
 from dist_lm.console import count, dispensable, printable
 from dist_lm.disk import open_own
-from dist_lm.environment import environment_number, own_rank
+from dist_lm.environment import environment_number, own_rank, rank_here
 from dist_lm.errors import (
     CODES,
     CheckpointError,
@@ -260,7 +260,7 @@ class Attempt:
         except Exception as error:
             traceback.print_exc()
             if own_rank() == 0 or not self.is_recorded:
-                where = f"rank {own_rank()} on {socket.gethostname()}"
+                where = rank_here(own_rank())
                 self.record("retryable", f"{where}: {in_a_line(error)}")
             self.lock.release()
             sys.stdout.flush()
@@ -284,7 +284,7 @@ class Attempt:
         if rank == 0 or not self.is_recorded:
             self.record(kind(error.code), one_line(error))
             if rank and not self.lock.is_anothers():
-                text = f"rank {rank} on {socket.gethostname()}: {one_line(error)}"
+                text = f"{rank_here(rank)}: {one_line(error)}"
                 print(f"error: {text}", file=sys.stderr)
 
     def _wait_for_record(self, seconds: float) -> None:

@@ -71,7 +71,10 @@ def main(argv: list[str]) -> None:
     vocab_size = flags.vocab_size or vocabulary(config)
     figures = estimate(config, vocab_size, flags.launch, cluster, flags.mfu)
     source = flags.config[-1] if flags.config else "defaults"
-    print(json.dumps(figures, indent=1) if flags.as_json else describe(figures, source))
+    if flags.as_json:
+        print(json.dumps(figures, indent=1))
+    else:
+        print(describe(figures, source))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class PrepareFlags(ConfigFlags):
 
     output: str | None = Field(None, description="Folder to make, or to go on with.")
     processes: int | None = Field(
-        None, ge=1, description=f"Processes that encode; unset: one for each core, {CORES}."
+        None, ge=1, description=f"Texts encoded at once, in threads or processes; unset: {CORES}."
     )
     verify: str | None = Field(
         None, description="Check every hash of a prepared folder instead of making one."

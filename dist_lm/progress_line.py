@@ -15,15 +15,21 @@ MEAN_STEPS = 20  # steps that the rates are averaged over
 
 
 class RunClock:
-    """Counts where the time of this process goes."""
+    """Counts where the time of this process goes, and what it has taken and will take."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps_of_run: int | None, world_size: int) -> None:
+        self._steps_of_run = steps_of_run
+        self._world_size = world_size
         self.started_at = time.monotonic()
         self.steps = 0  # made in this process
+        self.step = 0  # the last one, of the run
+        self.tokens = 0  # of the run, after it
         self.first_step_at = 0.0  # when it had been made
         self.paused_seconds = 0.0
 
-    def count_step(self, now: float) -> None:
+    def count_step(self, now: float, step: int, tokens: int) -> None:
+        self.step = step
+        self.tokens = tokens
         self.steps += 1
         if self.steps == 1:
             self.first_step_at = now
@@ -33,6 +39,42 @@ class RunClock:
         if self.steps < 2:
             return None
         return (now - self.first_step_at) / (self.steps - 1)
+
+    def taken(self, now: float) -> dict[str, float]:
+        """The tokens of the run so far, and the time and device hours of this start.
+
+        "expected" is what they are at the end of the run, if it goes on as it did. It is left out
+        where the end is not known, or where no pace is known yet. A process is one device.
+        """
+        elapsed = now - self.started_at
+        hours_a_second = self._world_size / 3600
+        taken: dict[str, float] = {
+            "tokens": self.tokens,
+            "elapsed_seconds": elapsed,
+            "device_hours": elapsed * hours_a_second,
+        }
+        pace = self.seconds_a_step(now)
+        if self._steps_of_run and pace is not None:
+            whole = elapsed + pace * max(0, self._steps_of_run - self.step)
+            taken["tokens_expected"] = round(self.tokens * self._steps_of_run / self.step)
+            taken["elapsed_seconds_expected"] = whole
+            taken["device_hours_expected"] = whole * hours_a_second
+        return taken
+
+    def spell_taken(self, now: float) -> str:
+        """What this start has taken, and what is expected where the run is not at its end."""
+        taken = self.taken(now)
+        text = (
+            f"{shorten(taken['tokens'])} tokens so far,"
+            f" {taken['device_hours']:,.2f} device hours in this start"
+        )
+        if self.step == self._steps_of_run or "tokens_expected" not in taken:
+            return text
+        return (
+            f"{text}; by the end {shorten(taken['tokens_expected'])} tokens,"
+            f" {taken['device_hours_expected']:,.2f} device hours,"
+            f" {_spell_days(taken['elapsed_seconds_expected'])}"
+        )
 
     def summary(self, now: float) -> str:
         """Goodput is the share of the time that went into steps."""
@@ -44,6 +86,12 @@ class RunClock:
             f" goodput {1 - (starting + paused):.0%},"
             f" up to the first step {starting:.0%}, evaluating and saving {paused:.0%}"
         )
+
+
+def _spell_days(seconds: float) -> str:
+    if seconds < 86400:
+        return duration(seconds)
+    return f"{seconds / 86400:,.1f} days"
 
 
 class ProgressLine:

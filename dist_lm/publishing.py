@@ -30,6 +30,15 @@ OF_RESUMING = ("state.json", "manifest.json")
 _OURS = re.compile(
     r"(model|optimizer)[\w.-]*\.safetensors(\.index\.json)?|state\.json|manifest\.json"
 )
+# Fields of a card that we never write. Somebody may have, on the hub.
+FIELDS_OF_OTHERS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "base_model",
+    "thumbnail",
+)
 _HIDDEN = "not-published"  # instead of a private place
 
 
@@ -104,12 +113,12 @@ def copy_of(step: Path, repo: str, with_optimizer: bool) -> Iterator[Path]:
         folder.mkdir()
         for file in sorted(step.iterdir()):
             _link_or_copy(file, folder / file.name)
-        manifest = verify(folder)
+        verify(folder)
         state = read_state(folder)
         _replace(folder / CARD, newest_card(step, folder, state, repo).encode())
         if with_optimizer:
             _replace(folder / "state.json", json.dumps(public_state(state), indent=1).encode())
-            _sign(folder, manifest)
+            _sign(folder)
         else:
             for file in (*folder.glob("optimizer-*"), *(folder / name for name in OF_RESUMING)):
                 file.unlink(missing_ok=True)
@@ -141,8 +150,9 @@ def _replace(path: Path, content: bytes) -> None:
     write_file(path, [content])
 
 
-def _sign(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest of the copy, whose card and state are others."""
+def _sign(folder: Path) -> None:
+    """Write the manifest of the copy again, whose card and state are others."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
     files = dict(manifest["files"])
     for name in (CARD, "state.json"):
         content = (folder / name).read_bytes()
@@ -249,6 +259,12 @@ class _Hub:
         """Make the revision this folder, in one commit. Files that are not ours stay."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete  # slow
 
+        with self._errors():
+            if revision != "main":
+                self._api.create_branch(self.name, branch=revision, exist_ok=True)
+            there = self._api.list_repo_files(self.name, revision=revision)
+            if CARD in there:
+                self._keep_fields_of_others(folder / CARD, revision)
         files = {path.name: path for path in sorted(folder.iterdir())}
         size = sum(path.stat().st_size for path in files.values())
         say(
@@ -256,9 +272,6 @@ class _Hub:
             f" ({revision})"
         )
         with self._errors():
-            if revision != "main":
-                self._api.create_branch(self.name, branch=revision, exist_ok=True)
-            there = self._api.list_repo_files(self.name, revision=revision)
             operations: list[Any] = []
             for name in there:
                 if name not in files and _OURS.fullmatch(name):
@@ -268,6 +281,21 @@ class _Hub:
             self._api.create_commit(
                 self.name, operations, commit_message=f"Upload {step}", revision=revision
             )
+
+    def _keep_fields_of_others(self, card: Path, revision: str) -> None:
+        """Take over what somebody has written into the head of the published card: a licence."""
+        from huggingface_hub import ModelCard
+
+        published = self._api.hf_hub_download(self.name, CARD, revision=revision)
+        theirs = ModelCard.load(published, ignore_metadata_errors=True).data.to_dict()
+        ours = ModelCard.load(card, ignore_metadata_errors=True)
+        added = {field: theirs[field] for field in FIELDS_OF_OTHERS if field in theirs}
+        if added:
+            for field, value in added.items():
+                setattr(ours.data, field, value)
+            _replace(card, str(ours).encode())
+            if (card.parent / "manifest.json").is_file():
+                _sign(card.parent)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

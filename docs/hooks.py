@@ -18,7 +18,18 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "prepare", "generate", "score", "show", "report", "publish", "plan", "doctor")
+COMMANDS = (
+    "train",
+    "prepare",
+    "generate",
+    "score",
+    "show",
+    "report",
+    "harness",
+    "publish",
+    "plan",
+    "doctor",
+)
 # Pages outside of docs/, by their path from the root.
 OUTSIDE = (
     "CONTRIBUTING.md",

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -38,11 +39,28 @@ TINY = (
 ).split()
 
 
+# Where temporary folders may lie in memory, and how much room all tests may need there.
+MEMORY = Path("/dev/shm")
+ROOM_BYTES = 4 * 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put temporary folders into memory where there is room, unless the user names a place.
+
+    Each save waits until its files are on the disk, and thousands of files are deleted. That takes
+    minutes on a disk and nothing in memory.
+    """
+    has_room = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= ROOM_BYTES
+    if has_room:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Campaigns run when asked for by name alone: `-m "not slow"` does not mean them."""
-    if "campaign" not in config.getoption("markexpr"):
-        items[:] = [item for item in items if "campaign" not in item.keywords]
+    """Campaigns and peers run when asked for by name alone: `-m "not slow"` does not mean them."""
+    for mark in ("campaign", "peers"):
+        if mark not in config.getoption("markexpr"):
+            items[:] = [item for item in items if mark not in item.keywords]
     items.sort(key=place_in_order)
     for item in items:
         for network in networks_of(item):

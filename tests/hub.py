@@ -253,6 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.refuse_strangers(path)
         if path == "/api/repos/create":
             return self.send(hub.create(json.loads(body)))
+        if path == "/api/agent-harnesses":  # of which the client may say one in its user agent
+            return self.reply(404, b"")
         if path == "/api/validate-yaml":
             return self.send(hub.validate(json.loads(body)))
         if match := re.fullmatch(r"/lfs/(\w+)", path):

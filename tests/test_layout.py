@@ -24,8 +24,8 @@ LEVELS = [
     {"checkpoint"},
     {"runtime"},
     {"sample", "validate", "size"},
-    {"scoring", "history", "planning", "checks", "publishing"},
-    {"resume", "spikes", "safeguards", "evaluation", "loop"},
+    {"scoring", "history", "planning", "checks", "publishing", "measuring", "reporting"},
+    {"resume", "spikes", "safeguards", "evaluation", "saving", "loop"},
     {
         "prepare",
         "train",
@@ -33,6 +33,7 @@ LEVELS = [
         "score",
         "show",
         "report",
+        "harness",
         "publish",
         "doctor",
         "plan",

@@ -287,7 +287,48 @@ def test_plain_lines_come_at_the_ends_and_every_ten_seconds(tmp_path, capsys, cl
         "step 6/6  eta 0:00  loss 2.2500  lr 1.0e-03  norm 0.5  1k tok/s  wait 25%",
         "step 6  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000",
         "6 steps in 0:26: goodput 77%, up to the first step 15%, evaluating and saving 8%",
+        "600 tokens so far, 0.01 device hours in this start",
     ]
+
+
+def test_what_a_start_has_taken_and_will_take(tmp_path, capsys, clock):
+    """Two devices make 4 of 10 steps in 40 hours, the first in 20."""
+    recorder = make(tmp_path, steps=10, world_size=2)
+    for n, hours in ((1, 20), (2, 5), (3, 5), (4, 5)):
+        clock.now += 3600 * hours
+        give(recorder, n)
+    with recorder.pause("save", 4):
+        clock.now += 3600 * 5
+    recorder.close()
+    saved = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert saved == {
+        "event": "save",
+        "step": 4,
+        "seconds": 5 * 3600.0,
+        "tokens": 400,
+        "elapsed_seconds": 40 * 3600.0,
+        "device_hours": 80.0,
+        "tokens_expected": 1000,
+        "elapsed_seconds_expected": 80 * 3600.0,  # 6 more steps; 3 took 20 hours with the save
+        "device_hours_expected": 160.0,
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "400 tokens so far, 80.00 device hours in this start; by the end 1k tokens,"
+        " 160.00 device hours, 3.3 days"
+    )
+
+
+def test_nothing_is_expected_of_a_run_without_a_known_end(tmp_path, capsys, clock):
+    recorder = make(tmp_path, steps=None)
+    for n in (1, 2):
+        clock.now += 3600
+        give(recorder, n)
+    with recorder.pause("evaluation", 2):
+        pass
+    recorder.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["device_hours"] == 2.0 and not [key for key in line if "expected" in key]
+    assert capsys.readouterr().out.endswith("200 tokens so far, 2.00 device hours in this start\n")
 
 
 def test_a_stopped_run_prints_its_last_step(tmp_path, capsys, clock):
@@ -317,7 +358,8 @@ def test_one_line_on_a_terminal(tmp_path, capsys, clock, monkeypatch):
         third,
         "step 3  val: loss 2.5000  perplexity 12.18  bits per byte 1.9000\n",
         f"{third}\n3 steps in 0:00: goodput 67%, up to the first step 33%,"
-        " evaluating and saving 0%\n",
+        " evaluating and saving 0%\n300 tokens so far, 0.00 device hours in this start;"
+        " by the end 400 tokens, 0.00 device hours, 0:00\n",
     ]
 
 

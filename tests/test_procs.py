@@ -51,8 +51,8 @@ print(json.dumps({
 
 
 def listen_again() -> None:
-    """To the signals that a shell lets its background jobs ignore; pytest may be one of them."""
-    for number in (signal.SIGINT, signal.SIGQUIT):
+    """To the signals that a shell or nohup lets its background jobs ignore, as pytest may be."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)
 
 

@@ -219,6 +219,20 @@ def hub_with(hub: Hub, files: dict[str, bytes], private: bool = True) -> str:
     return "own/there"
 
 
+def test_a_licence_that_somebody_wrote_on_the_hub_stays(hub: Hub, run: Path) -> None:
+    theirs = b"---\nlicense: mit\nlanguage: [en, de]\nlibrary_name: other\n---\n# Mine\n"
+    repo = hub_with(hub, {CARD: theirs})
+    published(run, repo=repo)
+    card = ModelCard(hub.files(repo)[CARD].decode())
+    assert (card.data.license, card.data.language) == ("mit", ["en", "de"])
+    assert card.data.library_name == "transformers" and "# Mine" not in card.text
+    commits = hub.count("POST /api/models/own/there/commit/")
+    published(run, repo=repo)
+    assert hub.count("POST /api/models/own/there/commit/") == commits
+    published(run, "--optimizer", repo=repo)
+    assert verify(Path(huggingface_hub.snapshot_download(repo)))["step"] == 4
+
+
 def test_a_public_repository_is_only_written_when_asked(hub: Hub, run: Path) -> None:
     repo = hub_with(hub, {}, private=False)
     with pytest.raises(UserError, match="--repo=own/there exists and is public; .* or --public"):
@@ -272,30 +286,20 @@ def test_what_the_hub_or_the_user_gets_wrong_is_one_line(
 
 
 @pytest.mark.slow
-def test_in_processes_of_their_own(run: Path, tmp_path: Path, prepared: Path) -> None:
-    """As a user types it: publish, generate from the name, and train on from it."""
-    with running_hub() as hub:
-        env = environment(hub, tmp_path / "cache")
-        output = entry("publish", str(run), "--repo", "own/model", **env)
-        assert "step-00000004: 6 files" in output and f"{hub.endpoint}/own/model" in output
-        shutil.rmtree(run)
-        generated = [
-            "--ckpt",
-            "own/model",
-            "--prompt",
-            "ab",
-            "--max_new_tokens",
-            "4",
-            "--seed",
-            "1",
-        ]
-        assert entry("generate", *generated, **env).startswith("ab")
-        (tmp_path / "mine.txt").write_text("some words of mine. " * 200)
-        flags = ["--run.init_from", "own/model", "--data.input", str(tmp_path / "mine.txt")]
-        flags += "--run.steps 2 --data.global_batch 2 --run.eval_every 0 --run.trackers".split()
-        train(tmp_path / "on", *flags, **env)
-        assert (tmp_path / "on/step-00000002/README.md").is_file()
-        assert TOKEN not in (tmp_path / "on/step-00000002/state.json").read_text()
+def test_in_processes_of_their_own(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """As a user types it: generate from the name of what was published, and train on from it."""
+    env = environment(hub, tmp_path / "cache of others")
+    published(run)
+    shutil.rmtree(run)
+    generated = ["--ckpt", "own/model", "--prompt", "ab", "--max_new_tokens", "4", "--seed", "1"]
+    assert entry("generate", *generated, **env).startswith("ab")
+    (tmp_path / "mine.txt").write_text("some words of mine. " * 200)
+    flags = ["--run.init_from", "own/model", "--data.input", str(tmp_path / "mine.txt")]
+    flags += "--run.steps 2 --data.global_batch 2 --run.eval_every 0 --run.trackers".split()
+    train(tmp_path / "on", *flags, **env)
+    step = tmp_path / "on/step-00000002"
+    assert "started from those of another model" in (step / CARD).read_text().replace("\n", " ")
+    assert TOKEN not in (step / "state.json").read_text()
 
 
 def test_help_comes_without_the_client() -> None:

@@ -102,9 +102,7 @@ def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert (
-        "python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]" in capsys.readouterr().out
-    )
+    assert "usage: python -m dist_lm.report RUN [RUN ...] [--output PNG]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -120,7 +118,19 @@ def test_help_names_the_command(capsys):
         (["slow", "--outptu", "x.png"], "unknown flag --outptu; did you mean --output?", 2),
         (
             ["--output", "x.png"],
-            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]",
+            "--output x.png: rule: python -m dist_lm.report RUN [RUN ...] [--output PNG] [--json]"
+            " [--price PRICE] [--html FILE [--follow]]",
+            2,
+        ),
+        (["slow", "--follow"], "--follow: needs a page to make; rule: --html FILE --follow", 2),
+        (
+            ["slow", "--html", "no/x.html"],
+            "--html no/x.html: No such file or directory; rule: a file that can be written",
+            2,
+        ),
+        (
+            ["slow", "--html", "x.html", "--price", "-1"],
+            "--price=-1 must be a number from 0 to 1e+06; nearest: 0",
             2,
         ),
         (

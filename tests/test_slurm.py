@@ -5,6 +5,9 @@ failures, refusals.
 import json
 import random
 import shutil
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +17,8 @@ import pytest
 
 from dist_lm.checkpoint.folder import step_folders
 from tests.conftest import text_of
-from tests.machines import Slurm, kill, slurm, until
-from tests.procs import train
+from tests.machines import Slurm, admin_env, kill, slurm, until
+from tests.procs import ROOT, train
 from tests.test_train import assert_same_bits, assert_same_curve, losses, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -308,3 +311,31 @@ def test_a_node_is_lost(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
     )
     cluster.start_node(node)
     until(cluster.idle, 60, "the node is back")
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1200)
+def test_two_nodes_are_as_fast_as_one(cluster: Slurm, prepared: Path, tmp_path: Path) -> None:
+    """Tokens a second of `sbatch slurm/train.sh` on two nodes, against two processes on one.
+
+    It prints the ratio of each round. Each node is a network namespace with one core.
+    """
+    flags = ["--data.input", str(prepared), "--run.steps", "30", "--run.eval_every", "0"]
+    flags += ["--run.save_every", "0", "--run.trackers"]
+    ratios = []
+    for number in range(3):
+        one, two = tmp_path / f"one{number}", tmp_path / f"two{number}"
+        command = [f"{ROOT}/launch/torchrun.sh", "--nproc", "2", "--run.dir", str(one), *flags]
+        env = admin_env(PYTHON=sys.executable)
+        subprocess.run(command, check=True, env=env, capture_output=True, timeout=300)
+        job = cluster.submit("--nodes=2", "slurm/train.sh", "--run.dir", str(two), *flags)
+        assert cluster.wait(job, 300) == "COMPLETED", cluster.said(job)
+        rates = [tokens_per_second(folder) for folder in (one, two)]
+        ratios.append(rates[1] / rates[0])
+        print(f"one node {rates[0]:,.0f} tokens/s, two nodes {rates[1]:,.0f}: {ratios[-1]:.3f}")
+    assert statistics.median(ratios) > 0.9
+
+
+def tokens_per_second(run: Path) -> float:
+    steps = [line for line in losses(run) if "tokens_per_second" in line]
+    return statistics.median(step["tokens_per_second"] for step in steps[5:])

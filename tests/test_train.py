@@ -243,7 +243,10 @@ def test_resumed_on_other_numbers_of_processes(prepared: Path, tmp_path: Path) -
 def wait_for_step(run: Path, step: int, ranks: list[Process]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and losses(run) and losses(run)[-1]["step"] >= step:
+        steps = []
+        if (run / "metrics.jsonl").exists():
+            steps = losses(run)
+        if steps and steps[-1]["step"] >= step:
             return
         assert all(rank.poll() is None for rank in ranks), "\n".join(
             rank.communicate()[0] for rank in ranks
@@ -873,4 +876,4 @@ def test_a_folder_that_anybody_may_write_is_told(
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(mode)
     said = train(tmp_path / "run", *tiny(prepared, "--run.steps", "1"))
-    assert ("may be written by anybody (mode 777)" in said) == is_told
+    assert ("may be written by anybody" in said) == is_told

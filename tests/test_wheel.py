@@ -55,6 +55,8 @@ def test_a_wheel_has_all_that_the_checkout_ships(wheel: Path) -> None:
     for folder in FOLDERS:
         for file in shipped(folder).iterdir():
             expected.add(f"dist_lm/_shipped/{folder}/{file.name}")
+    for file in (ROOT / "dist_lm/reporting/page").iterdir():
+        expected.add(f"dist_lm/reporting/page/{file.name}")
     expected.add("dist_lm/py.typed")
     in_package = {name for name in names if name.startswith("dist_lm/")}
     assert in_package == expected

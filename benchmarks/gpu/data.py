@@ -75,6 +75,11 @@ def make_random(folder: Path, is_dry: bool) -> None:
     """A prepared folder of random tokens."""
     vocabulary = DRY_VOCABULARY if is_dry else VOCABULARY
     number = DRY_TOKENS if is_dry else TOKENS
+    write_random(folder, vocabulary, number)
+
+
+def write_random(folder: Path, vocabulary: int, number: int) -> None:
+    """The same for any vocabulary and number of tokens."""
     folder.mkdir()
     tokenizer = tokenizer_of(vocabulary)
     write_tokenizer(folder, tokenizer)

@@ -1,4 +1,4 @@
-"""What this machine is: card, driver, clocks, versions, commit: `python -m benchmarks.gpu.facts`."""
+"""What this machine is: card, driver, versions, commit: `python -m benchmarks.gpu.facts`."""
 
 import importlib.metadata
 import json

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["dist_lm", "text-generation"],
     }
-    datasets = dict.fromkeys(name for source in facts.sources for name in source.hub)
+    datasets = dict.fromkeys(chain.from_iterable(source.hub for source in facts.sources))
     if datasets:
         head["datasets"] = list(datasets)
     results = _results(facts)
@@ -208,7 +209,7 @@ def _held_out(facts: CardFacts) -> str:
 
 def _earlier(curve: Curve) -> str:
     """The losses of the evaluations that were kept, one row each."""
-    names = dict.fromkeys(name for facts in curve.evaluations for name in facts["sets"])
+    names = dict.fromkeys(chain.from_iterable(facts["sets"] for facts in curve.evaluations))
     rows = [("step", *(plain(name) for name in names))]
     for facts in curve.evaluations:
         cells = []

@@ -32,6 +32,11 @@ _LONGEST_NAME = 255  # characters that a message shows of a file name
 # --- finding
 
 
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step:08d}"
+
+
 def step_of(folder: Path) -> int:
     match = _STEP_NAME.fullmatch(folder.name)
     assert match, f"{folder} is no step folder"

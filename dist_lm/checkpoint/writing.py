@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dist_lm.channel import Channel
-from dist_lm.checkpoint.folder import FORMAT, delete, remove
+from dist_lm.checkpoint.folder import FORMAT, delete, remove, step_name
 from dist_lm.checkpoint.layout import PlannedTensor
 from dist_lm.console import warn
 from dist_lm.data.tokenizer import Tokenizer
@@ -57,11 +57,11 @@ class CheckpointWriter:
 
     @property
     def aside(self) -> Path:
-        return self.run_dir / f".step-{self.step:08d}.tmp"
+        return self.run_dir / f".{step_name(self.step)}.tmp"
 
     @property
     def final(self) -> Path:
-        return self.run_dir / f"step-{self.step:08d}"
+        return self.run_dir / step_name(self.step)
 
     def write(self) -> None:
         """Write the checkpoint, or raise one UserError on all ranks. All ranks."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from dist_lm.checkpoint.folder import step_folders
@@ -44,7 +45,7 @@ def look_at_data(config: Config) -> tuple[str, str, bool]:
     """
     said: list[str] = []
     prepared, files = look_at_inputs(config, said.append)
-    folders = [folder for parts in prepared.values() for folder in parts]
+    folders = list(chain.from_iterable(prepared.values()))
     lines = [look_at_shards(folder) for folder in folders]
     contents = [content_of(folder) for folder in folders]
     local = [file.path for file in files if file.path and not is_remote(file.path)]
@@ -64,8 +65,8 @@ def look_at_shards(folder: str) -> str:
     """A prepared folder in words; each of its shards can be read, if it is not at a URL."""
     splits = read_manifest(folder)["splits"]
     if not is_remote(folder):
-        shards = [shard["file"] for split in splits.values() for shard in split["shards"]]
-        read_a_byte(Path(folder, shard) for shard in shards)
+        for split in splits.values():
+            read_a_byte(Path(folder, shard["file"]) for shard in split["shards"])
     return f"{folder}: prepared, {splits['train']['tokens']:,} tokens to train on"
 
 

@@ -176,7 +176,9 @@ def speed(ranks: Ranks) -> Found:
     ranks.runtime.barrier()
     seconds = best_of(8, lambda: (a @ a)[0, 0].item())
     rates = [2 * size**3 / seconds for seconds in ranks.gather(seconds)]
-    usual = statistics.median(rates) if len(rates) > 2 else max(rates)
+    usual = max(rates)
+    if len(rates) > 2:
+        usual = statistics.median(rates)
     slow = []
     for name, rate in zip(ranks.names, rates, strict=True):
         if rate < SLOW * usual:

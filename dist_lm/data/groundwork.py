@@ -5,6 +5,7 @@ A run goes on with what an earlier start of it has made there.
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Groundwork:
         for reader in self._raw_validation.values():
             reader.refuse_missing_hub()
         readers = [*self._raw.values(), *self._raw_validation.values()]
-        return [file for reader in readers for file in reader.files]
+        return list(chain.from_iterable(reader.files for reader in readers))
 
     def _find_streams(self) -> dict[str, dict[str, list[Any]]]:
         """The files and parts of each stream, which are as they were when the run began."""
@@ -114,7 +115,7 @@ class Groundwork:
         if not self._prepared:
             learn_tokenizer(self._config.data, [*self._raw.values()], self._folder, self._say)
             return tokenizer_of(str(self._folder))
-        first, *others = [folder for folders in self._prepared.values() for folder in folders]
+        first, *others = chain.from_iterable(self._prepared.values())
         tokenizer = tokenizer_of(first)
         for other in others:
             if tokenizer_of(other).sha256 != tokenizer.sha256:

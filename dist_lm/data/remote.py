@@ -88,7 +88,9 @@ def find(pattern: str, endings: tuple[str, ...], label: str = "data.input") -> l
     is_glob = re.search(magic, path) is not None
     files = []
     try:
-        look = partial(_list_glob, fs, path, magic) if is_glob else partial(_list, fs, path)
+        look = partial(_list, fs, path)
+        if is_glob:
+            look = partial(_list_glob, fs, path, magic)
         root, infos = _retry(pattern, look)
         is_folder = root == path.rstrip("/")
         wants_hidden = "/." in path[len(root) :]

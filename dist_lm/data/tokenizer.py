@@ -206,6 +206,10 @@ class Tokenizer:
             return None
         return engine
 
+    def encodes_beside_python(self) -> bool:
+        """Whether other threads can work while encode_arrays encodes."""
+        return self._engine is not None
+
     def why_slow(self) -> str:
         """The reason why tiktoken cannot encode for this tokenizer, or an empty string."""
         if self._engine is not None:

@@ -1,8 +1,8 @@
 """The bytes that a process holds under each strategy: on its device, in host memory, on disk.
 
 Shapes give weights, gradients and the optimizer's state; activations.py gives the rest. The parts
-of DeepSpeed are those of 0.19 as they were measured. benchmarks/plan.py compares with real
-training.
+of DeepSpeed are those of 0.19 as they were measured. The claims memory-plan-* of
+`python -m benchmarks` compare with real training.
 """
 
 import math
@@ -52,7 +52,9 @@ def memory(config: Config, strategy: Strategy, world: int, vocab_size: int, on_g
         on_gpu=on_gpu,
         gathered=4.0 * gathered,
     )
-    return memory_of_zero(step, strategy) if strategy.stage else memory_of_ddp(step)
+    if strategy.stage:
+        return memory_of_zero(step, strategy)
+    return memory_of_ddp(step)
 
 
 def weight_bytes(config: Config, vocab_size: int) -> float:

@@ -26,6 +26,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from dist_lm.config import Config, batch_layout
 from dist_lm.console import count, warn
+from dist_lm.environment import rank_here
 from dist_lm.errors import DataError, RetryableError, SecurityError, UserError
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.model.init import parameter_shapes
@@ -332,7 +333,6 @@ def _use_host(runtime: Runtime, threads: int, local_world: int) -> None:
 def _start_watchdog(runtime: Runtime, config: Config) -> None:
     """From here on a rank that vanishes is named. All ranks."""
     name = runtime.channel.gather(secrets.token_hex(8))[0]
-    who = f"rank {runtime.rank} on {socket.gethostname()}"
     nccl_file = os.path.join(config.run.dir, f"nccl-rank-{runtime.rank}.json")
     runtime.watch = Watchdog(
         rank=runtime.rank,
@@ -341,7 +341,7 @@ def _start_watchdog(runtime: Runtime, config: Config) -> None:
         timeout=config.run.timeout_seconds,
         whereabouts=lambda: runtime.whereabouts,
         lost=runtime.end_at_once,
-        dump=partial(dump_stacks, who, nccl_file),
+        dump=partial(dump_stacks, rank_here(runtime.rank), nccl_file),
         say=runtime.say,
     )
     runtime.barrier()

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from dist_lm.environment import rank_here
 from dist_lm.errors import RetryableError, UserError, in_a_line, one_line
 
 # Words in errors that mean that another rank ended, and this one only noticed it.
@@ -151,8 +152,7 @@ class Watchdog:
             self._kind_of_error = error.kind
         if isinstance(error, UserError) or not _is_of_peers(str(error)):
             time.sleep(2 * self.beat)  # so that the others hear of it
-            who = f"rank {self.rank} on {socket.gethostname()}"
-            return f"{who}: {self._own_error}", self._kind_of_error
+            return f"{rank_here(self.rank)}: {self._own_error}", self._kind_of_error
 
         self._listening_to = range(self.world_size)
         self._heard_at = dict.fromkeys(self._listening_to, time.monotonic())

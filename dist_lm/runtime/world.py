@@ -7,7 +7,6 @@ is spread over the ranks is the engine's matter. Methods marked "all ranks" are 
 import contextlib
 import gc
 import os
-import socket
 import statistics
 import sys
 import threading
@@ -29,6 +28,7 @@ from torch import Tensor
 from dist_lm import console
 from dist_lm.channel import Channel
 from dist_lm.config import Config
+from dist_lm.environment import rank_here
 from dist_lm.errors import CODES, PreemptedError, UserError, error_with_code
 from dist_lm.launcher import end_stopped_ranks
 from dist_lm.outcome import Attempt
@@ -292,7 +292,7 @@ class Runtime:
             self.attempt.lock.release()
 
         print(
-            f"error: rank {self.rank} on {socket.gethostname()} ends: {console.printable(reason)}",
+            f"error: {rank_here(self.rank)} ends: {console.printable(reason)}",
             file=sys.stderr,
             flush=True,
         )

@@ -112,12 +112,15 @@ def test_shards_hold_the_documents(tokenizer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_any_number_of_processes_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tokenizer, is_in_threads", [("bpe:300", True), ("char", False)])
+def test_any_number_of_threads_or_processes_gives_the_same_bytes(
+    tokenizer: str, is_in_threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_documents(tmp_path / "a.jsonl", 200)
     monkeypatch.setattr(encode, "JOB_CHARACTERS", 100)  # many more jobs than processes
-    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer="bpe:300")
+    unused = "WorkerPool" if is_in_threads else "EncodingThreads"
+    monkeypatch.delattr(encode, unused)
+    config = DataConfig(input=str(tmp_path / "a.jsonl"), tokenizer=tokenizer)
     for processes in (1, 3):
         prepare_dataset(config, tmp_path / str(processes), processes, quiet)
     assert content(tmp_path / "1") == content(tmp_path / "3")
@@ -214,7 +217,7 @@ def test_a_killed_process_leaves_no_workers_and_its_shards_are_kept(tmp_path: Pa
         "import sys; from dist_lm.data.prepared import encode, preparing, writer;"
         "from dist_lm.config import DataConfig;"
         "writer.SHARD_TOKENS = 20000; encode.JOB_CHARACTERS = 2000;"
-        "data = DataConfig(input=sys.argv[1], tokenizer='bpe:300');"
+        "data = DataConfig(input=sys.argv[1], tokenizer='char');"
         "preparing.prepare_dataset(data, sys.argv[2], 2)"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "a.jsonl"), str(tmp_path / "killed")]
@@ -254,7 +257,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(
     monkeypatch.setattr(encode, "JOB_CHARACTERS", 100)
     monkeypatch.setattr(encode, "WORKER", "import sys; sys.exit(3)")
     with pytest.raises(RuntimeError, match="an encoding process ended with exit code 3"):
-        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="char"), tmp_path / "d", 2, quiet)
 
 
 def test_a_worker_that_cannot_be_started_says_why(
@@ -265,7 +268,7 @@ def test_a_worker_that_cannot_be_started_says_why(
     with pytest.raises(
         RuntimeError, match=r"a process could not be started: .*No such file.*/no/python"
     ):
-        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="byte"), tmp_path / "d", 2, quiet)
+        prepare_dataset(DataConfig(input=str(tmp_path), tokenizer="char"), tmp_path / "d", 2, quiet)
 
 
 # --- held out

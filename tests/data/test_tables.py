@@ -208,3 +208,13 @@ def test_no_process_stays_behind(tmp_path: Path) -> None:
         while not is_gone(process):
             assert time.monotonic() < deadline, "it is still there"
             time.sleep(0.05)
+
+
+def test_a_parser_starts_without_numpy(tmp_path: Path, fresh: pytest.MonkeyPatch) -> None:
+    """It doubles the time of a start, and a stream starts one parser for each lane."""
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    assert read(tmp_path)[0] == ["a", "b"]
+    (parser,) = table_file._idle
+    mapped = Path(f"/proc/{parser.process.pid}/maps").read_text()
+    assert "pyarrow" in mapped
+    assert "numpy" not in mapped

@@ -31,6 +31,19 @@ these tests is a campaign; its figures stand in `benchmarks/results/2026-11-27-f
 `SECURITY.md` says what an attacker may control.
 """
 
+TAIL = """
+## What is not covered
+
+- **All ranks of a node are stopped (SIGSTOP).** A rank that ends kills the stopped ones of its own node, and
+  here none is left to do that. The ranks of the other nodes notice the silence and end in time, with a report
+  that names the rank and its host. The stopped processes stay until somebody continues them, and then their
+  watchdog ends them, or until somebody kills them. Slurm does, because the job step ends with its first
+  failed task (`--kill-on-bad-exit`). The launch scripts for plain hosts do not.
+- **A rank that waits inside the kernel**, on a dead network file system say, cannot be killed by anybody
+  until the kernel gives up.
+- **Hub datasets** are parsed by `datasets` inside the run: a file that crashes the parser ends the run.
+"""
+
 
 class Recorder:
     """A plugin of pytest that keeps what became of each test."""
@@ -89,7 +102,7 @@ def page() -> str:
     lines += ["|---|---|---|---|---|---|---|"]
     for name in sorted(ROWS):
         lines.append(_line(ROWS[name], results.get(name, {})))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + TAIL
 
 
 def _line(row: Row, result: dict[str, Any]) -> str:

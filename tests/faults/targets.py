@@ -30,6 +30,8 @@ from dist_lm.history import open_data
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.outcome import TRAIN, Attempt
+from dist_lm.reporting.document import render
+from dist_lm.reporting.facts import facts_of
 from dist_lm.resume import find_resume_point
 from tests.conftest import TINY, owned, text_of
 from tests.faults.fuzz import Target
@@ -215,7 +217,7 @@ class PreparedFolder(OfARun):
 
 
 class MetricsLines(Target):
-    """metrics.jsonl, of which report makes a row of its table."""
+    """metrics.jsonl, of which report makes a row of its table, and a page."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -233,7 +235,9 @@ class MetricsLines(Target):
             is_damaged = rng.random() < 0.5
             lines.append(nasty_json(rng, content) if is_damaged else json.dumps(content).encode())
         (self.folder / "metrics.jsonl").write_bytes(b"\n".join(lines))
-        report.summary("run", str(self.folder))
+        lines = report.lines_of(str(self.folder))
+        report.summary("run", lines)
+        render([facts_of("run", str(self.folder), lines)])
 
 
 class OutcomeFile(Target):

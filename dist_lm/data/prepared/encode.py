@@ -1,7 +1,12 @@
-"""Encode pieces of documents, in this process or in worker processes.
+"""Encode pieces of documents, here, in threads or in worker processes.
 
 Invariant: the pieces come back in their order, each with the tokens that its text has, whatever the
-number of processes.
+number of threads or processes.
+
+tiktoken lets other threads work while it encodes, so threads are enough for it: on two cores they
+needed 0.75 of the CPU time of two processes, and less time by the clock. With `tokenizers`, other
+threads wait while it makes a Python list of each text's tokens: there two processes were 1.4 x as
+fast as two threads.
 """
 
 import contextlib
@@ -44,14 +49,21 @@ class TextPiece(NamedTuple):
 def encode_pieces(
     pieces: Iterator[TextPiece], tokenizer: Tokenizer, folder: Path, processes: int
 ) -> Iterator[tuple[TextPiece, np.ndarray]]:
-    """Pieces with their tokens, in order. Workers load the tokenizer from `folder`."""
+    """Pieces with their tokens, in order. Worker processes load the tokenizer from `folder`.
+
+    `processes` says how many texts are encoded at once.
+    """
     if processes == 1:
         for piece in pieces:
             (tokens,) = tokenizer.encode_arrays([piece.text])
             yield piece, tokens
         return
     jobs = _make_jobs(pieces)
-    pool = WorkerPool(folder, tokenizer.dtype, processes)
+    pool: EncodingThreads | WorkerPool
+    if tokenizer.encodes_beside_python():
+        pool = EncodingThreads(tokenizer, processes)
+    else:
+        pool = WorkerPool(folder, tokenizer.dtype, processes)
     waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
     try:
         while True:
@@ -80,6 +92,23 @@ def _make_jobs(pieces: Iterator[TextPiece]) -> Iterator[list[TextPiece]]:
             size = 0
     if job:
         yield job
+
+
+class EncodingThreads:
+    """Threads that encode beside this one."""
+
+    def __init__(self, tokenizer: Tokenizer, number: int):
+        self.tokenizer = tokenizer
+        self.threads = ThreadPoolExecutor(number, "encode")
+
+    def submit(self, job: list[TextPiece]) -> Future[list[np.ndarray]]:
+        """Encode a job as soon as a thread is free."""
+        texts = [piece.text for piece in job]
+        return self.threads.submit(self.tokenizer.encode_arrays, texts)
+
+    def close(self) -> None:
+        """Encode nothing more; what has begun comes to its end."""
+        self.threads.shutdown(cancel_futures=True)
 
 
 class WorkerPool:

@@ -106,7 +106,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     def refuse(why: str) -> UserError:
         return DataError(f"{file}: {why}; nearest: prepare again")
 
-    content = _fetch(file) if is_remote(file) else read_bytes(Path(file), refuse, SMALL_FILE)
+    if is_remote(file):
+        content = _fetch(file)
+    else:
+        content = read_bytes(Path(file), refuse, SMALL_FILE)
     manifest: dict[str, Any] = parse_json(content, refuse)
     if not isinstance(manifest, dict):
         raise refuse(f"not a manifest but a {type(manifest).__name__}")

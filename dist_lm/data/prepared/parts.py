@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ class JoinedShards(TokenSequences):
             self.sizes += part.sizes
 
     def hashes(self) -> list[str]:
-        return [sha256 for part in self.parts for sha256 in part.hashes()]
+        return list(chain.from_iterable(part.hashes() for part in self.parts))
 
     def local_hashes(self) -> dict[str, str]:
         hashes: dict[str, str] = {}

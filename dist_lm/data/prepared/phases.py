@@ -179,8 +179,10 @@ class Preparation:
             pieces = read_beginning(self.reader, cutter(spec), seen)
             tokenizer = train_tokenizer(spec, pieces)
         else:
-            if tokenizer is None:
-                tokenizer = cutter(spec) if is_trained else load_tokenizer(spec)
+            if is_trained:
+                tokenizer = cutter(spec)
+            elif tokenizer is None:
+                tokenizer = load_tokenizer(spec)
             pieces = read_beginning(self.reader, tokenizer, seen, documents=SMALL)
             deque(pieces, maxlen=0)
         self._say_seen(seen, is_whole=learns)

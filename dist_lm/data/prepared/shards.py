@@ -75,8 +75,10 @@ class TokenShards(TokenSequences):
         self._map_local = lru_cache(maxsize=_MAPPED_SHARDS)(self._open_local)
 
     def hashes(self) -> list[str]:
-        splits = self.manifest["splits"].values()
-        return [shard["sha256"] for split in splits for shard in split["shards"]]
+        hashes = []
+        for split in self.manifest["splits"].values():
+            hashes += [shard["sha256"] for shard in split["shards"]]
+        return hashes
 
     def local_hashes(self) -> dict[str, str]:
         hashes = {}

@@ -90,7 +90,11 @@ class Columns:
         for name, wanted in self.spec.filter.items():
             if row.get(name) != wanted:
                 raise FilteredError(f"{name}={row.get(name)!r} is not {wanted!r}")
-        text = self._fill_template(row) if self.spec.template else self._text_cell(row)
+        text: str | None
+        if self.spec.template:
+            text = self._fill_template(row)
+        else:
+            text = self._text_cell(row)
         if text:
             text.encode()  # raises over a lone surrogate
         return text

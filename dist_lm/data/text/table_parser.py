@@ -15,6 +15,7 @@ import io
 import json
 import resource
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -31,6 +32,9 @@ def serve(descriptor: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # pyarrow imports numpy if it can, and nothing here needs it. Without it a process starts in
+    # half the CPU time (0.07 s, not 0.13 s) and has 51 MB instead of 62 MB.
+    sys.modules["numpy"] = None  # type: ignore[assignment]
     _limit(resource.RLIMIT_AS, MEMORY)
     pipe = Connection(descriptor)
     batches: Iterator[Any] = iter(())

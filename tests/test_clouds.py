@@ -3,9 +3,9 @@ those systems make. Whether their files fit the published schemas is a test of t
 """
 
 import shutil
-import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,14 @@ def test_a_pod_that_is_lost_and_started_again(
     pods = [start_pod(number) for number in (0, 1)]
     try:
         reach(run, 60)
-        kill_tree(pods[1].pid)  # as when a machine is lost
+        kill_tree(pods[1])  # as when a machine is lost
         time.sleep(1)
         pods[1] = start_pod(1)
         for pod in pods:
             assert pod.wait(200) == 0, said()
     finally:
         for pod in pods:
-            kill_tree(pod.pid)
+            kill_tree(pod)
     assert outcome(run)["class"] == "done" and outcome(run)["attempt"] > 1, said()
     train(tmp_path / "whole", *tiny(prepared, *STEPS), world=2)
     assert_same_bits(step_folders(run)[-1], step_folders(tmp_path / "whole")[-1])
@@ -132,7 +132,7 @@ def test_a_spot_machine_that_is_lost_goes_on_from_the_bucket(
     with (tmp_path / "said").open("w") as out:
         first = Process(["bash", "-c", command], env=env, stdout=out, stderr=out)
         until(lambda: len(step_folders(mirrored)) > 1, 90, "a mirrored checkpoint")
-        kill_tree(first.pid)
+        kill_tree(first)
         shutil.rmtree(run.parent)  # another machine, with an empty disk
         (mirrored / "step-00000399").mkdir()  # half a copy, without a manifest
         second = Process(["bash", "-c", command], env=env, stdout=out, stderr=out)
@@ -147,15 +147,12 @@ def test_a_spot_machine_that_is_lost_goes_on_from_the_bucket(
     assert not (mirrored / "run.lock").exists()
 
 
-def kill_tree(pid: int) -> None:
+def kill_tree(started: Process) -> None:
     """Kill a process and all below it at once."""
-    try:
-        process = psutil.Process(pid)
-        tree = [*process.children(recursive=True), process]
-    except psutil.Error:
+    if started.poll() is not None:
         return
-    for one in tree:
-        try:
-            one.send_signal(signal.SIGKILL)
-        except psutil.Error:
-            continue
+    process = psutil.Process(started.pid)
+    for one in (*process.children(recursive=True), process):
+        with suppress(psutil.Error):
+            one.kill()
+    started.wait(10)

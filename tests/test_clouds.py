@@ -120,7 +120,7 @@ def test_exit_codes_that_end_a_job_are_those_that_nobody_starts_again() -> None:
 def test_a_spot_machine_that_is_lost_goes_on_from_the_bucket(
     prepared: Path, tmp_path: Path
 ) -> None:
-    (task,) = documents("skypilot.yaml")
+    (task,) = documents("skypilot/spot.yaml")
     run, bucket = tmp_path / "disk" / "run", tmp_path / "bucket"
     recipe = "--config configs/gpt2-124m.yaml --data.input /bucket/shards"
     command = task["run"].replace("--run.dir runs/gpt2-124m # change", f"--run.dir {run}")

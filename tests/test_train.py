@@ -783,7 +783,7 @@ def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-    results = re.compile(r"step \d+(/12)?  .*|12 steps in .*")
+    results = re.compile(r"step \d+(/12)?  .*|12 steps in .*|.* tokens so far, .*")
     assert [line for line in done.stdout.splitlines() if not results.fullmatch(line)] == []
     assert len(re.findall("  val: loss ", done.stdout)) == 2
     for notice in (
@@ -796,13 +796,22 @@ def test_results_go_to_stdout_and_all_else_to_stderr(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_guide_has_every_key_of_metrics(prepared: Path, tmp_path: Path) -> None:
-    """Those of a run of a mixture in fp16, and those that a GPU or a spike adds."""
+    """Those of a run of a mixture in fp16, and those that a GPU, run.exact or a spike adds."""
     sources = {"web": {"input": str(prepared)}, "books": {"input": str(prepared)}}
     (tmp_path / "mixture.yaml").write_text(json.dumps({"data": {"sources": sources}}))
     words = tiny(prepared, "--run.eval_every", "6", "--run.precision", "fp16")[2:]
     words += ["--config", str(tmp_path / "mixture.yaml")]
     train(tmp_path / "run", *words, "--run.ema", "0.9")
-    written = {"mfu", "memory_gb", "batches", "positions", "done", "back"}
+    written = {
+        "mfu",
+        "memory_gb",
+        "grad_hash",
+        "unit_hashes",
+        "batches",
+        "positions",
+        "done",
+        "back",
+    }
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         for key in json.loads(line):
             written.add(re.sub("_(web|books)$", "_NAME", key))

@@ -84,9 +84,9 @@ def watched(after_step: Callable[[Run, int], None]) -> Iterator[None]:
     train = loop.train
     record = Metrics.step
 
-    def see(run: Run, profiler: Any) -> str:
+    def see(run: Run) -> str:
         runs.append(run)
-        return train(run, profiler)
+        return train(run)
 
     def record_and_look(metrics: Metrics, **figures: Any) -> None:
         record(metrics, **figures)

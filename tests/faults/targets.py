@@ -142,8 +142,8 @@ class State(OfARun):
     def feed(self, rng: random.Random) -> None:
         content = self.content("state.json") | {"step": 2}
         sign(self.newest, "state.json", nasty_json(rng, content))
-        alone = {"on_main": lambda work: work(), "together": lambda work: work()}
-        runtime: Any = SimpleNamespace(**alone, say=quiet, track=None)
+        alone = dict.fromkeys(("on_main", "on_all", "together"), lambda work: work())
+        runtime: Any = SimpleNamespace(**alone, rank=0, world_size=1, say=quiet, track=None)
         point = find_resume_point(runtime, self.config, [])
         if point and point.folder:
             TrainState.restored(point.facts)

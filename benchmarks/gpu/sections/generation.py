@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.gpu.context import Context, Skip
 from benchmarks.gpu.drive import DRY_SHAPE, SHAPES, config_of, gpt2_settings
+from benchmarks.models import write_folder
 from dist_lm.config import ModelSpec
 from dist_lm.data.tokenizer_training import train_tokenizer
 from dist_lm.model.gpt import GPT
@@ -20,8 +21,6 @@ FIRST_LEFT_OUT = 4  # tokens; the very first ones load kernels
 def generate(ctx: Context) -> None:
     try:
         from transformers import AutoModelForCausalLM  # optional
-
-        from benchmarks.generate import write_folder
     except ImportError:
         raise Skip("transformers is missing") from None
     new_tokens = 12 if ctx.is_dry else 128
@@ -30,7 +29,7 @@ def generate(ctx: Context) -> None:
     first = Timed(model, prompt, new_tokens)
     second = Timed(model, prompt, new_tokens)
 
-    write_folder(str(ctx.folder), model)
+    write_folder(ctx.folder, model)
     peer = AutoModelForCausalLM.from_pretrained(ctx.folder).to(ctx.device).eval()
     prompt_BT = torch.tensor([prompt], device=ctx.device)
     made_BT = peer.generate(

@@ -17,7 +17,7 @@ from dist_lm import __version__
 from dist_lm.console import count
 from dist_lm.errors import UserError, run_entry
 from dist_lm.nearest import did_you_mean
-from dist_lm.shipped import FOLDERS, recipes, shipped
+from dist_lm.shipped import FOLDERS, files_of, recipes, shipped
 
 COMMANDS = {
     "train": "train a model in one process, or as torchrun and accelerate launch start it",
@@ -122,12 +122,12 @@ def copy_files(argv: list[str]) -> None:
     kept = 0
     try:
         for folder in FOLDERS:
-            (target / folder).mkdir(parents=True, exist_ok=True)
-            for source in sorted(shipped(folder).iterdir()):
-                copy = target / folder / source.name
+            for source in files_of(folder):
+                copy = target / folder / source.relative_to(shipped(folder))
                 if os.path.lexists(copy):
                     kept += 1
                     continue
+                copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, copy)
                 copied += 1
     except OSError as error:

@@ -21,6 +21,11 @@ def shipped(folder: str) -> Path:
     return _CHECKOUT / folder
 
 
+def files_of(folder: str) -> list[Path]:
+    """The files in one of FOLDERS and below it, in alphabetical order."""
+    return sorted(path for path in shipped(folder).rglob("*") if path.is_file())
+
+
 def recipes() -> dict[str, Path]:
     """The recipes by name, e.g. gpt2-124m, in alphabetical order."""
     files = sorted(shipped("configs").glob("*.yaml"))

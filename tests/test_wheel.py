@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm import __main__ as dist_lm_command
-from dist_lm.shipped import FOLDERS, recipes, shipped
+from dist_lm.shipped import FOLDERS, files_of, recipes, shipped
 from tests.procs import ROOT, clean_env
 
 SHORT_RUN = "--config debug --run.steps 4 --run.eval_every 0 --run.trackers --run.dir run".split()
@@ -53,8 +53,9 @@ def test_a_wheel_has_all_that_the_checkout_ships(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "dist_lm").rglob("*.py")}
     for folder in FOLDERS:
-        for file in shipped(folder).iterdir():
-            expected.add(f"dist_lm/_shipped/{folder}/{file.name}")
+        for file in files_of(folder):
+            name = file.relative_to(shipped(folder)).as_posix()
+            expected.add(f"dist_lm/_shipped/{folder}/{name}")
     for file in (ROOT / "dist_lm/reporting/page").iterdir():
         expected.add(f"dist_lm/reporting/page/{file.name}")
     expected.add("dist_lm/py.typed")
@@ -77,6 +78,7 @@ def test_a_wheel_trains_and_generates_in_another_folder(installed: Path, tmp_pat
 def test_a_wheel_gives_its_scripts_to_edit(installed: Path, tmp_path: Path) -> None:
     copied = run(installed, tmp_path, "dist-lm", "init", "mine")
     assert copied.returncode == 0, copied.stderr
+    assert (tmp_path / "mine" / "launch" / "kubernetes" / "jobset.yaml").is_file()
     edited = tmp_path / "mine" / "configs" / "debug.yaml"
     edited.write_text("model: {layers: 3}\n")
     again = run(installed, tmp_path, "dist-lm", "init", "mine")

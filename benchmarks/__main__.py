@@ -9,6 +9,7 @@ python -m benchmarks --table               writes the tables of README.md and do
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks import results, running, table
@@ -28,11 +29,12 @@ def main(words: list[str] | None = None) -> int:
         _list()
         return 0
     running.prepare_imports(claims)
-    outcomes = running.Runner(args.quick, args.nanogpt).run_all(claims)
-    entries = [outcome.entry for outcome in outcomes if outcome.entry]
-    if entries and not args.quick and args.results.name != "-":
-        path = results.write(entries, args.results)
-        print(f"written to {path}; python -m benchmarks --table puts them into the README")
+    # Each result is written as soon as it is there, so that Ctrl-C loses only the claim at work.
+    is_kept = not args.quick and args.results.name != "-"
+    keep = partial(results.write, folder=args.results) if is_kept else lambda entry: None
+    outcomes = running.Runner(args.quick, args.nanogpt, keep).run_all(claims)
+    if is_kept and any(outcome.entry for outcome in outcomes):
+        print(f"written to {args.results}; python -m benchmarks --table puts them into the README")
     failed = [outcome.claim.name for outcome in outcomes if outcome.failed]
     if failed:
         print(f"error: {', '.join(failed)} could not be measured", file=sys.stderr)

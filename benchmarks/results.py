@@ -11,17 +11,15 @@ from typing import Any
 FOLDER = Path(__file__).parent / "results"
 
 
-def write(entries: list[dict[str, Any]], folder: Path = FOLDER) -> Path:
-    """Put entries into today's file, in the place of earlier ones of the same claims."""
+def write(entry: dict[str, Any], folder: Path = FOLDER) -> None:
+    """Put an entry into today's file, in the place of an earlier one of the same claim."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.now(UTC):%Y-%m-%d}.json"
     content: dict[str, Any] = {}
     if path.is_file():
         content = json.loads(path.read_text())
-    for entry in entries:
-        content[entry["name"]] = entry
+    content[entry["name"]] = entry
     path.write_text(json.dumps(dict(sorted(content.items())), indent=1, ensure_ascii=False) + "\n")
-    return path
 
 
 def newest(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,7 +58,14 @@ def why_skipped(claim: Claim, nanogpt: Path | None) -> str:
 class Runner:
     """Runs claims on this machine."""
 
-    def __init__(self, is_quick: bool, nanogpt: Path | None):
+    def __init__(
+        self,
+        is_quick: bool,
+        nanogpt: Path | None,
+        keep: Callable[[dict[str, Any]], None] = lambda entry: None,
+    ):
+        """`keep` gets each entry as soon as it is there."""
+        self._keep = keep
         self._is_quick = is_quick
         self._nanogpt = nanogpt
         self._facts = machine.facts()
@@ -91,6 +98,8 @@ class Runner:
 
     def _say(self, outcome: Outcome) -> None:
         print(words_of(outcome, self._is_quick), flush=True)
+        if outcome.entry:
+            self._keep(outcome.entry)
 
     def _start(self, claim: Claim, lane: int) -> "str | tuple[Fork, Path]":
         """Why it is skipped, or the process that measures it and the folder that it may use."""

@@ -111,9 +111,10 @@ def test_a_claim_is_skipped_where_its_peer_is_not_installed() -> None:
 def test_results_of_a_date_are_kept_and_the_newest_counts(tmp_path: Path) -> None:
     (tmp_path / "2026-01-01.json").write_text('{"a": {"name": "a", "figure": 1}}')
     (tmp_path / "2026-01-01-notes.md").write_text("")
-    path = results.write([{"name": "b", "figure": 2}], tmp_path)
-    results.write([{"name": "a", "figure": 3}], tmp_path)
-    assert sorted(json.loads(path.read_text())) == ["a", "b"]
+    results.write({"name": "b", "figure": 2}, tmp_path)
+    results.write({"name": "a", "figure": 3}, tmp_path)
+    (today,) = set(tmp_path.glob("*.json")) - {tmp_path / "2026-01-01.json"}
+    assert sorted(json.loads(today.read_text())) == ["a", "b"]
     assert results.newest(tmp_path)["a"]["figure"] == 3
 
 

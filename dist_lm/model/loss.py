@@ -14,11 +14,10 @@ from dist_lm.arithmetic import ceil_div
 from dist_lm.config import NO_TARGET
 from dist_lm.model.layers import compute_dtype
 
-# How many logits the loss makes at once, by the type of device. On CPUs they have less than 32 MB,
-# which glibc keeps for the next chunk (runtime/start.py). With 64 MB the system gave new pages to
-# each chunk: a step of 30 M parameters and V = 50,304 took 1.05 times the CPU time. With 13 MB the
-# loss took 1.1 times as long, because each chunk adds to the whole gradient of the weights.
-LOGITS_AT_A_TIME = {"cpu": 3 * 2**21, "cuda": 2**28}
+# How many logits the loss makes at once, by the type of device. On CPUs 24 MB of them instead of 64
+# took 1.06 times as long at V = 50,304 (benchmarks/claims/training_step.py): each chunk adds to the
+# whole gradient of the weights.
+LOGITS_AT_A_TIME = {"cpu": 2**24, "cuda": 2**28}
 
 # Takes the logits of a chunk, their targets and whether gradients are wanted. Returns the sum of
 # the losses, and the gradient of the logits in their own type.

@@ -31,7 +31,7 @@ class Curve:
     newest: dict[str, Any] | None = None  # evaluation, kept or not
 
     def add_step(self, step: int, tokens: int, loss: float) -> None:
-        """Take in the loss of a step, which has trained on the last of so many tokens."""
+        """Take in the loss of a step; `tokens` are those of the run until its end."""
         if math.isfinite(loss):  # fp16 may overflow
             self.loss_sum += loss
             self.steps += 1

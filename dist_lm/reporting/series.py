@@ -1,4 +1,4 @@
-"""Curves that are small enough for a page: at most so many points, and none of them is hidden.
+"""Curves that are small enough for a page: few points, and no value that they stand for is hidden.
 
 A run of up to POINTS steps is kept step by step. Of a longer one each point stands for equally many
 steps: their mean, and their lowest and highest value, so that a spike of one step stays visible.

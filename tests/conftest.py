@@ -37,6 +37,8 @@ TINY = (
     " --optim.lr 1e-3 --optim.warmup_steps 5 --run.steps 12 --run.eval_every 0 --run.save_every 0"
     " --run.log_batch_hash true"
 ).split()
+# A run that nobody made. The default run.dir may exist: the README's first command makes it.
+NO_RUN = "runs/of-no-test"
 
 
 # Where temporary folders may lie in memory, and how much room all tests may need there.

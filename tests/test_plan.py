@@ -33,7 +33,7 @@ from dist_lm.planning.network import seconds_waiting
 from dist_lm.planning.page import describe, describe_time
 from dist_lm.runtime.strategy import Strategy
 from dist_lm.size import checkpoint_bytes, checkpoints_kept, steps_of, vocabulary
-from tests.conftest import TINY
+from tests.conftest import NO_RUN, TINY
 from tests.procs import ROOT, entry, run, train
 
 GPT2 = "configs/gpt2-124m.yaml"
@@ -46,7 +46,9 @@ def recipe(name: str, **changes: object) -> Config:
 
 def tiny(**changes: object) -> Config:
     config, _ = load(TINY, TRAIN)
-    return resolve(("tiny", config.flat()), ("test", {"data.tokenizer": "byte", **changes}))
+    return resolve(
+        ("tiny", config.flat()), ("test", {"data.tokenizer": "byte", "run.dir": NO_RUN, **changes})
+    )
 
 
 def test_gpt2_124m_by_hand() -> None:
@@ -403,7 +405,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
             "data.global_batch=16 must be at least the number of processes, 24; nearest: 24",
         ),
         (
-            ["--data.tokenizer", "char"],
+            ["--data.tokenizer", "char", "--run.dir", NO_RUN],
             "data.tokenizer=char and data.input=stdlib do not tell the size of the vocabulary"
             " without"
             " reading text; rule: a prepared folder, or --vocab_size N",

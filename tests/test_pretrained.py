@@ -19,7 +19,7 @@ from dist_lm.errors import UserError
 from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.outcome import TRAIN
-from tests.conftest import text_of, write_step
+from tests.conftest import NO_RUN, text_of, write_step
 from tests.procs import train
 from tests.test_train import losses, tiny
 
@@ -27,7 +27,8 @@ BPE = train_tokenizer("bpe:300", [text_of(20)])
 
 
 def settings(*argv: str) -> Config:
-    config, _ = load(argv, TRAIN)
+    where = () if "--run.dir" in argv else ("--run.dir", NO_RUN)
+    config, _ = load((*argv, *where), TRAIN)
     return config
 
 

@@ -32,7 +32,7 @@ from dist_lm.model.gpt import GPT
 from dist_lm.model.init import init_weights
 from dist_lm.optim import create_state, make_optimizer
 from dist_lm.outcome import TRAIN
-from tests.conftest import state_of, write_step
+from tests.conftest import NO_RUN, state_of, write_step
 from tests.faults.signing import sign
 from tests.hub import TOKEN, USER, Hub, environment, faults_of_card, running_hub, use_here
 from tests.procs import entry, train
@@ -142,7 +142,7 @@ def test_what_is_downloaded_again_works(hub: Hub, run: Path, tmp_path: Path) -> 
         model, its_tokenizer, _ = read_model(name)
         assert torch.equal(model(tokens), expected)
         assert its_tokenizer.sha256 == tokenizer.sha256
-        config, _ = load(("--run.init_from", name), TRAIN)
+        config, _ = load(("--run.init_from", name, "--run.dir", NO_RUN), TRAIN)
         assert config.model == MODEL and config.data.seq_len == 16
         assert load_tokenizer(config.data.tokenizer).sha256 == tokenizer.sha256
     theirs = AutoModelForCausalLM.from_pretrained(snapshot)
@@ -160,7 +160,7 @@ def test_every_step_is_a_revision(hub: Hub, run: Path) -> None:
         ours, _, _ = read_model(str(run / name))
         assert torch.equal(model.embed.weight, ours.embed.weight)
     assert load_tokenizer(f"{repo}@{names[0]}").sha256 == TOKENIZER.sha256
-    config, _ = load(("--run.init_from", f"{repo}@{names[0]}"), TRAIN)
+    config, _ = load(("--run.init_from", f"{repo}@{names[0]}", "--run.dir", NO_RUN), TRAIN)
     assert config.model == MODEL
     with pytest.raises(UserError, match="own/model@step-9: neither a folder here nor readable"):
         read_model(f"{repo}@step-9")

@@ -25,10 +25,11 @@ RESULTS = Path(__file__).with_name("results.json")
 HEAD = """# Faults
 
 `python -m tests.faults.table` writes this page; edit the rows in `tests/faults/`, not this file.
-Each row is a test of the ordinary test command. `held` means that what must happen did, in all
-cases of the test. *Seconds* is the longest time until every process of the run had ended, on two
-shared CPU cores. *Lost* is the largest number of steps that had to be made again. The long form of
-these tests is a campaign; its figures stand in `benchmarks/results/2026-11-27-faults.md`.
+Each row is a test of the ordinary test command, except six of the mutants, which need
+`-m campaign`. `held` means that what must happen did, in all cases of the test. *Seconds* is the
+longest time until every process of the run had ended, on two shared CPU cores. *Lost* is the
+largest number of steps that had to be made again. The long form of these tests is a campaign; its
+figures stand in `benchmarks/results/2026-11-27-faults.md`.
 `SECURITY.md` says what an attacker may control.
 """
 
